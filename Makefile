@@ -1,0 +1,44 @@
+# Needs only Python 3.11 or newer and make; everything is installed into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+
+.PHONY: help quickstart test slow check fix
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# Waiting threads sleep instead of spinning: on a shared machine that is the faster choice.
+quickstart: export OMP_WAIT_POLICY := PASSIVE
+quickstart: .venv/installed-quickstart  ## train on handwritten digits and write a report
+	$(BIN)/mergevq quickstart
+
+# One thread: the tests' tensors are too small to share.
+test slow check: export OMP_NUM_THREADS := 1
+test: .venv/installed-dev  ## run the default tests
+	$(BIN)/python -m pytest -q
+
+slow: .venv/installed-dev  ## run the tests that take longer
+	$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+check: .venv/installed-dev  ## lint, types, layers, default tests
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m pytest -q
+
+fix: .venv/installed-dev  ## format, and repair what the linter can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("mergevq needs Python 3.11 or newer, and $(PYTHON) is "\
+	  + sys.version.split()[0] + "; name another: make PYTHON=python3.12" \
+	  if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+
+# The stamp makes the second call instant. Edited requirements install again.
+.venv/installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[$*]'
+	@touch $@

@@ -1,0 +1,660 @@
+"""Every setting of every run, as frozen values that check themselves.
+
+No torch in this file: the command line reads it before anything heavy is loaded. A recipe
+(`mergevq.recipes`) is a function that returns a run, the command line overrides single fields, and
+the result is written as JSON beside whatever it produced.
+
+Rules: a count is `num_*`, `None` means off, a derived quantity is a property and never stored, and
+`__post_init__` only validates.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+FORMAT_VERSION = 1
+"""Version of `config.json`; raised when a field changes its meaning."""
+
+Precision = Literal["auto", "bf16", "float32", "float16"]
+MergeShape = Literal["linear", "square", "constant"]
+
+
+def _require(condition: bool, message: str) -> None:  # noqa: FBT001 - reads as an assertion
+    """Raise `ValueError(message)` unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerConfig:
+    """Architecture of a tokenizer: encoder, quantizer, source predictor and decoder."""
+
+    image_size: int = 64
+    """Side of the square training images, in pixels."""
+    stem: Literal["cnn", "patch"] = "cnn"
+    """How pixels become grid tokens: residual CNN (versions G, G+R) or one patch layer (R)."""
+    channels: int = 64
+    """CNN base channels: the paper's d32, d64, d96."""
+    channel_mult: tuple[int, ...] = (1, 2, 4)
+    """Channels of each CNN level over `channels`; every level but one halves the side."""
+    num_res_blocks: int = 4
+    """Residual blocks per CNN level; the decoder has one more on every level but the finest."""
+    patch_dim: int = 768
+    """Encoder transformer width when `stem` is patch; with a CNN it is the last level's width."""
+    num_layers: int = 12
+    """Merging transformer blocks in the encoder."""
+    num_heads: int = 8
+    """Attention heads in the encoder."""
+    position_embedding: bool = False
+    """Add fixed sine and cosine features of the cell, for any grid; a patch stem needs them."""
+    layer_scale: float = 1e-5
+    """Initial gain of residual branches; 1e-5 suits long runs, short ones want 0.1 or more."""
+    merge_shape: MergeShape = "linear"
+    """How merging is spread over blocks: `linear` is the authors' code, `square` the paper's."""
+    num_kept: int = 144
+    """Nominal K: tokens kept per image when a call does not say."""
+    kept_range: tuple[int, int] | None = None
+    """Smallest and largest K trained on, written by training; a K outside it warns."""
+    num_bits: int = 18
+    """D: bits of a token; the codebook has 2**D entries and is never stored."""
+    num_decoder_layers: int = 12
+    """Transformer blocks in the decoder."""
+    num_decoder_heads: int = 8
+    """Attention heads in the decoder."""
+    source_dim: int = 512
+    """Width of the source predictor."""
+    num_source_layers: int = 2
+    """Blocks of the source predictor."""
+    num_source_heads: int = 8
+    """Attention heads of the source predictor."""
+
+    def __post_init__(self) -> None:
+        """Reject what cannot be built, naming both numbers."""
+        _require(
+            min(self.channel_mult, default=0) >= 1,
+            f"channel_mult {self.channel_mult} must name one positive multiple per CNN level",
+        )
+        for name in ("channels", "num_res_blocks", "num_layers", "num_source_layers"):
+            _require(getattr(self, name) >= 1, f"{name} ({getattr(self, name)}) must be at least 1")
+        _require(
+            self.image_size > 0 and self.image_size % self.patch_size == 0,
+            f"image_size ({self.image_size}) must be a positive multiple of the patch size "
+            f"({self.patch_size}), which is 2 to the number of levels in channel_mult minus one",
+        )
+        _require(
+            1 <= self.num_kept <= self.num_tokens,
+            f"num_kept ({self.num_kept}) must be between 1 and the {self.num_tokens} tokens of a "
+            f"{self.image_size}-pixel image with patch size {self.patch_size}",
+        )
+        least = math.ceil(self.num_tokens / 2**self.num_layers)
+        _require(
+            self.num_kept >= least,
+            f"num_kept ({self.num_kept}) must be at least {least}: each of num_layers "
+            f"({self.num_layers}) can merge half of its tokens and the first has {self.num_tokens}",
+        )
+        low, high = self.kept_range or (1, 1)
+        _require(
+            1 <= low <= high, f"kept_range {self.kept_range} must be a smallest and a largest K"
+        )
+        _require(1 <= self.num_bits <= 63, f"num_bits ({self.num_bits}) must be between 1 and 63")
+        widths = (
+            ("encoder width", self.dim, "num_heads", self.num_heads),
+            ("decoder width", self.decoder_dim, "num_decoder_heads", self.num_decoder_heads),
+            ("source_dim", self.source_dim, "num_source_heads", self.num_source_heads),
+        )
+        for width_name, width, heads_name, heads in widths:
+            _require(
+                heads > 0 and width % heads == 0,
+                f"{width_name} ({width}) must be a multiple of {heads_name} ({heads})",
+            )
+        _require(
+            all((self.channels * mult) % self.num_groups == 0 for mult in self.channel_mult),
+            f"channels ({self.channels}) times each of channel_mult {self.channel_mult} must be a "
+            f"multiple of the {self.num_groups} normalisation groups",
+        )
+        # Sine and cosine of row and column.
+        _require(
+            self.source_dim % 4 == 0, f"source_dim ({self.source_dim}) must be a multiple of 4"
+        )
+        _require(
+            not self.position_embedding or self.dim % 4 == 0,
+            f"encoder width ({self.dim}) must be a multiple of 4 for position_embedding",
+        )
+        _require(
+            self.stem == "cnn" or self.patch_dim % self.num_groups == 0,
+            f"patch_dim ({self.patch_dim}) must be a multiple of {self.num_groups}",
+        )
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels per side of one grid cell: the downsampling factor f."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+    @property
+    def grid_size(self) -> int:
+        """Tokens per side before merging, at the trained size."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """L: tokens before merging, at the trained size."""
+        return self.grid_size**2
+
+    @property
+    def dim(self) -> int:
+        """Encoder transformer width."""
+        return self.patch_dim if self.stem == "patch" else self.decoder_dim
+
+    @property
+    def decoder_dim(self) -> int:
+        """Decoder transformer width: the channels of the coarsest level."""
+        return self.channels * self.channel_mult[-1]
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of every group normalisation: 32, or fewer where the base width is smaller."""
+        return min(32, self.channels)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeptConfig:
+    """The distribution K is drawn from, one K per optimizer step, the same on every rank.
+
+    Candidate k of n has probability proportional to `exp(-rate * k) + floor` (exponential),
+    `exp(-(k - mean)**2 / (2 * std**2)) + floor` (gaussian) or 1 (uniform).
+    """
+
+    distribution: Literal["uniform", "exponential", "gaussian"] = "uniform"
+    """Family of the distribution over the candidates' positions 0, 1, 2, .."""
+    candidates: tuple[int, ...] = (144,)
+    """The K that may be drawn; one candidate is a fixed K."""
+    rate: float = 2.0
+    """Decay of `exponential` per candidate (paper, equation 15)."""
+    mean: float = 1.0
+    """Centre of `gaussian` as a candidate position (paper, equation 16)."""
+    std: float = 0.5
+    """Width of `gaussian` in candidate positions."""
+    floor: float = 0.0
+    """Added to every candidate; the authors' code has 0.05 (gaussian), 0.05 (exponential, with
+    rate 2: theirs is 0.1 against an amplitude of 2)."""
+
+    def __post_init__(self) -> None:
+        """Reject an empty or impossible distribution."""
+        _require(len(self.candidates) > 0, "candidates must name at least one number of tokens")
+        _require(
+            min(self.candidates) >= 1, f"candidates {self.candidates} must all be at least 1 token"
+        )
+        _require(self.std > 0, f"std ({self.std}) must be above 0")
+        _require(self.floor >= 0, f"floor ({self.floor}) must be at least 0")
+
+    @property
+    def probabilities(self) -> tuple[float, ...]:
+        """One probability per candidate; they sum to 1."""
+        positions = range(len(self.candidates))
+        if self.distribution == "uniform":
+            weights = [1.0 for _ in positions]
+        elif self.distribution == "exponential":
+            weights = [math.exp(-self.rate * k) + self.floor for k in positions]
+        else:
+            weights = [
+                math.exp(-((k - self.mean) ** 2) / (2 * self.std**2)) + self.floor
+                for k in positions
+            ]
+        return tuple(weight / sum(weights) for weight in weights)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Where images come from and how they are prepared."""
+
+    path: str = "digits"
+    """A folder of images, a parquet file or a folder of them, WebDataset tar shards
+    (`shards-{000..009}.tar` or a folder of .tar), or `digits` (scikit-learn's, 1,797 images)."""
+    val_path: str | None = None
+    """The same for validation; None holds out `val_fraction` of `path`."""
+    val_fraction: float = 0.05
+    """Share of `path` held out for validation, chosen by a fixed hash; used without `val_path`."""
+    max_images: int | None = None
+    """Use only the first so many training images."""
+    crop: Literal["center", "random"] = "center"
+    """After the short side is resized to the image size: which square is kept in training."""
+    flip: bool = False
+    """Mirror half of the training images."""
+    num_workers: int = 2
+    """Loader processes; 0 loads in the training process."""
+
+    def __post_init__(self) -> None:
+        """Reject a validation share outside (0, 1)."""
+        _require(0 < self.val_fraction < 1, f"val_fraction ({self.val_fraction}) must be in (0, 1)")
+        _require(self.num_workers >= 0, f"num_workers ({self.num_workers}) must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """Weights of the tokenizer's losses (paper, Table A1; authors' code where they differ)."""
+
+    reconstruction_weight: float = 1.0
+    """L1 between image and reconstruction."""
+    perceptual_weight: float = 1.0
+    """LPIPS; without weights for its trunk training continues at 0 and says so."""
+    perceptual_trunk: Literal["vgg", "alex", "squeeze"] = "vgg"
+    """Network of the perceptual loss."""
+    perceptual_path: str | None = None
+    """Local safetensors file or folder with the LPIPS weights; None looks in the cache only."""
+    adversarial_weight: float = 0.1
+    """Non-saturating generator loss, reached at the end of the ramp."""
+    discriminator_start_step: int = 0
+    """First step at which the discriminator is trained."""
+    adversarial_start_step: int = 1000
+    """First step at which the discriminator's verdict enters the tokenizer's loss."""
+    adversarial_ramp_steps: int = 1000
+    """Steps over which that weight rises linearly to `adversarial_weight`."""
+    lecam_weight: float = 0.01
+    """LeCam regularisation of the discriminator."""
+    commitment_weight: float = 0.25
+    """Mean squared distance of latents to their codes."""
+    entropy_weight: float = 0.1
+    """Token entropy minus codebook entropy."""
+    entropy_temperature: float = 0.01
+    """Temperature of the soft assignment in both entropies."""
+    source_weight: float = 0.5
+    """Cross-entropy of the source predictor (0.5 for G and G+R, 1.0 for R)."""
+    alignment_weight: float = 1.0
+    """Class token against the teacher (0.1 for G, 1.0 for G+R and R)."""
+
+    def __post_init__(self) -> None:
+        """Reject negative weights and an impossible order of the adversarial steps."""
+        weights = {name: getattr(self, name) for name in self.__slots__ if name.endswith("_weight")}
+        for name, weight in weights.items():
+            _require(math.isfinite(weight) and weight >= 0, f"{name} ({weight}) must be at least 0")
+        _require(
+            self.entropy_temperature > 0,
+            f"entropy_temperature ({self.entropy_temperature}) must be above 0",
+        )
+        _require(
+            self.discriminator_start_step <= self.adversarial_start_step,
+            f"discriminator_start_step ({self.discriminator_start_step}) must not be after "
+            f"adversarial_start_step ({self.adversarial_start_step}): an untrained discriminator "
+            "ruins reconstructions",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherConfig:
+    """What the class token is aligned with."""
+
+    kind: Literal["none", "labels", "self", "dinov2", "huggingface"] = "self"
+    """`dinov2` and `huggingface` are frozen vision models, `self` is an EMA of the encoder,
+    `labels` the data's classes."""
+    path: str | None = None
+    """Name or local folder of the model; None means facebook/dinov2-base for `dinov2`."""
+    loss: Literal["kl", "dino", "cosine"] = "kl"
+    """Against a frozen model: `kl` at `temperature` over its features (authors' code), `dino` the
+    cross-entropy of the paper's equation 10, `cosine` one minus the cosine."""
+    temperature: float = 4.0
+    """Of `kl`."""
+    view_size: int | None = None
+    """Side of the augmented view the student sees, in pixels; None is the tokenizer's size."""
+    teacher_size: int = 224
+    """Side of the view a frozen model sees, in pixels."""
+    num_head_layers: Literal[2, 3] = 3
+    """Linear layers of the alignment head (2 in G, 3 in G+R and R)."""
+    num_prototypes: int = 1024
+    """Output dimension of the heads of `self`."""
+    momentum: float = 0.996
+    """EMA of the `self` teacher per step."""
+    student_temperature: float = 0.1
+    """Of `self` and `dino`."""
+    teacher_temperature: float = 0.04
+    """Of `self` and `dino`; sharpens the teacher."""
+    center_momentum: float = 0.9
+    """EMA of the centre subtracted from the `self` teacher's output."""
+    label_smoothing: float = 0.1
+    """Of `labels`."""
+
+    def __post_init__(self) -> None:
+        """Reject a frozen model without a name and temperatures that are not positive."""
+        _require(
+            self.kind != "huggingface" or self.path is not None,
+            "teacher kind 'huggingface' needs path: a model name or a local folder",
+        )
+        for name in ("temperature", "student_temperature", "teacher_temperature"):
+            _require(getattr(self, name) > 0, f"{name} ({getattr(self, name)}) must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW, its schedule, clipping and the moving average of the weights."""
+
+    lr: float = 1e-4
+    """Peak learning rate at `base_batch_size`; the rate used is scaled linearly to the batch."""
+    base_batch_size: int | None = None
+    """Batch the rate was chosen for; None uses `lr` as it is at any batch size."""
+    betas: tuple[float, float] = (0.5, 0.9)
+    """AdamW's moments."""
+    weight_decay: float = 0.0
+    """On matrices only, never on gains, biases and embeddings."""
+    warmup_steps: int = 0
+    """Linear rise of the rate from 0."""
+    schedule: Literal["constant", "cosine", "step", "linear"] = "constant"
+    """After the warm-up; `step` divides by 10 at each of `milestones`."""
+    milestones: tuple[float, ...] = (0.85, 0.95)
+    """Of `step`, as shares of all steps."""
+    final_lr_ratio: float = 0.0
+    """Last rate of `cosine` and `linear` as a share of the peak."""
+    clip_norm: float | None = 1.0
+    """Largest gradient norm of each side; None does not clip."""
+    ema_decay: float = 0.999
+    """Of the averaged weights that evaluation and the saved model use."""
+
+    def __post_init__(self) -> None:
+        """Reject rates that cannot train."""
+        _require(self.lr > 0, f"lr ({self.lr}) must be above 0")
+        _require(0 <= self.ema_decay < 1, f"ema_decay ({self.ema_decay}) must be in [0, 1)")
+        _require(
+            self.clip_norm is None or self.clip_norm > 0,
+            f"clip_norm ({self.clip_norm}) must be above 0, or None for no clipping",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """The loop: how long, how large, how precise, what is written and when."""
+
+    num_steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 64
+    """Images (or sequences) per optimizer step over all ranks and accumulated parts."""
+    accumulation: int = 1
+    """Parts each rank's share of the batch is cut into, to save memory."""
+    precision: Precision = "auto"
+    """`auto` is bf16 where the device has it, else float32; float16 only when asked for."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third slower."""
+    seed: int = 0
+    """Of every random number in the run."""
+    log_every: int = 20
+    """Steps between log lines."""
+    image_every: int = 500
+    """Steps between reconstruction grids."""
+    eval_every: int = 500
+    """Steps between validations."""
+    num_eval_images: int = 256
+    """Validation images looked at each time."""
+    eval_num_kept: tuple[int, ...] = ()
+    """K at which validation reports; empty is the nominal K."""
+    save_every: int = 1000
+    """Steps between checkpoints."""
+    keep_last: int = 2
+    """Checkpoints kept."""
+    max_nonfinite: int = 20
+    """Steps in a row with a non-finite loss or gradient after which the run stops."""
+    quantize_start_step: int = 0
+    """Before this step the decoder sees the latents themselves, not the codes."""
+    tensorboard: bool = False
+    """Also write TensorBoard events (the `log` extra)."""
+
+    def __post_init__(self) -> None:
+        """Reject counts below 1 and a batch that cannot be cut."""
+        counts = ("num_steps", "batch_size", "accumulation", "log_every", "image_every")
+        counts += ("eval_every", "num_eval_images", "save_every", "keep_last", "max_nonfinite")
+        for name in counts:
+            _require(getattr(self, name) >= 1, f"{name} ({getattr(self, name)}) must be at least 1")
+        _require(
+            self.batch_size % self.accumulation == 0,
+            f"batch_size ({self.batch_size}) must be a multiple of accumulation "
+            f"({self.accumulation})",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerRun:
+    """One training run of a tokenizer: `mergevq train RECIPE`."""
+
+    model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """Architecture."""
+    kept: KeptConfig = field(default_factory=KeptConfig)
+    """Distribution of K."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Images."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """Loss weights."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """Alignment."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Loop."""
+    init_from: str | None = None
+    """Start from this tokenizer's weights (fine-tuning) instead of random ones."""
+    init_vit: str | None = None
+    """Fill the encoder's blocks from this DINOv2 ViT by weight selection: name or local folder."""
+    out: str = "runs/tokenizer"
+    """Directory of the run."""
+
+    def __post_init__(self) -> None:
+        """Reject a K that the image does not have or the layers do not reach."""
+        for num_kept in (*self.kept.candidates, *self.train.eval_num_kept):
+            replace(self.model, num_kept=num_kept)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GeneratorConfig:
+    """Architecture of a generator: a Llama-style transformer over indices, and its order.
+
+    Class ids are 0 to `num_classes - 1`; `null_class` is the id of "no class". Both live in a
+    table of their own, so no special id is ever in the range of the codes.
+    """
+
+    order: Literal["raster", "merge", "random", "anchor"] = "merge"
+    """What a sequence is: all L cells in raster order (`raster`, LlamaGen), the same with merged
+    duplicates hidden (`merge`, MergeAR), the K kept tokens in random order (`random`, RandAR), or
+    in canonical order with the cell each opens at (`anchor`)."""
+    dim: int = 384
+    """Width."""
+    num_layers: int = 8
+    """Transformer blocks."""
+    num_heads: int = 6
+    """Attention heads."""
+    num_kv_heads: int | None = None
+    """Heads of keys and values, shared by groups of queries; None is one for each query head."""
+    ffn_dim: int | None = None
+    """Hidden width of the feed-forward layers; None is 8/3 of the width, up to a multiple of 256.
+    """
+    num_head_layers: int = 1
+    """Transformer blocks over the parts of one token, each part conditioned on those before it."""
+    num_classes: int = 0
+    """Classes of the data; 0 is an unconditional generator."""
+    grid_size: tuple[int, int] = (16, 16)
+    """Rows and columns of the tokenizer's grid."""
+    num_kept: int = 144
+    """Nominal K."""
+    kept_candidates: tuple[int, ...] = (144,)
+    """The K a sequence may have: one merge-instruction embedding each. Empty leaves that token out
+    of the prefix, which only order `raster` allows."""
+    window: int = 2
+    """Of order `merge`: duplicates stay visible to so many tokens after them."""
+    merge_groups: Literal["code", "source"] = "code"
+    """Of order `merge`: tokens are duplicates when their codes are equal, as in sampling, or (in
+    training only) when the tokenizer merged them."""
+    rotate_instruction: bool = True
+    """Of order `random`: a position-instruction vector is itself rotated by its slot, besides the
+    rotation that every query and key gets."""
+    num_bits: int = 18
+    """D: bits of a token, as in the tokenizer."""
+    factor_bits: tuple[int, ...] = (9, 9)
+    """Bits of each sub-index, lowest first; the authors have (6, 12)."""
+    qk_norm: bool = False
+    """Normalise queries and keys."""
+    dropout: float = 0.1
+    """On the input, after each attention and after each feed-forward layer."""
+    class_dropout: float = 0.1
+    """Probability that training replaces a label by `null_class`, which guidance needs."""
+    label_smoothing: float = 0.1
+    """Of the cross-entropy."""
+    flex_attention: bool = False
+    """Of order `merge`: train with a compiled block mask on CUDA; other devices ignore it."""
+
+    def __post_init__(self) -> None:
+        """Reject what cannot be built, naming both numbers."""
+        _require(
+            self.num_heads > 0 and self.dim % (4 * self.num_heads) == 0,
+            f"dim ({self.dim}) must be a multiple of 4 times num_heads ({self.num_heads}): half of "
+            "each head's channel pairs rotate by row, half by column",
+        )
+        _require(
+            self.key_heads > 0 and self.num_heads % self.key_heads == 0,
+            f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.key_heads})",
+        )
+        _require(
+            min(self.factor_bits, default=0) >= 1 and sum(self.factor_bits) == self.num_bits,
+            f"factor_bits {self.factor_bits} must be positive and sum to num_bits "
+            f"({self.num_bits})",
+        )
+        _require(
+            min(self.grid_size) >= 1, f"grid_size {self.grid_size} must have at least one cell"
+        )
+        self._check_kept()
+        for name, least in (("num_layers", 1), ("num_head_layers", 1), ("num_classes", 0)):
+            value = getattr(self, name)
+            _require(value >= least, f"{name} ({value}) must be at least {least}")
+        _require(self.window >= 0, f"window ({self.window}) must be at least 0")
+        for name in ("dropout", "class_dropout", "label_smoothing"):
+            _require(
+                0 <= getattr(self, name) < 1, f"{name} ({getattr(self, name)}) must be in [0, 1)"
+            )
+
+    def _check_kept(self) -> None:
+        """Reject a K that the grid does not have, or that has no embedding."""
+        for num_kept in (self.num_kept, *self.kept_candidates):
+            _require(
+                1 <= num_kept <= self.num_tokens,
+                f"num_kept ({num_kept}) must be between 1 and the {self.num_tokens} cells of the "
+                f"{self.grid_size[0]} x {self.grid_size[1]} grid",
+            )
+        _require(
+            self.num_kept in self.kept_candidates
+            or (self.order == "raster" and not self.kept_candidates),
+            f"num_kept ({self.num_kept}) must be one of kept_candidates {self.kept_candidates}",
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """L: cells of the grid."""
+        return self.grid_size[0] * self.grid_size[1]
+
+    @property
+    def null_class(self) -> int:
+        """Id of "no class": the one after the last class."""
+        return self.num_classes
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens before the first image token: the class, and the K if there are candidates."""
+        return 2 if self.kept_candidates else 1
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.dim // self.num_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Hidden width of the feed-forward layers."""
+        if self.ffn_dim is not None:
+            return self.ffn_dim
+        return math.ceil(int(8 * self.dim / 3) / 256) * 256
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """What is predicted for one token, in order."""
+        subindices = tuple(f"subindex_{number}" for number in range(1, len(self.factor_bits) + 1))
+        return ("anchor", *subindices) if self.order == "anchor" else subindices
+
+    @property
+    def part_sizes(self) -> tuple[int, ...]:
+        """Number of values of each part; an anchor is one of the cells."""
+        subindices = tuple(2**bits for bits in self.factor_bits)
+        return (self.num_tokens, *subindices) if self.order == "anchor" else subindices
+
+
+GENERATOR_SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"dim": 128, "num_layers": 4, "num_heads": 4, "num_head_layers": 1},
+    "small": {"dim": 384, "num_layers": 8, "num_heads": 6, "num_head_layers": 1},
+    "B": {"dim": 768, "num_layers": 14, "num_heads": 12, "num_head_layers": 1},
+    "L": {"dim": 1024, "num_layers": 24, "num_heads": 16, "num_head_layers": 2},
+    "XL": {"dim": 1280, "num_layers": 36, "num_heads": 20, "num_head_layers": 2},
+    "XXL": {"dim": 1536, "num_layers": 48, "num_heads": 24, "num_head_layers": 2},
+}
+"""Shapes by name, used as `replace(config, **GENERATOR_SIZES["L"])`. B, L, XL and XXL are as large
+as LlamaGen's 111M, 343M, 775M and 1.4B: what those spend on two tables of 16,384 codes goes into
+the head's blocks, and in B into two more layers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingSettings:
+    """How a generator is sampled.
+
+    `temperature`, `top_k` and `top_p` are one number for every part of a token or one for each
+    (`GeneratorConfig.part_names`).
+    """
+
+    guidance_scale: float = 1.0
+    """Classifier-free guidance, where the schedule ends; 1 is none and runs one forward, 0 samples
+    without the class."""
+    guidance_schedule: Literal["constant", "linear", "cosine", "power"] = "constant"
+    """How the scale rises from 1 as the sequence grows; `constant` does not."""
+    guidance_power: float = 2.0
+    """Exponent of `power`."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Part of the sequence that is guided; outside of it the scale is 1."""
+    temperature: float | tuple[float, ...] = 1.0
+    """0 takes the most likely value."""
+    top_k: int | tuple[int, ...] = 0
+    """Sample among the so many most likely values; 0 is all."""
+    top_p: float | tuple[float, ...] = 1.0
+    """Sample among the most likely values that together have this probability; 1 is all."""
+    budget: bool = True
+    """Of order `merge`: hold a sample to K distinct tokens, so that its cache has K slots; without
+    it the cache has a slot for every cell."""
+    num_steps: int | None = None
+    """Of order `random`: forward passes, several tokens in each; None is one token a pass."""
+
+    def __post_init__(self) -> None:
+        """Reject what is no distribution."""
+        _require(
+            math.isfinite(self.guidance_scale) and self.guidance_scale >= 0,
+            f"guidance_scale ({self.guidance_scale}) must be at least 0; 1 is no guidance",
+        )
+        _require(self.guidance_power > 0, f"guidance_power ({self.guidance_power}) must be above 0")
+        low, high = self.guidance_interval
+        _require(
+            0 <= low <= high <= 1,
+            f"guidance_interval {self.guidance_interval} must be two shares of the sequence, "
+            "from 0 to 1, in order",
+        )
+        for temperature in _each(self.temperature):
+            _require(
+                math.isfinite(temperature) and temperature >= 0,
+                f"temperature ({temperature}) must be at least 0; 0 takes the most likely value",
+            )
+        for top_k in _each(self.top_k):
+            _require(top_k >= 0, f"top_k ({top_k}) must be at least 0; 0 is all values")
+        for top_p in _each(self.top_p):
+            _require(0 < top_p <= 1, f"top_p ({top_p}) must be in (0, 1]; 1 is all values")
+        _require(
+            self.num_steps is None or self.num_steps >= 1,
+            f"num_steps ({self.num_steps}) must be at least 1, or None for one token a pass",
+        )
+
+
+def _each(setting: float | int | tuple[float | int, ...]) -> tuple[float | int, ...]:
+    """The numbers of a setting that may be one or several."""
+    return setting if isinstance(setting, tuple) else (setting,)

@@ -1,0 +1,488 @@
+"""Images as batches that follow from the step alone.
+
+The k-th training sample of a run, its crops and its flips depend only on the seed and k: a run
+resumes at any step, and the ranks' batches side by side are one process's batch.
+
+Source: Li et al. 2025, "MergeVQ", equation 10 (arXiv:2504.00999) for the two views; Szegedy et al.
+2015, "Going Deeper with Convolutions", section 6 (arXiv:1409.4842) for the random resized crop.
+
+Shape letters: B batch, S image side, V student view side, T teacher view side.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, UInt8
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mergevq.config import DataConfig
+from mergevq.images import BrokenImageError, ImageDataset, open_images, read_nearest
+
+# A 1 x 60,000 strip would become 64 x 3,840,000: from this ratio on it is cut before it is resized.
+_LONGEST_ASPECT = 16
+
+
+# Splitting
+
+
+def open_train_val(data: DataConfig) -> tuple[ImageDataset, ImageDataset]:
+    """Open training images, and validation images from elsewhere or held out of them.
+
+    Raises:
+        ValueError: the two number their classes differently.
+    """
+    train = open_images(data.path)
+    if data.val_path is None:
+        train, val = split(train, data.val_fraction)
+    else:
+        val = open_images(data.val_path)
+    if val.class_names != train.class_names[: val.num_classes]:
+        raise ValueError(
+            f"val_path {data.val_path!r} has the classes {_abridge(val.class_names)}, which are "
+            f"not those of {data.path!r}: {_abridge(train.class_names)}"
+        )
+    if data.max_images is not None:
+        train = train.first(data.max_images)
+    return train, val
+
+
+def _abridge(names: tuple[str, ...]) -> str:
+    """The first few names of many."""
+    return ", ".join(names[:5]) + (f", .. ({len(names)})" if len(names) > 5 else "")
+
+
+def split(dataset: ImageDataset, val_fraction: float) -> tuple[ImageDataset, ImageDataset]:
+    """Hold out images for validation, by a hash of their names.
+
+    An image stays on its side when others are added or removed. Neither side is ever empty.
+
+    Args:
+        dataset: at least two images.
+        val_fraction: expected share of the second part, in (0, 1).
+
+    Returns:
+        Training and validation images.
+
+    Raises:
+        ValueError: there are too few images, or the share is impossible.
+    """
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction ({val_fraction}) must be in (0, 1)")
+    if len(dataset) < 2:
+        raise ValueError(f"{len(dataset)} image cannot be split; give val_path its own images")
+    hashes = np.array([_hash(dataset.name(index)) / 2**64 for index in range(len(dataset))])
+    held_out = hashes < val_fraction
+    held_out[hashes.argmin()] = True
+    held_out[hashes.argmax()] = False
+    return dataset.subset(np.flatnonzero(~held_out)), dataset.subset(np.flatnonzero(held_out))
+
+
+def _hash(*values: int | str) -> int:
+    """64 bits that depend on every value, the same on every machine."""
+    data = "/".join(str(value) for value in values).encode(errors="surrogateescape")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def _generator(*values: int | str) -> torch.Generator:
+    """Random numbers that depend only on the values."""
+    return torch.Generator().manual_seed(_hash(*values))
+
+
+# Preparation
+
+
+def to_float(pixels: UInt8[Tensor, "*b 3 h w"]) -> Float[Tensor, "*b 3 h w"]:
+    """Bytes to [-1, 1]."""
+    image = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+    return image.div_(127.5).sub_(1)
+
+
+def to_uint8(image: Float[Tensor, "*b 3 h w"]) -> UInt8[Tensor, "*b 3 h w"]:
+    """[-1, 1] to bytes, rounded and clipped; exactly undoes `to_float`.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    if not torch.isfinite(image).all():
+        raise ValueError("an image with non-finite values has no pixels")
+    return image.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_tensor(image: Image.Image) -> Float[Tensor, "3 h w"]:
+    """RGB image to [-1, 1].
+
+    Raises:
+        ValueError: the image has another mode.
+    """
+    if image.mode != "RGB":
+        raise ValueError(f"image mode ({image.mode}) must be RGB; images.to_rgb converts it")
+    return to_float(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+
+
+def to_image(image: Float[Tensor, "3 h w"]) -> Image.Image:
+    """[-1, 1] to an RGB image."""
+    return Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy())
+
+
+def load_square(
+    image: Image.Image, size: int, generator: torch.Generator | None = None
+) -> Float[Tensor, "3 s s"]:
+    """Prepare an RGB image for the model: `crop_square`, then `to_tensor`."""
+    return to_tensor(crop_square(image, size, generator))
+
+
+def crop_square(
+    image: Image.Image, size: int, generator: torch.Generator | None = None
+) -> Image.Image:
+    """Resize the short side to `size` (bicubic, antialiased), then keep a square of that side.
+
+    Args:
+        image: RGB; one that already has the size comes back unchanged.
+        size: side in pixels.
+        generator: draws the square's place; None keeps the centre.
+    """
+    if max(image.size) > _LONGEST_ASPECT * min(image.size):
+        image = _cut(image, min(image.size), generator)
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return _cut(image, size, generator)
+
+
+def _cut(image: Image.Image, side: int, generator: torch.Generator | None) -> Image.Image:
+    """Keep the centre square, or one at a random place."""
+    if image.size == (side, side):
+        return image
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    if generator is not None:
+        left = _draw(image.width - side + 1, generator)
+        top = _draw(image.height - side + 1, generator)
+    return image.crop((left, top, left + side, top + side))
+
+
+def _draw(count: int, generator: torch.Generator) -> int:
+    """A uniform whole number in [0, count)."""
+    return int(torch.randint(count, (), generator=generator))
+
+
+def random_flip(image: Image.Image, generator: torch.Generator) -> Image.Image:
+    """Mirror left and right with probability one half."""
+    return ImageOps.mirror(image) if _draw(2, generator) else image
+
+
+def random_resized_crop(
+    image: Image.Image,
+    size: int,
+    generator: torch.Generator,
+    *,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Image.Image:
+    """Resize a random rectangle to a square.
+
+    Args:
+        image: RGB.
+        size: side of the result, in pixels.
+        generator: draws the rectangle.
+        scale: smallest and largest share of the area, drawn uniformly.
+        ratio: smallest and largest width over height, drawn uniformly in its logarithm. An image
+            so long that ten draws do not fit gives its centre square.
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area_draw, ratio_draw = torch.rand(2, generator=generator).tolist()
+        area = image.width * image.height * (scale[0] + area_draw * (scale[1] - scale[0]))
+        aspect = math.exp(low + ratio_draw * (high - low))
+        width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < width <= image.width and 0 < height <= image.height:
+            left = _draw(image.width - width + 1, generator)
+            top = _draw(image.height - height + 1, generator)
+            box = (left, top, left + width, top + height)
+            return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return crop_square(image, size)
+
+
+# Batches
+
+
+class Batch(NamedTuple):
+    """Images of one step on one rank."""
+
+    image: Float[Tensor, "b 3 s s"]
+    """In [-1, 1]."""
+    label: Int64[Tensor, "b"]
+    """Class, -1 for none."""
+    student_view: Float[Tensor, "b 3 v v"] | None
+    """Random resized crop of the same images, mirrored half of the time, in [-1, 1]."""
+    teacher_view: Float[Tensor, "b 3 t t"] | None
+    """Random square of the same images, in [-1, 1]; normalising it is the teacher's job."""
+    index: Int64[Tensor, "b"]  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Where in the data set each image was read."""
+
+
+class _Fetched(NamedTuple):
+    """What a worker sends back."""
+
+    batch: Batch | None
+    """None when no image of an evaluation batch can be read."""
+    broken: dict[str, str]
+    """Error by name of the images that could not be read on the way."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """One image, prepared, still in bytes."""
+
+    image: Image.Image
+    label: int
+    student_view: Image.Image | None
+    teacher_view: Image.Image | None
+    index: int
+
+
+@dataclass(frozen=True)
+class _TrainFetcher(Dataset[_Fetched]):
+    """Makes the batch of a list of (sample number k, index in the data set)."""
+
+    images: ImageDataset
+    data: DataConfig
+    image_size: int
+    student_size: int | None
+    teacher_size: int | None
+    seed: int
+
+    def __getitem__(self, samples: list[tuple[int, int]]) -> _Fetched:
+        broken: dict[str, str] = {}
+        return _Fetched(_collate([self._prepare(*sample, broken) for sample in samples]), broken)
+
+    def _prepare(self, k: int, index: int, broken: dict[str, str]) -> _Sample:
+        """Read an image, or the next that can be read, and draw its views from seed and k."""
+        index, image = read_nearest(self.images, index, broken)
+        generator = _generator("image", self.seed, k)
+        place = generator if self.data.crop == "random" else None
+        square = crop_square(image, self.image_size, place)
+        if self.data.flip:
+            square = random_flip(square, generator)
+        # Each view has its own stream: adding one does not change another.
+        student = teacher = None
+        if self.student_size is not None:
+            generator = _generator("student", self.seed, k)
+            student = random_resized_crop(image, self.student_size, generator)
+            student = random_flip(student, generator)
+        if self.teacher_size is not None:
+            generator = _generator("teacher", self.seed, k)
+            teacher = crop_square(image, self.teacher_size, generator)
+        return _Sample(square, self.images.label(index), student, teacher, index)
+
+
+@dataclass(frozen=True)
+class _EvalFetcher(Dataset[_Fetched]):
+    """Makes the batch of a list of indices, without those that cannot be read."""
+
+    images: ImageDataset
+    image_size: int
+
+    def __getitem__(self, indices: list[int]) -> _Fetched:
+        broken: dict[str, str] = {}
+        samples: list[_Sample] = []
+        for index in indices:
+            try:
+                square = crop_square(self.images.read(index), self.image_size)
+            except BrokenImageError as error:
+                broken[self.images.name(index)] = str(error)
+                continue
+            label = self.images.label(index)
+            samples.append(_Sample(square, label, None, None, index))
+        return _Fetched(_collate(samples) if samples else None, broken)
+
+
+def _collate(samples: list[_Sample]) -> Batch:
+    """Stack prepared images; here bytes become floats."""
+    return Batch(
+        image=_stack([sample.image for sample in samples]),
+        label=torch.tensor([sample.label for sample in samples]),
+        student_view=_stack_present([sample.student_view for sample in samples]),
+        teacher_view=_stack_present([sample.teacher_view for sample in samples]),
+        index=torch.tensor([sample.index for sample in samples]),
+    )
+
+
+def _stack(images: list[Image.Image]) -> Float[Tensor, "b 3 v v"]:
+    """Squares of one size, to [-1, 1]."""
+    pixels = np.stack([np.asarray(image) for image in images])
+    return to_float(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+
+
+def _stack_present(views: list[Image.Image | None]) -> Float[Tensor, "b 3 v v"] | None:
+    """Views that are there for all samples or for none."""
+    present = [view for view in views if view is not None]
+    return _stack(present) if present else None
+
+
+def train_batches(  # noqa: PLR0913 - the position in the run and among the ranks
+    dataset: ImageDataset,
+    data: DataConfig,
+    *,
+    image_size: int,
+    batch_size: int,
+    num_steps: int,
+    start_step: int = 0,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    student_size: int | None,
+    teacher_size: int | None,
+    num_workers: int,
+) -> Iterator[Batch]:
+    """This rank's batches of steps `start_step` to `num_steps - 1`.
+
+    Sample k of the run is image k mod N of an order of its epoch, k // N. An unreadable image is
+    replaced by the next readable one, warned of once, and counted in `dataset.broken`.
+
+    Args:
+        dataset: N images; fewer than a batch are fine.
+        data: its `crop` and `flip` apply to `Batch.image`.
+        image_size: side of `Batch.image` in pixels.
+        batch_size: images per step over all ranks.
+        num_steps: length of the whole run.
+        start_step: first step to give: those before are skipped without reading anything.
+        seed: of the orders, crops and flips.
+        rank: which contiguous share of every batch to give.
+        world_size: number of ranks.
+        student_size: side of the student's view; None for none.
+        teacher_size: side of the teacher's view; None for none.
+        num_workers: loading processes; 0 loads in this one.
+
+    Raises:
+        ValueError: a size is impossible or no image can be read.
+    """
+    share = _rank_share(batch_size, rank, world_size)
+    _check_sizes(dataset, image=image_size, student=student_size, teacher=teacher_size)
+    if start_step < 0:
+        raise ValueError(f"start_step ({start_step}) must be at least 0")
+    fetcher = _TrainFetcher(dataset, data, image_size, student_size, teacher_size, seed)
+    steps = range(start_step, num_steps)
+    numbers = (range(step * batch_size, (step + 1) * batch_size)[share] for step in steps)
+    return _load(fetcher, _train_samples(len(dataset), seed, numbers), num_workers)
+
+
+def _train_samples(
+    num_images: int, seed: int, numbers: Iterable[range]
+) -> Iterator[list[tuple[int, int]]]:
+    """Sample numbers with the image each shows, batch by batch."""
+    epoch, order = -1, np.empty(0, dtype=np.int64)
+    for batch in numbers:
+        samples: list[tuple[int, int]] = []
+        for k in batch:
+            if k // num_images != epoch:
+                epoch = k // num_images
+                order = torch.randperm(
+                    num_images, generator=_generator("order", seed, epoch)
+                ).numpy()
+            samples.append((k, int(order[k % num_images])))
+        yield samples
+
+
+def eval_batches(
+    dataset: ImageDataset,
+    *,
+    image_size: int,
+    batch_size: int,
+    max_images: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int,
+) -> Iterator[Batch]:
+    """This rank's share of one ordered pass: centre squares, never mirrored, each image once.
+
+    An unreadable image is left out, warned of once, and counted in `dataset.broken`; batches may
+    therefore be short, as the last one may be.
+
+    Args:
+        dataset: the images.
+        image_size: side of `Batch.image` in pixels.
+        batch_size: images per batch over all ranks.
+        max_images: look at only so many, evenly spaced, so that data sorted by class keep theirs.
+        rank: which contiguous share of every batch to give.
+        world_size: number of ranks.
+        num_workers: loading processes; 0 loads in this one.
+
+    Raises:
+        ValueError: a size is impossible.
+    """
+    share = _rank_share(batch_size, rank, world_size)
+    _check_sizes(dataset, image=image_size)
+    if max_images is not None and max_images < 1:
+        raise ValueError(f"max_images ({max_images}) must be at least 1, or None for all")
+    count = len(dataset) if max_images is None else min(max_images, len(dataset))
+    indices = [position * len(dataset) // count for position in range(count)]
+    batches = (indices[first : first + batch_size][share] for first in range(0, count, batch_size))
+    return _load(_EvalFetcher(dataset, image_size), filter(None, batches), num_workers)
+
+
+def _check_sizes(
+    dataset: ImageDataset, *, image: int, student: int | None = None, teacher: int | None = None
+) -> None:
+    """Reject an empty data set and impossible sizes.
+
+    Raises:
+        ValueError: there is no image, or a side is below 1 pixel.
+    """
+    if len(dataset) == 0:
+        raise ValueError("the data set holds no images")
+    for name, size in (("image", image), ("student", student), ("teacher", teacher)):
+        if size is not None and size < 1:
+            raise ValueError(f"{name}_size ({size}) must be at least 1 pixel")
+
+
+def _rank_share(batch_size: int, rank: int, world_size: int) -> slice:
+    """Which part of a batch belongs to a rank.
+
+    Raises:
+        ValueError: the ranks' shares would differ in size, or there is no such rank.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank ({rank}) must be in [0, world_size ({world_size}))")
+    if batch_size < 1 or batch_size % world_size != 0:
+        raise ValueError(
+            f"batch_size ({batch_size}) must be a positive multiple of the number of ranks "
+            f"({world_size})"
+        )
+    size = batch_size // world_size
+    return slice(rank * size, (rank + 1) * size)
+
+
+def _load(
+    fetcher: _TrainFetcher | _EvalFetcher, tasks: Iterable[list[Any]], num_workers: int
+) -> Iterator[Batch]:
+    """Fetch one batch per task, in order; workers live for the whole pass.
+
+    Raises:
+        ValueError: no image of any task can be read.
+    """
+    loader = DataLoader(
+        fetcher,
+        sampler=tasks,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        # Without one of its own the loader draws from the global generator.
+        generator=torch.Generator(),
+    )
+    num_batches, num_broken = 0, 0
+    for fetched in loader:
+        fetcher.images.record_broken(fetched.broken)
+        num_broken += len(fetched.broken)
+        if fetched.batch is not None:
+            num_batches += 1
+            yield fetched.batch
+    if num_broken > 0 and num_batches == 0:
+        raise ValueError(f"none of the {num_broken} images can be read")

@@ -1,0 +1,393 @@
+"""Metrics of reconstructions and of codes: per image first, then one mean over all images.
+
+Source: Wang et al. 2004, "Image Quality Assessment: From Error Visibility to Structural
+Similarity", section III (doi:10.1109/TIP.2003.819861).
+
+Differs: PSNR is of each image and then averaged; the authors' evaluation takes one PSNR of a whole
+batch, which is lower and depends on how images fall into batches. Codebook usage is of a window of
+tokens at least as long as the codebook, not of a batch.
+
+Shape letters: B batch, H and W pixels, L grid cells, D feature channels or bits of a token.
+
+Functions give one value per image; accumulators take them batch by batch (`update`) and give the
+result over all ranks (`compute`, which every rank must call and which changes nothing).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64, Shaped, UInt8
+from torch import Tensor
+
+from mergevq import distributed
+
+USAGE_FLOOR = 0.05
+"""Share of the attainable codes below which a codebook counts as collapsing."""
+BIT_ENTROPY_FLOOR = 0.1
+"""Entropy, in bits, below which one bit of the tokens counts as collapsing."""
+
+
+def require_finite(name: str, values: Shaped[Tensor, "b *rest"], first: int) -> None:
+    """Refuse NaN and infinity.
+
+    Args:
+        name: of the metric, for the message.
+        values: one item per row.
+        first: number of the first row among all items seen.
+
+    Raises:
+        ValueError: an item is not finite; the message names the metric and the item.
+    """
+    bad = ~values.isfinite().reshape(len(values), math.prod(values.shape[1:])).all(1)
+    items = bad.nonzero()[:, 0].tolist()
+    if items:
+        raise ValueError(
+            f"{name}: item {first + items[0]} is not finite ({len(items)} of {len(values)} in "
+            "this batch); a metric of such values means nothing"
+        )
+
+
+def to_uint8(image: Float[Tensor, "b 3 h w"]) -> UInt8[Tensor, "b 3 h w"]:
+    """The pixels a saved file would hold: [-1, 1] becomes 0..255, rounded, clipped outside.
+
+    A pixel that is not finite is a ValueError.
+    """
+    require_finite("image", image, 0)
+    return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def psnr(
+    image: Float[Tensor, "b 3 h w"],
+    reconstruction: Float[Tensor, "b 3 h w"],
+    *,
+    rounded: bool = True,
+) -> Float[Tensor, "b"]:
+    """Peak signal-to-noise ratio of each image, in dB; infinite where nothing differs.
+
+    A pixel that is not finite is a ValueError.
+
+    Args:
+        image: in [-1, 1].
+        reconstruction: in [-1, 1].
+        rounded: compare the pixels that saved files would hold; else the values as they are,
+            whose range is 2.
+    """
+    first, second, data_range = _comparable("psnr", image, reconstruction, rounded=rounded)
+    mean_squared_error = (first - second).square().mean((1, 2, 3))
+    return (10 * torch.log10(data_range**2 / mean_squared_error)).float()
+
+
+def ssim(
+    image: Float[Tensor, "b 3 h w"],
+    reconstruction: Float[Tensor, "b 3 h w"],
+    *,
+    rounded: bool = True,
+) -> Float[Tensor, "b"]:
+    """Structural similarity of each image, mean over colours and positions, 1 where equal.
+
+    An 11x11 Gaussian window of standard deviation 1.5, population covariance, only windows that
+    lie inside the image, K1 = 0.01 and K2 = 0.03: what scikit-image computes with
+    `gaussian_weights=True, sigma=1.5, use_sample_covariance=False`.
+
+    Args:
+        image: in [-1, 1], at least 11 pixels on each side.
+        reconstruction: in [-1, 1].
+        rounded: compare the pixels that saved files would hold; else the values as they are,
+            whose range is 2.
+
+    Raises:
+        ValueError: the image is smaller than the window, or a pixel is not finite.
+    """
+    height, width = image.shape[-2:]
+    if min(height, width) < 11:
+        raise ValueError(
+            f"image of {height}x{width} pixels must be at least as large as the 11x11 window of "
+            "SSIM; report PSNR alone"
+        )
+    first, second, data_range = _comparable("ssim", image, reconstruction, rounded=rounded)
+    first_mean, second_mean = _blur(first), _blur(second)
+    first_variance = _blur(first.square()) - first_mean.square()
+    second_variance = _blur(second.square()) - second_mean.square()
+    covariance = _blur(first * second) - first_mean * second_mean
+    luminance_floor, contrast_floor = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    luminance = (2 * first_mean * second_mean + luminance_floor) / (
+        first_mean.square() + second_mean.square() + luminance_floor
+    )
+    structure = (2 * covariance + contrast_floor) / (
+        first_variance + second_variance + contrast_floor
+    )
+    return (luminance * structure).mean((1, 2, 3)).float()
+
+
+def feature_cosine(
+    features: Float[Tensor, "b d"], reconstructed_features: Float[Tensor, "b d"]
+) -> Float[Tensor, "b"]:
+    """Cosine between each image's features and those of its reconstruction, 1 where parallel.
+
+    Raises:
+        ValueError: a feature is not finite, or all features of an image are zero.
+    """
+    units = []
+    for tensor in (features, reconstructed_features):
+        require_finite("feature_cosine", tensor, 0)
+        norm = tensor.float().norm(dim=-1, keepdim=True)
+        zero = (norm[:, 0] == 0).nonzero()[:, 0].tolist()
+        if zero:
+            raise ValueError(f"feature_cosine: the features of item {zero[0]} are all zero")
+        units.append(tensor.float() / norm)
+    return (units[0] * units[1]).sum(-1).clamp(-1, 1)
+
+
+def source_accuracy(
+    predicted_index: Int64[Tensor, "b l"], true_index: Int64[Tensor, "b l"]
+) -> Float[Tensor, "b"]:
+    """Share of each image's grid cells whose kept token was recovered."""
+    return (predicted_index == true_index).float().mean(-1)
+
+
+class Average(NamedTuple):
+    """A mean over items, and over how many."""
+
+    mean: float
+    """Infinite as soon as one item is."""
+    finite_mean: float
+    """Over the finite items alone; NaN where there is none."""
+    num_items: int
+    """All items, finite or not."""
+    num_infinite: int
+    """Infinite items: for PSNR the images that were reproduced exactly."""
+
+
+class Mean:
+    """Mean over items that arrive in batches of any size: sums and counts, in float64.
+
+    Args:
+        name: of the metric, for error messages.
+        infinite: accept +inf items, as PSNR has for identical images.
+    """
+
+    def __init__(self, name: str, *, infinite: bool = False) -> None:
+        self.name = name
+        self.infinite = infinite
+        self.state: Float[Tensor, "3"] = torch.zeros(3, dtype=torch.float64)
+        """Sum of the finite items, their number, number of infinite items; states add up."""
+
+    def update(self, values: Float[Tensor, "b"], counts: Int64[Tensor, "b"] | None = None) -> None:
+        """Add one value per item.
+
+        A value that is NaN, or infinite where that is no possible result, is a ValueError.
+
+        Args:
+            values: of the items.
+            counts: how many items each value is already the mean of; None is one.
+        """
+        values = values.detach().cpu().double()
+        counts = torch.ones(len(values), dtype=torch.int64) if counts is None else counts.cpu()
+        infinite = (values == math.inf) if self.infinite else torch.zeros_like(values).bool()
+        finite_values = values.masked_fill(infinite, 0)
+        require_finite(self.name, finite_values, int(self.state[1:].sum()))
+        num_infinite = counts[infinite].sum()
+        self.state += torch.stack(
+            [(finite_values * counts).sum(), counts.sum() - num_infinite, num_infinite]
+        )
+
+    def merge(self, other: "Mean") -> None:
+        """Add what another accumulator of the same metric has seen."""
+        self.state += other.state
+
+    def compute(self) -> Average:
+        """Mean over every item of every rank.
+
+        Raises:
+            ValueError: there was no item.
+        """
+        total, num_finite, num_infinite = distributed.sum(self.state).tolist()
+        if num_finite + num_infinite == 0:
+            raise ValueError(f"{self.name} has seen no item; there is no mean to give")
+        finite_mean = total / num_finite if num_finite else math.nan
+        return Average(
+            mean=math.inf if num_infinite else finite_mean,
+            finite_mean=finite_mean,
+            num_items=int(num_finite + num_infinite),
+            num_infinite=int(num_infinite),
+        )
+
+
+class CodebookStatistics(NamedTuple):
+    """How a window of tokens uses the codebook."""
+
+    num_tokens: int
+    """Tokens in the window, over all ranks."""
+    num_distinct: int
+    """Different codes among them."""
+    perplexity: float
+    """Exponential of the entropy of the codes' frequencies: the number of codes in even use."""
+    bit_probs: Float[Tensor, "d"]
+    """P(bit = 1) of each bit, lowest first."""
+
+    @property
+    def usage(self) -> float:
+        """Share of the whole codebook that occurs."""
+        return self.num_distinct / 2 ** len(self.bit_probs)
+
+    @property
+    def attained(self) -> float:
+        """Share of what could occur: of the codebook, or of the tokens where they are fewer."""
+        return self.num_distinct / min(2 ** len(self.bit_probs), self.num_tokens)
+
+    @property
+    def bit_entropies(self) -> Float[Tensor, "d"]:
+        """Entropy of each bit, in bits: 1 where it is a fair coin, 0 where it is constant."""
+        ones, zeros = self.bit_probs, 1 - self.bit_probs
+        return -(torch.xlogy(ones, ones) + torch.xlogy(zeros, zeros)) / math.log(2)
+
+    @property
+    def num_dead_bits(self) -> int:
+        """Bits that are the same in every token of the window."""
+        return int(((self.bit_probs == 0) | (self.bit_probs == 1)).sum())
+
+
+class CodebookUsage:
+    """The last tokens of each rank, counted exactly, however they came in batches.
+
+    Args:
+        num_bits: D, from 1 to 63.
+        window: tokens remembered on each rank, at least 2**D; None is 2**D. Above 24 bits the
+            codebook is larger than any window: there 2**24 tokens, 128 MiB, are enough.
+        device: where tokens are kept and counted.
+
+    Raises:
+        ValueError: the window is shorter than the codebook.
+    """
+
+    def __init__(
+        self, num_bits: int, window: int | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        shortest = 2 ** min(num_bits, 24)
+        if window is not None and window < shortest:
+            raise ValueError(
+                f"window ({window}) must be at least {shortest} tokens for num_bits ({num_bits}): "
+                "a shorter one cannot tell an unused code from one that had no turn"
+            )
+        self.num_bits = num_bits
+        self.window = torch.full((window or shortest,), -1, dtype=torch.int64, device=device)
+        self.num_seen = 0
+
+    def update(self, indices: Int64[Tensor, "*shape"]) -> None:
+        """Add tokens, in order; the oldest ones leave.
+
+        Raises:
+            ValueError: an index is outside the codebook.
+        """
+        tokens = indices.detach().flatten().to(self.window.device)
+        outside = ((tokens < 0) | (tokens > 2**self.num_bits - 1)).nonzero()[:, 0].tolist()
+        if outside:
+            raise ValueError(
+                f"codebook usage: index {int(tokens[outside[0]])} of token "
+                f"{self.num_seen + outside[0]} must be in [0, 2**{self.num_bits})"
+            )
+        self.num_seen += len(tokens)
+        tokens = tokens[-len(self.window) :]
+        start = self.num_seen - len(tokens)
+        positions = torch.arange(start, self.num_seen, device=tokens.device) % len(self.window)
+        self.window[positions] = tokens
+
+    def compute(self) -> CodebookStatistics:
+        """Statistics of the windows of all ranks together; sorts them: not for every step.
+
+        Raises:
+            ValueError: there was no token.
+        """
+        tokens = distributed.gather(self.window).cpu()
+        codes, counts = tokens[tokens >= 0].unique(return_counts=True)
+        num_tokens = int(counts.sum())
+        if num_tokens == 0:
+            raise ValueError("codebook usage has seen no token; there is nothing to count")
+        frequencies = counts.double() / num_tokens
+        ones = [int(counts[(codes >> bit) & 1 == 1].sum()) for bit in range(self.num_bits)]
+        return CodebookStatistics(
+            num_tokens=num_tokens,
+            num_distinct=len(codes),
+            perplexity=math.exp(-float(torch.xlogy(frequencies, frequencies).sum())),
+            bit_probs=torch.tensor(ones, dtype=torch.float64) / num_tokens,
+        )
+
+
+class CollapseMonitor:
+    """Says once that the codebook collapses, after several bad reports in a row.
+
+    Args:
+        num_reports: bad reports in a row that make a collapse.
+    """
+
+    def __init__(self, num_reports: int) -> None:
+        self.num_reports = num_reports
+        self.num_bad = 0
+
+    def update(self, statistics: CodebookStatistics) -> str | None:
+        """Take the next report; the text of the warning comes back the first time it is due."""
+        if self.num_bad == self.num_reports:
+            return None
+        bits = (statistics.bit_entropies < BIT_ENTROPY_FLOOR).nonzero()[:, 0].tolist()
+        low_usage = statistics.attained < USAGE_FLOOR
+        self.num_bad = self.num_bad + 1 if bits or low_usage else 0
+        if self.num_bad < self.num_reports:
+            return None
+        symptoms = []
+        if low_usage:
+            symptoms.append(
+                f"{statistics.num_distinct} codes occur in {statistics.num_tokens} tokens, "
+                f"{100 * statistics.attained:.2g} % of what is attainable"
+            )
+        if bits:
+            symptoms.append(f"bits {bits} are nearly constant")
+        return (
+            f"the codebook collapses: {' and '.join(symptoms)}, {self.num_reports} reports in a "
+            "row; raise the entropy weight (loss.entropy_weight), lower the learning rate "
+            "(optim.lr), or normalise the latents before the quantizer (pre-quantizer norm)"
+        )
+
+
+class _Pair(NamedTuple):
+    """Two images made comparable, and the range of their pixels."""
+
+    first: Float[Tensor, "b 3 h w"]
+    second: Float[Tensor, "b 3 h w"]
+    data_range: float
+
+
+def _comparable(
+    name: str,
+    image: Float[Tensor, "b 3 h w"],
+    reconstruction: Float[Tensor, "b 3 h w"],
+    *,
+    rounded: bool,
+) -> _Pair:
+    """Both images in float64, as files would hold them or as they are."""
+    require_finite(f"{name} (image)", image, 0)
+    require_finite(f"{name} (reconstruction)", reconstruction, 0)
+    first, second = image.detach(), reconstruction.detach()
+    if rounded:
+        first, second = to_uint8(first), to_uint8(second)
+    if first.device.type == "mps":
+        # MPS has no float64, and the variances of SSIM are differences that float32 would blur.
+        first, second = first.cpu(), second.cpu()
+    return _Pair(first.double(), second.double(), 255.0 if rounded else 2.0)
+
+
+def _blur(planes: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h-10 w-10"]:
+    """Gaussian mean of each 11x11 window that lies inside the image."""
+    # Band matrices are faster than a convolution, which in float64 has no fast path on a CPU.
+    rows, columns = (_gaussian_band(length).to(planes) for length in planes.shape[2:])
+    return rows @ planes @ columns.T
+
+
+def _gaussian_band(length: int) -> Float[Tensor, "{length}-10 {length}"]:
+    """Row i holds the weights of the window that starts at i."""
+    offsets = torch.arange(-5, 6, dtype=torch.float64)
+    weights = torch.exp(-0.5 * (offsets / 1.5) ** 2)
+    band = torch.zeros(length - 10, length, dtype=torch.float64)
+    for start, weight in enumerate((weights / weights.sum()).tolist()):
+        band.diagonal(start).fill_(weight)
+    return band

@@ -1,0 +1,399 @@
+"""One run on one machine: its directory, its log, its device, its random numbers, its end.
+
+Only the main process writes and shows; `MetricsLog` and `Progress` are silent on other ranks. Every
+draw of random numbers is tied to what it is for, by `step_generator`, so a run that was stopped
+draws what it would have drawn.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from mergevq import distributed
+from mergevq.checkpoint import git_commit, read_json, to_json, versions, write_json
+from mergevq.config import FORMAT_VERSION, Precision
+
+# ------------------------------------------------------------------------------- run directory
+
+
+class RunDirectory:
+    """Everything one run writes, under one path."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def record(self) -> Path:
+        """`run.json`: the resolved run and where it came from."""
+        return self.path / "run.json"
+
+    @property
+    def metrics(self) -> Path:
+        """`metrics.jsonl`: one line per logged interval."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Directory of the states a run can continue from."""
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """Directory of the model the run produced."""
+        return self.path / "model"
+
+    @property
+    def images(self) -> Path:
+        """Directory of pictures made along the way."""
+        return self.path / "images"
+
+    def open(self, run: object, *, device: torch.device, resume: bool) -> None:
+        """Claim the directory and write `run.json`; by the main process, before any work.
+
+        Args:
+            run: resolved settings, a dataclass.
+            device: where the run computes.
+            resume: continue the run that is there; settings may differ, and what differs is kept
+                in the record under `resumed`.
+
+        Raises:
+            ValueError: another run is there and is not to be resumed, or none is and it is.
+        """
+        if resume and not self.record.is_file():
+            raise ValueError(f"{self.path} holds no run to resume: there is no {self.record.name}")
+        if not resume and self.path.exists() and any(self.path.iterdir()):
+            raise ValueError(
+                f"{self.path} is not empty; continue the run in it with --resume, choose another "
+                "directory with --out, or delete it"
+            )
+        now = {
+            "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": shlex.join(sys.argv),
+            "environment": environment(device),
+        }
+        record = {"format_version": FORMAT_VERSION, "run": to_json(run), **now, "resumed": []}
+        if resume:
+            old = read_json(self.record)
+            changed = changed_settings(old["run"], record["run"])
+            record = old | {"run": record["run"]}
+            record["resumed"] = [*old["resumed"], now | {"changed": changed}]
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.record, record)
+
+
+def changed_settings(
+    old: Mapping[str, Any], new: Mapping[str, Any], where: str = ""
+) -> dict[str, list[Any]]:
+    """Settings that differ between two runs as JSON: `section.field` to `[old, new]`."""
+    changed: dict[str, list[Any]] = {}
+    for name in {**old, **new}:
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            changed |= changed_settings(before, after, where=f"{where}{name}.")
+        elif before != after:
+            changed[f"{where}{name}"] = [before, after]
+    return changed
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a result may depend on besides its settings."""
+    on_gpu = device.type == "cuda"
+    return {
+        **versions(),
+        "git_commit": git_commit(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "num_cpus": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+    }
+
+
+# ------------------------------------------------------------------------------------- logging
+
+
+class MetricsLog:
+    """Numbers by step: a line to read on stderr, and the same as a line of JSON in a file."""
+
+    def __init__(self, path: Path, *, first_step: int = 0, tensorboard: bool = False) -> None:
+        """Open the log.
+
+        Args:
+            path: of the JSON lines; what a resumed run had written there for `first_step` and
+                later is cut off, so that no step appears twice.
+            first_step: first step that will be written.
+            tensorboard: also write TensorBoard events beside `path`.
+        """
+        self._file = self._events = None
+        if not distributed.is_main():
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            os.truncate(path, _end_of_steps_before(path, first_step))
+        if tensorboard:
+            self._events = _event_writer(path.parent, first_step)
+        # Line buffering: a run that is killed loses no line it has shown.
+        self._file = path.open("a", buffering=1, encoding="utf-8", newline="\n")
+
+    def write(
+        self,
+        step: int,
+        values: Mapping[str, int | float],
+        *,
+        shown: Collection[str] | None = None,
+    ) -> None:
+        """Log one interval.
+
+        Args:
+            step: the optimizer step the values belong to.
+            values: by name; JSON has no word for non-finite numbers, so they are written as null
+                and named under `nonfinite`.
+            shown: names on the line to read, which is for a glance; None is all of them.
+
+        Raises:
+            ValueError: a value is called as one of the line's own entries.
+        """
+        if not values.keys().isdisjoint({"step", "nonfinite"}):
+            raise ValueError(f"values {list(values)} must not be named step or nonfinite")
+        if self._file is None:
+            return
+        nonfinite = [name for name, value in values.items() if not math.isfinite(value)]
+        numbers = {name: None if name in nonfinite else value for name, value in values.items()}
+        line: dict[str, Any] = {"step": step, **numbers}
+        if nonfinite:
+            line["nonfinite"] = nonfinite
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        # tqdm moves a progress bar out of the way; without a bar this is a plain line.
+        glance = {name: v for name, v in values.items() if shown is None or name in shown}
+        tqdm.write(format_line(step, glance), file=sys.stderr)
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Nothing can be written after this."""
+        if self._file is not None:
+            self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def format_line(step: int, values: Mapping[str, int | float]) -> str:
+    """One line of fixed columns, as long as the names stay the same."""
+    return "  ".join([f"step {step:>7d}", *(f"{name} {v:>9.4g}" for name, v in values.items())])
+
+
+def _end_of_steps_before(path: Path, first_step: int) -> int:
+    """Bytes of the leading lines of steps before `first_step`; a half-written line ends them.
+
+    Raises:
+        ValueError: a line is not ours.
+    """
+    end = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                step = json.loads(line)["step"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"line {number} of {path} is no log line; move the file away to resume"
+                ) from error
+            if step >= first_step:
+                break
+            end += len(line)
+    return end
+
+
+def _event_writer(directory: Path, first_step: int) -> Any:  # noqa: ANN401 - of an optional extra
+    """TensorBoard's writer.
+
+    Raises:
+        RuntimeError: the `log` extra is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise RuntimeError(
+            "train.tensorboard needs the log extra: pip install 'mergevq[log]'"
+        ) from error
+    return SummaryWriter(str(directory), purge_step=first_step)
+
+
+class Progress:
+    """How far, how fast, how long still, on stderr: a bar on a terminal, else a line at times."""
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        done: int = 0,
+        unit: str = "step",
+        interval_seconds: float = 60.0,
+    ) -> None:
+        """Start the clock.
+
+        Args:
+            total: units in all.
+            done: units an earlier process did; they do not count towards the rate.
+            unit: what is counted, in the singular.
+            interval_seconds: between lines where there is no terminal.
+        """
+        self.total, self.done, self.unit = total, done, unit
+        self.interval_seconds = interval_seconds
+        self._first, self._started_at = done, time.monotonic()
+        self._shown_at = self._started_at
+        self._shown = distributed.is_main()
+        self._bar = None
+        if self._shown and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True)
+
+    def update(self, num: int = 1) -> None:
+        """Count units that are done."""
+        self.done += num
+        if self._bar is not None:
+            self._bar.update(num)
+            return
+        now = time.monotonic()
+        due = now - self._shown_at >= self.interval_seconds or self.done == self.total
+        if self._shown and due:
+            self._shown_at = now
+            tqdm.write(self._line(now - self._started_at), file=sys.stderr)
+
+    def close(self) -> None:
+        """Leave the terminal."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _line(self, seconds: float) -> str:
+        """The bar in words."""
+        rate = (self.done - self._first) / max(seconds, 1e-9)
+        left = tqdm.format_interval((self.total - self.done) / max(rate, 1e-9))
+        return f"{self.unit} {self.done}/{self.total}, {rate:.3g} {self.unit}/s, {left} left"
+
+
+# -------------------------------------------------------------------------- device and precision
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; `auto` is cuda, else mps, else cpu.
+
+    Raises:
+        ValueError: this machine or this build of torch does not have it.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    usable = [device for device, there in available.items() if there]
+    if name == "auto":
+        return torch.device(usable[0])
+    if name not in usable:
+        raise ValueError(
+            f"device ({name}) must be one that torch {torch.__version__} has on this machine: "
+            f"auto or {' or '.join(usable)}"
+        )
+    return torch.device(name)
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype | None:
+    """The dtype to autocast to; None computes in float32.
+
+    `auto` is bf16 where the device multiplies it in hardware, else float32. What is asked for by
+    name is given, even where it is emulated and slow.
+    """
+    if precision == "auto":
+        return torch.bfloat16 if _has_bf16(device) else None
+    return {"bf16": torch.bfloat16, "float16": torch.float16, "float32": None}[precision]
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether bf16 products are native, and so faster than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return False  # mps: generations differ, and torch has no way to ask
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Mixed precision in a block: products in `dtype`; everything in float32 for None."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+# -------------------------------------------------------------------------------- random numbers
+
+
+def step_generator(seed: int, *ids: int | str) -> torch.Generator:
+    """Random numbers that depend on `seed` and `ids` alone: not on order, batch, rank or device.
+
+    Args:
+        seed: of the run.
+        ids: what the numbers are for; the last is a number such as the step or the image. Two last
+            ids closer than 2**32 have different numbers if all before them agree.
+
+    Raises:
+        ValueError: there is no last number.
+    """
+    *purpose, number = ids or ("",)
+    if not isinstance(number, int):
+        raise ValueError(f"ids {ids} must end with a number")
+    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
+    # Added, not hashed: torch's CPU generator keeps 32 bits of its seed, and among 100,000 hashes
+    # of 32 bits two are equal more often than not.
+    return torch.Generator().manual_seed((int.from_bytes(digest[:8], "little") + number) % 2**64)
+
+
+# ------------------------------------------------------------------------------------- the end
+
+
+@dataclasses.dataclass
+class StopRequest:
+    """Whether this process was asked to stop."""
+
+    requested: bool = False
+    """Turned on by SIGTERM or SIGINT. Ranks are asked at different moments: agree before acting."""
+
+
+@contextmanager
+def on_sigterm() -> Iterator[StopRequest]:
+    """Turn SIGTERM and the first Ctrl-C into a request, so that a step can end and be saved.
+
+    A second Ctrl-C kills. The handlers that were there return at the end. Outside the main thread
+    Python delivers no signals, and the request never comes.
+    """
+    stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def request(number: int, frame: object) -> None:  # noqa: ARG001 - signal's signature
+        stop.requested = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, request) for number in numbers]
+    try:
+        yield stop
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

@@ -1,0 +1,456 @@
+"""What the class token is aligned with: a frozen vision model, an average of itself, or labels.
+
+Source: Li et al. 2025, "MergeVQ", section 3 and equation 10 (arXiv:2504.00999); Hinton et al. 2015,
+"Distilling the Knowledge in a Neural Network", section 2 (`kl`, arXiv:1503.02531); Caron et al.
+2021, "Emerging Properties in Self-Supervised Vision Transformers", section 3.1 (`dino` and the
+self-teacher, arXiv:2104.14294).
+
+A teacher is a module with one call, `loss(class_token, label, teacher_view, teacher_class_token)`,
+that reads what its kind needs. Its parameters are those of its heads; a frozen model is no part of
+the module, so no checkpoint, optimizer or data-parallel wrapper sees it. Heads and losses are in
+float32 under any autocast.
+
+Differs: the heads of the self-teacher are the alignment heads of the paper, without the bottleneck
+and the weight-normalised last layer of DINO's.
+
+Shape letters: B batch, C channels of the class token, F features, prototypes or classes, H and W
+pixels.
+"""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mergevq import distributed
+from mergevq.config import TeacherConfig
+
+Alignment = Callable[[Tensor, Tensor], Tensor]
+"""A loss of the student's output and the teacher's, both (B, F)."""
+
+DINOV2 = "facebook/dinov2-base"
+"""Model of teacher kind `dinov2` without a path: the authors' teacher, Apache-2.0."""
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+"""Channel means, of values in [0, 1], for a model that comes without a preprocessor file."""
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Their deviations."""
+HEAD_RATIO = 4
+"""Hidden width of an alignment head as a multiple of the class token's."""
+INIT_STD = 0.02
+"""Of the heads' weights."""
+
+
+# -------------------------------------------------------------------------------------- losses
+
+
+def kl_alignment(
+    student: Float[Tensor, "b f"], target: Float[Tensor, "b f"], *, temperature: float
+) -> Float[Tensor, ""]:
+    """KL divergence of the student's softmax over features from the target's, in nats.
+
+    Mean over the batch, times the squared temperature, which keeps the size of the gradient.
+    """
+    log_student = (student.float() / temperature).log_softmax(-1)
+    log_target = (target.detach().float() / temperature).log_softmax(-1)
+    divergence = functional.kl_div(log_student, log_target, reduction="batchmean", log_target=True)
+    return divergence * temperature**2
+
+
+def dino_alignment(
+    student: Float[Tensor, "b f"],
+    target: Float[Tensor, "b f"],
+    *,
+    student_temperature: float,
+    teacher_temperature: float,
+    center: Float[Tensor, " f"] | None = None,
+) -> Float[Tensor, ""]:
+    """Cross-entropy of the student's softmax against the teacher's (paper, equation 10), in nats.
+
+    Args:
+        student: logits.
+        target: logits; no gradient reaches them.
+        student_temperature: divides `student`.
+        teacher_temperature: divides `target`; below the student's it sharpens.
+        center: subtracted from `target`, against collapse; a frozen teacher needs none.
+    """
+    logits = target.detach().float()
+    if center is not None:
+        logits = logits - center.detach()
+    probability = (logits / teacher_temperature).softmax(-1)
+    log_student = (student.float() / student_temperature).log_softmax(-1)
+    return -(probability * log_student).sum(-1).mean()
+
+
+def cosine_alignment(
+    student: Float[Tensor, "b f"], target: Float[Tensor, "b f"]
+) -> Float[Tensor, ""]:
+    """One minus the cosine of the angle to the target, in [0, 2]; mean over the batch."""
+    student = functional.normalize(student.float(), dim=-1)
+    target = functional.normalize(target.detach().float(), dim=-1)
+    return 1 - (student * target).sum(-1).mean()
+
+
+def label_alignment(
+    logits: Float[Tensor, "b f"], label: Int64[Tensor, " b"], *, smoothing: float
+) -> Float[Tensor, ""]:
+    """Cross-entropy against the label, of which a share is spread over all classes, in nats."""
+    return functional.cross_entropy(logits.float(), label, label_smoothing=smoothing)
+
+
+# ------------------------------------------------------------------------------------ teachers
+
+
+class AlignmentHead(nn.Module):
+    """Map the class token to the teacher's features, prototypes or classes.
+
+    Three layers are Linear, GELU, Linear, GELU, Linear; two are Linear, GELU, LayerNorm, Linear:
+    the numbering of the authors' `dist_head`.
+
+    Args:
+        dim: channels of the class token.
+        out_dim: features, prototypes or classes.
+        num_layers: linear layers.
+    """
+
+    def __init__(self, dim: int, out_dim: int, num_layers: Literal[2, 3]) -> None:
+        super().__init__()
+        self.out_dim = out_dim
+        hidden = HEAD_RATIO * dim
+        if num_layers == 3:
+            middle = [nn.Linear(hidden, hidden), nn.GELU()]
+        else:
+            middle = [nn.LayerNorm(hidden)]
+        self.layers = nn.Sequential(
+            nn.Linear(dim, hidden), nn.GELU(), *middle, nn.Linear(hidden, out_dim)
+        )
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=INIT_STD)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, class_token: Float[Tensor, "b c"]) -> Float[Tensor, "b f"]:
+        """Project, in float32: one token per image is cheap, and float16 may overflow here."""
+        with torch.autocast(class_token.device.type, enabled=False):
+            return self.layers(class_token.float())
+
+
+class LabelTeacher(nn.Module):
+    """The data's classes teach: label-smoothed cross-entropy.
+
+    Args:
+        head: to one logit per class.
+        smoothing: share of each label spread evenly over all classes.
+    """
+
+    def __init__(self, head: AlignmentHead, *, smoothing: float) -> None:
+        super().__init__()
+        self.head = head
+        self.smoothing = smoothing
+
+    def loss(
+        self,
+        class_token: Float[Tensor, "b c"],
+        label: Int64[Tensor, " b"] | None,
+        _teacher_view: Float[Tensor, "b 3 h w"] | None,
+        _teacher_class_token: Float[Tensor, "b c"] | None,
+        /,
+    ) -> Float[Tensor, ""]:
+        """Judge the student's class token by the labels.
+
+        Raises:
+            ValueError: there is no label.
+        """
+        if label is None:
+            raise ValueError("teacher kind 'labels' needs the label of every image")
+        return label_alignment(self.head(class_token), label, smoothing=self.smoothing)
+
+
+class SelfTeacher(nn.Module):
+    """An average of the student's own past teaches it, from another view of the image.
+
+    The averaged encoder belongs to the training loop, which brings its class tokens. The averaged
+    head is here, and the centre that keeps all images from choosing the same prototype.
+
+    Args:
+        head: the student's, to the prototypes; the teacher's starts as its copy.
+        student_temperature: divides the student's logits.
+        teacher_temperature: divides the teacher's logits.
+        center_momentum: share of the centre that each update keeps.
+    """
+
+    center: Tensor
+    outputs: Tensor
+
+    def __init__(
+        self,
+        head: AlignmentHead,
+        *,
+        student_temperature: float,
+        teacher_temperature: float,
+        center_momentum: float,
+    ) -> None:
+        super().__init__()
+        self.head = head
+        self.teacher_head = copy.deepcopy(head).requires_grad_(requires_grad=False)
+        self.student_temperature = student_temperature
+        self.teacher_temperature = teacher_temperature
+        self.center_momentum = center_momentum
+        self.register_buffer("center", torch.zeros(head.out_dim))
+        # Sum, then count, of the teacher's outputs since the last update: 0 between steps, when
+        # checkpoints are written.
+        self.register_buffer("outputs", torch.zeros(head.out_dim + 1), persistent=False)
+
+    def loss(
+        self,
+        class_token: Float[Tensor, "b c"],
+        _label: Int64[Tensor, " b"] | None,
+        _teacher_view: Float[Tensor, "b 3 h w"] | None,
+        teacher_class_token: Float[Tensor, "b c"] | None,
+        /,
+    ) -> Float[Tensor, ""]:
+        """Compare the student's prototypes with the teacher's; no gradient reaches the teacher.
+
+        In training mode the teacher's outputs count towards the next `update`.
+
+        Raises:
+            ValueError: there is no class token of the averaged encoder.
+        """
+        if teacher_class_token is None:
+            raise ValueError("teacher kind 'self' needs the averaged encoder's class token")
+        with torch.no_grad():
+            target = self.teacher_head(teacher_class_token)
+            if self.training:
+                self.outputs[:-1] += target.sum(0)
+                self.outputs[-1] += target.shape[0]
+        return dino_alignment(
+            self.head(class_token),
+            target,
+            student_temperature=self.student_temperature,
+            teacher_temperature=self.teacher_temperature,
+            center=self.center,
+        )
+
+    @torch.no_grad()
+    def update(self, momentum: float) -> None:
+        """Follow the student; once per optimizer step, after it, on every rank.
+
+        The centre moves towards the mean output since the last update, over all accumulated parts
+        and ranks: how the batch was cut makes no difference.
+
+        Args:
+            momentum: share of the teacher's head that is kept.
+        """
+        pairs = zip(self.teacher_head.parameters(), self.head.parameters(), strict=True)
+        for teacher, student in pairs:
+            teacher.lerp_(student, 1 - momentum)
+        outputs = distributed.sum(self.outputs)
+        mean = outputs[:-1] / outputs[-1]
+        moved = self.center.lerp(mean, 1 - self.center_momentum)
+        # A step whose loss was not finite, or that had no loss, must not spoil the centre for good.
+        self.center.copy_(torch.where(mean.isfinite().all(), moved, self.center))
+        self.outputs.zero_()
+
+
+class HuggingFaceTeacher:
+    """A frozen vision model from Hugging Face.
+
+    No `nn.Module` on purpose: a module that holds it does not register it. It follows the images to
+    their device, and computes in float32, or in bfloat16 under a bfloat16 autocast.
+
+    Args:
+        path: a folder in the Hugging Face layout, which is read without touching the network, or
+            the name of a model on the hub.
+
+    Raises:
+        RuntimeError: `transformers` is missing, or the model cannot be loaded or used.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.model, self.has_pooler = _load_vision_model(path)
+        self.image_mean, self.image_std = _normalisation(path)
+        config = self.model.config
+        widths = getattr(config, "hidden_sizes", None)
+        width = widths[-1] if widths else getattr(config, "hidden_size", None)
+        if width is None:
+            raise RuntimeError(f"teacher {path!r} does not say how wide its features are")
+        self.out_dim: int = width
+
+    @torch.no_grad()
+    def features(self, view: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b f"]:
+        """Pooled features, or those of the class token where the model does not pool.
+
+        Args:
+            view: values in [-1, 1]; normalised here as the model expects.
+
+        Raises:
+            ValueError: the view cannot be cut into the model's patches.
+        """
+        patch_size = getattr(self.model.config, "patch_size", None)
+        height, width = view.shape[-2:]
+        if isinstance(patch_size, int) and (height % patch_size or width % patch_size):
+            raise ValueError(
+                f"teacher_size ({height} x {width}) must be a multiple of the patch size "
+                f"({patch_size}) of teacher {self.path!r}"
+            )
+        kind = view.device.type
+        in_bf16 = (
+            torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+        )
+        mean = view.new_tensor(self.image_mean, dtype=torch.float32).view(1, 3, 1, 1)
+        std = view.new_tensor(self.image_std, dtype=torch.float32).view(1, 3, 1, 1)
+        pixels = ((view.float() + 1) / 2 - mean) / std
+        if self.model.device != view.device:
+            self.model.to(view.device)
+        with torch.autocast(kind, dtype=torch.bfloat16, enabled=in_bf16):
+            output = self.model(pixel_values=pixels)
+        if self.has_pooler and output.get("pooler_output") is not None:
+            return output["pooler_output"].flatten(1).float()
+        return output["last_hidden_state"][:, 0].float()
+
+
+class FeatureTeacher(nn.Module):
+    """A frozen vision model teaches its features.
+
+    Args:
+        head: to the model's features.
+        model: frozen; held, but not registered.
+        alignment: loss of the head's output, then the model's features, as `kl_alignment`.
+    """
+
+    def __init__(
+        self, head: AlignmentHead, model: HuggingFaceTeacher, alignment: Alignment
+    ) -> None:
+        super().__init__()
+        self.head = head
+        self.model = model
+        self.alignment = alignment
+
+    def loss(
+        self,
+        class_token: Float[Tensor, "b c"],
+        _label: Int64[Tensor, " b"] | None,
+        teacher_view: Float[Tensor, "b 3 h w"] | None,
+        _teacher_class_token: Float[Tensor, "b c"] | None,
+        /,
+    ) -> Float[Tensor, ""]:
+        """Compare the student's class token with the features of the teacher's view.
+
+        Raises:
+            ValueError: there is no view for the teacher.
+        """
+        if teacher_view is None:
+            raise ValueError(f"teacher {self.model.path!r} needs its own view of every image")
+        return self.alignment(self.head(class_token), self.model.features(teacher_view))
+
+
+Teacher = LabelTeacher | SelfTeacher | FeatureTeacher
+
+
+def build_teacher(config: TeacherConfig, *, dim: int, num_classes: int) -> Teacher | None:
+    """Make the teacher a configuration asks for.
+
+    Args:
+        config: kind and settings.
+        dim: channels of the class token.
+        num_classes: of the training data; 0 when it has no labels.
+
+    Returns:
+        A module on the CPU in training mode, or None for kind `none`.
+
+    Raises:
+        ValueError: kind `labels` without labels.
+    """
+    if config.kind == "none":
+        return None
+    layers = config.num_head_layers
+    if config.kind == "labels":
+        if num_classes < 1:
+            raise ValueError(
+                f"num_classes ({num_classes}) must be at least 1 for teacher kind 'labels'; give "
+                "the data class folders or a label column, or choose teacher kind 'self' or 'none'"
+            )
+        return LabelTeacher(
+            AlignmentHead(dim, num_classes, layers), smoothing=config.label_smoothing
+        )
+    if config.kind == "self":
+        return SelfTeacher(
+            AlignmentHead(dim, config.num_prototypes, layers),
+            student_temperature=config.student_temperature,
+            teacher_temperature=config.teacher_temperature,
+            center_momentum=config.center_momentum,
+        )
+    model = HuggingFaceTeacher(config.path or DINOV2)
+    return FeatureTeacher(AlignmentHead(dim, model.out_dim, layers), model, _alignment(config))
+
+
+def _alignment(config: TeacherConfig) -> Alignment:
+    """The loss against a frozen model."""
+    if config.loss == "kl":
+        return partial(kl_alignment, temperature=config.temperature)
+    if config.loss == "cosine":
+        return cosine_alignment
+    return partial(
+        dino_alignment,
+        student_temperature=config.student_temperature,
+        teacher_temperature=config.teacher_temperature,
+    )
+
+
+# ------------------------------------------------------------------------------------- loading
+
+
+def _load_vision_model(path: str) -> tuple[Any, bool]:
+    """A frozen float32 model, and whether its pooled output was trained.
+
+    Raises:
+        RuntimeError: `transformers` or the model is missing, or weights are.
+    """
+    try:
+        from transformers import AutoModel  # an optional extra
+    except ImportError as error:
+        raise RuntimeError(
+            "a frozen teacher needs transformers: pip install 'mergevq[teacher]', or choose "
+            "teacher kind 'self', 'labels' or 'none'"
+        ) from error
+    local = Path(path).is_dir()
+    try:
+        model, report = AutoModel.from_pretrained(
+            path, local_files_only=local, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise RuntimeError(
+            f"teacher {path!r} could not be loaded ({error}); give the folder of a downloaded "
+            "model, with its config.json and model.safetensors"
+        ) from error
+    # Some checkpoints come without the pooler their class has; it would be left at random.
+    untrained_pooler = [name for name in report["missing_keys"] if "pooler" in name]
+    missing = sorted(set(report["missing_keys"]) - set(untrained_pooler))
+    if missing:
+        raise RuntimeError(f"teacher {path!r} lacks the weights {', '.join(missing)}")
+    # Models of image and text, such as CLIP, hold their image half under this name.
+    model = getattr(model, "vision_model", model)
+    return model.float().requires_grad_(requires_grad=False).eval(), not untrained_pooler
+
+
+def _normalisation(path: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Channel means and deviations, of values in [0, 1], that a model expects."""
+    # Reading the file alone: making the processor from it would need torchvision.
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(
+            path, local_files_only=Path(path).is_dir()
+        )
+    except OSError:
+        settings = {}
+    if not settings.get("do_normalize", True):
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    mean, std = settings.get("image_mean"), settings.get("image_std")
+    return tuple(mean or IMAGENET_MEAN), tuple(std or IMAGENET_STD)

@@ -1,0 +1,568 @@
+"""The tokenizer: image to discrete tokens with a source map, and back.
+
+Source: Li et al. 2025, "MergeVQ: A Unified Framework for Visual Generation and Representation with
+Disentangled Token Merging and Quantization", section 3 and appendix A (arXiv:2504.00999).
+
+Differs: kept tokens leave in canonical order; the source map is returned and passed in, nothing is
+left behind in a module; the source predictor sees positions of cells and of slots; a patch stem has
+fixed positions where the authors' code has none.
+
+Shape letters: B batch, L grid tokens, K kept tokens, C channels, D bits, H and W pixels or cells.
+"""
+
+import itertools
+import math
+import warnings
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from mergevq.checkpoint import from_json, load_model, load_strict, resolve, save_model
+from mergevq.config import TokenizerConfig
+from mergevq.layers import (
+    NORM_EPS,
+    AdaptiveGroupNorm,
+    GridBlock,
+    MergeBlock,
+    MergeState,
+    QueryBlock,
+    ResBlock,
+    Upsample,
+    initialize,
+    sincos,
+    sincos_2d,
+    to_grid,
+    to_tokens,
+)
+from mergevq.merge import Source, canonicalize, merge_schedule, unmerge
+from mergevq.quantize import indices_to_codes, quantize
+
+Stage = Literal["pre_merge", "merged", "quantized", "unmerged"]
+Pool = Literal["none", "class", "mean", "size_weighted_mean"]
+
+
+class Encoded(NamedTuple):
+    """An image as tokens: everything `Tokenizer.decode` needs, and what they were made from."""
+
+    codes: Float[Tensor, "b k d"]
+    """Signs in {-1, +1}, in canonical order."""
+    indices: Int64[Tensor, "b k"]
+    """The same as integers in [0, 2**D)."""
+    source: Source
+    """Which kept token each grid cell went into."""
+    grid_shape: tuple[int, int]
+    """(height, width) in cells; their product is L."""
+    class_token: Float[Tensor, "b c"]
+    """The encoder's summary, aligned with the teacher."""
+    latents: Float[Tensor, "b k d"]
+    """Before quantization."""
+
+
+class Reconstruction(NamedTuple):
+    """An image decoded from its own tokens."""
+
+    image: Float[Tensor, "b 3 h w"]
+    """In about [-1, 1], not clamped."""
+    encoded: Encoded
+    """Its tokens, with the source that was given."""
+    source: Source
+    """The source that was decoded with: given or recovered."""
+
+
+class TokenizerOutput(NamedTuple):
+    """One training pass."""
+
+    reconstruction: Float[Tensor, "b 3 h w"]
+    """Decoded with the given source."""
+    encoded: Encoded
+    """Tokens of the image."""
+    source_logits: Float[Tensor, "b l k"]
+    """What the source predictor says of each cell."""
+    view_class_token: Float[Tensor, "b c"] | None
+    """Class token of the alignment view; None without one."""
+
+
+class EncoderOutput(NamedTuple):
+    """Tokens after some of the encoder's blocks."""
+
+    tokens: Float[Tensor, "b n c"]
+    """Remaining tokens, in the order of the matching."""
+    class_token: Float[Tensor, "b c"]
+    """The class token."""
+    source: Source
+    """Which of them each grid cell is in; not yet in canonical order."""
+
+
+class Encoder(nn.Module):
+    """CNN or patch stem, then transformer blocks that merge."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        """Build for a configuration; see `TokenizerConfig` for the three versions of the paper."""
+        super().__init__()
+        self.config = config
+        self.stem = _cnn_stem(config) if config.stem == "cnn" else _patch_stem(config)
+        self.class_token = nn.Parameter(torch.randn(config.dim) * 1e-6)
+        self.blocks = nn.ModuleList(
+            MergeBlock(config.dim, config.num_heads, config.layer_scale)
+            for _ in range(config.num_layers)
+        )
+        self.norm = nn.GroupNorm(config.num_groups, config.dim, eps=NORM_EPS)
+        self.to_latents = nn.Linear(config.dim, config.num_bits)
+        self.checkpointing = False
+        """Recompute the blocks in the backward pass."""
+        initialize(self.blocks)
+        initialize(self.to_latents)
+
+    def forward(
+        self, image: Float[Tensor, "b 3 h w"], num_kept: int, num_layers: int | None = None
+    ) -> EncoderOutput:
+        """Run the stem and the first `num_layers` blocks (None: all) on the way to `num_kept`."""
+        grid = self.stem(image.to(self.class_token.dtype))
+        grid_shape = (grid.shape[2], grid.shape[3])
+        tokens = to_tokens(grid)
+        if self.config.position_embedding:
+            tokens = tokens + sincos_2d(grid_shape, self.config.dim, tokens.device).to(tokens.dtype)
+        batch, num_tokens, _ = tokens.shape
+        class_token = self.class_token.to(tokens.dtype).expand(batch, 1, -1)
+        x = torch.cat([class_token, tokens], dim=1)
+        cells = torch.arange(num_tokens, device=image.device).expand(batch, -1)
+        state = MergeState(index=cells, sizes=None)
+        counts = merge_schedule(
+            num_tokens, num_kept, self.config.num_layers, self.config.merge_shape
+        )
+        for block, count in list(zip(self.blocks, counts, strict=True))[:num_layers]:
+            if self.checkpointing and self.training:
+                x, state = checkpoint(block, x, state, count, use_reentrant=False)
+            else:
+                x, state = block(x, state, count)
+        return EncoderOutput(x[:, 1:], x[:, 0], Source(state.index, x.shape[1] - 1))
+
+    def latents(self, tokens: Float[Tensor, "b k c"]) -> Float[Tensor, "b k d"]:
+        """Project kept tokens to D real channels: norm over the image, SiLU, linear."""
+        return self.to_latents(functional.silu(self.norm(tokens.mT).mT))
+
+
+class Decoder(nn.Module):
+    """Unmerged codes on the full grid, transformer blocks, upsampling CNN."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        """Build for a configuration; the width is the CNN's coarsest level."""
+        super().__init__()
+        dim, groups = config.decoder_dim, config.num_groups
+        self.conv_in = nn.Conv2d(config.num_bits, dim, 3, padding=1)
+        self.position = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.blocks = nn.ModuleList(
+            GridBlock(dim, config.num_decoder_heads, config.layer_scale)
+            for _ in range(config.num_decoder_layers)
+        )
+        self.levels = nn.ModuleList()
+        width = dim
+        for level, mult in reversed(list(enumerate(config.channel_mult))):
+            channels = config.channels * mult
+            num_blocks = config.num_res_blocks + (level > 0)
+            widths = [width, *[channels] * num_blocks]
+            self.levels.append(
+                nn.ModuleDict(
+                    {
+                        "norm": AdaptiveGroupNorm(config.num_bits, width, groups),
+                        "blocks": nn.Sequential(
+                            *(ResBlock(a, b, groups) for a, b in itertools.pairwise(widths))
+                        ),
+                        "upsample": Upsample(channels) if level > 0 else nn.Identity(),
+                    }
+                )
+            )
+            width = channels
+        self.norm_out = nn.GroupNorm(groups, width, eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+        self.checkpointing = False
+        """Recompute blocks and levels in the backward pass."""
+        initialize(self.blocks)
+
+    def forward(
+        self, codes: Float[Tensor, "b l d"], grid_shape: tuple[int, int]
+    ) -> Float[Tensor, "b 3 h w"]:
+        """Decode one code per cell of a (height, width) grid to an image in about [-1, 1]."""
+        hidden = self.conv_in(to_grid(codes.to(self.conv_in.weight.dtype), grid_shape))
+        x = to_tokens(hidden + self.position(hidden))
+        for block in self.blocks:
+            x = self._run(block, x, grid_shape)
+        hidden = to_grid(x, grid_shape)
+        for level in self.levels:
+            hidden = self._run(_level, level, hidden, codes)
+        return self.conv_out(functional.silu(self.norm_out(hidden)))
+
+    def _run(self, function, *arguments):  # noqa: ANN001, ANN002, ANN202 - passes through
+        """Call, or call with recomputation in the backward pass."""
+        if self.checkpointing and self.training:
+            return checkpoint(function, *arguments, use_reentrant=False)
+        return function(*arguments)
+
+
+class SourcePredictor(nn.Module):
+    """Infers from the codes alone which kept token each grid cell copies (source recovery).
+
+    One query per cell looks at the kept codes, whose order carries position; queries refine each
+    other, and each points at one kept token (paper, section 3.2, equation 8).
+    """
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        """Build with the `source_*` settings."""
+        super().__init__()
+        dim = config.source_dim
+        self.from_codes = nn.Linear(config.num_bits, dim)
+        self.norm_codes = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.query = nn.Parameter(torch.zeros(dim))
+        self.blocks = nn.ModuleList(
+            QueryBlock(dim, config.num_source_heads) for _ in range(config.num_source_layers)
+        )
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.to_query = nn.Linear(dim, dim)
+        self.to_key = nn.Linear(dim, dim)
+        initialize(self)
+
+    def forward(
+        self, codes: Float[Tensor, "b k d"], grid_shape: tuple[int, int]
+    ) -> Float[Tensor, "b l k"]:
+        """Logits of each cell over the kept tokens; no gradient reaches the codes."""
+        dim = self.query.shape[0]
+        num_tokens, num_kept = math.prod(grid_shape), codes.shape[1]
+        # In canonical order slot k of K opens near cell k L / K, so slots share the cells' scale.
+        slots = torch.arange(num_kept, device=codes.device) * (num_tokens / num_kept)
+        slot_positions = torch.cat(
+            [sincos(slots // grid_shape[1], dim // 2), sincos(slots % grid_shape[1], dim // 2)], -1
+        )
+        context = self.norm_codes(self.from_codes(codes.detach().to(self.query.dtype)))
+        context = context + slot_positions.to(context.dtype)
+        cells = self.query + sincos_2d(grid_shape, dim, codes.device)
+        x = cells.to(context.dtype).expand(codes.shape[0], -1, -1)
+        for block in self.blocks:
+            x = block(x, context)
+        return self.to_query(self.norm(x)) @ self.to_key(context).mT / math.sqrt(dim)
+
+    @torch.no_grad()
+    def predict(
+        self,
+        codes: Float[Tensor, "b k d"],
+        grid_shape: tuple[int, int],
+        anchors: Int64[Tensor, "b k"] | None = None,
+    ) -> Source:
+        """The most likely source.
+
+        Args:
+            codes: kept codes in canonical order.
+            grid_shape: (height, width) of the grid.
+            anchors: cell at which each kept token opens, when known: that cell gets its token, and
+                no cell before it can have it.
+        """
+        logits = self(codes, grid_shape).float()
+        if anchors is None:
+            return Source(logits.argmax(-1), codes.shape[1])
+        cells = torch.arange(logits.shape[1], device=codes.device)[None, :, None]
+        closed = cells < anchors[:, None, :]
+        index = logits.masked_fill(closed, -torch.inf).argmax(-1)
+        slots = torch.arange(codes.shape[1], device=codes.device).expand_as(anchors)
+        return Source(index.scatter(1, anchors, slots), codes.shape[1])
+
+
+class Tokenizer(nn.Module):
+    """Images to discrete tokens and back.
+
+    Example:
+        >>> from mergevq.config import TokenizerConfig
+        >>> config = TokenizerConfig(
+        ...     image_size=32, channels=16, channel_mult=(1, 2, 2), num_kept=16, num_layers=3,
+        ...     num_decoder_layers=1, num_heads=4, num_decoder_heads=4, source_dim=32)
+        >>> tokenizer = Tokenizer(config).eval()
+        >>> encoded = tokenizer.encode(torch.zeros(2, 3, 32, 32), num_kept=20)
+        >>> encoded.indices.shape, encoded.source.index.shape
+        (torch.Size([2, 20]), torch.Size([2, 64]))
+        >>> tokenizer.decode(encoded.indices, encoded.source).shape
+        torch.Size([2, 3, 32, 32])
+    """
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        """Build with random weights; `from_pretrained` loads trained ones."""
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.source_predictor = SourcePredictor(config)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> "Tokenizer":
+        """Load from a directory written by `save_pretrained` or training, or from a hub name.
+
+        A directory never touches the network. The tokenizer comes back in evaluation mode.
+
+        Raises:
+            ValueError: the artefact is of another kind or format, or its weights do not fit.
+        """
+        saved = load_model(resolve(path), kind="tokenizer")
+        tokenizer = cls(from_json(TokenizerConfig, saved.record["config"]))
+        load_strict(tokenizer, saved.state)
+        return tokenizer.eval()
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write `model.safetensors` and `config.json` into a directory."""
+        save_model(Path(path), self.state_dict(), self.config, kind="tokenizer")
+
+    def set_checkpointing(self, *, enabled: bool) -> None:
+        """Trade time for memory in training: recompute activations in the backward pass."""
+        self.encoder.checkpointing = enabled
+        self.decoder.checkpointing = enabled
+
+    def num_tokens(self, image: Float[Tensor, "b 3 h w"], num_kept: int | None = None) -> int:
+        """Tokens `encode` returns per image; there are no special ones.
+
+        Raises:
+            ValueError: the size or K is not legal.
+        """
+        return self._resolve_num_kept(self.grid_shape(image), num_kept)
+
+    def grid_shape(self, image: Float[Tensor, "b 3 h w"]) -> tuple[int, int]:
+        """(height, width) of the token grid of an image.
+
+        Raises:
+            ValueError: a side is not a multiple of the patch size; the message lists what is legal.
+        """
+        patch = self.config.patch_size
+        height, width = image.shape[2:]
+        if height % patch or width % patch or not height or not width:
+            nearest = [max(patch, round(side / patch) * patch) for side in (height, width)]
+            raise ValueError(
+                f"image size ({height} x {width}) must be multiples of the patch size ({patch}) "
+                f"in both directions, such as {nearest[0]} x {nearest[1]}; trained at "
+                f"{self.config.image_size} x {self.config.image_size}. Resize, crop or tile it"
+            )
+        return height // patch, width // patch
+
+    def encode(self, image: Float[Tensor, "b 3 h w"], num_kept: int | None = None) -> Encoded:
+        """Image to tokens.
+
+        Args:
+            image: floating point in [-1, 1], sides multiples of the patch size.
+            num_kept: K, any integer from 1 to L that the layers reach; None is the nominal K, in
+                proportion to the grid when the image is not of the trained size.
+
+        Raises:
+            ValueError: wrong type, range, size or K.
+        """
+        self._check_image(image)
+        return self._encode(image, self._resolve_num_kept(self.grid_shape(image), num_kept))
+
+    def decode(
+        self,
+        tokens: Float[Tensor, "b k d"] | Int64[Tensor, "b k"],
+        source: Source,
+        grid_shape: tuple[int, int] | None = None,
+    ) -> Float[Tensor, "b 3 h w"]:
+        """Tokens to image, in about [-1, 1] and not clamped.
+
+        Args:
+            tokens: codes, or indices.
+            source: which token each cell copies.
+            grid_shape: (height, width) in cells; None is a square.
+
+        Raises:
+            ValueError: the grid is not a square and no shape was given, or does not fit.
+        """
+        num_tokens = source.index.shape[1]
+        if grid_shape is None:
+            side = math.isqrt(num_tokens)
+            grid_shape = (side, side)
+        if math.prod(grid_shape) != num_tokens:
+            raise ValueError(
+                f"grid_shape {grid_shape} must have the {num_tokens} cells of the source; pass "
+                "the grid_shape that encode returned"
+            )
+        if not tokens.is_floating_point():
+            tokens = indices_to_codes(tokens, self.config.num_bits, self._dtype)
+        return self.decoder(unmerge(tokens, source), grid_shape)
+
+    def recover(
+        self,
+        tokens: Float[Tensor, "b k d"] | Int64[Tensor, "b k"],
+        grid_shape: tuple[int, int] | None = None,
+        anchors: Int64[Tensor, "b k"] | None = None,
+    ) -> Source:
+        """Infer the source from kept tokens alone; the grid is the trained one when not given."""
+        if not tokens.is_floating_point():
+            tokens = indices_to_codes(tokens, self.config.num_bits, self._dtype)
+        shape = grid_shape or (self.config.grid_size, self.config.grid_size)
+        return self.source_predictor.predict(tokens, shape, anchors)
+
+    def reconstruct(
+        self,
+        image: Float[Tensor, "b 3 h w"],
+        num_kept: int | None = None,
+        source: Literal["given", "recovered"] = "given",
+    ) -> Reconstruction:
+        """Encode and decode, with the encoder's source or the one inferred from the codes."""
+        encoded = self.encode(image, num_kept)
+        used = encoded.source
+        if source == "recovered":
+            used = self.recover(encoded.codes, encoded.grid_shape)
+        return Reconstruction(self.decode(encoded.codes, used, encoded.grid_shape), encoded, used)
+
+    def features(
+        self,
+        image: Float[Tensor, "b 3 h w"],
+        *,
+        num_kept: int | None = None,
+        layer: int | None = None,
+        stage: Stage = "merged",
+        pool: Pool = "none",
+    ) -> Float[Tensor, "b *n c"]:
+        """Representation of an image.
+
+        Args:
+            image: floating point in [-1, 1].
+            num_kept: K; not used by `pre_merge`.
+            layer: blocks to run, from 0 (the stem) to all; None is all. `quantized` takes all.
+            stage: `pre_merge` runs with merging off (L tokens of C channels), `merged` gives the
+                tokens left after `layer` blocks, `unmerged` those copied back to all L cells,
+                `quantized` the K codes of D bits.
+            pool: `none` keeps the tokens, `class` is the class token, `mean` the mean over tokens,
+                `size_weighted_mean` the mean over grid cells.
+
+        Raises:
+            ValueError: the layer does not exist, or `quantized` is asked before the last one.
+        """
+        self._check_image(image)
+        num_layers = self.config.num_layers if layer is None else layer
+        if not 0 <= num_layers <= self.config.num_layers:
+            raise ValueError(
+                f"layer ({num_layers}) must be between 0 and the {self.config.num_layers} blocks"
+            )
+        if stage == "quantized" and num_layers != self.config.num_layers:
+            raise ValueError(
+                f"layer ({num_layers}) must be {self.config.num_layers} or None for stage "
+                "'quantized': only the last block's tokens are quantized"
+            )
+        grid_shape = self.grid_shape(image)
+        if stage == "pre_merge":
+            num_kept = math.prod(grid_shape)
+        else:
+            num_kept = self._resolve_num_kept(grid_shape, num_kept)
+        out = self.encoder(image, num_kept, num_layers)
+        if pool == "class":
+            return out.class_token
+        tokens = out.tokens
+        if stage == "quantized":
+            tokens = quantize(self.encoder.latents(tokens)).codes
+        if stage == "unmerged" or pool == "size_weighted_mean":
+            tokens = unmerge(tokens, out.source)
+        return tokens if pool == "none" else tokens.mean(1)
+
+    def forward(
+        self,
+        image: Float[Tensor, "b 3 h w"],
+        num_kept: int,
+        view: Float[Tensor, "b 3 v v2"] | None = None,
+        *,
+        quantized: bool = True,
+    ) -> TokenizerOutput:
+        """One training pass, without checks: every parameter takes part in it.
+
+        Args:
+            image: in [-1, 1].
+            num_kept: K for `image`.
+            view: a second view for alignment, merged in the same proportion to its own grid.
+            quantized: False lets the decoder see the latents themselves (early training).
+        """
+        encoded = self._encode(image, num_kept)
+        # Until quantization starts, bounded latents keep the decoder's input on the codes' scale.
+        tokens = encoded.codes if quantized else encoded.latents.tanh()
+        reconstruction = self.decode(tokens, encoded.source, encoded.grid_shape)
+        logits = self.source_predictor(encoded.codes, encoded.grid_shape)
+        view_class_token = None
+        if view is not None:
+            proportion = num_kept / math.prod(encoded.grid_shape)
+            view_kept = self._in_proportion(math.prod(self.grid_shape(view)), proportion)
+            view_class_token = self.encoder(view, view_kept).class_token
+        return TokenizerOutput(reconstruction, encoded, logits, view_class_token)
+
+    def _encode(self, image: Float[Tensor, "b 3 h w"], num_kept: int) -> Encoded:
+        """Encode without checks."""
+        out = self.encoder(image, num_kept)
+        source, order = canonicalize(out.source)
+        tokens = out.tokens.gather(1, order[..., None].expand_as(out.tokens))
+        latents = self.encoder.latents(tokens)
+        codes, indices = quantize(latents)
+        return Encoded(codes, indices, source, self.grid_shape(image), out.class_token, latents)
+
+    def _resolve_num_kept(self, grid_shape: tuple[int, int], num_kept: int | None) -> int:
+        """K for a grid, checked against it and against the trained range."""
+        config, num_tokens = self.config, math.prod(grid_shape)
+        if num_kept is None:
+            return self._in_proportion(num_tokens, config.num_kept / config.num_tokens)
+        merge_schedule(num_tokens, num_kept, config.num_layers, config.merge_shape)
+        if config.kept_range is not None and num_tokens == config.num_tokens:
+            low, high = config.kept_range
+            if not low <= num_kept <= high:
+                warnings.warn(
+                    f"num_kept ({num_kept}) is outside the {low} to {high} tokens this tokenizer "
+                    "was trained with; expect worse reconstructions",
+                    stacklevel=3,
+                )
+        return num_kept
+
+    def _in_proportion(self, num_tokens: int, proportion: float) -> int:
+        """K for a grid, rounded to one that the layers reach."""
+        least = math.ceil(num_tokens / 2**self.config.num_layers)
+        return max(least, round(num_tokens * proportion))
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Type of the decoder's weights."""
+        return self.decoder.conv_in.weight.dtype
+
+    def _check_image(self, image: Tensor) -> None:
+        """Raise `ValueError` unless the image is floating point in [-1, 1]."""
+        if not image.is_floating_point():
+            raise ValueError(
+                f"image has dtype {image.dtype} and must be floating point in [-1, 1]; "
+                "for bytes in 0..255 use image / 127.5 - 1"
+            )
+        if torch.compiler.is_compiling() or image.numel() == 0:
+            return
+        low, high = (float(value) for value in image.aminmax())
+        # A resize may overshoot slightly; values of 0..255 never pass.
+        if not (low >= -1.05 and high <= 1.05):
+            raise ValueError(
+                f"image values ({low:.4g} to {high:.4g}) must be finite and between -1 and 1; "
+                "for values in 0..1 use 2 * image - 1, for bytes image / 127.5 - 1"
+            )
+
+
+def _cnn_stem(config: TokenizerConfig) -> nn.Sequential:
+    """Residual levels; every level but the last ends in a convolution of stride 2."""
+    stem: list[nn.Module] = [nn.Conv2d(3, config.channels, 3, padding=1, bias=False)]
+    width = config.channels
+    for level, mult in enumerate(config.channel_mult):
+        channels = config.channels * mult
+        for block in range(config.num_res_blocks):
+            stem.append(ResBlock(channels if block else width, channels, config.num_groups))
+        if level + 1 < len(config.channel_mult):
+            stem.append(nn.Conv2d(channels, channels, 3, stride=2, padding=1))
+        width = channels
+    return nn.Sequential(*stem)
+
+
+def _patch_stem(config: TokenizerConfig) -> nn.Sequential:
+    """One convolution per patch, each channel normalised over the image."""
+    return nn.Sequential(
+        nn.Conv2d(3, config.patch_dim, config.patch_size, stride=config.patch_size),
+        nn.GroupNorm(config.patch_dim, config.patch_dim),
+    )
+
+
+def _level(level: nn.ModuleDict, x: Tensor, codes: Tensor) -> Tensor:
+    """One level of the decoder."""
+    return level["upsample"](level["blocks"](level["norm"](x, codes)))

@@ -1,0 +1,593 @@
+"""Images as files of tokens, from which a generator is trained.
+
+A folder of tokens is `tokens.json`, which says what they are, and for each K its shards, such as
+`k00144/tokens-00000.safetensors`. A shard holds a fixed number of images in the order of the data,
+one row for each or, where mirror images are kept too, two. It appears in one instant when it is
+complete and says nothing of when and by whom, so encoding may be stopped, shared out among
+processes and repeated, and gives the same bytes. In the end `tokens.json` is sealed with the hash
+of every shard, and each is compared with it before it is first read.
+
+Shape letters: B rows of a batch, N rows of a shard, L grid tokens, K kept tokens.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from torch import Tensor
+
+from mergevq.checkpoint import from_json, read_json, to_json, write_json
+from mergevq.config import FORMAT_VERSION
+from mergevq.merge import Source
+
+RECORD = "tokens.json"
+
+# What the shards of one number have in common, whatever their K.
+_SHARED = ("label", "position", "mirrored")
+_AGAIN = "run the same `mergevq encode` again, it goes on where it stopped"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenRecord:
+    """What the tokens of a folder are and what they were made from."""
+
+    tokenizer: str
+    """Hash of the tokenizer (`checkpoint.model_hash`)."""
+    num_kept: tuple[int, ...]
+    """Each K that every image was encoded with, smallest first."""
+    num_bits: int
+    """D: bits of a token."""
+    grid_shape: tuple[int, int]
+    """Rows and columns of the grid."""
+    data: str
+    """Where the images came from."""
+    images: str
+    """SHA-256 over the names and labels of the images, in order."""
+    num_images: int
+    """Images of the data, counting those that cannot be read."""
+    class_names: tuple[str, ...]
+    """One name per class, in label order; empty when the data are unlabelled."""
+    crop: Literal["center"] = "center"
+    """Which square of an image was encoded, after its short side was resized."""
+    flip: bool = False
+    """Whether the row of an image is followed by the row of its mirror image."""
+    shard_size: int = 1024
+    """Images of a shard; the last may have fewer."""
+
+    def __post_init__(self) -> None:
+        """Reject what cannot be numbered."""
+        for name in ("num_images", "shard_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if not self.num_kept or list(self.num_kept) != sorted(set(self.num_kept)):
+            raise ValueError(f"num_kept {self.num_kept} must be different numbers in order")
+
+    @property
+    def num_tokens(self) -> int:
+        """L: cells of the grid."""
+        return self.grid_shape[0] * self.grid_shape[1]
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are; 0 when the data are unlabelled."""
+        return len(self.class_names)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards for each K."""
+        return -(-self.num_images // self.shard_size)
+
+    def images_of(self, number: int) -> range:
+        """Where in the data the images of a shard are."""
+        first = number * self.shard_size
+        return range(first, min(first + self.shard_size, self.num_images))
+
+
+def require_tokenizer(record: TokenRecord, tokenizer: str) -> None:
+    """Check that tokens are those of a tokenizer.
+
+    Args:
+        record: what the tokens are.
+        tokenizer: hash of the tokenizer (`checkpoint.model_hash`).
+
+    Raises:
+        ValueError: they are another's.
+    """
+    if record.tokenizer != tokenizer:
+        raise ValueError(
+            f"the tokens are of tokenizer {record.tokenizer} and must be of {tokenizer}: a number "
+            "means another thing to each; encode the images again"
+        )
+
+
+class _Shard(NamedTuple):
+    """What `tokens.json` says of a shard."""
+
+    num_rows: int
+    sha256: str
+
+
+# ------------------------------------------------------------------------------------- writing
+
+
+class TokenRows(NamedTuple):
+    """Rows of a shard, in the order of the data."""
+
+    indices: Int64[Tensor, "n k"]
+    """In [0, 2**D), in canonical order."""
+    source: Int64[Tensor, "n l"]
+    """Kept token of each cell, in [0, K)."""
+    label: Int64[Tensor, "n"]
+    """Class, -1 for none."""
+    position: Int64[Tensor, "n"]
+    """Where in the data the image is."""
+    mirrored: Int64[Tensor, "n"]
+    """1 for a mirror image, 0 for the image itself."""
+
+
+def claim(directory: Path, record: TokenRecord, environment: Mapping[str, Any]) -> None:
+    """Begin a folder of tokens or go on with one; by one process, before shards are written.
+
+    A complete folder is checked and left as it is.
+
+    Args:
+        directory: where the tokens go.
+        record: what they will be.
+        environment: what they may depend on besides; each different one is kept in the file.
+
+    Raises:
+        ValueError: the folder has other tokens.
+        RuntimeError: a shard in it is damaged.
+    """
+    environments: list[Any] = []
+    if (directory / RECORD).is_file():
+        state = _read_state(directory)
+        if differences := _differences(state["record"], to_json(record)):
+            raise ValueError(
+                f"{directory} holds other tokens than are asked for; choose another folder or "
+                f"delete this one:\n{differences}"
+            )
+        missing = missing_shards(directory, record, range(record.num_shards))
+        if state["shards"] is not None:
+            for num_kept, shards in _sealed(state).items():
+                for number, shard in enumerate(shards):
+                    if num_kept not in missing.get(number, ()):
+                        # Or `finish` would seal whatever is there now.
+                        _check_seal(_shard_path(directory, num_kept, number), shard)
+            if not missing:
+                return
+        environments = state["environments"]
+    if environment not in environments:
+        environments = [*environments, dict(environment)]
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_state(directory, record, environments=environments)
+
+
+def missing_shards(
+    directory: Path, record: TokenRecord, numbers: Collection[int]
+) -> dict[int, tuple[int, ...]]:
+    """Which of the shards of these numbers are still to be written, as the K of each number.
+
+    Raises:
+        RuntimeError: a shard is there and is damaged.
+    """
+    missing: dict[int, tuple[int, ...]] = {}
+    for number in numbers:
+        for num_kept in record.num_kept:
+            path = _shard_path(directory, num_kept, number)
+            if path.is_file():
+                _map_shard(path)
+            else:
+                missing[number] = (*missing.get(number, ()), num_kept)
+    return missing
+
+
+def write_shard(
+    directory: Path,
+    record: TokenRecord,
+    number: int,
+    rows: TokenRows,
+    *,
+    broken: Sequence[str],
+) -> None:
+    """Write one shard, whole or not at all.
+
+    Args:
+        directory: a folder that `claim` has begun.
+        record: what its tokens are.
+        number: of the shard.
+        rows: what it holds; their K says where it belongs.
+        broken: names of its images that cannot be read.
+    """
+    num_kept = rows.indices.shape[1]
+    largest = {"indices": 2**record.num_bits - 1, "source": num_kept - 1, "mirrored": 1}
+    arrays = {
+        name: tensor.numpy().astype(_smallest(largest[name]) if name in largest else np.int64)
+        for name, tensor in rows._asdict().items()
+    }
+    # One entry: with several, their order in the file would be chance.
+    content = save(arrays, {"broken": json.dumps(list(broken))})
+    path = _shard_path(directory, num_kept, number)
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def finish(directory: Path) -> None:
+    """Seal a folder whose shards are all written; by one process.
+
+    Raises:
+        RuntimeError: a shard is missing or damaged, or has other images than another K's.
+    """
+    state = _read_state(directory)
+    record = _record(directory, state)
+    if state["shards"] is not None:
+        return
+    missing = missing_shards(directory, record, range(record.num_shards))
+    if missing:
+        number, (num_kept, *_) = next(iter(missing.items()))
+        raise RuntimeError(
+            f"{_shard_path(directory, num_kept, number)} is missing, and {len(missing) - 1} more "
+            f"of {record.num_shards}; {_AGAIN}"
+        )
+    shards: dict[int, list[_Shard]] = {num_kept: [] for num_kept in record.num_kept}
+    broken: list[str] = []
+    for number in range(record.num_shards):
+        paths = [_shard_path(directory, num_kept, number) for num_kept in record.num_kept]
+        first = _map_shard(paths[0])
+        for num_kept, path in zip(record.num_kept, paths, strict=True):
+            arrays = _map_shard(path).arrays
+            if not all(np.array_equal(arrays[name], first.arrays[name]) for name in _SHARED):
+                raise RuntimeError(
+                    f"{path} has other images than {paths[0]}: the data changed in between; "
+                    f"delete both and {_AGAIN}"
+                )
+            shards[num_kept].append(_Shard(len(arrays["label"]), _sha256(path)))
+        broken += first.broken
+    _write_state(
+        directory, record, environments=state["environments"], shards=shards, broken=broken
+    )
+
+
+# ------------------------------------------------------------------------------------- reading
+
+
+class TokenBatch(NamedTuple):
+    """Tokens of some images, for one K."""
+
+    indices: Int64[Tensor, "b k"]
+    """In [0, 2**D), in canonical order."""
+    source: Source
+    """Which of them each cell of the grid copies."""
+    label: Int64[Tensor, "b"]
+    """Class, -1 for none."""
+
+
+class Origin(NamedTuple):
+    """What rows were made from."""
+
+    position: Int64[Tensor, "b"]
+    """Where in the data the image is."""
+    mirrored: Int64[Tensor, "b"]
+    """1 for a mirror image, 0 for the image itself."""
+
+
+class TokenDataset:
+    """A sized, map-style collection of encoded images, read from disk when they are asked for.
+
+    With `record.flip` an image is two rows, so a pass over all rows shows it twice.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        record: TokenRecord,
+        shards: Mapping[int, Sequence[_Shard]],
+        broken: tuple[str, ...],
+    ) -> None:
+        self.directory = directory
+        self.record = record
+        self.broken = broken
+        """Names of the images that could not be read, which have no rows."""
+        self._shards = shards
+        num_rows = [shard.num_rows for shard in shards[record.num_kept[0]]]
+        self._first_rows = np.cumsum([0, *num_rows])
+        self._mapped: dict[tuple[int, int], dict[str, NDArray[Any]]] = {}
+
+    def __len__(self) -> int:
+        return int(self._first_rows[-1])
+
+    @property
+    def num_kept(self) -> tuple[int, ...]:
+        """Each K there is, smallest first."""
+        return self.record.num_kept
+
+    def batch(self, positions: Sequence[int], num_kept: int | None = None) -> TokenBatch:
+        """Read rows.
+
+        Args:
+            positions: rows in [0, len), in any order.
+            num_kept: K; None where there is only one.
+
+        Raises:
+            ValueError: there is no such row or K.
+            RuntimeError: a shard is missing or damaged.
+        """
+        chosen = self._resolve(num_kept)
+        return TokenBatch(
+            indices=self._read("indices", positions, chosen),
+            source=Source(self._read("source", positions, chosen), chosen),
+            label=self._read("label", positions, chosen),
+        )
+
+    def origin(self, positions: Sequence[int]) -> Origin:
+        """Which images rows were made from.
+
+        Raises:
+            ValueError: there is no such row.
+            RuntimeError: a shard is missing or damaged.
+        """
+        num_kept = self.num_kept[0]
+        return Origin(
+            position=self._read("position", positions, num_kept),
+            mirrored=self._read("mirrored", positions, num_kept),
+        )
+
+    def _resolve(self, num_kept: int | None) -> int:
+        """The K that is meant.
+
+        Raises:
+            ValueError: there is no such K, or none was named and there are several.
+        """
+        if num_kept is None and len(self.num_kept) == 1:
+            return self.num_kept[0]
+        if num_kept not in self.num_kept:
+            choices = " or ".join(map(str, self.num_kept))
+            raise ValueError(
+                f"num_kept ({num_kept}) must be {choices}, of which {self.directory} has tokens"
+            )
+        return num_kept
+
+    def _read(self, name: str, positions: Sequence[int], num_kept: int) -> Int64[Tensor, "b *rest"]:
+        """One tensor's rows.
+
+        Raises:
+            ValueError: there is no such row.
+        """
+        rows = np.asarray(positions, dtype=np.int64)
+        outside = rows[(rows < 0) | (rows >= len(self))]
+        if outside.size:
+            raise ValueError(f"position ({outside[0]}) must be in [0, {len(self)}), the rows")
+        width = {"indices": (num_kept,), "source": (self.record.num_tokens,)}.get(name, ())
+        values = np.empty((len(rows), *width), dtype=np.int64)
+        numbers = np.searchsorted(self._first_rows, rows, side="right") - 1
+        for number in np.unique(numbers).tolist():
+            here = numbers == number
+            values[here] = self._arrays(num_kept, number)[name][
+                rows[here] - self._first_rows[number]
+            ]
+        return torch.from_numpy(values)
+
+    def _arrays(self, num_kept: int, number: int) -> dict[str, NDArray[Any]]:
+        """A shard's arrays in mapped memory; checked when they are first asked for."""
+        if (num_kept, number) not in self._mapped:
+            path = _shard_path(self.directory, num_kept, number)
+            _check_seal(path, self._shards[num_kept][number])
+            self._mapped[num_kept, number] = _map_shard(path).arrays
+        return self._mapped[num_kept, number]
+
+
+def open_tokens(directory: str | Path) -> TokenDataset:
+    """Open a folder of tokens; no shard is read yet.
+
+    Raises:
+        ValueError: there are no tokens, or not all of them.
+    """
+    directory = Path(directory)
+    state = _read_state(directory)
+    record = _record(directory, state)
+    if state["shards"] is None:
+        raise ValueError(f"{directory} is not complete; {_AGAIN}")
+    return TokenDataset(directory, record, _sealed(state), tuple(state["broken"]))
+
+
+def token_batches(
+    dataset: TokenDataset,
+    *,
+    batch_size: int,
+    num_steps: int,
+    start_step: int = 0,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_kept: Callable[[int], int] | None = None,
+) -> Iterator[TokenBatch]:
+    """This rank's batches of steps `start_step` to `num_steps - 1`.
+
+    Sample k of the run is row k mod N of an order of its epoch, k // N, as in `data.train_batches`.
+
+    Args:
+        dataset: N rows; fewer than a batch are fine.
+        batch_size: rows per step over all ranks.
+        num_steps: length of the whole run.
+        start_step: first step to give: those before are skipped without reading anything.
+        seed: of the orders.
+        rank: which contiguous share of every batch to give.
+        world_size: number of ranks.
+        num_kept: K of a step; None where there is only one.
+
+    Raises:
+        ValueError: a number is impossible.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank ({rank}) must be in [0, world_size ({world_size}))")
+    if batch_size < 1 or batch_size % world_size:
+        raise ValueError(
+            f"batch_size ({batch_size}) must be a positive multiple of the number of ranks "
+            f"({world_size})"
+        )
+    if start_step < 0:
+        raise ValueError(f"start_step ({start_step}) must be at least 0")
+    if len(dataset) == 0:
+        raise ValueError(f"{dataset.directory} has no tokens: none of its images can be read")
+    share = batch_size // world_size
+    steps = range(start_step, num_steps)
+    starts = (step * batch_size + rank * share for step in steps)
+    batches = _in_order(len(dataset), seed, (range(start, start + share) for start in starts))
+    kept = (None if num_kept is None else num_kept(step) for step in steps)
+    return (dataset.batch(*arguments) for arguments in zip(batches, kept, strict=True))
+
+
+def _in_order(num_rows: int, seed: int, batches: Iterator[range]) -> Iterator[list[int]]:
+    """Turn numbers of samples into rows, batch by batch."""
+    epoch, order = -1, torch.empty(0, dtype=torch.int64)
+    for batch in batches:
+        rows: list[int] = []
+        for k in batch:
+            if k // num_rows != epoch:
+                epoch = k // num_rows
+                order = torch.randperm(num_rows, generator=_epoch_generator(seed, epoch))
+            rows.append(int(order[k % num_rows]))
+        yield rows
+
+
+def _epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """Random numbers of the order of one epoch."""
+    digest = hashlib.blake2b(f"order/{seed}/{epoch}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+# --------------------------------------------------------------------------------------- files
+
+
+class _Mapped(NamedTuple):
+    """A shard's content; memory is filled from the file as it is touched."""
+
+    arrays: dict[str, NDArray[Any]]
+    broken: list[str]
+
+
+def _shard_path(directory: Path, num_kept: int, number: int) -> Path:
+    """Where a shard is."""
+    return directory / f"k{num_kept:05d}" / f"tokens-{number:05d}.safetensors"
+
+
+def _smallest(largest: int) -> type[np.integer]:
+    """The smallest type that holds 0 to `largest`, which has at most 63 bits."""
+    types = (np.uint8, np.uint16, np.uint32)
+    return next((kind for kind in types if largest <= np.iinfo(kind).max), np.int64)
+
+
+def _map_shard(path: Path) -> _Mapped:
+    """Map a shard into memory.
+
+    Raises:
+        RuntimeError: it is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            # Through torch, which maps the file; the numpy side of the library copies it.
+            arrays = {name: file.get_tensor(name).numpy() for name in TokenRows._fields}
+            return _Mapped(arrays, json.loads(file.metadata()["broken"]))
+    except SafetensorError as error:
+        raise RuntimeError(f"{path} is damaged ({error}); delete it and {_AGAIN}") from error
+
+
+def _check_seal(path: Path, shard: _Shard) -> None:
+    """Compare a shard with what was written.
+
+    Raises:
+        RuntimeError: it is missing, damaged or another's.
+    """
+    if not path.is_file():
+        raise RuntimeError(f"{path} is missing; {_AGAIN}")
+    if _sha256(path) != shard.sha256:
+        raise RuntimeError(
+            f"{path} is damaged or replaced: it is not the file that {RECORD} was written for; "
+            f"delete it and {_AGAIN}"
+        )
+
+
+def _sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_state(directory: Path) -> dict[str, Any]:
+    """Content of `tokens.json`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not (directory / RECORD).is_file():
+        raise ValueError(
+            f"{directory} holds no tokens: there is no {RECORD}; `mergevq encode` writes them"
+        )
+    return read_json(directory / RECORD)
+
+
+def _record(directory: Path, state: Mapping[str, Any]) -> TokenRecord:
+    """What the tokens are."""
+    return from_json(TokenRecord, state["record"], where=str(directory / RECORD))
+
+
+def _sealed(state: Mapping[str, Any]) -> dict[int, list[_Shard]]:
+    """What a complete folder says of its shards, by K."""
+    return {
+        int(num_kept): [_Shard(**shard) for shard in shards]
+        for num_kept, shards in state["shards"].items()
+    }
+
+
+def _write_state(
+    directory: Path,
+    record: TokenRecord,
+    *,
+    environments: Sequence[Any],
+    shards: Mapping[int, Sequence[_Shard]] | None = None,
+    broken: Sequence[str] | None = None,
+) -> None:
+    """Write `tokens.json`; it has no shards until all are written."""
+    entries = None
+    if shards is not None:
+        entries = {str(k): [shard._asdict() for shard in group] for k, group in shards.items()}
+    state = {
+        "format_version": FORMAT_VERSION,
+        "kind": "tokens",
+        "record": to_json(record),
+        "environments": list(environments),
+        "broken": broken,
+        "shards": entries,
+    }
+    write_json(directory / RECORD, state)
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Settings of a folder that are not those asked for, a line each."""
+    lines = [
+        f"  {name}: {_abridge(there.get(name))} there, {_abridge(here.get(name))} asked for"
+        for name in {**there, **here}
+        if there.get(name) != here.get(name)
+    ]
+    return "\n".join(lines)
+
+
+def _abridge(value: object, limit: int = 70) -> str:
+    """A value, or its beginning; a hash has 64 letters."""
+    text = str(value)
+    return text if len(text) <= limit else f"{text[:limit]}.."

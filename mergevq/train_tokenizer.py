@@ -1,0 +1,628 @@
+"""Training a tokenizer: the loop, its checkpoints and what it writes while it runs.
+
+Source: Li et al. 2025, "MergeVQ", section 3 and appendix A.1 (arXiv:2504.00999).
+
+Every random number of step n depends only on (seed, n), so a checkpoint needs no generator's state
+to resume to the same bits: K, batch, crops and flips are drawn again from their numbers.
+"""
+
+import contextlib
+import copy
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mergevq import distributed
+from mergevq.checkpoint import CheckpointManager, load_state, save_model, save_state
+from mergevq.config import TokenizerRun
+from mergevq.data import Batch, ImageDataset, eval_batches, open_train_val, train_batches
+from mergevq.discriminator import Discriminator, fitting_num_layers
+from mergevq.interop import initialize_from_dinov2, read_vit
+from mergevq.losses import (
+    LeCam,
+    TokenizerLosses,
+    adversarial_weight,
+    discriminator_active,
+    discriminator_loss,
+    generator_loss,
+    reconstruction_loss,
+    source_loss,
+)
+from mergevq.metrics import CodebookUsage, CollapseMonitor
+from mergevq.optim import (
+    Ema,
+    NonFiniteGuard,
+    build_optimizer,
+    check_coverage,
+    clip,
+    gradient_scaler,
+    learning_rate,
+    set_learning_rate,
+)
+from mergevq.perceptual import Perceptual, load_perceptual, missing_weights
+from mergevq.pictures import contact_sheet, merge_map, to_pil
+from mergevq.quantize import quantize_losses
+from mergevq.reconstruction import measure
+from mergevq.run import (
+    MetricsLog,
+    Progress,
+    RunDirectory,
+    autocast,
+    on_sigterm,
+    resolve_device,
+    resolve_precision,
+    step_generator,
+)
+from mergevq.teachers import SelfTeacher, Teacher, build_teacher
+from mergevq.tokenizer import Tokenizer, TokenizerOutput
+
+logger = logging.getLogger("mergevq")
+
+_USAGE_WINDOW_BITS = 18
+"""Codebook usage is counted over this power of two of tokens, or all codes when they are fewer."""
+_COLLAPSE_REPORTS = 20
+"""Bad reports of codebook usage in a row before the run warns of a collapse."""
+_NUM_PICTURED = 8
+"""Images in a reconstruction grid."""
+
+
+class Pass(NamedTuple):
+    """What one forward pass of the tokenizer's side gives."""
+
+    output: TokenizerOutput
+    """Reconstruction, tokens, source logits."""
+    alignment: Float[Tensor, ""]
+    """Class token against the teacher; 0 without one."""
+
+
+class Objective(nn.Module):
+    """Tokenizer and alignment head as one module, so that data parallelism wraps them once."""
+
+    def __init__(self, tokenizer: Tokenizer, teacher: Teacher | None) -> None:
+        """Hold both."""
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.teacher = teacher
+
+    def forward(
+        self,
+        batch: Batch,
+        num_kept: int,
+        teacher_class_token: Float[Tensor, "b c"] | None,
+        *,
+        quantized: bool,
+    ) -> Pass:
+        """Run the tokenizer on the image, and its encoder on the student's view if there is one."""
+        output = self.tokenizer(batch.image, num_kept, batch.student_view, quantized=quantized)
+        if self.teacher is None:
+            return Pass(output, output.reconstruction.new_zeros((), dtype=torch.float32))
+        token = output.view_class_token
+        token = output.encoded.class_token if token is None else token
+        loss = self.teacher.loss(token, batch.label, batch.teacher_view, teacher_class_token)
+        return Pass(output, loss)
+
+
+@dataclass(kw_only=True)
+class State:
+    """Everything that changes while training; all of it is in a checkpoint."""
+
+    tokenizer: Tokenizer
+    teacher: Teacher | None
+    teacher_encoder: nn.Module | None
+    """Average of the encoder that teaches in self-distillation."""
+    discriminator: Discriminator
+    lecam: LeCam
+    optimizer: torch.optim.Optimizer
+    discriminator_optimizer: torch.optim.Optimizer
+    ema: Ema
+    usage: CodebookUsage
+    guard: NonFiniteGuard
+    discriminator_guard: NonFiniteGuard
+    scaler: torch.amp.GradScaler
+    step: int = 0
+
+    def _parts(self) -> dict[str, Any]:
+        """Everything with a state of its own, by the name it has in a checkpoint."""
+        parts = {
+            "tokenizer": self.tokenizer,
+            "teacher": self.teacher,
+            "teacher_encoder": self.teacher_encoder,
+            "discriminator": self.discriminator,
+            "lecam": self.lecam,
+            "optimizer": self.optimizer,
+            "discriminator_optimizer": self.discriminator_optimizer,
+            "ema": self.ema,
+            "guard": self.guard,
+            "discriminator_guard": self.discriminator_guard,
+            "scaler": self.scaler,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nested dict of tensors and plain values."""
+        state = {name: part.state_dict() for name, part in self._parts().items()}
+        return state | {"step": self.step, "usage": self.usage.window}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.step = state["step"]
+        self.usage.update(state["usage"][state["usage"] >= 0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What stays the same through a run."""
+
+    run: TokenizerRun
+    world: distributed.World
+    objective: nn.Module
+    """The tokenizer's side, wrapped for several ranks."""
+    judge: nn.Module
+    """The discriminator, wrapped for several ranks."""
+    perceptual: Perceptual | None
+    dtype: torch.dtype | None
+    """Of autocast; None is float32."""
+
+    @property
+    def has_adversary(self) -> bool:
+        """Whether a discriminator takes part."""
+        return self.run.loss.adversarial_weight > 0
+
+    def autocast(self) -> torch.autocast:
+        """Context of the run's precision."""
+        return autocast(self.world.device, self.dtype)
+
+
+def train(run: TokenizerRun, *, resume: bool = False) -> Path:
+    """Train a tokenizer; returns the directory of the finished model.
+
+    Args:
+        run: all settings.
+        resume: go on from the newest checkpoint in `run.out`; with none there, start.
+
+    Raises:
+        ValueError: settings, data or the run directory do not fit.
+        RuntimeError: losses stayed non-finite.
+    """
+    world = distributed.init(resolve_device(run.train.device))
+    try:
+        return _train(run, world, resume=resume)
+    finally:
+        distributed.shutdown()
+
+
+def _train(run: TokenizerRun, world: distributed.World, *, resume: bool) -> Path:
+    """The whole run on one rank."""
+    settings = run.train
+    distributed.local_batch(settings.batch_size, world, accumulation=settings.accumulation)
+    train_set, val_set = open_train_val(run.data)
+    state, setting = build(run, world, num_classes=train_set.num_classes)
+    directory = RunDirectory(run.out)
+    if distributed.is_main():
+        directory.open(run, device=world.device, resume=resume)
+    manager = CheckpointManager(directory.checkpoints, keep_last=settings.keep_last)
+    latest = distributed.broadcast_object(manager.latest()) if resume else None
+    if latest is not None:
+        state.load_state_dict(load_state(latest / "state"))
+    log = MetricsLog(directory.metrics, first_step=state.step, tensorboard=settings.tensorboard)
+    bar = Progress(
+        settings.num_steps * settings.batch_size,
+        done=state.step * settings.batch_size,
+        unit="image",
+    )
+    monitor = CollapseMonitor(_COLLAPSE_REPORTS)
+    logged_at, logged_step = time.monotonic(), state.step
+    with on_sigterm() as signal, contextlib.closing(bar), contextlib.closing(log):
+        for batch in run_batches(run, world, train_set, state.step):
+            step = state.step
+            numbers = train_step(state, setting, batch)
+            state.step += 1
+            bar.update(settings.batch_size)
+            last = state.step == settings.num_steps
+            logging_due = step % settings.log_every == 0 or last
+            if logging_due:
+                seconds, logged_at = time.monotonic() - logged_at, time.monotonic()
+                num_images = (state.step - logged_step) * settings.batch_size
+                numbers["images_per_second"] = num_images / seconds
+                logged_step = state.step
+                numbers |= _usage_numbers(state.usage, monitor)
+            if validating := state.step % settings.eval_every == 0 or last:
+                numbers |= _validate(state, setting, val_set)
+            if logging_due or validating:
+                log.write(step, numbers, shown=_shown(numbers))
+            if state.step % settings.image_every == 0 or last:
+                _picture(state, setting, val_set, directory.images)
+            # Every rank learns of a signal to any of them, so all stop after the same step.
+            stopping = bool(distributed.sum(torch.tensor(int(signal.requested))) > 0)
+            if state.step % settings.save_every == 0 or last or stopping:
+                _save(state, manager, directory.model)
+            if stopping and not last:
+                logger.warning("stopped after %d steps; go on with --resume", state.step)
+                break
+    return directory.model
+
+
+def build(
+    run: TokenizerRun, world: distributed.World, *, num_classes: int
+) -> tuple[State, Setting]:
+    """Make everything a run needs, the same on every rank."""
+    # The only use of the global generator: it fills fresh weights, and is put back after.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.train.seed)  # noqa: TID251 - layers fill themselves from it
+        tokenizer = _initial_tokenizer(run)
+        teacher = build_teacher(run.teacher, dim=run.model.dim, num_classes=num_classes)
+        discriminator = Discriminator(
+            num_layers=fitting_num_layers(run.model.image_size, num_layers=3)
+        )
+    device = world.device
+    # On CPUs the backward pass of group norm is many times slower in channels_last.
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    for module in (tokenizer, discriminator):
+        module.to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+        module.train()
+    tokenizer.set_checkpointing(enabled=run.train.checkpointing)
+    teacher_encoder = None
+    if teacher is not None:
+        teacher = teacher.to(device).train()
+    if isinstance(teacher, SelfTeacher):
+        teacher_encoder = copy.deepcopy(tokenizer.encoder).requires_grad_(requires_grad=False)
+    objective = Objective(tokenizer, teacher)
+    optimizer = build_optimizer([objective], run.optim, run.train.batch_size)
+    discriminator_optimizer = build_optimizer([discriminator], run.optim, run.train.batch_size)
+    check_coverage([objective, discriminator], [optimizer, discriminator_optimizer])
+    dtype = resolve_precision(run.train.precision, device)
+    window = 2 ** min(run.model.num_bits, _USAGE_WINDOW_BITS)
+    state = State(
+        tokenizer=tokenizer,
+        teacher=teacher,
+        teacher_encoder=teacher_encoder,
+        discriminator=discriminator,
+        lecam=LeCam().to(device),
+        optimizer=optimizer,
+        discriminator_optimizer=discriminator_optimizer,
+        ema=Ema(tokenizer, run.optim.ema_decay),
+        usage=CodebookUsage(run.model.num_bits, window=window, device=device),
+        guard=NonFiniteGuard(run.train.max_nonfinite),
+        discriminator_guard=NonFiniteGuard(run.train.max_nonfinite),
+        scaler=gradient_scaler(device, dtype),
+    )
+    setting = Setting(
+        run=run,
+        world=world,
+        objective=distributed.wrap(objective),
+        judge=distributed.wrap(discriminator),
+        perceptual=_perceptual(run, device),
+        dtype=dtype,
+    )
+    return state, setting
+
+
+def _initial_tokenizer(run: TokenizerRun) -> Tokenizer:
+    """Random, filled from a ViT, or another tokenizer's weights."""
+    tokenizer = Tokenizer(replace(run.model, kept_range=_kept_range(run)))
+    if run.init_vit is not None:
+        initialize_from_dinov2(tokenizer, read_vit(run.init_vit))
+    if run.init_from is not None:
+        tokenizer.load_state_dict(Tokenizer.from_pretrained(run.init_from).state_dict())
+        if run.loss.adversarial_weight > 0:
+            logger.warning(
+                "starting from %s with a fresh discriminator: it is trained from step %d, and its "
+                "verdict counts from step %d",
+                run.init_from,
+                run.loss.discriminator_start_step,
+                run.loss.adversarial_start_step,
+            )
+    return tokenizer
+
+
+def _kept_range(run: TokenizerRun) -> tuple[int, int]:
+    """The K a run trains on, which the saved model remembers."""
+    return min(run.kept.candidates), max(run.kept.candidates)
+
+
+def _perceptual(run: TokenizerRun, device: torch.device) -> Perceptual | None:
+    """The LPIPS network, or None and a notice."""
+    if run.loss.perceptual_weight == 0:
+        return None
+    network = load_perceptual(run.loss.perceptual_trunk, run.loss.perceptual_path)
+    if network is None:
+        logger.warning(
+            "training WITHOUT perceptual loss: %s", missing_weights(run.loss.perceptual_trunk)
+        )
+        return None
+    return network.to(device)
+
+
+def run_batches(
+    run: TokenizerRun, world: distributed.World, dataset: ImageDataset, start_step: int
+) -> Iterator[Batch]:
+    """This rank's batches, with the views its teacher needs."""
+    learns_from_view = run.teacher.kind in ("self", "dinov2", "huggingface")
+    frozen = run.teacher.kind in ("dinov2", "huggingface")
+    return train_batches(
+        dataset,
+        run.data,
+        image_size=run.model.image_size,
+        batch_size=run.train.batch_size,
+        num_steps=run.train.num_steps,
+        start_step=start_step,
+        seed=run.train.seed,
+        rank=world.rank,
+        world_size=world.world_size,
+        student_size=(run.teacher.view_size or run.model.image_size) if learns_from_view else None,
+        teacher_size=run.teacher.teacher_size if frozen else None,
+        num_workers=run.data.num_workers,
+    )
+
+
+def draw_num_kept(run: TokenizerRun, step: int) -> int:
+    """K of a step: the same on every rank, and again after a resume."""
+    probabilities = torch.tensor(run.kept.probabilities, dtype=torch.float64)
+    chosen = torch.multinomial(
+        probabilities, 1, generator=step_generator(run.train.seed, "kept", step)
+    )
+    return run.kept.candidates[int(chosen)]
+
+
+def train_step(state: State, setting: Setting, batch: Batch) -> dict[str, float]:
+    """One optimizer step of both sides; returns what is worth logging."""
+    run = setting.run
+    num_kept = draw_num_kept(run, state.step)
+    rate = learning_rate(state.step, run.optim, run.train.num_steps, run.train.batch_size)
+    set_learning_rate(state.optimizer, rate)
+    set_learning_rate(state.discriminator_optimizer, rate)
+    parts = _cut(batch, run.train.accumulation, setting.world.device)
+    numbers, reconstructions = update_tokenizer(state, setting, parts, num_kept)
+    if discriminator_active(state.step, run.loss):
+        numbers |= update_discriminator(state, setting, parts, reconstructions)
+    return numbers | {"lr": rate, "num_kept": num_kept}
+
+
+def update_tokenizer(
+    state: State, setting: Setting, parts: list[Batch], num_kept: int
+) -> tuple[dict[str, float], list[Float[Tensor, "b 3 h w"]]]:
+    """One step of the tokenizer's side, over accumulated parts, with the discriminator frozen.
+
+    Returns:
+        Numbers for the log, and the reconstruction of each part for the discriminator.
+    """
+    run, sums, reconstructions = setting.run, {}, []
+    state.discriminator.requires_grad_(requires_grad=False)
+    state.optimizer.zero_grad(set_to_none=True)
+    for position, part in enumerate(parts):
+        syncs = position == len(parts) - 1
+        with distributed.no_sync(setting.objective, active=not syncs):
+            with setting.autocast():
+                losses, output = tokenizer_losses(state, setting, part, num_kept)
+            total = losses.total(run.loss, adversarial_weight(state.step, run.loss))
+            state.scaler.scale(total / len(parts)).backward()
+        reconstructions.append(output.reconstruction.detach())
+        state.usage.update(output.encoded.indices)
+        for name, value in [("loss", total), *losses._asdict().items()]:
+            sums[name] = sums.get(name, 0) + value.detach() / len(parts)
+    state.discriminator.requires_grad_(requires_grad=True)
+    state.scaler.unscale_(state.optimizer)
+    numbers = {
+        f"grad_norm_{name}": _norm(module) for name, module in state.tokenizer.named_children()
+    }
+    norm = clip(setting.objective.parameters(), run.optim.clip_norm)
+    if state.guard.check(state.step, sums | {"grad_norm": norm}):
+        state.scaler.step(state.optimizer)
+        state.ema.update()
+        _update_teacher(state, run.teacher.momentum)
+    else:
+        indices = [part.index.tolist() for part in parts]
+        logger.warning("step %d is not finite and is skipped; images %s", state.step, indices)
+    state.scaler.update()
+    numbers = {name: float(distributed.mean(value)) for name, value in sums.items()} | numbers
+    return numbers | {"grad_norm": float(norm), "num_skipped": state.guard.num_skipped}, (
+        reconstructions
+    )
+
+
+def tokenizer_losses(
+    state: State, setting: Setting, batch: Batch, num_kept: int
+) -> tuple[TokenizerLosses, TokenizerOutput]:
+    """Every term for one part of a batch."""
+    run = setting.run
+    teacher_token = None
+    if state.teacher_encoder is not None:
+        with torch.no_grad():
+            teacher_token = state.teacher_encoder(batch.image, num_kept).class_token
+    output, alignment = setting.objective(
+        batch, num_kept, teacher_token, quantized=state.step >= run.train.quantize_start_step
+    )
+    zero = torch.zeros((), device=batch.image.device)
+    quantizer = quantize_losses(output.encoded.latents, run.loss.entropy_temperature)
+    perceptual, adversarial = zero, zero
+    if setting.perceptual is not None:
+        perceptual = setting.perceptual(output.reconstruction, batch.image).mean()
+    if adversarial_weight(state.step, run.loss) > 0:
+        adversarial = generator_loss(state.discriminator(output.reconstruction))
+    losses = TokenizerLosses(
+        reconstruction=reconstruction_loss(batch.image, output.reconstruction),
+        perceptual=perceptual,
+        adversarial=adversarial,
+        commitment=quantizer.commitment,
+        entropy=quantizer.entropy,
+        source=source_loss(output.source_logits, output.encoded.source),
+        alignment=alignment,
+    )
+    return losses, output
+
+
+def update_discriminator(
+    state: State,
+    setting: Setting,
+    parts: list[Batch],
+    reconstructions: list[Float[Tensor, "b 3 h w"]],
+) -> dict[str, float]:
+    """One step of the discriminator on images and detached reconstructions."""
+    run, sums = setting.run, {}
+    state.discriminator_optimizer.zero_grad(set_to_none=True)
+    for position, (part, fake) in enumerate(zip(parts, reconstructions, strict=True)):
+        syncs = position == len(parts) - 1
+        with distributed.no_sync(setting.judge, active=not syncs):
+            with setting.autocast():
+                logits = setting.judge(torch.cat([part.image, fake.to(part.image.dtype)]))
+            real_logits, fake_logits = logits.chunk(2)
+            loss = discriminator_loss(real_logits, fake_logits)
+            lecam = state.lecam(real_logits, fake_logits)
+            total = loss + run.loss.lecam_weight * lecam
+            (total / len(parts)).backward()
+        state.lecam.update(real_logits, fake_logits)
+        values = {
+            "discriminator_loss": loss,
+            "lecam": lecam,
+            "logits_real": real_logits.mean(),
+            "logits_fake": fake_logits.mean(),
+        }
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0) + value.detach().float() / len(parts)
+    norm = clip(state.discriminator.parameters(), run.optim.clip_norm)
+    if state.discriminator_guard.check(state.step, sums | {"grad_norm_discriminator": norm}):
+        state.discriminator_optimizer.step()
+    numbers = {name: float(distributed.mean(value)) for name, value in sums.items()}
+    numbers["adversarial_weight"] = adversarial_weight(state.step, run.loss)
+    return numbers | {"grad_norm_discriminator": float(norm)}
+
+
+def _cut(batch: Batch, num_parts: int, device: torch.device) -> list[Batch]:
+    """Move a batch to the device and cut it for accumulation."""
+    columns = [
+        [None] * num_parts
+        if column is None
+        else column.to(device, non_blocking=True).chunk(num_parts)
+        for column in batch
+    ]
+    return [Batch(*part) for part in zip(*columns, strict=True)]
+
+
+def _shown(numbers: dict[str, float]) -> set[str]:
+    """What the log line shows of them: every term that is not 0, and what tells a bad run."""
+    wanted = {"loss", "lr", "num_kept", "grad_norm", "codebook_usage", "images_per_second"}
+    wanted |= {name for name in TokenizerLosses._fields if numbers.get(name)}
+    return wanted | {name for name in numbers if name.startswith(("psnr", "num_skipped"))}
+
+
+@torch.no_grad()
+def _update_teacher(state: State, momentum: float) -> None:
+    """In self-distillation, move the averaged encoder and head after the student's."""
+    if state.teacher_encoder is None or not isinstance(state.teacher, SelfTeacher):
+        return
+    pairs = zip(
+        state.teacher_encoder.parameters(), state.tokenizer.encoder.parameters(), strict=True
+    )
+    for average, parameter in pairs:
+        average.lerp_(parameter, 1 - momentum)
+    state.teacher.update(momentum)
+
+
+def _norm(module: nn.Module) -> float:
+    """Gradient norm of a part of the model."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def _usage_numbers(usage: CodebookUsage, monitor: CollapseMonitor) -> dict[str, float]:
+    """Codebook use over the window, and a warning when it collapses."""
+    statistics = usage.compute()
+    warning = monitor.update(statistics)
+    if warning is not None:
+        logger.warning(warning)
+    return {
+        "codebook_usage": statistics.usage,
+        "perplexity": statistics.perplexity,
+        "num_dead_bits": statistics.num_dead_bits,
+        "min_bit_entropy": float(statistics.bit_entropies.min()),
+    }
+
+
+def _validate(state: State, setting: Setting, dataset: ImageDataset) -> dict[str, float]:
+    """Reconstruct validation images with the averaged weights at every stated K."""
+    run = setting.run
+    numbers = {}
+    state.tokenizer.eval()
+    with state.ema.swap():
+        for num_kept in run.train.eval_num_kept or (run.model.num_kept,):
+            batches = eval_batches(
+                dataset,
+                image_size=run.model.image_size,
+                batch_size=min(64, run.train.num_eval_images),
+                max_images=run.train.num_eval_images,
+                rank=setting.world.rank,
+                world_size=setting.world.world_size,
+                num_workers=0,
+            )
+            measured = measure(
+                state.tokenizer,
+                batches,
+                num_kept,
+                perceptual=setting.perceptual,
+                autocast=setting.autocast(),
+            )
+            numbers |= {f"{name}@{num_kept}": value for name, value in measured}
+    state.tokenizer.train()
+    return numbers
+
+
+@torch.no_grad()
+def _picture(state: State, setting: Setting, dataset: ImageDataset, folder: Path) -> None:
+    """Write a grid: original, merge map, given source, recovered source."""
+    if not distributed.is_main():
+        return
+    run, device = setting.run, setting.world.device
+    batch = next(
+        eval_batches(
+            dataset,
+            image_size=run.model.image_size,
+            batch_size=_NUM_PICTURED,
+            max_images=_NUM_PICTURED,
+            num_workers=0,
+        )
+    )
+    state.tokenizer.eval()
+    with state.ema.swap(), setting.autocast():
+        image = batch.image.to(device)
+        given = state.tokenizer.reconstruct(image)
+        recovered = state.tokenizer.reconstruct(image, source="recovered")
+    state.tokenizer.train()
+    shape = given.encoded.grid_shape
+    rows = [
+        [
+            to_pil(image[i]),
+            merge_map(image[i], given.source.index[i], shape),
+            to_pil(given.image[i].float()),
+            to_pil(recovered.image[i].float()),
+        ]
+        for i in range(len(image))
+    ]
+    titles = ["original", f"{run.model.num_kept} tokens", "given source", "recovered source"]
+    folder.mkdir(parents=True, exist_ok=True)
+    contact_sheet(rows, titles).save(folder / f"step-{state.step:08d}.png")
+
+
+def _save(state: State, manager: CheckpointManager, model: Path) -> None:
+    """Write a checkpoint to resume from, and the averaged model to use."""
+    if not distributed.is_main():
+        distributed.barrier()
+        return
+    manager.save(state.step, lambda path: save_state(path / "state", state.state_dict()))
+    with state.ema.swap():
+        save_model(
+            model,
+            state.tokenizer.state_dict(),
+            state.tokenizer.config,
+            kind="tokenizer",
+            extra={"step": state.step},
+        )
+    distributed.barrier()

@@ -1,0 +1,219 @@
+"""Blocks of the generator: rotary attention with a cache, gated feed-forward, MergeAR's visibility.
+
+Source: Sun et al. 2024, "Autoregressive Model Beats Diffusion: Llama for Scalable Image
+Generation", section 2.2 (blocks, 2-D rotary embedding, arXiv:2406.06525); Li et al. 2025,
+"MergeVQ", equation 12 and figure 6 (visibility, arXiv:2504.00999).
+
+Shape letters: B batch, N inputs, M keys, T tokens of a sequence, C channels, H heads, G heads of
+keys and values, D channels of a head, R is B or 1.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+NORM_EPS = 1e-5
+"""Of every normalisation, as in LlamaGen."""
+ROTATION_BASE = 10000.0
+"""Longest wavelength of the rotary embedding over 2 pi, in cells."""
+
+
+class Rotation(NamedTuple):
+    """Angles of the rotary embedding, one for each pair of a head's channels."""
+
+    cos: Float[Tensor, "r 1 n pairs"]
+    """Cosines."""
+    sin: Float[Tensor, "r 1 n pairs"]
+    """Sines."""
+
+
+def rotation(positions: Float[Tensor, "r n 2"], head_dim: int) -> Rotation:
+    """Angles for positions on a plane: half of the channel pairs turn by row, half by column."""
+    pairs = head_dim // 4
+    frequencies = ROTATION_BASE ** (-torch.arange(pairs, device=positions.device) / pairs)
+    angles = (positions.float()[..., None] * frequencies).flatten(-2)[:, None]
+    return Rotation(angles.cos(), angles.sin())
+
+
+def rotate(x: Float[Tensor, "b h n d"], angles: Rotation) -> Float[Tensor, "b h n d"]:
+    """Turn each pair of neighbouring channels by its angle, in float32."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = (even * angles.cos - odd * angles.sin, even * angles.sin + odd * angles.cos)
+    return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
+
+
+def leaders(groups: Int64[Tensor, "b t"]) -> Int64[Tensor, "b t"]:
+    """For each position the first one of its row with the same value; a leader is its own."""
+    ordered, order = groups.sort(dim=1, stable=True)
+    index = torch.arange(groups.shape[1], device=groups.device).expand_as(groups)
+    starts = torch.zeros_like(ordered)
+    starts[:, 1:] = torch.where(ordered[:, 1:] != ordered[:, :-1], index[:, 1:], 0)
+    # Sorting is stable, so a run of equal values starts with the earliest of them.
+    return torch.zeros_like(order).scatter(1, order, order.gather(1, starts.cummax(1).values))
+
+
+def first_occurrence(groups: Int64[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
+    """Whether each position is the first of its row with that value."""
+    return leaders(groups) == torch.arange(groups.shape[1], device=groups.device)
+
+
+def merge_mask(first: Bool[Tensor, "b n"], window: int) -> Bool[Tensor, "b n n"]:
+    """Visibility of MergeAR: input j to query i iff j <= i and (i - j <= window or first[j]).
+
+    Args:
+        first: inputs that stay visible: the prefix, and first occurrences.
+        window: w of figure 6; earlier duplicates within it are visible too.
+    """
+    index = torch.arange(first.shape[1], device=first.device)
+    distance = index[:, None] - index[None, :]
+    return (distance >= 0) & ((distance <= window) | first[:, None, :])
+
+
+def merge_block_mask(first: Bool[Tensor, "b n"], window: int) -> BlockMask:
+    """`merge_mask` for flex attention, which skips blocks in which nothing is visible."""
+    batch, length = first.shape
+    return create_block_mask(
+        lambda row, _, query, key: (key <= query) & ((query - key <= window) | first[row, key]),
+        B=batch,
+        H=None,
+        Q_LEN=length,
+        KV_LEN=length,
+        device=str(first.device),
+    )
+
+
+class RmsNorm(nn.Module):
+    """Root-mean-square normalisation that keeps the type of its input, also under autocast."""
+
+    def __init__(self, dim: int) -> None:
+        """Start with a gain of 1."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Float[Tensor, "*shape c"]) -> Float[Tensor, "*shape c"]:
+        """Normalise the last axis, in float32 inside."""
+        return functional.rms_norm(x, x.shape[-1:], None, NORM_EPS) * self.weight.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with rotary positions, grouped key heads and an optional cache."""
+
+    def __init__(self, *, dim: int, num_heads: int, key_heads: int, qk_norm: bool) -> None:
+        """Make the projections; `dim` must be a multiple of `num_heads`, it one of `key_heads`."""
+        super().__init__()
+        self.num_heads, self.key_heads, self.head_dim = num_heads, key_heads, dim // num_heads
+        self.qkv = nn.Linear(dim, (num_heads + 2 * key_heads) * self.head_dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.query_norm = RmsNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.key_norm = RmsNorm(self.head_dim) if qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n c"],
+        angles: Rotation | None,
+        mask: Bool[Tensor, "r n m"] | BlockMask | None = None,
+        remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ) -> Float[Tensor, "b n c"]:
+        """Attend.
+
+        Args:
+            x: inputs.
+            angles: turned by these; None leaves queries and keys as they are.
+            mask: which keys (last axis) each input sees; None is all up to itself.
+            remember: given new keys and values, returns those to attend to.
+        """
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        sizes = [self.num_heads, self.key_heads, self.key_heads]
+        query, key, value = heads.split(sizes, dim=1)
+        query, key = self.query_norm(query), self.key_norm(key)
+        if angles is not None:
+            query, key = rotate(torch.cat([query, key], dim=1), angles).split(sizes[:2], dim=1)
+        if remember is not None:
+            key, value = remember(key, value)
+        return self.out(_attend(query, key, value, mask).transpose(1, 2).flatten(2))
+
+
+def _attend(
+    query: Float[Tensor, "b h n d"],
+    key: Float[Tensor, "b g m d"],
+    value: Float[Tensor, "b g m d"],
+    mask: Bool[Tensor, "r n m"] | BlockMask | None,
+) -> Float[Tensor, "b h n d"]:
+    """Scaled dot-product attention, by a block mask where there is one."""
+    grouped = query.shape[1] != key.shape[1]
+    if isinstance(mask, BlockMask):
+        attended = _compiled_flex_attention()(
+            query, key, value, block_mask=mask, enable_gqa=grouped
+        )
+        return attended[0] if isinstance(attended, tuple) else attended
+    # A lone query sees all keys; `is_causal` would align it with the first.
+    return functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=None if mask is None else mask[:, None],
+        is_causal=mask is None and query.shape[2] > 1,
+        enable_gqa=grouped,
+    )
+
+
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    """Flex attention is fast only when compiled, and compiling is for those who use it."""
+    return torch.compile(flex_attention)
+
+
+class SwiGlu(nn.Module):
+    """Gated feed-forward layer."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        """Make the projections; gate and value share one."""
+        super().__init__()
+        self.up = nn.Linear(dim, 2 * hidden_dim, bias=False)
+        self.down = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        """Apply to each token alone."""
+        gate, value = self.up(x).chunk(2, dim=-1)
+        return self.down(functional.silu(gate) * value)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        hidden_dim: int,
+        num_heads: int,
+        key_heads: int,
+        qk_norm: bool,
+        dropout: float,
+    ) -> None:
+        """Make the layers; `dim` must be a multiple of `num_heads`, it one of `key_heads`."""
+        super().__init__()
+        self.attention_norm = RmsNorm(dim)
+        self.attention = Attention(
+            dim=dim, num_heads=num_heads, key_heads=key_heads, qk_norm=qk_norm
+        )
+        self.ffn_norm = RmsNorm(dim)
+        self.ffn = SwiGlu(dim, hidden_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n c"],
+        angles: Rotation | None = None,
+        mask: Bool[Tensor, "r n m"] | BlockMask | None = None,
+        remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ) -> Float[Tensor, "b n c"]:
+        """Mix tokens, then channels; arguments are those of `Attention`."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), angles, mask, remember))
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))

@@ -1,0 +1,132 @@
+"""Slow and plain definitions that the package's fast code must equal.
+
+Written from the papers' text: source matrices are dense, codebooks are enumerated, one image and
+one token at a time, in double precision where rounding would matter.
+"""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+# ------------------------------------------------------------------------------- token merging
+
+
+def linear_schedule(num_merged: int, num_layers: int = 12) -> list[int]:
+    """Tokens to merge per layer as the authors' code computes them (their `parse_r`)."""
+
+    def ramp(mean: int) -> list[int]:
+        first = int(mean * 1.5)
+        step = (2 * mean - first - first) / (num_layers - 1)
+        return [int(first + step * layer) for layer in range(num_layers)]
+
+    mean = min(range(num_merged + 1), key=lambda mean: abs(sum(ramp(mean)) - num_merged))
+    counts = ramp(mean)
+    return [counts[0] + num_merged - sum(counts), *counts[1:]]
+
+
+def matching(keys: Tensor, num_merged: int) -> list[list[int]]:
+    """Bipartite soft matching of one image's (N, D) keys: the members of each remaining token.
+
+    Tokens that stay come first: unmerged candidates (odd positions), then destinations (even).
+    """
+    keys = keys.detach().double()
+    unit = keys / keys.norm(dim=1, keepdim=True)
+    destinations = list(range(0, len(keys), 2))
+    candidates = list(range(1, len(keys), 2))
+    best = {}
+    for candidate in candidates:
+        similarities = [float(unit[candidate] @ unit[other]) for other in destinations]
+        partner = similarities.index(max(similarities))
+        best[candidate] = (similarities[partner], destinations[partner])
+    joining = sorted(candidates, key=lambda candidate: -best[candidate][0])[:num_merged]
+    staying = [[candidate] for candidate in candidates if candidate not in joining]
+    return staying + [
+        [destination, *(candidate for candidate in joining if best[candidate][1] == destination)]
+        for destination in destinations
+    ]
+
+
+def step_matrix(groups: list[list[int]]) -> Tensor:
+    """The (M, N) matrix of one merging step: 1 where token n is a member of remaining token m."""
+    matrix = torch.zeros(len(groups), sum(map(len, groups)))
+    for row, members in enumerate(groups):
+        matrix[row, members] = 1
+    return matrix
+
+
+def compose(step: Tensor, matrix: Tensor) -> Tensor:
+    """Source matrix (M, L) after a step (M, N) on a source matrix (N, L): rows merged by maximum.
+
+    The authors reduce the rows of tokens that join with `amax`.
+    """
+    return (step[:, :, None] * matrix[None]).amax(1)
+
+
+def source_matrix(index: Tensor, num_kept: int) -> Tensor:
+    """The paper's (K, L) matrix of one image: 1 where grid token l went into kept token k."""
+    return (index[None] == torch.arange(num_kept)[:, None]).float()
+
+
+def canonical_maps(num_tokens: int, num_kept: int) -> list[tuple[int, ...]]:
+    """All maps of L cells onto K tokens whose first occurrences are 0, 1, .. K - 1 in order."""
+    return [
+        cells
+        for cells in itertools.product(range(num_kept), repeat=num_tokens)
+        if list(dict.fromkeys(cells)) == list(range(num_kept))
+    ]
+
+
+def num_partitions(num_things: int, num_groups: int) -> int:
+    """Partitions of things into non-empty groups, by inclusion and exclusion."""
+    signed = (
+        (-1) ** empty * math.comb(num_groups, empty) * (num_groups - empty) ** num_things
+        for empty in range(num_groups + 1)
+    )
+    return sum(signed) // math.factorial(num_groups)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, sizes: Tensor) -> Tensor:
+    """Softmax attention of one head and image, (N, D) each, with log sizes added to the logits."""
+    logits = query @ key.T / query.shape[1] ** 0.5 + sizes.log()
+    return logits.softmax(-1) @ value
+
+
+# ------------------------------------------------------------------------ lookup-free quantizer
+
+
+def codebook(num_bits: int) -> Tensor:
+    """All 2**D codes in {-1, +1}; row i holds the bits of i, channel 0 lowest."""
+    rows = [[(code >> bit) & 1 for bit in range(num_bits)] for code in range(2**num_bits)]
+    return 2 * torch.tensor(rows) - 1
+
+
+def log_assignments(latents: Tensor, temperature: float) -> Tensor:
+    """Log-softmax over the codebook of minus squared distance over temperature, (N, 2**D)."""
+    codes = codebook(latents.shape[-1]).to(latents.dtype)
+    distances = (latents.reshape(-1, 1, latents.shape[-1]) - codes).square().sum(-1)
+    return (-distances / temperature).log_softmax(-1)
+
+
+def entropy(log_probabilities: Tensor) -> Tensor:
+    """Entropy in nats along the last dimension."""
+    return -(log_probabilities.exp() * log_probabilities).sum(-1)
+
+
+def token_entropy(latents: Tensor, temperature: float) -> Tensor:
+    """Entropy of each token's soft assignment, (N,)."""
+    return entropy(log_assignments(latents, temperature))
+
+
+def codebook_entropy(latents: Tensor, temperature: float) -> Tensor:
+    """Entropy of the mean soft assignment."""
+    per_token = log_assignments(latents, temperature)
+    return entropy(per_token.logsumexp(0) - math.log(len(per_token)))
+
+
+def product_codebook_entropy(latents: Tensor, temperature: float) -> Tensor:
+    """The same through one matrix product, as it is usually written: logits are 2 z.c."""
+    codes = codebook(latents.shape[-1]).to(latents.dtype)
+    logits = 2 * latents.flatten(0, -2) @ codes.T / temperature
+    return entropy(logits.softmax(-1).mean(0).log())

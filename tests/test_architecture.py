@@ -1,0 +1,194 @@
+"""Rules that hold for the package as a whole, read from its source."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hatchling.builders.wheel import WheelBuilder
+from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGE = REPOSITORY / "mergevq"
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+PYTHON_FILES = sorted(
+    path.relative_to(REPOSITORY).as_posix()
+    for folder in ("mergevq", "tests", "benchmarks")
+    for path in (REPOSITORY / folder).glob("**/*.py")
+)
+
+# What an image passes through; it also runs on devices that know neither float64 nor complex.
+MODEL_PATH = {
+    "config",
+    "generator",
+    "layers",
+    "merge",
+    "quantize",
+    "sampling",
+    "tokenizer",
+    "transformer",
+}
+METHOD = (MODEL_PATH - {"config"}) | {
+    "discriminator",
+    "frechet",
+    "losses",
+    "metrics",
+    "perceptual",
+    "probe",
+    "reconstruction",
+    "teachers",
+}
+TORCH_FREE = {"__init__", "__main__", "cli", "config", "recipes"}
+UNPICKLERS = {"checkpoint", "interop"}
+MAX_LINES = 700
+
+
+def present(names):
+    return sorted(names & set(MODULES))
+
+
+@cache
+def nodes(module):
+    source = (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
+    return tuple(ast.walk(ast.parse(source)))
+
+
+def names_in(module):
+    """Every name, attribute and keyword that the code mentions; prose does not count."""
+    names = {node.id for node in nodes(module) if isinstance(node, ast.Name)}
+    names |= {node.attr for node in nodes(module) if isinstance(node, ast.Attribute)}
+    return names | {node.arg for node in nodes(module) if isinstance(node, ast.keyword)}
+
+
+def methods_called(module):
+    calls = [node.func for node in nodes(module) if isinstance(node, ast.Call)]
+    return {call.attr for call in calls if isinstance(call, ast.Attribute)}
+
+
+def imports_of(module):
+    plain = [node.names for node in nodes(module) if isinstance(node, ast.Import)]
+    sources = [node.module for node in nodes(module) if isinstance(node, ast.ImportFrom)]
+    return {alias.name for names in plain for alias in names} | set(sources)
+
+
+def torch_loads(module):
+    return [
+        node
+        for node in nodes(module)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
+    ]
+
+
+def test_the_package_is_flat():
+    assert [path.name for path in PACKAGE.iterdir() if path.is_dir()] in ([], ["__pycache__"])
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"__init__", "__main__"}))
+def test_every_module_has_its_tests(module):
+    assert (REPOSITORY / "tests" / f"test_{module}.py").is_file()
+
+
+@pytest.mark.parametrize("path", PYTHON_FILES)
+def test_source_is_ascii(path):
+    (REPOSITORY / path).read_text(encoding="ascii")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_can_be_read_in_one_sitting(module):
+    lines = (PACKAGE / f"{module}.py").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= MAX_LINES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_function_swallows_misspelt_arguments(module):
+    functions = [node for node in nodes(module) if isinstance(node, ast.FunctionDef | ast.Lambda)]
+    assert [function.lineno for function in functions if function.args.kwarg] == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_are_called_not_their_forward(module):
+    assert "forward" not in methods_called(module)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_device_is_always_the_callers_choice(module):
+    assert "cuda" not in methods_called(module)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_parameter_takes_part_in_every_step(module):
+    assert "find_unused_parameters" not in names_in(module)
+
+
+@pytest.mark.parametrize("module", present(MODEL_PATH))
+def test_the_model_path_stays_within_single_precision(module):
+    wide = {"float64", "double", "complex64", "complex128", "polar", "view_as_complex"}
+    assert names_in(module).isdisjoint(wide)
+
+
+@pytest.mark.parametrize("module", present(METHOD))
+def test_method_code_cites_its_source(module):
+    docstring = ast.get_docstring(nodes(module)[0])
+    assert docstring
+    assert "Source: " in docstring
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - UNPICKLERS))
+def test_nothing_else_unpickles(module):
+    assert torch_loads(module) == []
+    assert imports_of(module).isdisjoint({"pickle", "cloudpickle", "dill", "joblib"})
+
+
+@pytest.mark.parametrize("module", present(UNPICKLERS))
+def test_unpickling_yields_only_tensors(module):
+    for call in torch_loads(module):
+        assert "weights_only=True" in [ast.unparse(keyword) for keyword in call.keywords]
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"distributed"}))
+def test_one_module_talks_to_other_processes(module):
+    assert not any(name.startswith("torch.distributed") for name in imports_of(module))
+
+
+@pytest.mark.parametrize("module", present(TORCH_FREE))
+def test_help_does_not_wait_for_torch(module):
+    name = "mergevq" if module == "__init__" else f"mergevq.{module}"
+    code = f"import sys, {name}; sys.exit('torch' in sys.modules)"
+    finished = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False)
+    assert finished.returncode == 0
+
+
+def test_imports_go_downwards_through_the_layers(monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    status = lint_imports(no_cache=True, no_logo=True)
+    assert status == EXIT_STATUS_SUCCESS, capsys.readouterr().out
+
+
+def test_the_wheel_contains_every_module_and_nothing_else(tmp_path):
+    (wheel,) = WheelBuilder(str(REPOSITORY)).build(directory=str(tmp_path), versions=["standard"])
+    with zipfile.ZipFile(wheel) as archive:
+        files = {Path(name) for name in archive.namelist()}
+    modules = {file for file in files if ".dist-info" not in file.parts[0]}
+    assert modules == {Path("mergevq", f"{module}.py") for module in MODULES} | {
+        Path("mergevq", "py.typed")
+    }
+    assert {"LICENSE", "THIRD_PARTY.md"} <= {file.name for file in files - modules}
+
+
+@pytest.mark.slow
+def test_every_module_of_the_wheel_imports_alone(tmp_path):
+    (wheel,) = WheelBuilder(str(REPOSITORY)).build(directory=str(tmp_path), versions=["standard"])
+    imports = "; ".join(f"import mergevq.{module}" for module in MODULES if "__" not in module)
+    code = f"import sys; sys.path.insert(0, {str(wheel)!r}); {imports}"
+    finished = subprocess.run(
+        [sys.executable, "-I", "-c", code],
+        cwd=tmp_path,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr == ""

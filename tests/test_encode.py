@@ -1,0 +1,292 @@
+"""Encoding a data set: the tokens are those of the tokenizer, whoever writes them and when."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from mergevq.checkpoint import model_hash
+from mergevq.cli import main
+from mergevq.config import TokenizerConfig
+from mergevq.data import eval_batches
+from mergevq.distributed import World
+from mergevq.encode import encode, encode_images, encode_shards, token_record
+from mergevq.images import open_images
+from mergevq.run import environment
+from mergevq.tokenizer import Tokenizer
+from mergevq.tokens import claim, finish, open_tokens
+
+# 64 tokens of the 32-pixel digits.
+CONFIG = TokenizerConfig(
+    image_size=32,
+    channels=8,
+    channel_mult=(1, 2, 2),
+    num_res_blocks=1,
+    num_layers=6,
+    num_heads=2,
+    layer_scale=0.5,
+    num_kept=20,
+    num_bits=12,
+    num_decoder_layers=1,
+    num_decoder_heads=2,
+    source_dim=16,
+    num_source_heads=2,
+)
+WORLD = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+LOADING = {"batch_size": 2, "num_workers": 0}
+
+
+class KilledError(Exception):
+    """Stands for whatever ends a process."""
+
+
+@pytest.fixture
+def tokenizer():
+    """Random weights large enough that images differ in their tokens."""
+    model = Tokenizer(CONFIG)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return open_images("digits", max_images=10)
+
+
+def record_of(tokenizer, images, **options):
+    """Shards of four images, where the command's have many more."""
+    options = {"data": "digits", "num_kept": (9, 20)} | options
+    return replace(token_record(tokenizer, "a" * 64, images, **options), shard_size=4)
+
+
+@pytest.fixture
+def record(tokenizer, digits):
+    return record_of(tokenizer, digits)
+
+
+@pytest.fixture
+def complete(tmp_path, tokenizer, digits, record):
+    return encode_images(tokenizer, digits, tmp_path / "complete", record, WORLD, **LOADING)
+
+
+def content(directory):
+    """Bytes of every file, by name."""
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
+
+
+def shards(directory):
+    return {name: data for name, data in content(directory).items() if name != "tokens.json"}
+
+
+def write_image(path, generator):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = torch.randint(256, (32, 32, 3), dtype=torch.uint8, generator=generator)
+    Image.fromarray(pixels.numpy()).save(path)
+
+
+# ----------------------------------------------------------------------------------- what it is
+
+
+def test_tokens_from_a_file_decode_to_what_the_tokenizer_makes_of_the_image(
+    tokenizer, digits, complete
+):
+    (batch,) = eval_batches(digits, image_size=32, batch_size=10, num_workers=0)
+    for num_kept in (9, 20):
+        encoded = tokenizer.encode(batch.image, num_kept)
+        stored = complete.batch(range(10), num_kept)
+        assert torch.equal(stored.indices, encoded.indices)
+        assert torch.equal(stored.source.index, encoded.source.index)
+        assert torch.equal(stored.label, batch.label)
+        decoded = tokenizer.decode(stored.indices, stored.source, complete.record.grid_shape)
+        expected = tokenizer.decode(encoded.codes, encoded.source)
+        torch.testing.assert_close(decoded, expected, atol=1e-5, rtol=0)
+    assert len(encoded.indices.unique(dim=0)) == 10
+
+
+def test_the_record_says_what_was_encoded_and_how(complete):
+    record = complete.record
+    assert (record.tokenizer, record.data, record.num_images) == ("a" * 64, "digits", 10)
+    assert (record.num_kept, record.num_bits, record.grid_shape) == ((9, 20), 12, (8, 8))
+    assert (record.class_names, record.crop, record.flip) == (tuple("0123456789"), "center", False)
+    assert complete.broken == ()
+    (written,) = json.loads((complete.directory / "tokens.json").read_text())["environments"]
+    assert written == environment(WORLD.device) | {"batch_size": 2}
+
+
+def test_the_record_depends_on_the_images_and_their_order(tokenizer, digits):
+    first, second, third = (
+        token_record(tokenizer, "a" * 64, digits.subset(chosen), data="digits").images
+        for chosen in ([0, 1], [1, 0], [0, 1])
+    )
+    assert first == third != second
+
+
+def test_without_a_number_the_tokenizers_own_is_kept(tokenizer, digits):
+    assert record_of(tokenizer, digits, num_kept=()).num_kept == (20,)
+
+
+def test_numbers_of_tokens_are_ordered_and_not_repeated(tokenizer, digits):
+    assert record_of(tokenizer, digits, num_kept=(20, 9, 20)).num_kept == (9, 20)
+
+
+def test_a_number_of_tokens_that_the_image_has_not_is_an_error(tokenizer, digits):
+    with pytest.raises(ValueError, match=r"num_kept \(65\) must be between 1 and the 64 tokens"):
+        record_of(tokenizer, digits, num_kept=(20, 65))
+
+
+def test_a_mirror_image_follows_its_image(tmp_path, tokenizer, digits, complete):
+    record = record_of(tokenizer, digits, flip=True)
+    flipped = encode_images(tokenizer, digits, tmp_path / "flipped", record, WORLD, **LOADING)
+    assert flipped.record.flip
+    assert len(flipped) == 20
+    plain, mirror = flipped.batch(range(0, 20, 2), 9), flipped.batch(range(1, 20, 2), 9)
+    assert torch.equal(plain.indices, complete.batch(range(10), 9).indices)
+    (batch,) = eval_batches(digits, image_size=32, batch_size=10, num_workers=0)
+    encoded = tokenizer.encode(batch.image.flip(-1), 9)
+    assert torch.equal(mirror.indices, encoded.indices)
+    assert torch.equal(mirror.source.index, encoded.source.index)
+    assert torch.equal(mirror.label, plain.label)
+    assert not torch.equal(mirror.indices, plain.indices)
+    assert flipped.origin([4, 5]).position.tolist() == [2, 2]
+    assert flipped.origin([4, 5]).mirrored.tolist() == [0, 1]
+
+
+def test_the_batch_an_image_is_in_does_not_change_its_tokens(tmp_path, tokenizer, digits, record):
+    folders = []
+    for batch_size in (1, 2, 4):
+        folder = tmp_path / str(batch_size)
+        options = {"batch_size": batch_size, "num_workers": 0}
+        encode_images(tokenizer, digits, folder, record, WORLD, **options)
+        folders.append(shards(folder))
+    assert folders[0] == folders[1] == folders[2]
+
+
+# -------------------------------------------------------------------- stopped, resumed and shared
+
+
+@pytest.mark.parametrize("num_batches", [0, 3, 4, 7])
+def test_stopped_and_resumed_gives_the_same_bytes(
+    tmp_path, tokenizer, digits, record, complete, num_batches
+):
+    """Each batch is encoded once for each of two numbers of tokens."""
+    calls = []
+
+    def stop(module, arguments):
+        calls.append(arguments)
+        if len(calls) > num_batches:
+            raise KilledError
+
+    folder = tmp_path / "resumed"
+    hook = tokenizer.encoder.register_forward_pre_hook(stop)
+    with pytest.raises(KilledError):
+        encode_images(tokenizer, digits, folder, record, WORLD, **LOADING)
+    hook.remove()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    assert len(before) == 2 * (num_batches // 4)
+    encode_images(tokenizer, digits, folder, record, WORLD, **LOADING)
+    assert content(folder) == content(complete.directory)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_deleted_shard_is_made_again(tokenizer, digits, record, complete):
+    before = content(complete.directory)
+    (complete.directory / "k00009/tokens-00001.safetensors").unlink()
+    encode_images(tokenizer, digits, complete.directory, record, WORLD, **LOADING)
+    assert content(complete.directory) == before
+
+
+def test_two_ranks_write_what_one_writes(tmp_path, tokenizer, digits, record, complete):
+    folder = tmp_path / "shared"
+    claim(folder, record, environment(WORLD.device) | {"batch_size": 2})
+    for rank, numbers in ((0, {"00000", "00002"}), (1, {"00000", "00001", "00002"})):
+        world = replace(WORLD, rank=rank, world_size=2)
+        encode_shards(tokenizer, digits, folder, record, world, **LOADING)
+        written = {path.stem.removeprefix("tokens-") for path in folder.rglob("*.safetensors")}
+        assert written == numbers
+    finish(folder)
+    assert content(folder) == content(complete.directory)
+
+
+def test_tokens_of_two_tokenizers_do_not_share_a_folder(tokenizer, digits, record, complete):
+    other = replace(record, tokenizer="b" * 64)
+    with pytest.raises(ValueError, match=f"tokenizer: {'a' * 64} there, {'b' * 64} asked for"):
+        encode_images(tokenizer, digits, complete.directory, other, WORLD, **LOADING)
+
+
+def test_a_batch_ends_where_a_shard_ends(tmp_path, tokenizer, digits, record):
+    with pytest.raises(ValueError, match=r"batch_size \(3\) must be a divisor of the 4 images of"):
+        encode_images(tokenizer, digits, tmp_path, record, WORLD, batch_size=3, num_workers=0)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_bytes_every_time(tmp_path, tokenizer, digits, record):
+    world = replace(WORLD, device=torch.device("cuda"))
+    tokenizer.to(world.device)
+    for name in ("first", "second"):
+        encode_images(tokenizer, digits, tmp_path / name, record, world, **LOADING)
+    assert content(tmp_path / "first") == content(tmp_path / "second")
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+# ------------------------------------------------------------------------------- broken images
+
+
+def test_images_that_cannot_be_read_are_named_and_left_out(tmp_path, tokenizer, generator):
+    for number in range(10):
+        write_image(tmp_path / f"images/{number}.png", generator)
+    whole = open_images(str(tmp_path / "images"))
+    folder = tmp_path / "whole"
+    record = record_of(tokenizer, whole, num_kept=(9,))
+    expected = encode_images(tokenizer, whole, folder, record, WORLD, **LOADING)
+    # The second shard has nothing left.
+    for number in (1, 4, 5, 6, 7, 9):
+        (tmp_path / f"images/{number}.png").write_bytes(b"no image")
+    images = open_images(str(tmp_path / "images"))
+    tokens = encode_images(tokenizer, images, tmp_path / "tokens", record, WORLD, **LOADING)
+    assert tokens.broken == ("1.png", "4.png", "5.png", "6.png", "7.png", "9.png")
+    assert tokens.origin(range(4)).position.tolist() == [0, 2, 3, 8]
+    assert torch.equal(tokens.batch(range(4)).indices, expected.batch([0, 2, 3, 8]).indices)
+
+
+# ------------------------------------------------------------------------------------ from files
+
+
+@pytest.fixture
+def folders(tmp_path, tokenizer, generator):
+    """A saved tokenizer and a folder of images in two classes."""
+    tokenizer.save_pretrained(tmp_path / "model")
+    for number in range(5):
+        write_image(tmp_path / "images" / ("cat", "dog")[number % 2] / f"{number}.png", generator)
+    return tmp_path / "model", tmp_path / "images"
+
+
+def test_a_model_and_a_data_set_are_enough(tmp_path, tokenizer, folders):
+    model, data = folders
+    tokens = encode(model, str(data), tmp_path / "tokens", num_workers=0, device="cpu")
+    assert tokens.record.tokenizer == model_hash(model)
+    assert tokens.record.class_names == ("cat", "dog")
+    assert tokens.record.shard_size == 1024
+    assert tokens.batch(range(5)).label.tolist() == [0, 0, 0, 1, 1]
+    image = np.asarray(Image.open(data / "dog/1.png"))
+    pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    assert torch.equal(tokens.batch([3]).indices, tokenizer.encode(pixels).indices)
+
+
+def test_the_command_says_what_it_wrote(tmp_path, folders, capsys):
+    model, data = folders
+    out = tmp_path / "tokens"
+    command = ["encode", "--model", str(model), "--data", str(data), "--out", str(out)]
+    options = ["--tokens", "20", "9", "--flip", "--num-workers", "0", "--device", "cpu"]
+    assert main([*command, *options]) == 0
+    said = "9 and 20 tokens of 12 bits for each of 10 rows, from 5 images"
+    assert capsys.readouterr().out == f"{out}: {said}\n"
+    assert open_tokens(out).record.flip
+    (data / "cat/0.png").unlink()
+    assert main([*command, *options]) == 1
+    assert "num_images: 5 there, 4 asked for" in capsys.readouterr().err

@@ -1,0 +1,157 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mergevq.config import (
+    DataConfig,
+    KeptConfig,
+    LossConfig,
+    TeacherConfig,
+    TokenizerConfig,
+    TokenizerRun,
+    TrainConfig,
+)
+from mergevq.estimate import MemoryTracker, estimate
+from mergevq.tokenizer import Tokenizer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run over 40 images of noise in two classes."""
+    tmp_path = tmp_path_factory.mktemp("estimate")
+    for number in range(40):
+        folder = tmp_path / "data" / ("even", "odd")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return TokenizerRun(
+        model=TokenizerConfig(
+            image_size=16,
+            channels=16,
+            channel_mult=(1, 2),
+            num_res_blocks=1,
+            num_layers=2,
+            num_heads=2,
+            num_kept=20,
+            num_bits=6,
+            num_decoder_layers=1,
+            num_decoder_heads=2,
+            source_dim=16,
+            num_source_heads=2,
+        ),
+        kept=KeptConfig(candidates=(20, 40)),
+        data=DataConfig(path=str(tmp_path / "data"), val_fraction=0.2),
+        loss=LossConfig(perceptual_weight=0.0, adversarial_weight=0.0),
+        teacher=TeacherConfig(kind="labels"),
+        train=TrainConfig(batch_size=16, precision="float32", device="cpu"),
+        out=str(tmp_path / "run"),
+    )
+
+
+@pytest.fixture(scope="module")
+def found(run):
+    return estimate(run)
+
+
+# --------------------------------------------------------------------------------- tracker
+
+
+def test_a_tensor_counts_until_it_is_freed():
+    with MemoryTracker(CPU) as memory:
+        first = torch.zeros(1000)
+        second = first + 1
+        assert memory.live == 8000
+        del first
+        assert memory.live == 4000
+        del second
+        assert memory.live == 0
+    assert memory.peak == 8000
+
+
+def test_a_view_costs_nothing_and_keeps_its_base():
+    with MemoryTracker(CPU) as memory:
+        base = torch.zeros(1000)
+        view = base[500:]
+        assert memory.live == 4000
+        del base
+        assert memory.live == 4000
+        del view
+        assert memory.live == 0
+
+
+def test_what_a_backward_pass_needs_stays_until_it_is_done():
+    weight = torch.ones(1000, requires_grad=True)
+    with MemoryTracker(CPU) as memory:
+        loss = weight.sin().exp().sum()
+        # The output of exp is saved for its gradient; the sine's is not, its input was there.
+        assert memory.live == 4000 + 4
+        loss.backward()
+        assert memory.live == 4000 + 4  # The gradient has taken its place.
+
+
+def test_tensors_of_other_devices_do_not_count():
+    with MemoryTracker(torch.device("meta")) as memory:
+        on_cpu = torch.zeros(1000)
+    assert memory.live == 0
+    assert on_cpu.numel() == 1000
+
+
+# -------------------------------------------------------------------------------- estimate
+
+
+def test_the_parameters_are_those_of_the_networks(run, found):
+    tokenizer = Tokenizer(run.model)
+    sizes = {
+        "encoder": sum(weight.numel() for weight in tokenizer.encoder.parameters()),
+        "decoder": sum(weight.numel() for weight in tokenizer.decoder.parameters()),
+        "source predictor": sum(w.numel() for w in tokenizer.source_predictor.parameters()),
+    }
+    assert sizes.items() <= found.num_parameters.items()
+    assert found.num_parameters.keys() - sizes.keys() == {"alignment head"}
+
+
+def test_the_data_are_counted(found):
+    assert found.num_train_images + found.num_val_images == 40
+    assert found.num_classes == 2
+
+
+def test_extrapolated_memory_is_what_is_then_used(run, found, monkeypatch):
+    monkeypatch.setattr("mergevq.estimate._TRACKED_IMAGES", 16)
+    assert found.memory_bytes == pytest.approx(estimate(run).memory_bytes, rel=0.1)
+
+
+@pytest.mark.slow
+def test_memory_is_for_the_largest_number_of_tokens(run, found):
+    only_small = replace(run, kept=KeptConfig(candidates=(20,)))
+    assert found.memory_bytes > estimate(only_small).memory_bytes
+
+
+@pytest.mark.slow
+def test_checkpointing_saves_memory(run, found):
+    less = replace(run, train=replace(run.train, checkpointing=True))
+    assert estimate(less).memory_bytes < 0.8 * found.memory_bytes
+
+
+def test_speed_is_measured_with_no_more_images_than_are_there_at_once(run):
+    adversary = replace(run.loss, adversarial_weight=0.1)
+    parts = replace(run.train, batch_size=6, accumulation=2)
+    found = estimate(replace(run, loss=adversary, train=parts))
+    assert found.pass_images == found.timed_images == 3
+    assert found.images_per_second > 0
+    assert "discriminator" in found.num_parameters
+
+
+def test_nothing_is_written(run, found):
+    assert not Path(run.out).exists()
+
+
+def test_a_run_that_cannot_start_says_why(run):
+    absent = replace(run, data=replace(run.data, path="nowhere"))
+    with pytest.raises(ValueError, match="nowhere"):
+        estimate(absent)

@@ -1,0 +1,365 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from mergevq.metrics import (
+    CodebookStatistics,
+    CodebookUsage,
+    CollapseMonitor,
+    Mean,
+    feature_cosine,
+    psnr,
+    source_accuracy,
+    ssim,
+    to_uint8,
+)
+
+NAN = float("nan")
+
+
+def image_pair(generator, height=40, width=33):
+    """Smooth images, one flat one, and noisy reconstructions that leave [-1, 1] here and there."""
+    coarse = torch.rand(4, 3, 5, 5, generator=generator) * 2 - 1
+    image = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
+    image[3] = 0.98
+    noise = torch.randn(image.shape, generator=generator)
+    strength = torch.tensor([0.02, 0.1, 0.5, 0.01])[:, None, None, None]
+    return image, image + strength * noise
+
+
+def channels_last(image):
+    return image.permute(0, 2, 3, 1).numpy()
+
+
+# ------------------------------------------------------------------------------------- images
+
+
+def test_pixels_are_rounded_and_clipped_as_in_a_file():
+    values = torch.tensor([-1.2, -1.0, -0.9961, 0.0, 0.0079, 1.0, 1.5])
+    pixels = to_uint8(values.expand(1, 3, 1, 7))
+    assert pixels[0, 0, 0].tolist() == [0, 0, 0, 128, 129, 255, 255]
+
+
+def test_every_stored_pixel_survives_the_way_to_an_image_and_back():
+    stored = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
+    assert torch.equal(to_uint8(stored.float() / 127.5 - 1), stored)
+
+
+def test_psnr_of_one_level_of_difference_is_known():
+    image = torch.full((1, 3, 12, 12), 1 / 255)
+    expected = 20 * math.log10(255)
+    assert psnr(image, image + 2 / 255).item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_psnr_of_unrounded_images_takes_values_as_they_are():
+    image = torch.zeros(1, 3, 12, 12)
+    # The difference is 1 of a range of 2; and 0.001 is invisible only after rounding.
+    assert psnr(image, image + 1, rounded=False).item() == pytest.approx(20 * math.log10(2))
+    assert psnr(image, image + 0.001).item() == math.inf
+    assert psnr(image, image + 0.001, rounded=False).item() == pytest.approx(66.0206, abs=1e-3)
+
+
+def test_psnr_is_that_of_scikit_image(generator):
+    image, reconstruction = image_pair(generator)
+    first, second = channels_last(to_uint8(image)), channels_last(to_uint8(reconstruction))
+    pairs = zip(first, second, strict=True)
+    expected = [peak_signal_noise_ratio(*pair, data_range=255) for pair in pairs]
+    assert psnr(image, reconstruction).tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_ssim_is_that_of_scikit_image(generator):
+    image, reconstruction = image_pair(generator)
+    first, second = channels_last(to_uint8(image)), channels_last(to_uint8(reconstruction))
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    expected = [
+        structural_similarity(*pair, channel_axis=-1, data_range=255, **options)
+        for pair in zip(first, second, strict=True)
+    ]
+    assert min(expected) < 0.6
+    assert ssim(image, reconstruction).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_ssim_of_unrounded_images_is_that_of_scikit_image(generator):
+    image, reconstruction = image_pair(generator, 11, 20)
+    first, second = channels_last(image.double()), channels_last(reconstruction.double())
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    expected = [
+        structural_similarity(*pair, channel_axis=-1, data_range=2, **options)
+        for pair in zip(first, second, strict=True)
+    ]
+    assert ssim(image, reconstruction, rounded=False).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_identity_scores_perfectly(generator):
+    image, _ = image_pair(generator)
+    assert psnr(image, image).tolist() == [math.inf] * 4
+    assert ssim(image, image).tolist() == [1.0] * 4
+
+
+def test_each_image_has_its_own_score_whatever_its_batch(generator):
+    image, reconstruction = image_pair(generator)
+    for metric in (psnr, ssim):
+        alone = [metric(image[i : i + 1], reconstruction[i : i + 1]).item() for i in range(4)]
+        assert metric(image, reconstruction).tolist() == pytest.approx(alone, rel=1e-6)
+
+
+def test_ssim_of_an_image_smaller_than_its_window_says_so():
+    image = torch.zeros(1, 3, 10, 64)
+    with pytest.raises(ValueError, match=r"10x64 pixels .* 11x11 window"):
+        ssim(image, image)
+
+
+@pytest.mark.parametrize("metric", [psnr, ssim])
+@pytest.mark.parametrize("rounded", [True, False])
+def test_a_reconstruction_that_is_not_a_number_has_no_score(metric, rounded):
+    image = torch.zeros(3, 3, 16, 16)
+    broken = image.clone()
+    broken[1, 2, 3, 4] = NAN
+    name = metric.__name__
+    with pytest.raises(ValueError, match=rf"{name} \(reconstruction\): item 1 is not finite"):
+        metric(image, broken, rounded=rounded)
+    with pytest.raises(ValueError, match=rf"{name} \(image\): item 1 is not finite"):
+        metric(broken, image, rounded=rounded)
+
+
+def test_pixels_of_an_image_that_is_not_finite_are_refused():
+    with pytest.raises(ValueError, match="image: item 0 is not finite"):
+        to_uint8(torch.full((1, 3, 2, 2), math.inf))
+
+
+def test_feature_cosine_is_the_cosine_of_the_angle():
+    features = torch.tensor([[3.0, 0.0], [1.0, 1.0], [2.0, 0.0], [0.0, 5.0]])
+    others = torch.tensor([[7.0, 0.0], [1.0, 0.0], [0.0, 3.0], [0.0, -1.0]])
+    expected = [1.0, math.sqrt(0.5), 0.0, -1.0]
+    assert feature_cosine(features, others).tolist() == pytest.approx(expected)
+
+
+def test_features_without_direction_have_no_cosine():
+    features = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    with pytest.raises(ValueError, match="features of item 1 are all zero"):
+        feature_cosine(torch.ones(2, 2), features)
+
+
+def test_source_accuracy_is_the_share_of_cells_per_image():
+    true = torch.tensor([[0, 1, 1, 2], [0, 0, 1, 1]])
+    predicted = torch.tensor([[0, 1, 2, 2], [1, 1, 0, 1]])
+    assert source_accuracy(predicted, true).tolist() == [0.75, 0.25]
+
+
+# --------------------------------------------------------------------------------------- mean
+
+
+def test_a_short_last_batch_weighs_by_its_items():
+    mean = Mean("l1")
+    mean.update(torch.tensor([1.0, 2.0, 3.0]))
+    mean.update(torch.tensor([10.0]))
+    assert mean.compute() == (4.0, 4.0, 4, 0)
+
+
+def test_a_value_counts_for_the_items_it_is_the_mean_of():
+    mean = Mean("l1")
+    mean.update(torch.tensor([1.0, 5.0]), torch.tensor([3, 1]))
+    average = mean.compute()
+    assert (average.mean, average.num_items) == (2.0, 4)
+
+
+def test_the_mean_of_many_batches_is_that_of_one(generator):
+    values = torch.rand(1000, generator=generator)
+    streamed, whole = Mean("l1"), Mean("l1")
+    whole.update(values)
+    for part in values.split(7):
+        streamed.update(part)
+    assert streamed.compute().mean == pytest.approx(whole.compute().mean, rel=1e-12)
+    assert streamed.compute().num_items == 1000
+
+
+def test_merged_means_are_the_mean_of_all():
+    first, second = Mean("l1"), Mean("l1")
+    first.update(torch.tensor([1.0]))
+    second.update(torch.tensor([2.0, 6.0]))
+    first.merge(second)
+    assert (first.compute().mean, first.compute().num_items) == (3.0, 3)
+
+
+def test_computing_a_mean_leaves_it_as_it_was():
+    mean = Mean("l1")
+    mean.update(torch.tensor([1.0]))
+    assert mean.compute() == mean.compute()
+
+
+def test_one_identical_image_makes_the_mean_psnr_infinite_and_is_counted():
+    mean = Mean("psnr", infinite=True)
+    mean.update(torch.tensor([20.0, math.inf]))
+    mean.update(torch.tensor([30.0]))
+    assert mean.compute() == (math.inf, 25.0, 3, 1)
+
+
+def test_a_mean_of_identical_images_alone_is_infinite():
+    mean = Mean("psnr", infinite=True)
+    mean.update(torch.tensor([math.inf, math.inf]))
+    average = mean.compute()
+    assert average.mean == math.inf
+    assert math.isnan(average.finite_mean)
+    assert (average.num_items, average.num_infinite) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("infinite", "value"), [(False, math.inf), (True, -math.inf), (True, NAN), (False, NAN)]
+)
+def test_a_mean_names_the_item_that_is_not_finite(infinite, value):
+    mean = Mean("lpips", infinite=infinite)
+    mean.update(torch.zeros(5))
+    with pytest.raises(ValueError, match="lpips: item 7 is not finite"):
+        mean.update(torch.tensor([0.0, 0.0, value]))
+    assert mean.compute().num_items == 5
+
+
+def test_a_mean_of_nothing_is_an_error():
+    with pytest.raises(ValueError, match="l1 has seen no item"):
+        Mean("l1").compute()
+
+
+# ----------------------------------------------------------------------------------- codebook
+
+
+def usage_of(indices, num_bits, batch_size=None):
+    usage = CodebookUsage(num_bits)
+    for part in indices.split(batch_size or len(indices)):
+        usage.update(part)
+    return usage.compute()
+
+
+def test_a_codebook_in_even_use_is_used_fully():
+    statistics = usage_of(torch.arange(16), num_bits=4)
+    assert (statistics.usage, statistics.attained, statistics.num_tokens) == (1.0, 1.0, 16)
+    assert statistics.perplexity == pytest.approx(16)
+    assert statistics.bit_probs.tolist() == [0.5] * 4
+    assert statistics.bit_entropies.tolist() == [1.0] * 4
+    assert statistics.num_dead_bits == 0
+
+
+def test_codebook_statistics_by_hand():
+    # Codes 0 (00), 1 (01), 1 (01), 1 (01) of two bits, lowest first.
+    statistics = usage_of(torch.tensor([0, 1, 1, 1]), num_bits=2)
+    entropy = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
+    assert (statistics.num_distinct, statistics.usage, statistics.attained) == (2, 0.5, 0.5)
+    assert statistics.perplexity == pytest.approx(math.exp(entropy))
+    assert statistics.bit_probs.tolist() == [0.75, 0.0]
+    assert statistics.bit_entropies.tolist() == pytest.approx([entropy / math.log(2), 0.0])
+    assert statistics.num_dead_bits == 1
+
+
+def test_a_bit_that_is_always_one_is_dead_too():
+    statistics = usage_of(torch.tensor([2, 3, 2, 3]), num_bits=2)
+    assert statistics.bit_probs.tolist() == [0.5, 1.0]
+    assert statistics.bit_entropies.tolist() == [1.0, 0.0]
+    assert statistics.num_dead_bits == 1
+
+
+def test_few_tokens_are_measured_against_what_they_can_reach():
+    statistics = usage_of(torch.tensor([5, 5, 9, 200]), num_bits=8)
+    assert statistics.usage == 3 / 256
+    assert statistics.attained == 3 / 4
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 300, 1000])
+def test_the_window_holds_exactly_the_last_tokens_whatever_the_batches(generator, batch_size):
+    indices = torch.randint(0, 2**6, (1000,), generator=generator)
+    indices[: 1000 - 64] = 63
+    last = indices[-64:].numpy()
+    statistics = usage_of(indices, num_bits=6, batch_size=batch_size)
+    frequencies = np.unique(last, return_counts=True)[1] / 64
+    assert statistics.num_tokens == 64
+    assert statistics.num_distinct == len(frequencies) < 64
+    perplexity = np.exp(-(frequencies * np.log(frequencies)).sum())
+    assert statistics.perplexity == pytest.approx(perplexity)
+    bits = (last[:, None] >> np.arange(6)) & 1
+    assert statistics.bit_probs.tolist() == bits.mean(0).tolist()
+
+
+def test_a_longer_window_remembers_more():
+    usage = CodebookUsage(2, window=6)
+    usage.update(torch.tensor([[0, 1, 2], [3, 3, 3], [3, 3, 3]]))
+    assert usage.compute().num_tokens == 6
+    assert usage.compute().num_distinct == 1
+    usage.update(torch.tensor([0]))
+    assert usage.compute().bit_probs.tolist() == [5 / 6, 5 / 6]
+
+
+def test_a_window_shorter_than_the_codebook_is_refused():
+    with pytest.raises(ValueError, match=r"window \(255\) must be at least 256 .* num_bits \(8\)"):
+        CodebookUsage(8, window=255)
+
+
+def test_many_bits_are_counted_in_the_window_alone():
+    usage = CodebookUsage(63, window=2**24)
+    usage.update(torch.tensor([0, 2**62, 2**63 - 1]))
+    statistics = usage.compute()
+    assert statistics.attained == 1.0
+    assert statistics.bit_probs[0].item() == pytest.approx(1 / 3)
+    assert statistics.bit_probs[62].item() == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("index", [-1, 4])
+def test_an_index_outside_the_codebook_is_named(index):
+    usage = CodebookUsage(2)
+    usage.update(torch.zeros(10, dtype=torch.int64))
+    with pytest.raises(ValueError, match=rf"index {index} of token 11 must be in \[0, 2\*\*2\)"):
+        usage.update(torch.tensor([0, index]))
+
+
+def test_a_codebook_without_tokens_is_an_error():
+    with pytest.raises(ValueError, match="has seen no token"):
+        CodebookUsage(2).compute()
+
+
+# ----------------------------------------------------------------------------------- collapse
+
+
+def report(num_distinct=200, bit_prob=0.5):
+    probs = torch.full((8,), 0.5, dtype=torch.float64)
+    probs[3] = bit_prob
+    return CodebookStatistics(
+        num_tokens=1000, num_distinct=num_distinct, perplexity=100.0, bit_probs=probs
+    )
+
+
+def test_a_constant_encoder_is_reported_once_with_the_knobs_to_turn():
+    monitor = CollapseMonitor(num_reports=3)
+    constant = usage_of(torch.full((256,), 5), num_bits=8)
+    texts = [monitor.update(constant) for _ in range(10)]
+    assert [index for index, text in enumerate(texts) if text] == [2]
+    for knob in ("entropy_weight", "learning rate", "pre-quantizer norm"):
+        assert knob in texts[2]
+    assert "1 codes occur in 256 tokens" in texts[2]
+    assert "[0, 1, 2, 3, 4, 5, 6, 7] are nearly constant" in texts[2]
+
+
+def test_a_healthy_codebook_is_never_reported():
+    monitor = CollapseMonitor(num_reports=1)
+    assert [monitor.update(report()) for _ in range(5)] == [None] * 5
+
+
+def test_low_usage_alone_is_a_collapse_below_five_percent():
+    # 13 of 256 codes are 5.08 %, 12 are 4.7 %.
+    assert CollapseMonitor(num_reports=1).update(report(num_distinct=13)) is None
+    text = CollapseMonitor(num_reports=1).update(report(num_distinct=12))
+    assert "4.7 %" in text
+    assert "nearly constant" not in text
+
+
+def test_one_constant_bit_alone_is_a_collapse():
+    # An entropy of 0.1 bit belongs to a probability of about 0.01299.
+    assert CollapseMonitor(num_reports=1).update(report(bit_prob=0.0131)) is None
+    text = CollapseMonitor(num_reports=1).update(report(bit_prob=0.0129))
+    assert "bits [3] are nearly constant" in text
+    assert "codes occur" not in text
+
+
+def test_a_recovery_starts_the_count_again():
+    monitor = CollapseMonitor(num_reports=2)
+    reports = [report(1), report(), report(1), report(1)]
+    assert [bool(monitor.update(item)) for item in reports] == [False, False, False, True]

@@ -1,0 +1,65 @@
+"""What is measured is what it says, and a short last batch is weighted right."""
+
+import pytest
+import torch
+
+from mergevq.config import TokenizerConfig
+from mergevq.data import Batch
+from mergevq.metrics import psnr
+from mergevq.reconstruction import measure
+from mergevq.run import autocast
+from mergevq.tokenizer import Tokenizer
+
+CONFIG = TokenizerConfig(
+    image_size=32,
+    channels=8,
+    channel_mult=(1, 2, 2),
+    num_kept=16,
+    num_bits=8,
+    num_layers=3,
+    num_decoder_layers=1,
+    num_heads=2,
+    num_decoder_heads=2,
+    source_dim=16,
+    num_source_heads=2,
+)
+
+
+def batches(image: torch.Tensor, size: int) -> list[Batch]:
+    """Images cut into batches."""
+    return [
+        Batch(part, torch.zeros(len(part), dtype=torch.int64), None, None, torch.arange(len(part)))
+        for part in image.split(size)
+    ]
+
+
+@pytest.fixture
+def tokenizer() -> Tokenizer:
+    return Tokenizer(CONFIG).eval()
+
+
+def run(tokenizer: Tokenizer, image: torch.Tensor, size: int) -> dict[str, float]:
+    precision = autocast(torch.device("cpu"), None)
+    return dict(measure(tokenizer, batches(image, size), 16, perceptual=None, autocast=precision))
+
+
+def test_a_short_last_batch_does_not_change_a_number(tokenizer):
+    image = torch.rand(5, 3, 32, 32) * 2 - 1
+    whole, cut = run(tokenizer, image, 5), run(tokenizer, image, 2)
+    assert whole == pytest.approx(cut, rel=1e-4)
+
+
+def test_given_source_is_the_encoders_and_psnr_is_per_image(tokenizer):
+    image = torch.rand(3, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        decoded = tokenizer.reconstruct(image, 16).image.clamp(-1, 1)
+    expected = psnr(image, decoded).mean().item()
+    assert run(tokenizer, image, 3)["psnr"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_both_sources_and_all_bits_are_reported(tokenizer):
+    numbers = run(tokenizer, torch.zeros(1, 3, 32, 32), 1)
+    assert {"psnr", "psnr_recovered", "ssim", "ssim_recovered", "source_accuracy"} <= set(numbers)
+    # 16 tokens of 8 bits and the map of 64 cells onto 16 tokens.
+    assert numbers["bits"] > 16 * 8
+    assert numbers["bits_per_pixel"] == pytest.approx(numbers["bits"] / 1024)

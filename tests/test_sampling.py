@@ -1,0 +1,621 @@
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from generators import ORDERS, TINY, tiny_batch, tiny_generator
+
+from mergevq.config import SamplingSettings
+from mergevq.generator import Generator
+from mergevq.int8 import quantize_weights
+from mergevq.merge import Source, canonicalize
+from mergevq.sampling import (
+    arccos_schedule,
+    choose,
+    decode,
+    decode_slots,
+    draw,
+    guidance_scales,
+    image_seed,
+    inpaint,
+    make_cache,
+    make_random_cache,
+    pick,
+    prefill,
+    sample,
+)
+
+PLAIN = SamplingSettings()
+GREEDY = SamplingSettings(temperature=0.0)
+GUIDED = SamplingSettings(guidance_scale=3.0)
+SEQUENTIAL = ("raster", "merge", "anchor")
+
+
+def run(model, labels, settings=PLAIN, *, seed=0, image_ids=None, num_kept=5):
+    image_ids = range(len(labels)) if image_ids is None else image_ids
+    return sample(
+        model,
+        labels=torch.tensor(labels),
+        num_kept=num_kept,
+        seed=seed,
+        image_ids=image_ids,
+        settings=settings,
+    )
+
+
+@torch.no_grad()
+def decoded_logits(model, cache, given):
+    """What `Generator.logits` returns, one token at a time through a cache."""
+    sequence = model.parts(given["indices"], given.get("anchors"))
+    states = prefill(model, cache, given["class_label"], given["num_kept"])
+    steps = []
+    for token in range(sequence.shape[1]):
+        parts = sequence[:, token]
+        known = [model.embed_part(part, parts[:, part]) for part in range(parts.shape[1] - 1)]
+        steps.append(model.head(states, known))
+        if token + 1 < sequence.shape[1]:
+            states = decode(model, cache, parts, token)
+    return [torch.stack(part, dim=1) for part in zip(*steps, strict=True)]
+
+
+@torch.no_grad()
+def decoded_slots(model, given, counts):
+    """States of the slots in the order of decoding, `counts` of them in each pass."""
+    sequence = model.parts(given["indices"])
+    order, slots = given["order"], model.slot_positions(given["num_kept"])
+    cache = make_random_cache(model, batch=len(order), num_kept=given["num_kept"])
+    inputs = model.embed_prefix(given["class_label"], given["num_kept"])
+    positions = torch.zeros(len(order), 2, 2)
+    states, start = [], 0
+    for count in counts:
+        wanted = order[:, start : start + count]
+        states.append(decode_slots(model, cache, inputs, positions, slots[wanted]))
+        tokens = sequence.gather(1, wanted[..., None].expand(-1, -1, sequence.shape[2]))
+        inputs, positions = model.pairs(tokens, slots[wanted])
+        start += count
+    return torch.cat(states, dim=1)
+
+
+def assert_equal_where_legal(actual, expected):
+    for ours, theirs in zip(actual, expected, strict=True):
+        legal = torch.isfinite(theirs)
+        torch.testing.assert_close(ours[legal], theirs[legal], rtol=0, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------ caches
+
+
+@pytest.mark.parametrize("settings", [PLAIN, SamplingSettings(budget=False)], ids=["k", "any"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_kv_heads": 1, "qk_norm": True, "num_head_layers": 2}]
+)
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("order", SEQUENTIAL)
+def test_cached_logits_equal_uncached(order, batch, changes, settings):
+    model = tiny_generator(order, **changes)
+    given = tiny_batch(order, batch=batch)
+    cache = make_cache(model, batch=batch, num_kept=5, settings=settings)
+    expected = model.logits(**given)
+    assert_equal_where_legal(decoded_logits(model, cache, given), expected)
+
+
+@pytest.mark.parametrize("order", SEQUENTIAL)
+def test_a_cache_can_be_used_again(order):
+    model = tiny_generator(order)
+    cache = make_cache(model, batch=4, num_kept=5, settings=PLAIN)
+    given = tiny_batch(order)
+    decoded_logits(model, cache, given | {"indices": given["indices"].flip(0)})
+    assert_equal_where_legal(decoded_logits(model, cache, given), model.logits(**given))
+
+
+def test_rows_of_a_merged_batch_are_ragged():
+    # The batch above is a test of raggedness only if its rows differ in number of tokens.
+    indices = tiny_batch("merge")["indices"]
+    assert len({len(row.unique()) for row in indices}) > 1
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_random_order_one_by_one_equals_the_full_forward(batch):
+    model, given = tiny_generator("random"), tiny_batch("random", batch=batch)
+    states = decoded_slots(model, given, [1] * 5)
+    first = model.head(states.flatten(0, 1), [])[0].unflatten(0, (batch, 5))
+    expected = model.logits(**given)[0]
+    expected = expected.gather(1, given["order"][..., None].expand_as(expected))
+    torch.testing.assert_close(first, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("counts", [[2, 3], [1, 2, 2], [5], [1, 3, 1]])
+def test_a_parallel_pass_equals_asking_for_each_slot_next(counts):
+    model, given = tiny_generator("random"), tiny_batch("random")
+    states = decoded_slots(model, given, counts)
+    start = 0
+    for count in counts:
+        for position in range(start, start + count):
+            # The slot comes right after what earlier passes decoded.
+            moved = [*range(start), position]
+            rest = [other for other in range(5) if other not in moved]
+            order = given["order"][:, moved + rest]
+            expected = model.logits(**given | {"order": order})[0]
+            asked = given["order"][:, position]
+            first = model.head(states[:, position], [])[0]
+            torch.testing.assert_close(first, expected[torch.arange(4), asked], rtol=0, atol=1e-4)
+        start += count
+
+
+@pytest.mark.parametrize("order", SEQUENTIAL)
+def test_guided_cached_logits_equal_uncached(order):
+    model, given = tiny_generator(order), tiny_batch(order)
+    doubled = {
+        name: value if isinstance(value, int) else value.repeat(2, *[1] * (value.dim() - 1))
+        for name, value in given.items()
+    }
+    doubled["class_label"][4:] = model.config.null_class
+    cache = make_cache(model, batch=8, num_kept=5, settings=PLAIN)
+    cached = decoded_logits(model, cache, doubled)
+    for part, (ours, legal) in enumerate(zip(cached, model.logits(**given), strict=True)):
+        conditional, unconditional = model.logits(**doubled)[part].chunk(2)
+        guided = unconditional + 3 * (conditional - unconditional)
+        ours_guided = ours[4:] + 3 * (ours[:4] - ours[4:])
+        mask = torch.isfinite(legal)
+        torch.testing.assert_close(ours_guided[mask], guided[mask], rtol=0, atol=1e-4)
+
+
+def test_the_compressed_cache_is_as_small_as_its_budget():
+    merged, full = (
+        make_cache(tiny_generator(order, grid_size=(8, 8)), batch=1, num_kept=5, settings=PLAIN)
+        for order in ("merge", "raster")
+    )
+    # Prefix, K, window and the token at hand, against the prefix and all inputs.
+    assert merged.num_bytes / full.num_bytes == (2 + 5 + 2 + 1) / (2 + 63)
+
+
+# ------------------------------------------------------------------------------------ draws
+
+
+@pytest.mark.parametrize(
+    "settings", [GREEDY, replace(GREEDY, guidance_scale=2.5)], ids=["1", "2.5"]
+)
+@pytest.mark.parametrize("order", ORDERS)
+def test_greedy_is_the_argmax_of_the_full_forward(order, settings):
+    model = tiny_generator(order)
+    settings = replace(settings, budget=False)
+    sampled = run(model, [0, 1, 2, 2], settings)
+    given = {"indices": sampled.indices, "num_kept": 5}
+    if order == "anchor":
+        given["anchors"] = sampled.anchors
+    if order == "random":
+        given["order"] = draw(0, range(4), 5, 2, model.device).order
+    conditional = model.logits(class_label=torch.tensor([0, 1, 2, 2]), **given)
+    unconditional = model.logits(class_label=torch.full((4,), 3), **given)
+    parts = model.parts(sampled.indices, sampled.anchors)
+    if order == "anchor":
+        parts[:, 1:, 0] = parts[:, :, 0].diff(dim=1)
+    for part, (with_class, without) in enumerate(zip(conditional, unconditional, strict=True)):
+        guided = without + settings.guidance_scale * (with_class - without)
+        guided = guided.where(torch.isfinite(with_class), -torch.inf)
+        assert torch.equal(guided.argmax(-1), parts[..., part])
+
+
+@pytest.mark.parametrize("settings", [PLAIN, GUIDED], ids=["plain", "guided"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_image_depends_on_seed_and_number_alone(order, settings):
+    model = tiny_generator(order)
+    if order == "random":
+        settings = replace(settings, num_steps=3)
+    labels = [0, 1, 2, 0, 1, 2]
+    together = run(model, labels, settings, seed=5).indices
+    for number in (0, 4):
+        alone = run(model, [labels[number]], settings, seed=5, image_ids=[number]).indices
+        assert torch.equal(alone[0], together[number])
+    reverse = run(model, labels[::-1], settings, seed=5, image_ids=range(5, -1, -1)).indices
+    assert torch.equal(reverse.flip(0), together)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_seeds_and_numbers_give_different_images(order):
+    model = tiny_generator(order)
+    first = run(model, [0, 0, 0], seed=1).indices
+    assert len(first.unique(dim=0)) == 3
+    assert not torch.equal(first, run(model, [0, 0, 0], seed=2).indices)
+    assert torch.equal(first, run(model, [0, 0, 0], seed=1).indices)
+
+
+def test_the_global_generator_is_left_alone():
+    model, before = tiny_generator("random"), torch.get_rng_state()
+    run(model, [0])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_no_two_images_share_a_seed():
+    seeds = {image_seed(seed, image) for seed in range(100) for image in range(100)}
+    assert len(seeds) == 100 * 100
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_sampled_indices_are_codes(order):
+    indices = run(tiny_generator(order), [0] * 20).indices
+    assert 0 <= int(indices.min()) <= int(indices.max()) < 2**TINY.num_bits
+
+
+def test_sampling_follows_the_joint_distribution():
+    model = tiny_generator("raster", grid_size=(1, 1), num_kept=1, kept_candidates=(1,))
+    count = 20_000
+    label = torch.zeros(1, dtype=torch.int64)
+    codes = torch.arange(32)[:, None]
+    expected = model.log_likelihood(codes, label.expand(32), 1).exp()
+    with torch.no_grad():
+        state = prefill(model, make_cache(model, batch=1, num_kept=1, settings=PLAIN), label, 1)
+    uniforms = draw(0, [0], count, 2, model.device).uniforms[0]
+    drawn = model.indices(choose(model, state.expand(count, -1), uniforms, 1.0, PLAIN))
+    observed = torch.bincount(drawn, minlength=32) / count
+    # Four standard deviations of the likeliest code's share.
+    assert (observed - expected).abs().max() < 4 * math.sqrt(0.25 / count)
+    assert expected.max() > 3 * expected.median()
+
+
+def test_a_value_is_the_place_of_a_number_in_the_distribution_function():
+    logits = torch.tensor([0.2, 0.5, 0.3]).log().expand(5, 3)
+    uniforms = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.71])
+    assert pick(logits, uniforms).tolist() == [0, 0, 1, 1, 2]
+
+
+def test_impossible_values_are_never_picked():
+    logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]).expand(4, 5)
+    uniforms = torch.tensor([0.0, 0.4, 0.6, 1 - 2**-24])
+    assert pick(logits, uniforms).tolist() == [1, 1, 3, 3]
+
+
+def test_temperature_sharpens_and_zero_is_the_mode():
+    logits = torch.tensor([0.3, 0.4, 0.3]).log().expand(3, 3)
+    uniforms = torch.tensor([0.05, 0.5, 0.95])
+    assert pick(logits, uniforms, temperature=0.01).tolist() == [1, 1, 1]
+    assert pick(logits, uniforms, temperature=0.0).tolist() == [1, 1, 1]
+    assert pick(logits, uniforms, temperature=1e-38).tolist() == [1, 1, 1]
+    assert pick(logits, uniforms, temperature=9.0).tolist() == [0, 1, 2]
+
+
+def test_top_k_and_top_p_keep_the_most_likely():
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log().expand(100, 4)
+    uniforms = torch.linspace(0, 0.999, 100)
+    assert set(pick(logits, uniforms).tolist()) == {0, 1, 2, 3}
+    assert set(pick(logits, uniforms, top_k=2).tolist()) == {1, 3}
+    assert set(pick(logits, uniforms, top_k=9).tolist()) == {0, 1, 2, 3}
+    assert set(pick(logits, uniforms, top_p=0.65).tolist()) == {1, 3}
+    assert set(pick(logits, uniforms, top_p=0.75).tolist()) == {1, 2, 3}
+    assert set(pick(logits, uniforms, top_p=1e-6).tolist()) == {1}
+
+
+def test_each_part_has_its_own_temperature():
+    model = tiny_generator("raster")
+    mixed = run(model, [0] * 6, replace(PLAIN, temperature=(0.0, 1.0))).indices
+    parts = model.parts(mixed)
+    assert len(parts[:, 0, 0].unique()) == 1
+    assert len(parts[:, 0, 1].unique()) > 1
+
+
+# --------------------------------------------------------------------------------- guidance
+
+
+def test_guidance_per_step_by_hand():
+    def scales(schedule, **changes):
+        settings = SamplingSettings(guidance_scale=5.0, guidance_schedule=schedule, **changes)
+        return guidance_scales(settings, range(5), 5)
+
+    assert scales("constant") == [5, 5, 5, 5, 5]
+    assert scales("linear") == [1, 2, 3, 4, 5]
+    assert scales("power") == [1, 1.25, 2, 3.25, 5]
+    half = math.sqrt(0.5)
+    assert scales("cosine") == pytest.approx([1, 3 - 2 * half, 3, 3 + 2 * half, 5])
+    assert scales("linear", guidance_interval=(0.25, 0.5)) == [1, 2, 3, 1, 1]
+    assert guidance_scales(GUIDED, [0, 1, 3], 5) == [3, 3, 3]
+    linear = SamplingSettings(guidance_scale=5.0, guidance_schedule="linear")
+    assert guidance_scales(linear, [0, 1, 3], 5) == [1, 2, 4]
+
+
+def count_rows(model, settings):
+    rows = []
+    hook = model.blocks[0].register_forward_hook(lambda _, __, out: rows.append(len(out)))
+    sampled = run(model, [0, 1], settings)
+    hook.remove()
+    return sampled, rows
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_only_guidance_doubles_the_batch(order):
+    model = tiny_generator(order)
+    plain, rows = count_rows(model, PLAIN)
+    assert rows == [2] * plain.num_forward
+    guided, doubled = count_rows(model, GUIDED)
+    assert doubled == [4] * guided.num_forward
+    assert guided.kv_bytes == 2 * plain.kv_bytes
+    assert plain.num_forward == plain.indices.shape[1]
+
+
+def test_scale_one_is_the_conditional_model_even_when_the_batch_is_doubled():
+    model = tiny_generator("raster")
+    late = replace(GUIDED, guidance_interval=(0.5, 1.0))
+    plain, guided = run(model, [0, 1, 2]).indices, run(model, [0, 1, 2], late).indices
+    assert torch.equal(plain[:, :6], guided[:, :6])
+    assert not torch.equal(plain, guided)
+
+
+def test_scale_zero_is_the_unconditional_model():
+    model = tiny_generator("raster")
+    without = run(model, [0, 1, 2], replace(PLAIN, guidance_scale=0.0)).indices
+    assert torch.equal(without, run(model, [3, 3, 3]).indices)
+
+
+# ---------------------------------------------------------------------------- merge and anchor
+
+
+def test_the_budget_is_never_exceeded():
+    model = tiny_generator("merge", grid_size=(4, 5))
+    for settings in (PLAIN, GUIDED):
+        indices = run(model, [0, 1, 2, 3] * 4, settings).indices
+        assert max(len(row.unique()) for row in indices) == 5
+    free = run(model, [0, 1, 2, 3] * 4, replace(PLAIN, budget=False)).indices
+    assert max(len(row.unique()) for row in free) > 5
+
+
+def test_the_budget_changes_nothing_before_it_is_spent():
+    model = tiny_generator("merge", grid_size=(4, 5))
+    held = run(model, [0, 1, 2, 3]).indices
+    free = run(model, [0, 1, 2, 3], replace(PLAIN, budget=False)).indices
+    for row in range(4):
+        distinct = [len(free[row, :count].unique()) for count in range(1, 21)]
+        within = sum(count <= 5 for count in distinct)
+        assert torch.equal(held[row, :within], free[row, :within])
+
+
+def test_merged_samples_say_which_cells_are_equal():
+    sampled = run(tiny_generator("merge"), [0, 1, 2, 3])
+    source_index, indices = sampled.source_index, sampled.indices
+    same = indices[:, :, None] == indices[:, None, :]
+    assert torch.equal(source_index[:, :, None] == source_index[:, None, :], same)
+    for row in source_index:
+        source = Source(row[None], int(row.max()) + 1)
+        assert torch.equal(canonicalize(source).source.index[0], row)
+
+
+def test_anchors_are_those_of_kept_tokens_in_canonical_order():
+    model = tiny_generator("anchor", kept_candidates=(1, 5, 7, 12))
+    for num_kept in (1, 5, 12):
+        sampled = run(model, [0, 1, 2, 3] * 4, num_kept=num_kept)
+        assert sampled.anchors.shape == sampled.indices.shape == (16, num_kept)
+        assert (sampled.anchors[:, 0] == 0).all()
+        assert (sampled.anchors.diff(dim=1) >= 1).all()
+        assert int(sampled.anchors.max()) < 12
+        assert sampled.num_forward == num_kept
+
+
+# ----------------------------------------------------------------------------------- random
+
+
+def test_parallel_passes_follow_the_arccos_schedule():
+    # 1 - cos(pi/2 * s/4) is 0.076, 0.293, 0.617 and 1: of 16 tokens 2, 5, 10 and 16 are decoded.
+    assert arccos_schedule(16, 4) == [2, 3, 5, 6]
+    assert arccos_schedule(5, 1) == [5]
+    assert sum(arccos_schedule(256, 88)) == 256
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 36, 144])
+def test_no_pass_is_empty(num_tokens):
+    for num_steps in range(1, num_tokens + 1):
+        counts = arccos_schedule(num_tokens, num_steps)
+        assert len(counts) == num_steps
+        assert min(counts) >= 1
+        assert sum(counts) == num_tokens
+
+
+def test_a_pass_per_step():
+    sampled = run(tiny_generator("random"), [0, 1], replace(PLAIN, num_steps=2))
+    assert sampled.num_forward == 2
+    assert sampled.indices.shape == (2, 5)
+
+
+def inpainted(model, indices, keep, labels, **changes):
+    settings = replace(PLAIN, **changes)
+    return inpaint(
+        model,
+        indices=indices,
+        keep=keep,
+        labels=torch.tensor(labels),
+        seed=0,
+        image_ids=range(len(labels)),
+        settings=settings,
+    )
+
+
+def test_kept_tokens_stay_and_the_others_are_sampled():
+    model, given = tiny_generator("random"), tiny_batch("random", num_codes=20)
+    keep = torch.tensor([[1, 0, 1, 0, 1], [0] * 5, [1] * 5, [0, 0, 0, 0, 1]]).bool()
+    result = inpainted(model, given["indices"], keep, [0, 1, 2, 3], num_steps=3)
+    assert torch.equal(result.indices[keep], given["indices"][keep])
+    assert not torch.equal(result.indices[~keep], given["indices"][~keep])
+    # Two, three and three passes for the groups that keep three, none and one.
+    assert result.num_forward == 2 + 3 + 3
+
+
+def test_keeping_nothing_is_sampling():
+    model = tiny_generator("random")
+    nothing = torch.zeros(3, 5, dtype=torch.bool)
+    result = inpainted(model, torch.full((3, 5), 31), nothing, [0, 1, 2])
+    assert torch.equal(result.indices, run(model, [0, 1, 2]).indices)
+
+
+def test_an_inpainted_image_depends_on_what_it_keeps_and_not_on_its_batch():
+    model, given = tiny_generator("random"), tiny_batch("random", num_codes=20)
+    keep = torch.tensor([[1, 0, 1, 0, 1], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0] * 5]).bool()
+    indices, labels = given["indices"], [0, 1, 2, 3]
+    together = inpainted(model, indices, keep, labels, guidance_scale=2.0).indices
+    alone = inpainted(model, indices[:1], keep[:1], labels[:1], guidance_scale=2.0).indices
+    assert torch.equal(together[:1], alone)
+    hidden = indices.where(keep, 7)
+    assert torch.equal(inpainted(model, hidden, keep, labels, guidance_scale=2.0).indices, together)
+    shown = indices.clone()
+    shown[0, 2] ^= 31
+    again = inpainted(model, shown, keep, labels, guidance_scale=2.0).indices
+    assert not torch.equal(again[0, ~keep[0]], together[0, ~keep[0]])
+
+
+def test_greedy_inpainting_is_the_argmax_given_what_is_kept():
+    model, given = tiny_generator("random"), tiny_batch("random", batch=1, num_codes=20)
+    keep = torch.tensor([[1, 1, 0, 1, 1]]).bool()
+    sampled = inpainted(model, given["indices"], keep, [1], temperature=0.0)
+    shuffled = draw(0, [0], 5, 2, model.device).order[0].tolist()
+    given["order"] = torch.tensor([[slot for slot in shuffled if slot != 2] + [2]])
+    given |= {"class_label": torch.tensor([1]), "indices": sampled.indices}
+    expected = [int(part[0, 2].argmax()) for part in model.logits(**given)]
+    assert model.parts(sampled.indices)[0, 2].tolist() == expected
+
+
+# ----------------------------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_other_types_of_weights_sample_too(order):
+    model = tiny_generator(order).to(torch.bfloat16)
+    plain = run(model, [0, 1], GUIDED)
+    float32 = run(tiny_generator(order), [0, 1], GUIDED)
+    assert plain.kv_bytes == float32.kv_bytes / 2
+    assert run(quantize_weights(model), [0, 1], GUIDED).indices.shape == plain.indices.shape
+
+
+STEP = """
+import sys
+import torch
+from generators import tiny_generator
+from mergevq.config import SamplingSettings
+from mergevq.sampling import make_cache, prefill
+
+model = tiny_generator(sys.argv[1])
+cache = make_cache(model, batch=2, num_kept=5, settings=SamplingSettings())
+prefill(model, cache, torch.zeros(2, dtype=torch.int64), 5)
+mask = cache.place(torch.zeros(2, dtype=torch.int64), 0) if sys.argv[1] == "merge" else None
+inputs, positions = torch.randn(2, 1, 32), torch.zeros(2, 1, 2)
+step = torch.compile(model.transform, fullgraph=True, backend="eager")
+with torch.no_grad():
+    expected = model.transform(inputs, positions, mask, cache)
+    torch.testing.assert_close(step(inputs, positions, mask, cache), expected)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", SEQUENTIAL)
+def test_a_step_is_one_graph(order):
+    # In a process of its own: shape checks of these tests are nothing a compiler can trace.
+    finished = subprocess.run(
+        [sys.executable, "-c", STEP, order],
+        cwd=Path(__file__).parent,
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert finished.returncode == 0, finished.stderr
+
+
+# ---------------------------------------------------------------------------------- overfits
+
+
+def overfit(order, num_sequences, config, num_steps):
+    """Train on one sequence for each class, then sample each class greedily."""
+    numbers = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    config = replace(
+        config,
+        order=order,
+        num_classes=num_sequences,
+        dropout=0.0,
+        class_dropout=0.0,
+        label_smoothing=0.0,
+    )
+    model = Generator(config)
+    given = tiny_batch(order, batch=num_sequences, num_kept=config.num_kept, config=config)
+    given.pop("order", None)
+    given["class_label"] = torch.arange(num_sequences)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        model(**given, generator=numbers).total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    sampled = run(model.eval(), range(num_sequences), GREEDY, num_kept=config.num_kept)
+    return given, sampled
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_greedy_sampling_reproduces_what_was_learned(order):
+    small = {"dim": 64, "num_layers": 1, "ffn_dim": 128, "grid_size": (2, 3), "num_kept": 4}
+    given, sampled = overfit(order, 8, replace(TINY, **small, kept_candidates=(4,)), 200)
+    assert torch.equal(sampled.indices, given["indices"])
+    if order == "anchor":
+        assert torch.equal(sampled.anchors, given["anchors"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ORDERS)
+def test_thirty_two_sequences_are_reproduced(order):
+    config = replace(
+        TINY, dim=64, ffn_dim=128, grid_size=(4, 4), num_kept=7, num_bits=8, factor_bits=(4, 4)
+    )
+    given, sampled = overfit(order, 32, config, 500)
+    assert torch.equal(sampled.indices, given["indices"])
+    if order == "anchor":
+        assert torch.equal(sampled.anchors, given["anchors"])
+
+
+# ------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"guidance_scale": -1.0}, r"guidance_scale \(-1.0\) must be at least 0"),
+        ({"guidance_scale": math.nan}, r"guidance_scale \(nan\) must be at least 0"),
+        ({"guidance_power": 0.0}, r"guidance_power \(0.0\) must be above 0"),
+        ({"guidance_interval": (0.5, 0.2)}, r"guidance_interval \(0.5, 0.2\) must be two shares"),
+        ({"temperature": -0.1}, r"temperature \(-0.1\) must be at least 0"),
+        ({"temperature": (1.0, -2.0)}, r"temperature \(-2.0\) must be at least 0"),
+        ({"top_k": -1}, r"top_k \(-1\) must be at least 0"),
+        ({"top_p": 0.0}, r"top_p \(0.0\) must be in \(0, 1\]"),
+        ({"num_steps": 0}, r"num_steps \(0\) must be at least 1"),
+    ],
+)
+def test_settings_that_are_no_distribution_are_errors(changes, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingSettings(**changes)
+
+
+def test_calls_that_do_not_fit_the_generator_are_errors():
+    model = tiny_generator("random")
+    with pytest.raises(ValueError, match=r"num_steps \(6\) must be between 1 and the 5 tokens"):
+        run(model, [0], replace(PLAIN, num_steps=6))
+    with pytest.raises(ValueError, match=r"top_k has 3 numbers and must have 1 or 2, one for each"):
+        run(model, [0], replace(PLAIN, top_k=(1, 2, 3)))
+    with pytest.raises(ValueError, match=r"2 labels must go with as many image_ids \(1\)"):
+        run(model, [0, 1], image_ids=[0])
+    with pytest.raises(ValueError, match=r"class_label \(7 to 7\) must be between 0 and 3"):
+        run(model, [7])
+    with pytest.raises(ValueError, match=r"num_kept \(6\) must be one of those trained on"):
+        run(model, [0], num_kept=6)
+    with pytest.raises(ValueError, match=r"call generator\.eval"):
+        run(tiny_generator("raster").train(), [0])
+    with pytest.raises(
+        ValueError, match=r"guidance_scale \(3.0\) must be 1 for a generator without"
+    ):
+        run(tiny_generator("raster", num_classes=0), [0], GUIDED)
+    keep = torch.zeros(1, 12, dtype=torch.bool)
+    with pytest.raises(ValueError, match="tokens can only be kept in order 'random', not 'merge'"):
+        inpainted(tiny_generator("merge"), torch.zeros(1, 12).long(), keep, [0])
+
+
+def test_a_generator_without_classes_samples():
+    assert run(tiny_generator("anchor", num_classes=0), [0, 0]).indices.shape == (2, 5)

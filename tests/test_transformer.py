@@ -1,0 +1,133 @@
+import pytest
+import torch
+from generators import CLUSTERS, FIGURE_6
+from torch.nn.attention.flex_attention import flex_attention
+
+from mergevq.transformer import (
+    Attention,
+    Block,
+    RmsNorm,
+    first_occurrence,
+    leaders,
+    merge_block_mask,
+    merge_mask,
+    rotate,
+    rotation,
+)
+
+
+def block(**changes):
+    settings = {"dim": 16, "hidden_dim": 24, "num_heads": 4, "key_heads": 4, "qk_norm": False}
+    return Block(**(settings | {"dropout": 0.0} | changes))
+
+
+def test_the_mask_is_figure_6_of_the_paper():
+    mask = merge_mask(first_occurrence(CLUSTERS), window=2)
+    assert torch.equal(mask[0].int(), FIGURE_6.int())
+
+
+def test_first_occurrences_and_leaders_by_hand():
+    groups = torch.tensor([[7, 2, 7, 2, 9, 7], [1, 1, 1, 0, 1, 0]])
+    assert first_occurrence(groups).int().tolist() == [[1, 1, 0, 0, 1, 0], [1, 0, 0, 1, 0, 0]]
+    assert leaders(groups).tolist() == [[0, 1, 0, 1, 4, 0], [0, 0, 0, 3, 0, 3]]
+
+
+def test_without_duplicates_the_mask_is_causal():
+    first = torch.ones(1, 6, dtype=torch.bool)
+    assert torch.equal(merge_mask(first, window=0)[0], torch.ones(6, 6).tril().bool())
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_the_block_mask_attends_as_the_plain_mask(generator):
+    first = torch.cat([first_occurrence(CLUSTERS), first_occurrence(CLUSTERS.flip(1))])
+    query, key, value = torch.randn(3, 2, 4, 9, 16, generator=generator)
+    mask = merge_mask(first, window=2)[:, None]
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    attended = flex_attention(query, key, value, block_mask=merge_block_mask(first, window=2))
+    torch.testing.assert_close(attended, expected)
+
+
+def test_rotation_keeps_lengths_and_is_the_identity_at_the_origin(generator):
+    x = torch.randn(2, 3, 4, 8, generator=generator)
+    turned = rotate(x, rotation(torch.full((1, 4, 2), 3.0), head_dim=8))
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+    assert torch.equal(rotate(x, rotation(torch.zeros(1, 4, 2), head_dim=8)), x)
+
+
+def test_rotated_products_depend_on_the_difference_of_positions(generator):
+    query, key = torch.randn(2, 1, 1, 1, 8, generator=generator)
+
+    def product(first, second):
+        positions = torch.tensor([[first]]), torch.tensor([[second]])
+        turned = [
+            rotate(x, rotation(where.float(), head_dim=8))
+            for x, where in zip((query, key), positions, strict=True)
+        ]
+        return float((turned[0] * turned[1]).sum())
+
+    assert product([5, 2], [1, 7]) == pytest.approx(product([6, 5], [2, 10]), abs=1e-5)
+    assert product([5, 2], [1, 7]) != pytest.approx(product([5, 2], [7, 1]), abs=1e-3)
+
+
+def test_half_of_the_pairs_turn_by_row_and_half_by_column():
+    angles = rotation(torch.tensor([[[2.0, 0.0], [0.0, 2.0]]]), head_dim=8)
+    still = angles.cos[0, 0] == 1
+    assert still.tolist() == [[False, False, True, True], [True, True, False, False]]
+
+
+def test_an_input_sees_nothing_after_it(generator):
+    attention = block(qk_norm=True)
+    x = torch.randn(1, 5, 16, generator=generator)
+    angles = rotation(torch.arange(10.0).reshape(1, 5, 2), head_dim=4)
+    changed = x.clone()
+    changed[:, 3] += 1
+    before, after = attention(x, angles), attention(changed, angles)
+    assert torch.equal(before[:, :3], after[:, :3])
+    assert not torch.isclose(before[:, 3:], after[:, 3:]).all()
+
+
+def test_an_input_is_untouched_by_what_is_masked(generator):
+    x = torch.randn(1, 9, 16, generator=generator)
+    mask = merge_mask(first_occurrence(CLUSTERS), window=2)
+    angles = rotation(torch.zeros(1, 9, 2), head_dim=4)
+    changed = x.clone()
+    changed[:, 1] += 1
+    layer = block()
+    before, after = layer(x, angles, mask), layer(changed, angles, mask)
+    differs = (before != after).any(-1)[0]
+    assert differs.int().tolist() == [0, 1, 1, 1, 0, 0, 0, 0, 0]
+
+
+def test_grouped_heads_equal_heads_repeated(generator):
+    grouped = Attention(dim=16, num_heads=4, key_heads=2, qk_norm=False)
+    full = Attention(dim=16, num_heads=4, key_heads=4, qk_norm=False)
+    query, key, value = grouped.qkv.weight.detach().split([16, 8, 8])
+    key, value = (
+        w.unflatten(0, (2, 4)).repeat_interleave(2, 0).flatten(0, 1) for w in (key, value)
+    )
+    full.load_state_dict(
+        {"qkv.weight": torch.cat([query, key, value]), "out.weight": grouped.out.weight}
+    )
+    x = torch.randn(2, 5, 16, generator=generator)
+    torch.testing.assert_close(grouped(x, None), full(x, None))
+
+
+def test_normalised_queries_and_keys_forget_their_length(generator):
+    attention = Attention(dim=16, num_heads=4, key_heads=4, qk_norm=True)
+    x = torch.randn(2, 5, 16, generator=generator)
+    before = attention(x, None)
+    with torch.no_grad():
+        attention.qkv.weight[:32] *= 10
+    torch.testing.assert_close(attention(x, None), before, rtol=1e-3, atol=1e-3)
+
+
+def test_the_norm_is_that_of_pytorch_in_any_type(generator):
+    norm, reference = RmsNorm(16), torch.nn.RMSNorm(16, eps=1e-5)
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(16, generator=generator))
+        reference.weight.copy_(norm.weight)
+    x = torch.randn(3, 16, generator=generator)
+    torch.testing.assert_close(norm(x), reference(x))
+    low = norm(x.to(torch.bfloat16))
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), reference(x), rtol=2e-2, atol=2e-2)
