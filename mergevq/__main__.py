@@ -1,6 +1,8 @@
 """Run the command line as `python -m mergevq`."""
 
+import sys
+
 from mergevq.cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Generic, TypeVar
 
 import tyro
 
+from mergevq.config import Device, SizePolicy
 from mergevq.recipes import RECIPES
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from mergevq.config import TokenizerRun
     from mergevq.estimate import Estimate
 
-Device = Literal["auto", "cpu", "cuda", "mps"]
-SizePolicy = Literal["error", "resize", "tile"]
 Run = TypeVar("Run")
 
 _TRAIN_USAGE = "usage: mergevq train RECIPE [--section.field VALUE ..]"

@@ -14,21 +14,13 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from mergevq.config import TokenizerConfig
+from mergevq.config import SizePolicy, TokenizerConfig
 from mergevq.data import to_tensor
 from mergevq.images import to_rgb
 from mergevq.merge import Bits, Source
 from mergevq.metrics import psnr
 from mergevq.pictures import contact_sheet, merge_map, to_pil
 from mergevq.tokenizer import Encoded, Tokenizer
-
-SizePolicy = Literal["error", "resize", "tile"]
-"""What to do with a picture the tokenizer was not trained on the size of.
-
-`error` takes it as it is if its sides are multiples of the patch size, and else says which are.
-`resize` keeps the aspect ratio and gives it about as many pixels as a training image has. `tile`
-cuts it into overlapping training-sized tiles, each with its own tokens, and blends them again.
-"""
 
 _OVERLAP = 1 / 4
 """Least share of a tile's side that it has in common with the next."""

@@ -17,6 +17,14 @@ FORMAT_VERSION = 1
 
 Precision = Literal["auto", "bf16", "float32", "float16"]
 MergeShape = Literal["linear", "square", "constant"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+SizePolicy = Literal["error", "resize", "tile"]
+"""What to do with a picture the tokenizer was not trained on the size of.
+
+`error` takes it as it is if its sides are multiples of the patch size, and else says which are.
+`resize` keeps the aspect ratio and gives it about as many pixels as a training image has. `tile`
+cuts it into overlapping training-sized tiles, each with its own tokens, and blends them again.
+"""
 
 
 def _require(condition: bool, message: str) -> None:  # noqa: FBT001 - reads as an assertion
@@ -243,6 +251,8 @@ class LossConfig:
     """Local safetensors file or folder with the LPIPS weights; None looks in the cache only."""
     adversarial_weight: float = 0.1
     """Non-saturating generator loss, reached at the end of the ramp."""
+    discriminator_channels: int = 64
+    """Base width of the patch discriminator."""
     discriminator_start_step: int = 0
     """First step at which the discriminator is trained."""
     adversarial_start_step: int = 1000
@@ -369,7 +379,7 @@ class TrainConfig:
     """Parts each rank's share of the batch is cut into, to save memory."""
     precision: Precision = "auto"
     """`auto` is bf16 where the device has it, else float32; float16 only when asked for."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     """Where to train."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
@@ -653,6 +663,75 @@ class SamplingSettings:
             self.num_steps is None or self.num_steps >= 1,
             f"num_steps ({self.num_steps}) must be at least 1, or None for one token a pass",
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokensConfig:
+    """What a generator learns from: files of tokens, and the tokenizer that made them."""
+
+    path: str = "runs/tokens"
+    """Folder that `mergevq encode` wrote, with tokens for every K of `kept`."""
+    tokenizer: str = "runs/tokenizer/model"
+    """Directory of the tokenizer, or its Hugging Face id; tokens of another one are refused."""
+    val_fraction: float = 0.05
+    """Share of the images held out for validation, mirror images with them; always the same."""
+
+    def __post_init__(self) -> None:
+        """Reject a validation share outside (0, 1)."""
+        _require(0 < self.val_fraction < 1, f"val_fraction ({self.val_fraction}) must be in (0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GeneratorRun:
+    """One training run of a generator: `mergevq train RECIPE`.
+
+    The candidates of `kept` are those of the model; the classes come from the tokens.
+    """
+
+    model: GeneratorConfig = field(default_factory=GeneratorConfig)
+    """Architecture and order; its `kept_candidates` and, at 0, its `num_classes` are filled in."""
+    tokens: TokensConfig = field(default_factory=TokensConfig)
+    """Tokens and their tokenizer."""
+    kept: KeptConfig = field(default_factory=KeptConfig)
+    """Distribution of K; order `raster` has all cells, one candidate."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Loop. `image_every` is of sampled pictures; `quantize_start_step` has no meaning here."""
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    """Of the pictures made while training; without classes they are not guided."""
+    init_from: str | None = None
+    """Start from this generator's weights; with another number of classes, from all but those of
+    the classes."""
+    out: str = "runs/generator"
+    """Directory of the run."""
+
+    def __post_init__(self) -> None:
+        """Reject a K that the grid does not have, and settings of the tokenizer's loop."""
+        num_tokens = self.model.num_tokens
+        _require(
+            self.model.order != "raster" or self.kept.candidates == (num_tokens,),
+            f"kept.candidates {self.kept.candidates} must be the {num_tokens} cells of the grid in "
+            "order 'raster'",
+        )
+        _require(
+            self.train.quantize_start_step == 0,
+            f"quantize_start_step ({self.train.quantize_start_step}) must be 0: tokens are codes",
+        )
+        for num_kept in self.train.eval_num_kept:
+            _require(
+                num_kept in self.kept.candidates,
+                f"eval_num_kept ({num_kept}) must be one of kept.candidates "
+                f"{self.kept.candidates}: there are no tokens of another K",
+            )
+        self.resolved_model  # noqa: B018 - checks that the nominal K is a candidate
+
+    @property
+    def resolved_model(self) -> GeneratorConfig:
+        """The architecture with the K of this run; `raster` may do without the instruction."""
+        without = self.model.order == "raster" and not self.model.kept_candidates
+        candidates = () if without else tuple(sorted(set(self.kept.candidates)))
+        return replace(self.model, kept_candidates=candidates)
 
 
 def _each(setting: float | int | tuple[float | int, ...]) -> tuple[float | int, ...]:

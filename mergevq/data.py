@@ -104,17 +104,6 @@ def to_float(pixels: UInt8[Tensor, "*b 3 h w"]) -> Float[Tensor, "*b 3 h w"]:
     return image.div_(127.5).sub_(1)
 
 
-def to_uint8(image: Float[Tensor, "*b 3 h w"]) -> UInt8[Tensor, "*b 3 h w"]:
-    """[-1, 1] to bytes, rounded and clipped; exactly undoes `to_float`.
-
-    Raises:
-        ValueError: a value is not finite.
-    """
-    if not torch.isfinite(image).all():
-        raise ValueError("an image with non-finite values has no pixels")
-    return image.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-
-
 def to_tensor(image: Image.Image) -> Float[Tensor, "3 h w"]:
     """RGB image to [-1, 1].
 
@@ -124,11 +113,6 @@ def to_tensor(image: Image.Image) -> Float[Tensor, "3 h w"]:
     if image.mode != "RGB":
         raise ValueError(f"image mode ({image.mode}) must be RGB; images.to_rgb converts it")
     return to_float(torch.from_numpy(np.array(image)).permute(2, 0, 1))
-
-
-def to_image(image: Float[Tensor, "3 h w"]) -> Image.Image:
-    """[-1, 1] to an RGB image."""
-    return Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy())
 
 
 def load_square(

@@ -195,24 +195,34 @@ def encode_shards(
         batch_size=batch_size,
         num_workers=num_workers,
     )
-    unseen = dict(missing)
     with contextlib.closing(progress), _deterministic(world.device):
-        for number, group in groupby(batches, lambda batch: _shard_of(batch, positions, record)):
-            rows = {num_kept: [_no_rows(record, num_kept)] for num_kept in unseen.pop(number)}
-            for batch in group:
-                located = batch._replace(index=torch.from_numpy(positions)[batch.index])
+        for number, shard in _by_shard(batches, positions, record):
+            rows = {num_kept: [_no_rows(record, num_kept)] for num_kept in missing[number]}
+            for batch in shard:
                 for num_kept, parts in rows.items():
-                    parts.append(_encode_batch(tokenizer, located, num_kept, flip=record.flip))
+                    parts.append(_encode_batch(tokenizer, batch, num_kept, flip=record.flip))
                 progress.update(len(batch.index))
-            progress.update(_write(images, out, record, number, rows))
-        for number, kept in unseen.items():  # None of its images can be read.
-            rows = {num_kept: [_no_rows(record, num_kept)] for num_kept in kept}
-            progress.update(_write(images, out, record, number, rows))
+            if num_broken := _write(images, out, record, number, rows):
+                progress.update(num_broken)
 
 
-def _shard_of(batch: Batch, positions: NDArray[np.int64], record: TokenRecord) -> int:
-    """Number of the shard that a batch, which lies in one, belongs to."""
-    return int(positions[int(batch.index[0])]) // record.shard_size
+def _by_shard(
+    batches: Iterator[Batch], positions: NDArray[np.int64], record: TokenRecord
+) -> Iterator[tuple[int, Iterator[Batch]]]:
+    """Number of each shard with its batches; none where no image can be read.
+
+    Args:
+        batches: of images of whole shards in order, so that each lies in one shard.
+        positions: where in the data these images are.
+        record: what a shard is.
+    """
+    unseen = np.unique(positions // record.shard_size).tolist()
+    located = (batch._replace(index=torch.from_numpy(positions)[batch.index]) for batch in batches)
+    for number, shard in groupby(located, lambda batch: int(batch.index[0]) // record.shard_size):
+        unseen.remove(number)
+        yield number, shard
+    for number in unseen:
+        yield number, iter(())
 
 
 def _encode_batch(tokenizer: Tokenizer, batch: Batch, num_kept: int, *, flip: bool) -> TokenRows:

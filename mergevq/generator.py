@@ -26,6 +26,7 @@ token, C channels, N inputs, M keys, H heads, D channels of a head, R and S each
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -35,6 +36,14 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
+from mergevq.checkpoint import (
+    SavedModel,
+    from_json,
+    load_model,
+    load_strict,
+    resolve,
+    save_model,
+)
 from mergevq.config import GeneratorConfig
 from mergevq.quantize import indices_to_subindices, subindices_to_indices
 from mergevq.transformer import (
@@ -171,6 +180,41 @@ class Generator(nn.Module):
         if self.config.order == "random":
             nn.init.normal_(self.instruction, std=INITIAL_STD, generator=generator)
 
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> "Generator":
+        """Load from a directory written by `save_pretrained` or training, or from a hub name.
+
+        A directory never touches the network. The generator comes back in evaluation mode.
+
+        Raises:
+            ValueError: the artefact is of another kind or format, or its weights do not fit.
+        """
+        return cls.from_saved(load_model(resolve(path), kind="generator"))
+
+    @classmethod
+    def from_saved(cls, saved: SavedModel) -> "Generator":
+        """Build what was read from disk, in evaluation mode.
+
+        Raises:
+            ValueError: its weights do not fit.
+        """
+        generator = cls(from_json(GeneratorConfig, saved.record["config"]))
+        load_strict(generator, saved.state)
+        return generator.eval()
+
+    def save_pretrained(
+        self, path: str | Path, *, tokenizer: str, class_names: Sequence[str] = ()
+    ) -> None:
+        """Write `model.safetensors` and `config.json` into a directory.
+
+        Args:
+            path: of the directory.
+            tokenizer: hash of the tokenizer (`checkpoint.model_hash`) whose tokens these are.
+            class_names: of the classes, in order.
+        """
+        extra = {"tokenizer": tokenizer, "class_names": list(class_names)}
+        save_model(path, self.state_dict(), self.config, kind="generator", extra=extra)
+
     def set_checkpointing(self, *, enabled: bool) -> None:
         """Trade time for memory in training: recompute activations in the backward pass."""
         self.checkpointing = enabled
@@ -190,10 +234,11 @@ class Generator(nn.Module):
         indices: Int64[Tensor, "b t"],
         class_label: Int64[Tensor, "b"],
         num_kept: int,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
         *,
         anchors: Int64[Tensor, "b t"] | None = None,
         source_index: Int64[Tensor, "b l"] | None = None,
+        order: Int64[Tensor, "b t"] | None = None,
     ) -> GeneratorLoss:
         """`loss`, under the name that wrappers such as DDP call."""
         return self.loss(
@@ -203,6 +248,7 @@ class Generator(nn.Module):
             generator,
             anchors=anchors,
             source_index=source_index,
+            order=order,
         )
 
     def loss(
@@ -210,10 +256,11 @@ class Generator(nn.Module):
         indices: Int64[Tensor, "b t"],
         class_label: Int64[Tensor, "b"],
         num_kept: int,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
         *,
         anchors: Int64[Tensor, "b t"] | None = None,
         source_index: Int64[Tensor, "b l"] | None = None,
+        order: Int64[Tensor, "b t"] | None = None,
     ) -> GeneratorLoss:
         """Cross-entropy of a batch of sequences.
 
@@ -222,21 +269,20 @@ class Generator(nn.Module):
                 canonical order (`random`, `anchor`).
             class_label: in [0, num_classes]; the last, `null_class`, is no class.
             num_kept: K of every sequence.
-            generator: of dropped labels (in training mode only) and random orders. Dropout itself
-                draws from torch's default generator.
+            generator: of dropped labels (in training mode only) and random orders; None where the
+                caller has drawn both (`drop_classes`, `random_orders`). Dropout itself draws from
+                torch's default generator.
             anchors: cell at which each kept token opens; order `anchor` needs them.
             source_index: the tokenizer's source map; `merge_groups="source"` needs it.
+            order: slots in the order in which they are decoded, for order `random`; None draws it.
 
         Raises:
             ValueError: a shape, a token, a label or K is not this generator's.
         """
-        if self.training and self.config.class_dropout > 0:
-            dropped = _uniform(class_label.shape, generator, class_label.device)
-            null = torch.full_like(class_label, self.config.null_class)
-            class_label = torch.where(dropped < self.config.class_dropout, null, class_label)
-        order = None
-        if self.config.order == "random":
-            order = _uniform(indices.shape, generator, indices.device).argsort(-1)
+        if self.training and generator is not None:
+            class_label = self.drop_classes(class_label, generator)
+        if self.config.order == "random" and order is None and generator is not None:
+            order = random_orders(indices.shape, generator, indices.device)
         parts = self.parts(indices, anchors)
         layout = self._layout(parts, class_label, num_kept, order, source_index)
         smoothed, hits = [], []
@@ -252,6 +298,14 @@ class Generator(nn.Module):
             hits.append(hit.detach().mean())
         losses = torch.stack(smoothed)
         return GeneratorLoss(total=losses.sum(), parts=losses, nll=torch.stack(hits).sum())
+
+    def drop_classes(
+        self, class_label: Int64[Tensor, "b"], generator: torch.Generator
+    ) -> Int64[Tensor, "b"]:
+        """Labels of which some, at random, are `null_class`."""
+        dropped = _uniform(class_label.shape, generator, class_label.device)
+        null = torch.full_like(class_label, self.config.null_class)
+        return torch.where(dropped < self.config.class_dropout, null, class_label)
 
     def logits(
         self,
@@ -502,6 +556,13 @@ class Generator(nn.Module):
     def _is_raster(self) -> bool:
         """Whether a sequence is all cells."""
         return self.config.order in {"raster", "merge"}
+
+
+def random_orders(
+    shape: Sequence[int], generator: torch.Generator, device: torch.device
+) -> Int64[Tensor, "b t"]:
+    """A random permutation of the slots for each sequence."""
+    return _uniform(shape, generator, device).argsort(-1)
 
 
 def _block(config: GeneratorConfig) -> Block:

@@ -1,7 +1,8 @@
 """Weights of 8 bits for decoding, which waits for memory and not for arithmetic.
 
 Each row of a matrix is stored as integers of -127 to 127 and one scale; activations keep their
-type. Nothing is calibrated. `logit_error` says what it costs in accuracy.
+type. Nothing is calibrated. `logit_error` says what it costs in accuracy. On CPUs it is faster than
+bf16 for a few rows at a time, about six; guidance makes two rows of an image.
 
 Shape letters: O outputs, I inputs, B batch, T tokens.
 """
@@ -17,7 +18,7 @@ from mergevq.generator import Generator
 
 # The CPU kernel reads this many inputs at a time; other widths give wrong results or crash it.
 _KERNEL_WIDTH = 32
-# With more rows than this, expanding the weights once is faster than the kernel.
+# With more rows than this, expanding the weights first is faster than the kernel.
 _KERNEL_ROWS = 8
 
 

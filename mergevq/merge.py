@@ -159,10 +159,11 @@ def merge_step(
     num_remaining: int,
 ) -> Merged:
     """Replace tokens by size-weighted means of those with the same destination."""
-    weighted = torch.cat([tokens * sizes[..., None], sizes[..., None]], dim=-1)
-    sums = _scatter_sum(weighted, destination, num_remaining)
-    new_sizes = sums[..., -1]
-    return Merged((sums[..., :-1] / new_sizes[..., None]).to(tokens.dtype), new_sizes)
+    new_sizes = sizes.new_zeros(sizes.shape[0], num_remaining).scatter_add(1, destination, sizes)
+    # Shares of the new token, not sums to divide: a token alone keeps its bits.
+    shares = sizes / new_sizes.gather(1, destination)
+    merged = _scatter_sum(tokens * shares[..., None], destination, num_remaining)
+    return Merged(merged.to(tokens.dtype), new_sizes)
 
 
 class Canonical(NamedTuple):
@@ -254,7 +255,12 @@ def _scatter_sum(
     tokens: Float[Tensor, "b n c"], destination: Int64[Tensor, "b n"], num_out: int
 ) -> Float[Tensor, "b m c"]:
     """Sum tokens by destination; float32 at least, so that large groups keep their bits."""
+    batch, _, num_channels = tokens.shape
     dtype = torch.promote_types(tokens.dtype, torch.float32)
-    out = torch.zeros(tokens.shape[0], num_out, tokens.shape[2], dtype=dtype, device=tokens.device)
-    index = destination[..., None].expand_as(tokens)
-    return out.scatter_add(1, index, tokens.to(dtype))
+    out = torch.zeros(batch * num_out, num_channels, dtype=dtype, device=tokens.device)
+    # In one table of the whole batch, torch adds row by row; along dimension 1 it would go number
+    # by number, on CPUs 5 times slower with the gradient.
+    firsts = num_out * torch.arange(batch, device=tokens.device)
+    rows = (firsts[:, None] + destination).flatten()
+    out.scatter_add_(0, rows[:, None].expand(-1, num_channels), tokens.flatten(0, 1).to(dtype))
+    return out.unflatten(0, (batch, num_out))

@@ -48,7 +48,7 @@ def require_finite(name: str, values: Shaped[Tensor, "b *rest"], first: int) -> 
         )
 
 
-def to_uint8(image: Float[Tensor, "b 3 h w"]) -> UInt8[Tensor, "b 3 h w"]:
+def to_uint8(image: Float[Tensor, "*b 3 h w"]) -> UInt8[Tensor, "*b 3 h w"]:
     """The pixels a saved file would hold: [-1, 1] becomes 0..255, rounded, clipped outside.
 
     A pixel that is not finite is a ValueError.

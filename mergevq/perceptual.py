@@ -262,8 +262,7 @@ def cache_folder(override: str | None = None) -> Path:
     """Folder for weights that are looked up without a path.
 
     Args:
-        override: what the user set for it (MERGEVQ_CACHE, read by the caller); None or empty is
-            `.cache/mergevq` in the home folder.
+        override: another folder; None or empty is `.cache/mergevq` in the home folder.
     """
     return Path(override).expanduser() if override else Path.home() / ".cache" / "mergevq"
 

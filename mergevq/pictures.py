@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from mergevq.metrics import to_uint8
 
 _CELL_SIDE = 16
 """Least pixels per cell of a merge map: below that, borders would hide the colours."""
@@ -33,15 +34,8 @@ _PAPER = (255, 255, 255)
 
 
 def to_pil(image: Float[Tensor, "3 h w"]) -> Image.Image:
-    """An image in [-1, 1] as 8-bit RGB; values outside are clipped.
-
-    Raises:
-        ValueError: a value is not finite.
-    """
-    if not image.isfinite().all():
-        raise ValueError("image holds values that are not finite; it has no picture")
-    levels = ((image.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
+    """An image in [-1, 1] as 8-bit RGB; a value that is not finite is a ValueError."""
+    return Image.fromarray(to_uint8(image.detach()).permute(1, 2, 0).cpu().numpy())
 
 
 def merge_map(

@@ -72,24 +72,29 @@ def tiny64_gr() -> TokenizerRun:
     return TokenizerRun(
         model=TokenizerConfig(
             image_size=64,
-            channels=32,
-            channel_mult=(1, 2, 4),
+            channels=16,
+            channel_mult=(1, 3, 6),
             num_res_blocks=1,
             num_layers=6,
             num_heads=4,
             layer_scale=0.1,
             num_kept=144,
-            num_decoder_layers=4,
+            num_decoder_layers=3,
             num_decoder_heads=4,
-            source_dim=128,
+            source_dim=96,
             num_source_heads=4,
         ),
         kept=KeptConfig(
             distribution="gaussian", candidates=(121, 144, 169, 196, 225, 256), floor=0.05
         ),
         data=DataConfig(flip=True, crop="random"),
-        loss=LossConfig(perceptual_trunk="squeeze"),
-        teacher=TeacherConfig(kind="self", view_size=48, num_prototypes=512),
+        loss=LossConfig(
+            perceptual_trunk="squeeze",
+            discriminator_channels=32,
+            discriminator_start_step=2000,
+            adversarial_start_step=3000,
+        ),
+        teacher=TeacherConfig(kind="self", view_size=32, num_prototypes=256),
         optim=OptimConfig(
             lr=5e-4, betas=(0.9, 0.95), warmup_steps=200, schedule="cosine", ema_decay=0.995
         ),
@@ -106,7 +111,7 @@ def tiny64_g() -> TokenizerRun:
     run = tiny64_gr()
     return replace(
         run,
-        model=replace(run.model, channel_mult=(2, 4), num_kept=256),
+        model=replace(run.model, channels=32, channel_mult=(1, 4), num_kept=256),
         kept=KeptConfig(
             distribution="exponential", candidates=(256, 289, 324, 361, 400), floor=0.05
         ),
@@ -166,6 +171,8 @@ def images128_gr() -> TokenizerRun:
         loss=replace(
             run.loss,
             perceptual_trunk="vgg",
+            discriminator_channels=64,
+            discriminator_start_step=0,
             adversarial_start_step=5000,
             adversarial_ramp_steps=5000,
         ),

@@ -82,7 +82,7 @@ def sample(
 
     Raises:
         ValueError: the settings do not fit the generator, or a class or K is unknown to it.
-        RuntimeError: a cache overflowed.
+        RuntimeError: a cache overflowed, or a state was not finite.
     """
     _check(generator, labels, image_ids, settings)
     config = generator.config
@@ -120,6 +120,7 @@ def inpaint(
 
     Raises:
         ValueError: the generator has another order, or the settings do not fit it.
+        RuntimeError: a state was not finite.
     """
     _check(generator, labels, image_ids, settings)
     if generator.config.order != "random":
@@ -245,10 +246,8 @@ def pick(
         ordered = ordered.masked_fill(before >= top_p, 0)
         probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered)
     reached = probabilities.cumsum(-1)
-    total = reached[:, -1:]
-    chosen = (reached <= uniforms[:, None] * total).sum(-1)
-    # Rounding may lift the product to the total; the last possible value is where it is reached.
-    return torch.minimum(chosen, (reached < total).sum(-1))
+    # A float32 below 1 times the total rounds to less than the total, so some value is above it.
+    return (reached <= uniforms[:, None] * reached[:, -1:]).sum(-1)
 
 
 def choose(
@@ -434,8 +433,9 @@ def _sample_sequence(
     cache = make_cache(generator, batch=len(rows), num_kept=num_kept, settings=settings)
     states = prefill(generator, cache, rows, num_kept)
     previous = torch.zeros_like(labels) if config.order == "anchor" else None
-    tokens = []
+    tokens, finite = [], []
     for token in range(length):
+        finite.append(states.isfinite().all())
         restrict = None
         if previous is not None:
             restrict = _legal_gap(generator, previous, token, num_kept)
@@ -447,6 +447,7 @@ def _sample_sequence(
         tokens.append(parts)
         if token + 1 < length:
             states = decode(generator, cache, parts.repeat(num_branches, 1), token)
+    _check_finite(finite)
     sequence = torch.stack(tokens, dim=1)
     indices = generator.indices(sequence)
     return Sampled(
@@ -494,14 +495,17 @@ def _sample_slots(
         tokens = _at(parts.repeat(num_branches, 1, 1), first)
         more, where = generator.pairs(tokens, slots[first])
         inputs, positions = torch.cat([inputs, more], dim=1), torch.cat([positions, where], dim=1)
+    finite = []
     for start, count, scale in zip(starts, counts, scales, strict=True):
         wanted = order[:, num_given + start : num_given + start + count]
         states = decode_slots(generator, cache, inputs, positions, slots[wanted])
+        finite.append(states.isfinite().all())
         uniforms = _at(draws.uniforms, wanted[:batch]).flatten(0, 1)
         tokens = choose(generator, states.flatten(0, 1), uniforms, scale, settings)
         tokens = tokens.unflatten(0, (batch, count))
         parts.scatter_(1, wanted[:batch, :, None].expand_as(tokens), tokens)
         inputs, positions = generator.pairs(tokens.repeat(num_branches, 1, 1), slots[wanted])
+    _check_finite(finite)
     return Sampled(generator.indices(parts), None, None, len(counts), cache.num_bytes)
 
 
@@ -559,6 +563,12 @@ def _at(values: Tensor, index: Int64[Tensor, "b m"]) -> Tensor:
 def _of_part(setting: Number | tuple[Number, ...], part: int) -> Number:
     """A setting's number for one part."""
     return setting[part] if isinstance(setting, tuple) else setting
+
+
+def _check_finite(finite: list[Tensor]) -> None:
+    """Raise `RuntimeError` unless all states of a run were finite; looked at once, at its end."""
+    if not torch.stack(finite).all():
+        raise RuntimeError("the generator's states are not finite: its weights are broken")
 
 
 def _check(

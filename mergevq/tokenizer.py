@@ -223,7 +223,8 @@ class SourcePredictor(nn.Module):
         )
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.to_query = nn.Linear(dim, dim)
-        self.to_key = nn.Linear(dim, dim)
+        # A bias would add the same to all logits of a cell.
+        self.to_key = nn.Linear(dim, dim, bias=False)
         initialize(self)
 
     def forward(

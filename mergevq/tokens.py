@@ -10,6 +10,7 @@ of every shard, and each is compared with it before it is first read.
 Shape letters: B rows of a batch, N rows of a shard, L grid tokens, K kept tokens.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -304,12 +305,23 @@ class TokenDataset:
         self.broken = broken
         """Names of the images that could not be read, which have no rows."""
         self._shards = shards
+        self._rows: NDArray[np.int64] | None = None
         num_rows = [shard.num_rows for shard in shards[record.num_kept[0]]]
         self._first_rows = np.cumsum([0, *num_rows])
         self._mapped: dict[tuple[int, int], dict[str, NDArray[Any]]] = {}
 
     def __len__(self) -> int:
-        return int(self._first_rows[-1])
+        return int(self._first_rows[-1]) if self._rows is None else len(self._rows)
+
+    def subset(self, positions: Sequence[int]) -> "TokenDataset":
+        """Some of the rows, in this order, from the same files.
+
+        Raises:
+            ValueError: there is no such row.
+        """
+        chosen = copy.copy(self)
+        chosen._rows = self._locate(positions)
+        return chosen
 
     @property
     def num_kept(self) -> tuple[int, ...]:
@@ -368,10 +380,7 @@ class TokenDataset:
         Raises:
             ValueError: there is no such row.
         """
-        rows = np.asarray(positions, dtype=np.int64)
-        outside = rows[(rows < 0) | (rows >= len(self))]
-        if outside.size:
-            raise ValueError(f"position ({outside[0]}) must be in [0, {len(self)}), the rows")
+        rows = self._locate(positions)
         width = {"indices": (num_kept,), "source": (self.record.num_tokens,)}.get(name, ())
         values = np.empty((len(rows), *width), dtype=np.int64)
         numbers = np.searchsorted(self._first_rows, rows, side="right") - 1
@@ -381,6 +390,18 @@ class TokenDataset:
                 rows[here] - self._first_rows[number]
             ]
         return torch.from_numpy(values)
+
+    def _locate(self, positions: Sequence[int]) -> NDArray[np.int64]:
+        """Rows of the files.
+
+        Raises:
+            ValueError: there is no such row.
+        """
+        rows = np.asarray(positions, dtype=np.int64)
+        outside = rows[(rows < 0) | (rows >= len(self))]
+        if outside.size:
+            raise ValueError(f"position ({outside[0]}) must be in [0, {len(self)}), the rows")
+        return rows if self._rows is None else self._rows[rows]
 
     def _arrays(self, num_kept: int, number: int) -> dict[str, NDArray[Any]]:
         """A shard's arrays in mapped memory; checked when they are first asked for."""

@@ -261,7 +261,8 @@ def build(
         tokenizer = _initial_tokenizer(run)
         teacher = build_teacher(run.teacher, dim=run.model.dim, num_classes=num_classes)
         discriminator = Discriminator(
-            num_layers=fitting_num_layers(run.model.image_size, num_layers=3)
+            channels=run.loss.discriminator_channels,
+            num_layers=fitting_num_layers(run.model.image_size, num_layers=3),
         )
     device = world.device
     # On CPUs the backward pass of group norm is many times slower in channels_last.
@@ -616,7 +617,6 @@ def _save(state: State, manager: CheckpointManager, model: Path) -> None:
     if not distributed.is_main():
         distributed.barrier()
         return
-    manager.save(state.step, lambda path: save_state(path / "state", state.state_dict()))
     with state.ema.swap():
         save_model(
             model,
@@ -625,4 +625,6 @@ def _save(state: State, manager: CheckpointManager, model: Path) -> None:
             kind="tokenizer",
             extra={"step": state.step},
         )
+    # Last, so that whoever resumes from it finds a model at least as new.
+    manager.save(state.step, lambda path: save_state(path / "state", state.state_dict()))
     distributed.barrier()

@@ -78,6 +78,7 @@ def reconstruct(images, model, tmp_path, *options):
         ["train", "nope"],
         ["train", "digits32", "--model.num-kpt", "3"],
         ["reconstruct", "--help"],
+        ["encode", "--help"],
     ],
     ids=" ".join,
 )

@@ -156,6 +156,20 @@ def test_the_merge_map_shows_the_groups_of_the_source(tokenizer):
     assert reconstruct_image(tokenizer, picture, 20).merge_map == expected
 
 
+def test_merge_maps_of_tiles_meet_in_the_middle_of_their_overlap(tokenizer):
+    picture = noise(28, 16)
+    encoded, layout = encode_image(tokenizer, picture, 20, size_policy="tile")
+    assert layout.lefts == (0, 12)
+    left, right = (
+        array(merge_map(tile, index, encoded.grid_shape))
+        for tile, index in zip(cut(to_tensor(picture), layout), encoded.source.index, strict=True)
+    )
+    # They share columns 12 to 15, and a pixel of the picture is 8 of the map.
+    expected = np.concatenate([left[:, : 8 * 14], right[:, 8 * 2 :]], axis=1)
+    result = reconstruct_image(tokenizer, picture, 20, size_policy="tile")
+    assert np.array_equal(array(result.merge_map), expected)
+
+
 def test_the_figure_has_a_row_for_each_number_of_tokens(tokenizer):
     results = [reconstruct_image(tokenizer, noise(16, 16), num_kept) for num_kept in (10, 20)]
     one, two = (reconstruction_figure(results[:count]) for count in (1, 2))

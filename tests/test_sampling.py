@@ -270,6 +270,14 @@ def test_impossible_values_are_never_picked():
     assert pick(logits, uniforms).tolist() == [1, 1, 3, 3]
 
 
+def test_the_largest_number_picks_the_last_possible_value(generator):
+    logits = 5 * torch.randn(5000, 40, generator=generator)
+    logits[:, 30:] = -torch.inf
+    picked = pick(logits, torch.full((5000,), 1 - 2**-24))
+    assert picked.max() < 30
+    assert picked.float().mean() > 20
+
+
 def test_temperature_sharpens_and_zero_is_the_mode():
     logits = torch.tensor([0.3, 0.4, 0.3]).log().expand(3, 3)
     uniforms = torch.tensor([0.05, 0.5, 0.95])
@@ -619,3 +627,12 @@ def test_calls_that_do_not_fit_the_generator_are_errors():
 
 def test_a_generator_without_classes_samples():
     assert run(tiny_generator("anchor", num_classes=0), [0, 0]).indices.shape == (2, 5)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_broken_weights_do_not_sample(order):
+    model = tiny_generator(order)
+    with torch.no_grad():
+        model.blocks[0].ffn.down.weight[0, 0] = torch.nan
+    with pytest.raises(RuntimeError, match="states are not finite"):
+        run(model, [0, 1])

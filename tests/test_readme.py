@@ -1,0 +1,88 @@
+"""The README's code blocks run as they stand, on a folder of images made here."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mergevq.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# What makes the trainings of the README end in seconds; nothing else is changed.
+SHORT = {
+    "train": shlex.split(
+        "--model.image-size 32 --model.channels 8 --model.num-res-blocks 1 --model.num-layers 3 "
+        "--model.num-heads 2 --model.num-decoder-layers 1 --model.num-decoder-heads 2 "
+        "--model.source-dim 16 --model.num-source-heads 2 --model.num-kept 40 "
+        "--kept.candidates 32 40 --train.eval-num-kept 40 --teacher.view-size 24 "
+        "--loss.discriminator-channels 8 --train.num-steps 2 --train.batch-size 2 "
+        "--data.num-workers 0 --train.num-eval-images 2 --loss.perceptual-weight 0"
+    ),
+}
+
+
+def blocks(language: str) -> list[str]:
+    """Code blocks of one language."""
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """Shell lines, without comments, as words."""
+    lines = "\n".join(blocks("bash")).splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for number in range(12):
+        picture = Image.effect_noise((40, 36), 40 + number).convert("RGB")
+        picture.save(tmp_path / "photos" / f"{number}.jpg")
+
+
+def test_the_readme_has_the_blocks_that_are_tested():
+    assert [words[0] for words in commands()] == ["make", "make", "pip", "mergevq", "mergevq"]
+    assert len(blocks("python")) == 1
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for words in commands():
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", makefile, flags=re.MULTILINE), words
+
+
+def test_extras_exist():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for words in commands():
+        if words[0] == "pip":
+            extra = re.fullmatch(r"\.\[(\w+)\]", words[-1])
+            assert extra is not None
+            assert re.search(rf"^{extra[1]} = \[", project, flags=re.MULTILINE)
+
+
+@pytest.mark.usefixtures("photos")
+def test_commands_and_python_run_one_after_the_other(monkeypatch):
+    # The short model has 64 tokens, so the README's K become K of its own.
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    for _, command, *arguments in [words for words in commands() if words[0] == "mergevq"]:
+        shorter = ["40" if word in ("144", "256") else word for word in arguments]
+        assert main([command, *shorter, *SHORT.get(command, [])]) == 0
+    exec(compile(blocks("python")[0].replace("144", "40"), "README.md", "exec"), {})
+    for name in ("again.png", "from_tokens_alone.png"):
+        with Image.open(name) as image:
+            # The nearest size to the trained one that is a multiple of the patch.
+            assert image.size == (32, 32)
+    with Image.open("reconstructions/0.png") as image:
+        assert image.width > 4 * 40
+
+
+def test_the_tree_names_every_module():
+    tree = next(block for block in re.findall(r"```\n(.*?)```", README, re.DOTALL))
+    named = set(re.findall(r"(\w+)\.py", tree))
+    modules = {path.stem for path in (ROOT / "mergevq").glob("*.py")} - {"__init__", "__main__"}
+    assert modules <= named
