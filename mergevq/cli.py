@@ -12,15 +12,23 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Generic, Literal, TypeVar
 
 import tyro
 
-from mergevq.config import Device, SizePolicy
-from mergevq.recipes import RECIPES
+from mergevq.config import (
+    Device,
+    GeneratorRun,
+    GuidanceSchedule,
+    SampleRun,
+    SamplingSettings,
+    SizePolicy,
+    Weights,
+)
+from mergevq.recipes import RECIPES, TOKENIZER_RECIPES
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +38,7 @@ if TYPE_CHECKING:
     from mergevq.estimate import Estimate
 
 Run = TypeVar("Run")
+Number = TypeVar("Number", int, float)
 
 _TRAIN_USAGE = "usage: mergevq train RECIPE [--section.field VALUE ..]"
 
@@ -114,6 +123,8 @@ def train(arguments: list[str]) -> int:
         config=(tyro.conf.AvoidSubcommands,),
     )
     _let_threads_sleep()
+    if isinstance(options.run, GeneratorRun):
+        return _train_generator(options.run, dry_run=options.dry_run, resume=options.resume)
     if options.dry_run:
         from mergevq.estimate import estimate
 
@@ -124,6 +135,22 @@ def train(arguments: list[str]) -> int:
     model = train_tokenizer(options.run, resume=options.resume)
     if os.environ.get("RANK", "0") == "0":
         print(f"trained tokenizer: {model}")
+    return 0
+
+
+def _train_generator(run: GeneratorRun, *, dry_run: bool, resume: bool) -> int:
+    """Train a generator, or say what that would take.
+
+    Raises:
+        ValueError: a dry run was asked for.
+    """
+    if dry_run:
+        raise ValueError("--dry-run is for tokenizers only; leave it out")
+    from mergevq.train_generator import train as train_generator
+
+    model = train_generator(run, resume=resume)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"trained generator: {model}")
     return 0
 
 
@@ -244,6 +271,101 @@ def encode(
     )
 
 
+def sample(  # noqa: PLR0913 - each is an option
+    *,
+    out: Path,
+    model: str = "",
+    tokenizer: str = "",
+    classes: str = "",
+    num: int = 16,
+    guidance: float = 1.0,
+    guidance_schedule: GuidanceSchedule = "constant",
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    temperature: tuple[float, ...] = (1.0,),
+    top_k: tuple[int, ...] = (0,),
+    top_p: tuple[float, ...] = (1.0,),
+    steps: int | None = None,
+    tokens: int | None = None,
+    budget: bool = True,
+    seed: int = 0,
+    batch_size: int = 16,
+    weights: Weights = "float32",
+    keep_from: Path | None = None,
+    mask: Path | None = None,
+    again: Path | None = None,
+    images: tuple[int, ...] = (),
+    device: Device = "auto",
+) -> None:
+    """Sample images from a generator, or make earlier ones again.
+
+    Writes OUT/000000.png and so on, OUT/grid.png, and OUT/samples.json, from which
+    `mergevq sample --again OUT/samples.json --images 3 --out DIR` makes image 3 again. An image
+    depends on the seed and its number, not on how many there are.
+
+    Args:
+        out: folder of the images; must be empty.
+        model: directory of the generator, or its Hugging Face id.
+        tokenizer: directory of the tokenizer of its tokens, or its Hugging Face id.
+        classes: class ids separated by commas, one for each image in turn; all there are if empty.
+        num: images.
+        guidance: scale of classifier-free guidance; 1 is none.
+        guidance_schedule: how it rises from 1 as an image grows.
+        guidance_interval: part of the sequence that is guided.
+        temperature: one number, or one for each part of a token; 0 takes the most likely value.
+        top_k: sample among the so many most likely values; 0 is all.
+        top_p: sample among the most likely values that together have this probability.
+        steps: of random order: forward passes, several tokens in each; one token each by default.
+        tokens: K, one of those trained on; the generator's own by default.
+        budget: of merge order: hold an image to K distinct tokens.
+        seed: of the run.
+        batch_size: images sampled at once.
+        weights: bf16 and int8 are faster, and change what is sampled a little.
+        keep_from: image to keep tokens of; of random order only, with `--mask`.
+        mask: image as large, white where that one is made anew.
+        again: `samples.json` of earlier images, which says all but `--out` and `--images`.
+        images: numbers of the images to make again.
+        device: where to compute.
+    """
+    _let_threads_sleep()
+    from mergevq.generation import make_again, write_samples
+
+    if again is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        for number, picture in zip(images, make_again(again, images), strict=True):
+            path = _unused(out / f"{number:06d}.png")
+            picture.save(path)
+            print(f"image: {path}")
+        return
+    run = SampleRun(
+        model=_required("model", model),
+        tokenizer=_required("tokenizer", tokenizer),
+        classes=_class_ids(classes),
+        num_images=num,
+        num_kept=tokens,
+        seed=seed,
+        batch_size=batch_size,
+        weights=weights,
+        device=device,
+        settings=SamplingSettings(
+            guidance_scale=guidance,
+            guidance_schedule=guidance_schedule,
+            guidance_interval=guidance_interval,
+            temperature=_one_or_several(temperature),
+            top_k=_one_or_several(top_k),
+            top_p=_one_or_several(top_p),
+            budget=budget,
+            num_steps=steps,
+        ),
+        keep_from=None if keep_from is None else str(keep_from),
+        mask=None if mask is None else str(mask),
+    )
+    written = write_samples(run, out)
+    if written.logit_error is not None:
+        print(f"{weights} weights: logits are off by {written.logit_error:.2%} of their spread")
+    print(f"{len(written.images)} images: {out}")
+    print(f"grid: {written.grid}")
+
+
 def convert(
     checkpoint: tyro.conf.Positional[Path],
     *,
@@ -274,6 +396,70 @@ def convert(
         f"{config.num_decoder_layers} decoder blocks, {config.num_bits} bits; its source "
         "predictor is untrained"
     )
+
+
+def bench(  # noqa: PLR0913 - each is an option
+    subject: tyro.conf.Positional[Literal["tokenizer"]],
+    *,
+    recipe: str = "tiny64_gr",
+    images: int = 16,
+    repeats: int = 5,
+    lpips: str | None = None,
+    profile: tyro.conf.FlagCreatePairsOff[bool] = False,
+    reference: Path = Path("benchmarks/reference.py"),
+    device: Device = "auto",
+    out: Path | None = None,
+) -> None:
+    """Measure how fast this machine encodes, decodes, trains and merges, and in what memory.
+
+    In a checkout, beside plain definitions of the same. Needs no data and no trained model; set
+    OMP_NUM_THREADS for the number of threads, and leave the machine alone meanwhile.
+
+    Args:
+        subject: what to measure.
+        recipe: model, losses and precision of the train step.
+        images: batch of encode, decode and train step.
+        repeats: timed calls; the median counts.
+        lpips: file or folder with LPIPS weights; the cache is looked into without.
+        profile: also say which share each part of a train step takes.
+        reference: file of the plain definitions; if it is not there, nothing is compared.
+        device: where to compute.
+        out: JSON file with all numbers and conditions.
+
+    Raises:
+        ValueError: there is no such recipe.
+    """
+    if recipe not in TOKENIZER_RECIPES:
+        names = ", ".join(TOKENIZER_RECIPES)
+        raise ValueError(f"recipe ({recipe}) must be a recipe for a {subject}: {names}")
+    _let_threads_sleep()
+    from mergevq import bench as benchmark
+    from mergevq.checkpoint import write_json
+
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    run = TOKENIZER_RECIPES[recipe]()
+    run = replace(
+        run,
+        loss=replace(run.loss, perceptual_path=lpips or run.loss.perceptual_path),
+        train=replace(run.train, batch_size=images, accumulation=1, device=device),
+    )
+    conditions = benchmark.conditions(run)
+    _print_table("conditions", {name: str(value) for name, value in conditions.items()})
+    if not reference.is_file():
+        print(f"no {reference} here: measuring without comparison")
+    measurements, parts = [], []
+    for measurement in benchmark.bench_tokenizer(
+        run, num_repeats=repeats, reference=reference if reference.is_file() else None
+    ):
+        measurements.append(measurement)
+        print(benchmark.line(measurement), flush=True)
+    if profile:
+        parts = benchmark.profile_train_step(run, num_repeats=repeats)
+        shares = {part.name: f"{part.share:6.1%} {part.seconds:8.3f} s" for part in parts}
+        _print_table("parts of a train step", shares)
+    if out is not None:
+        write_json(out, benchmark.record(conditions, measurements, parts))
 
 
 def doctor() -> None:
@@ -308,7 +494,7 @@ def doctor() -> None:
 
 COMMANDS: dict[str, Callable[..., object]] = {
     command.__name__: command
-    for command in (quickstart, train, recipes, reconstruct, encode, convert, doctor)
+    for command in (quickstart, train, recipes, reconstruct, encode, sample, convert, bench, doctor)
 }
 
 
@@ -431,6 +617,45 @@ def _output_paths(images: Sequence[Path], out: Path) -> list[Path]:
     if overwritten:
         raise ValueError(f"out ({out}) would overwrite {overwritten.pop()}; choose another folder")
     return outputs
+
+
+def _required(name: str, value: str) -> str:
+    """An option that `--again` would do without.
+
+    Raises:
+        ValueError: it was not given.
+    """
+    if not value:
+        raise ValueError(f"--{name} is missing: the directory of the {name}")
+    return value
+
+
+def _class_ids(text: str) -> tuple[int, ...]:
+    """Numbers separated by commas.
+
+    Raises:
+        ValueError: something else is between them.
+    """
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f"classes ({text}) must be numbers separated by commas: 3,7") from None
+
+
+def _one_or_several(numbers: tuple[Number, ...]) -> Number | tuple[Number, ...]:
+    """A single number for all parts of a token, or one for each."""
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _unused(path: Path) -> Path:
+    """A path where nothing is.
+
+    Raises:
+        ValueError: there is something.
+    """
+    if path.exists():
+        raise ValueError(f"{path} is there already; choose another folder with --out")
+    return path
 
 
 @contextmanager

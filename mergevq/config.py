@@ -18,6 +18,8 @@ FORMAT_VERSION = 1
 Precision = Literal["auto", "bf16", "float32", "float16"]
 MergeShape = Literal["linear", "square", "constant"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+GuidanceSchedule = Literal["constant", "linear", "cosine", "power"]
+Weights = Literal["float32", "bf16", "int8"]
 SizePolicy = Literal["error", "resize", "tile"]
 """What to do with a picture the tokenizer was not trained on the size of.
 
@@ -69,8 +71,8 @@ class TokenizerConfig:
     """Transformer blocks in the decoder."""
     num_decoder_heads: int = 8
     """Attention heads in the decoder."""
-    source_dim: int = 512
-    """Width of the source predictor."""
+    source_dim: int = 384
+    """Width of the source predictor (paper, Table A2)."""
     num_source_layers: int = 2
     """Blocks of the source predictor."""
     num_source_heads: int = 8
@@ -619,7 +621,7 @@ class SamplingSettings:
     guidance_scale: float = 1.0
     """Classifier-free guidance, where the schedule ends; 1 is none and runs one forward, 0 samples
     without the class."""
-    guidance_schedule: Literal["constant", "linear", "cosine", "power"] = "constant"
+    guidance_schedule: GuidanceSchedule = "constant"
     """How the scale rises from 1 as the sequence grows; `constant` does not."""
     guidance_power: float = 2.0
     """Exponent of `power`."""
@@ -732,6 +734,45 @@ class GeneratorRun:
         without = self.model.order == "raster" and not self.model.kept_candidates
         candidates = () if without else tuple(sorted(set(self.kept.candidates)))
         return replace(self.model, kept_candidates=candidates)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleRun:
+    """One run of `mergevq sample`: all that its images depend on."""
+
+    model: str
+    """Directory of the generator, or its Hugging Face id."""
+    tokenizer: str
+    """Directory of the tokenizer of its tokens, or its Hugging Face id."""
+    classes: tuple[int, ...] = ()
+    """Class ids, one for each image in turn; none is every class there is."""
+    num_images: int = 16
+    """Images, numbered from 0."""
+    num_kept: int | None = None
+    """K, one of those trained on; None is the generator's own."""
+    seed: int = 0
+    """Image k depends on it and on k."""
+    batch_size: int = 16
+    """Images sampled at once."""
+    weights: Weights = "float32"
+    """Of the generator; fewer bits sample faster, and change what is sampled a little."""
+    device: Device = "auto"
+    """Where to compute."""
+    settings: SamplingSettings = field(default_factory=SamplingSettings)
+    """Guidance, temperature and so on."""
+    keep_from: str | None = None
+    """Image of which tokens are kept; order `random` only."""
+    mask: str | None = None
+    """Image as large: white where that one is made anew."""
+
+    def __post_init__(self) -> None:
+        """Reject counts below 1, and an image without a mask."""
+        for name in ("num_images", "batch_size"):
+            _require(getattr(self, name) >= 1, f"{name} ({getattr(self, name)}) must be at least 1")
+        _require(
+            (self.keep_from is None) == (self.mask is None),
+            f"keep_from ({self.keep_from}) and mask ({self.mask}) must be given together",
+        )
 
 
 def _each(setting: float | int | tuple[float | int, ...]) -> tuple[float | int, ...]:

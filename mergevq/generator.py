@@ -270,8 +270,8 @@ class Generator(nn.Module):
             class_label: in [0, num_classes]; the last, `null_class`, is no class.
             num_kept: K of every sequence.
             generator: of dropped labels (in training mode only) and random orders; None where the
-                caller has drawn both (`drop_classes`, `random_orders`). Dropout itself draws from
-                torch's default generator.
+                caller has dropped labels and gives orders. Dropout itself draws from torch's
+                default generator.
             anchors: cell at which each kept token opens; order `anchor` needs them.
             source_index: the tokenizer's source map; `merge_groups="source"` needs it.
             order: slots in the order in which they are decoded, for order `random`; None draws it.
@@ -280,7 +280,8 @@ class Generator(nn.Module):
             ValueError: a shape, a token, a label or K is not this generator's.
         """
         if self.training and generator is not None:
-            class_label = self.drop_classes(class_label, generator)
+            numbers = uniform(class_label.shape, generator, class_label.device)
+            class_label = self.drop_classes(class_label, numbers)
         if self.config.order == "random" and order is None and generator is not None:
             order = random_orders(indices.shape, generator, indices.device)
         parts = self.parts(indices, anchors)
@@ -300,12 +301,11 @@ class Generator(nn.Module):
         return GeneratorLoss(total=losses.sum(), parts=losses, nll=torch.stack(hits).sum())
 
     def drop_classes(
-        self, class_label: Int64[Tensor, "b"], generator: torch.Generator
+        self, class_label: Int64[Tensor, "b"], numbers: Float[Tensor, "b"]
     ) -> Int64[Tensor, "b"]:
-        """Labels of which some, at random, are `null_class`."""
-        dropped = _uniform(class_label.shape, generator, class_label.device)
+        """Labels, with `null_class` where a uniform number says that the label is dropped."""
         null = torch.full_like(class_label, self.config.null_class)
-        return torch.where(dropped < self.config.class_dropout, null, class_label)
+        return torch.where(numbers < self.config.class_dropout, null, class_label)
 
     def logits(
         self,
@@ -562,7 +562,7 @@ def random_orders(
     shape: Sequence[int], generator: torch.Generator, device: torch.device
 ) -> Int64[Tensor, "b t"]:
     """A random permutation of the slots for each sequence."""
-    return _uniform(shape, generator, device).argsort(-1)
+    return uniform(shape, generator, device).argsort(-1)
 
 
 def _block(config: GeneratorConfig) -> Block:
@@ -577,7 +577,7 @@ def _block(config: GeneratorConfig) -> Block:
     )
 
 
-def _uniform(
+def uniform(
     shape: Sequence[int], generator: torch.Generator, device: torch.device
 ) -> Float[Tensor, "*shape"]:
     """Uniform numbers in [0, 1), drawn where the generator lives."""

@@ -232,26 +232,38 @@ class GridBlock(nn.Module):
         return x + self.ls2(self.mlp(self.norm2(x), grid_shape))
 
 
-class QueryBlock(nn.Module):
-    """Cross-attention to a context, self-attention among the queries, MLP."""
+class ContextBlock(nn.Module):
+    """A pre-norm transformer block on tokens without a grid."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         """Make the layers; `dim` must be a multiple of `num_heads`."""
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.cross = CrossAttention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.attn = Attention(dim, num_heads)
-        self.norm3 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.mlp = Mlp(dim)
+
+    def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        """Let the tokens look at each other."""
+        x = x + self.attn(self.norm1(x)).tokens
+        return x + self.mlp(self.norm2(x))
+
+
+class QueryBlock(nn.Module):
+    """Cross-attention to a context, then a transformer block among the queries."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        """Make the layers; `dim` must be a multiple of `num_heads`."""
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.cross = CrossAttention(dim, num_heads)
+        self.block = ContextBlock(dim, num_heads)
 
     def forward(
         self, x: Float[Tensor, "b n c"], context: Float[Tensor, "b m c"]
     ) -> Float[Tensor, "b n c"]:
         """Refine the queries `x`."""
-        x = x + self.cross(self.norm1(x), context)
-        x = x + self.attn(self.norm2(x)).tokens
-        return x + self.mlp(self.norm3(x))
+        return self.block(x + self.cross(self.norm(x), context))
 
 
 class ResBlock(nn.Module):

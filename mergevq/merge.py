@@ -182,6 +182,46 @@ def canonicalize(source: Source) -> Canonical:
     return Canonical(Source(rank.gather(1, source.index), source.num_kept), order)
 
 
+@torch.no_grad()
+def most_likely_source(logits: Float[Tensor, "b l k"]) -> Source:
+    """The canonical source map with the highest sum of logits.
+
+    In canonical order each cell opens the next kept token or copies one that is open, and all K are
+    open in the end. The best such map is found exactly by dynamic programming over cells and open
+    tokens, in O(L K).
+
+    Args:
+        logits: score of each grid cell for each kept token.
+
+    Raises:
+        ValueError: K is above L, so that some token could not open.
+    """
+    batch, num_tokens, num_kept = logits.shape
+    if num_kept > num_tokens:
+        raise ValueError(
+            f"num_kept ({num_kept}) must be at most the {num_tokens} cells of the grid"
+        )
+    # Best token to copy when the first j + 1 are open, and its score.
+    copy_score, copy_index = logits.cummax(-1)
+    best = logits.new_full((batch, num_kept), -torch.inf)
+    best[:, 0] = logits[:, 0, 0]
+    opens = torch.zeros(batch, num_tokens, num_kept, dtype=torch.bool, device=logits.device)
+    for cell in range(1, num_tokens):
+        copied = best + copy_score[:, cell]
+        opened = torch.full_like(best, -torch.inf)
+        opened[:, 1:] = best[:, :-1] + logits[:, cell, 1:]
+        opens[:, cell] = opened > copied
+        best = torch.maximum(copied, opened)
+    rows = torch.arange(batch, device=logits.device)
+    last = torch.full_like(rows, num_kept - 1)
+    index = torch.zeros(batch, num_tokens, dtype=torch.int64, device=logits.device)
+    for cell in range(num_tokens - 1, 0, -1):
+        opening = opens[rows, cell, last]
+        index[:, cell] = torch.where(opening, last, copy_index[rows, cell, last])
+        last = last - opening.long()
+    return Source(index, num_kept)
+
+
 def merge_schedule(
     num_tokens: int, num_kept: int, num_layers: int, shape: MergeShape = "linear"
 ) -> list[int]:

@@ -9,13 +9,18 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mergevq.config import (
+    GENERATOR_SIZES,
     DataConfig,
+    GeneratorConfig,
+    GeneratorRun,
     KeptConfig,
     LossConfig,
     OptimConfig,
+    SamplingSettings,
     TeacherConfig,
     TokenizerConfig,
     TokenizerRun,
+    TokensConfig,
     TrainConfig,
 )
 
@@ -38,25 +43,29 @@ def digits32() -> TokenizerRun:
             num_bits=12,
             num_decoder_layers=2,
             num_decoder_heads=4,
-            source_dim=96,
+            source_dim=128,
             num_source_heads=4,
         ),
         kept=KeptConfig(candidates=(12, 16, 20, 24, 32)),
         data=DataConfig(path="digits", val_fraction=0.2, num_workers=0),
         loss=LossConfig(
-            perceptual_weight=0.0, adversarial_weight=0.0, alignment_weight=0.1, entropy_weight=0.05
+            perceptual_weight=0.0,
+            adversarial_weight=0.0,
+            alignment_weight=0.1,
+            entropy_weight=0.05,
+            source_weight=1.0,
         ),
         teacher=TeacherConfig(kind="labels", num_head_layers=2),
         optim=OptimConfig(
             lr=1e-3, betas=(0.9, 0.95), warmup_steps=50, schedule="cosine", ema_decay=0.99
         ),
         train=TrainConfig(
-            num_steps=700,
+            num_steps=450,
             batch_size=64,
-            image_every=100,
-            eval_every=350,
-            num_eval_images=128,
-            save_every=350,
+            image_every=150,
+            eval_every=50,
+            num_eval_images=64,
+            save_every=150,
             log_every=10,
             eval_num_kept=(12, 20, 32),
         ),
@@ -251,7 +260,255 @@ def imagenet256_r() -> TokenizerRun:
     )
 
 
-RECIPES: dict[str, Callable[[], TokenizerRun]] = {
+# ---------------------------------------------------------------------------------- generators
+
+
+def digits32_ar() -> GeneratorRun:
+    """MergeAR on the tokens of `digits32`, 16 to 24 distinct ones on a grid of 64: the quickstart.
+
+    Tokens: `mergevq encode --model runs/digits32/model --data digits --tokens 16 20 24 --out
+    runs/digits32/tokens`. Hardware and time: 2 CPU cores, about 2 minutes. Expected: digits of the
+    class that was asked for, at guidance 2.
+    """
+    return GeneratorRun(
+        model=GeneratorConfig(
+            order="merge",
+            dim=96,
+            num_layers=4,
+            num_heads=4,
+            ffn_dim=192,
+            grid_size=(8, 8),
+            num_kept=20,
+            kept_candidates=(16, 20, 24),
+            num_bits=12,
+            factor_bits=(6, 6),
+            label_smoothing=0.0,
+        ),
+        tokens=TokensConfig(path="runs/digits32/tokens", tokenizer="runs/digits32/model"),
+        kept=KeptConfig(distribution="gaussian", candidates=(16, 20, 24)),
+        optim=OptimConfig(
+            lr=2e-3,
+            betas=(0.9, 0.95),
+            weight_decay=0.05,
+            warmup_steps=50,
+            schedule="cosine",
+            ema_decay=0.99,
+        ),
+        train=TrainConfig(
+            num_steps=600,
+            batch_size=64,
+            image_every=200,
+            eval_every=200,
+            save_every=300,
+            log_every=10,
+        ),
+        sampling=SamplingSettings(guidance_scale=2.0),
+        out="runs/digits32_ar",
+    )
+
+
+def tiny64_mergear() -> GeneratorRun:
+    """MergeAR on the tokens of `tiny64_gr`: 256 cells in raster order, 144 to 256 distinct tokens.
+
+    Tokens: `mergevq encode --tokens 144 169 196 225 256 --out runs/tiny64_gr/tokens ..`. Hardware
+    and time: one GPU, under an hour. Expected: not measured.
+    """
+    candidates = (144, 169, 196, 225, 256)
+    return GeneratorRun(
+        model=replace(
+            GeneratorConfig(
+                order="merge",
+                grid_size=(16, 16),
+                num_kept=144,
+                kept_candidates=candidates,
+            ),
+            **GENERATOR_SIZES["small"],
+        ),
+        tokens=TokensConfig(path="runs/tiny64_gr/tokens", tokenizer="runs/tiny64_gr/model"),
+        kept=KeptConfig(distribution="exponential", candidates=candidates, floor=0.05),
+        optim=OptimConfig(
+            lr=4e-4,
+            betas=(0.9, 0.95),
+            weight_decay=0.05,
+            warmup_steps=500,
+            schedule="cosine",
+            ema_decay=0.999,
+        ),
+        train=TrainConfig(
+            num_steps=20_000, batch_size=64, image_every=2000, eval_every=1000, num_eval_images=1024
+        ),
+        sampling=SamplingSettings(guidance_scale=2.0),
+        out="runs/tiny64_mergear",
+    )
+
+
+def tiny64_randar() -> GeneratorRun:
+    """RandAR on the tokens of `tiny64_gr`: 144 kept tokens in random order, then their source.
+
+    Tokens: `mergevq encode --tokens 144 --out runs/tiny64_gr/tokens ..`. Hardware and time: one
+    GPU, under an hour. Expected: not measured.
+    """
+    run = tiny64_mergear()
+    return replace(
+        run,
+        model=replace(run.model, order="random", kept_candidates=(144,)),
+        kept=KeptConfig(candidates=(144,)),
+        sampling=SamplingSettings(guidance_scale=2.0, guidance_schedule="linear", num_steps=64),
+        out="runs/tiny64_randar",
+    )
+
+
+def tiny64_raster() -> GeneratorRun:
+    """Plain raster order on all 256 tokens of `tiny64_gr`: the baseline, as LlamaGen.
+
+    Tokens: `mergevq encode --tokens 256 --out runs/tiny64_gr/tokens ..`. Hardware and time: one
+    GPU, under an hour. Expected: not measured.
+    """
+    run = tiny64_mergear()
+    return replace(
+        run,
+        model=replace(run.model, order="raster", num_kept=256, kept_candidates=()),
+        kept=KeptConfig(candidates=(256,)),
+        out="runs/tiny64_raster",
+    )
+
+
+def tiny64_anchored() -> GeneratorRun:
+    """Anchored order on the tokens of `tiny64_gr`: 144 kept tokens and the cells they open at.
+
+    Tokens: `mergevq encode --tokens 144 --out runs/tiny64_gr/tokens ..`. Hardware and time: one
+    GPU, under an hour. Expected: not measured.
+    """
+    run = tiny64_randar()
+    return replace(
+        run,
+        model=replace(run.model, order="anchor"),
+        sampling=SamplingSettings(guidance_scale=2.0),
+        out="runs/tiny64_anchored",
+    )
+
+
+def imagenet256_gr_mergear() -> GeneratorRun:
+    """MergeAR-L on the tokens of `imagenet256_gr`: 256 cells, 144 to 256 distinct tokens.
+
+    Tokens: `mergevq encode --flip --tokens 144 169 196 225 256 --out runs/imagenet256_gr/tokens
+    ..`. Hardware and time: 8 x A100 80 GB for the tokenizer (authors' README), not stated for the
+    generator; 300 epochs. Expected: gFID 3.25, IS 253.8 (paper, Table 3).
+    """
+    candidates = (144, 169, 196, 225, 256)
+    return GeneratorRun(
+        model=replace(
+            GeneratorConfig(
+                order="merge",
+                grid_size=(16, 16),
+                num_kept=144,
+                kept_candidates=candidates,
+                flex_attention=True,
+            ),
+            **GENERATOR_SIZES["L"],
+        ),
+        tokens=TokensConfig(
+            path="runs/imagenet256_gr/tokens",
+            tokenizer="runs/imagenet256_gr/model",
+            val_fraction=0.01,
+        ),
+        kept=KeptConfig(distribution="exponential", candidates=candidates, floor=0.05),
+        optim=OptimConfig(
+            lr=4e-4,
+            base_batch_size=1024,
+            betas=(0.9, 0.99),
+            weight_decay=0.05,
+            schedule="step",
+            ema_decay=0.9999,
+        ),
+        # 300 epochs of 1,281,167 images at batch 1,024.
+        train=TrainConfig(
+            num_steps=375_000,
+            batch_size=1024,
+            log_every=100,
+            image_every=5000,
+            eval_every=5000,
+            num_eval_images=10_000,
+            save_every=5000,
+        ),
+        sampling=SamplingSettings(guidance_scale=2.0),
+        out="runs/imagenet256_gr_mergear",
+    )
+
+
+def imagenet256_gr_randar() -> GeneratorRun:
+    """RandAR-L on the tokens of `imagenet256_gr`: 144 kept tokens in random order, 64 steps.
+
+    Tokens: `mergevq encode --flip --tokens 144 --out runs/imagenet256_gr/tokens ..`. Hardware and
+    time: not stated in the paper; 300 epochs. Expected: gFID 2.63, IS 279.5 (paper, Table 3).
+    """
+    run = imagenet256_gr_mergear()
+    return replace(
+        run,
+        model=replace(run.model, order="random", kept_candidates=(144,), flex_attention=False),
+        kept=KeptConfig(candidates=(144,)),
+        optim=replace(run.optim, betas=(0.9, 0.95)),
+        sampling=SamplingSettings(guidance_scale=3.4, guidance_schedule="linear", num_steps=64),
+        out="runs/imagenet256_gr_randar",
+    )
+
+
+def imagenet256_g_mergear() -> GeneratorRun:
+    """MergeAR-L on the tokens of `imagenet256_g`: 1,024 cells, 256 to 1,024 distinct tokens.
+
+    Tokens: `mergevq encode --flip --tokens 256 324 400 529 1024 --out runs/imagenet256_g/tokens
+    ..`. Hardware and time: not stated in the paper; 300 epochs. Expected: gFID 3.05, IS
+    260.9 (paper, Table 3).
+    """
+    run = imagenet256_gr_mergear()
+    candidates = (256, 324, 400, 529, 1024)
+    return replace(
+        run,
+        model=replace(run.model, grid_size=(32, 32), num_kept=256, kept_candidates=candidates),
+        tokens=replace(
+            run.tokens, path="runs/imagenet256_g/tokens", tokenizer="runs/imagenet256_g/model"
+        ),
+        kept=replace(run.kept, candidates=candidates),
+        out="runs/imagenet256_g_mergear",
+    )
+
+
+def imagenet256_g_randar() -> GeneratorRun:
+    """RandAR-L on the tokens of `imagenet256_g`: 256 kept tokens in random order, 88 steps.
+
+    Tokens: `mergevq encode --flip --tokens 256 --out runs/imagenet256_g/tokens ..`. Hardware and
+    time: not stated in the paper; 300 epochs. Expected: gFID 2.24, IS 320.4 (paper, Table 3).
+    """
+    run = imagenet256_gr_randar()
+    return replace(
+        run,
+        model=replace(run.model, grid_size=(32, 32), num_kept=256, kept_candidates=(256,)),
+        tokens=replace(
+            run.tokens, path="runs/imagenet256_g/tokens", tokenizer="runs/imagenet256_g/model"
+        ),
+        kept=KeptConfig(candidates=(256,)),
+        sampling=replace(run.sampling, num_steps=88),
+        out="runs/imagenet256_g_randar",
+    )
+
+
+GENERATOR_RECIPES: dict[str, Callable[[], GeneratorRun]] = {
+    recipe.__name__: recipe
+    for recipe in (
+        digits32_ar,
+        tiny64_mergear,
+        tiny64_randar,
+        tiny64_raster,
+        tiny64_anchored,
+        imagenet256_gr_mergear,
+        imagenet256_gr_randar,
+        imagenet256_g_mergear,
+        imagenet256_g_randar,
+    )
+}
+"""Every recipe of a generator by name."""
+
+TOKENIZER_RECIPES: dict[str, Callable[[], TokenizerRun]] = {
     recipe.__name__: recipe
     for recipe in (
         digits32,
@@ -263,6 +520,12 @@ RECIPES: dict[str, Callable[[], TokenizerRun]] = {
         imagenet256_gr,
         imagenet256_r,
     )
+}
+"""Every recipe of a tokenizer by name."""
+
+RECIPES: dict[str, Callable[[], TokenizerRun | GeneratorRun]] = {
+    **TOKENIZER_RECIPES,
+    **GENERATOR_RECIPES,
 }
 """Every recipe by name."""
 
@@ -301,4 +564,37 @@ def shrink(run: TokenizerRun) -> TokenizerRun:
             save_every=2,
             eval_num_kept=(16, 24),
         ),
+    )
+
+
+def shrink_generator(run: GeneratorRun) -> GeneratorRun:
+    """Cut a generator's run down likewise; its grid is 8 x 8, as of what `shrink` makes."""
+    everything = run.model.order == "raster"
+    candidates = (64,) if everything else (16, 24)[: len(run.kept.candidates)]
+    return replace(
+        run,
+        model=replace(
+            run.model,
+            dim=16,
+            num_layers=2,
+            num_heads=2,
+            num_head_layers=1,
+            ffn_dim=32,
+            grid_size=(8, 8),
+            num_kept=candidates[0],
+            kept_candidates=candidates if run.model.kept_candidates else (),
+        ),
+        kept=replace(run.kept, candidates=candidates),
+        train=replace(
+            run.train,
+            num_steps=2,
+            batch_size=4,
+            log_every=1,
+            image_every=2,
+            eval_every=2,
+            num_eval_images=4,
+            save_every=2,
+            eval_num_kept=(),
+        ),
+        sampling=replace(run.sampling, num_steps=None if run.sampling.num_steps is None else 4),
     )

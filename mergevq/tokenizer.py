@@ -4,8 +4,9 @@ Source: Li et al. 2025, "MergeVQ: A Unified Framework for Visual Generation and 
 Disentangled Token Merging and Quantization", section 3 and appendix A (arXiv:2504.00999).
 
 Differs: kept tokens leave in canonical order; the source map is returned and passed in, nothing is
-left behind in a module; the source predictor sees positions of cells and of slots; a patch stem has
-fixed positions where the authors' code has none.
+left behind in a module; the source predictor sees positions of cells and of slots, lets kept codes
+look at each other, and answers with the best map that is in canonical order; a patch stem has fixed
+positions where the authors' code has none.
 
 Shape letters: B batch, L grid tokens, K kept tokens, C channels, D bits, H and W pixels or cells.
 """
@@ -27,6 +28,7 @@ from mergevq.config import TokenizerConfig
 from mergevq.layers import (
     NORM_EPS,
     AdaptiveGroupNorm,
+    ContextBlock,
     GridBlock,
     MergeBlock,
     MergeState,
@@ -39,7 +41,13 @@ from mergevq.layers import (
     to_grid,
     to_tokens,
 )
-from mergevq.merge import Source, canonicalize, merge_schedule, unmerge
+from mergevq.merge import (
+    Source,
+    canonicalize,
+    merge_schedule,
+    most_likely_source,
+    unmerge,
+)
 from mergevq.quantize import indices_to_codes, quantize
 
 Stage = Literal["pre_merge", "merged", "quantized", "unmerged"]
@@ -207,8 +215,8 @@ class Decoder(nn.Module):
 class SourcePredictor(nn.Module):
     """Infers from the codes alone which kept token each grid cell copies (source recovery).
 
-    One query per cell looks at the kept codes, whose order carries position; queries refine each
-    other, and each points at one kept token (paper, section 3.2, equation 8).
+    Kept codes, whose order carries position, look at each other; one query per cell looks at them;
+    queries refine each other, and each points at one kept token (paper, section 3.2, equation 8).
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
@@ -218,6 +226,9 @@ class SourcePredictor(nn.Module):
         self.from_codes = nn.Linear(config.num_bits, dim)
         self.norm_codes = nn.LayerNorm(dim, eps=NORM_EPS)
         self.query = nn.Parameter(torch.zeros(dim))
+        self.context_blocks = nn.ModuleList(
+            ContextBlock(dim, config.num_source_heads) for _ in range(config.num_source_layers)
+        )
         self.blocks = nn.ModuleList(
             QueryBlock(dim, config.num_source_heads) for _ in range(config.num_source_layers)
         )
@@ -242,6 +253,8 @@ class SourcePredictor(nn.Module):
         context = context + slot_positions.to(context.dtype)
         cells = self.query + sincos_2d(grid_shape, dim, codes.device)
         x = cells.to(context.dtype).expand(codes.shape[0], -1, -1)
+        for block in self.context_blocks:
+            context = block(context)
         for block in self.blocks:
             x = block(x, context)
         return self.to_query(self.norm(x)) @ self.to_key(context).mT / math.sqrt(dim)
@@ -253,17 +266,20 @@ class SourcePredictor(nn.Module):
         grid_shape: tuple[int, int],
         anchors: Int64[Tensor, "b k"] | None = None,
     ) -> Source:
-        """The most likely source.
+        """The most likely source in canonical order, given each cell's logits.
 
         Args:
             codes: kept codes in canonical order.
             grid_shape: (height, width) of the grid.
             anchors: cell at which each kept token opens, when known: that cell gets its token, and
                 no cell before it can have it.
+
+        Raises:
+            ValueError: there are more tokens than cells, so some could not open.
         """
         logits = self(codes, grid_shape).float()
         if anchors is None:
-            return Source(logits.argmax(-1), codes.shape[1])
+            return most_likely_source(logits)
         cells = torch.arange(logits.shape[1], device=codes.device)[None, :, None]
         closed = cells < anchors[:, None, :]
         index = logits.masked_fill(closed, -torch.inf).argmax(-1)

@@ -43,7 +43,7 @@ METHOD = (MODEL_PATH - {"config"}) | {
 }
 TORCH_FREE = {"__init__", "__main__", "cli", "config", "recipes"}
 UNPICKLERS = {"checkpoint", "interop"}
-MAX_LINES = 700
+MAX_LINES = 800
 
 
 def present(names):

@@ -206,9 +206,10 @@ def test_a_mixing_mlp_on_one_cell_is_a_plain_one_with_the_kernels_centre():
 def test_a_query_block_refines_queries_by_context_then_each_other():
     block = randomized(QueryBlock(8, 2))
     x, context = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
-    hidden = x + block.cross(block.norm1(x), context)
-    hidden = hidden + block.attn(block.norm2(hidden)).tokens
-    expected = hidden + block.mlp(block.norm3(hidden))
+    inner = block.block
+    hidden = x + block.cross(block.norm(x), context)
+    hidden = hidden + inner.attn(inner.norm1(hidden)).tokens
+    expected = hidden + inner.mlp(inner.norm2(hidden))
     torch.testing.assert_close(block(x, context), expected)
 
 

@@ -15,6 +15,7 @@ from mergevq.merge import (
     merge,
     merge_schedule,
     merge_step,
+    most_likely_source,
     source_bits,
     unmerge,
 )
@@ -329,3 +330,42 @@ def test_an_image_costs_its_tokens_and_its_source():
 
 def test_an_unmerged_image_needs_no_bits_for_its_source():
     assert Source(torch.arange(9)[None], 9).bits(18).total == 9 * 18
+
+
+# -------------------------------------------------------------------------- the most likely source
+
+
+def canonical_sources(num_tokens, num_kept):
+    """All canonical maps, by brute force."""
+    for index in itertools.product(range(num_kept), repeat=num_tokens):
+        opened = 0
+        for cell in index:
+            if cell > opened:
+                break
+            opened += cell == opened
+        else:
+            if opened == num_kept:
+                yield index
+
+
+@pytest.mark.parametrize("num_kept", [1, 2, 3, 5])
+def test_the_most_likely_source_is_the_best_of_all_canonical_maps(num_kept, generator):
+    logits = torch.randn(4, 5, num_kept, generator=generator)
+    found = most_likely_source(logits).index
+    maps = torch.tensor(list(canonical_sources(5, num_kept)))
+    scores = logits[:, torch.arange(5), maps].sum(-1)
+    assert torch.equal(found, maps[scores.argmax(-1)])
+
+
+def test_certain_logits_of_a_canonical_map_give_it_back(generator):
+    source = canonicalize(Source(torch.randint(0, 6, (3, 20), generator=generator), 6)).source
+    occurring = Source(source.index, 6)
+    logits = torch.nn.functional.one_hot(occurring.index, 6).float()
+    full = (occurring.sizes() > 0).all(-1)
+    assert full.any()
+    assert torch.equal(most_likely_source(logits).index[full], occurring.index[full])
+
+
+def test_more_tokens_than_cells_have_no_source():
+    with pytest.raises(ValueError, match=r"num_kept \(3\) must be at most the 2 cells"):
+        most_likely_source(torch.zeros(1, 2, 3))

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mergevq.config import TokenizerConfig
-from mergevq.merge import Source, merge, merge_schedule, unmerge
+from mergevq.merge import Source, most_likely_source, merge, merge_schedule, unmerge
 from mergevq.quantize import indices_to_codes, quantize
 from mergevq.tokenizer import SourcePredictor, Tokenizer
 
@@ -323,10 +323,11 @@ def test_decoding_does_not_depend_on_what_was_encoded_last():
 def test_decoding_depends_on_the_source_and_the_grid():
     model = tokenizer()
     encoded = model.encode(images(), num_kept=20)
-    expected = model.decode(encoded.codes, encoded.source)
+    codes = torch.randn_like(encoded.codes).sign()
+    expected = model.decode(codes, encoded.source)
     other = Source(encoded.source.index.flip(1), 20)
-    assert not torch.allclose(model.decode(encoded.codes, other), expected)
-    assert model.decode(encoded.codes, encoded.source, (4, 16)).shape == (2, 3, 16, 64)
+    assert not torch.allclose(model.decode(codes, other), expected)
+    assert model.decode(codes, encoded.source, (4, 16)).shape == (2, 3, 16, 64)
 
 
 @pytest.mark.parametrize(("num_cells", "grid_shape"), [(15, None), (16, (4, 5))])
@@ -359,7 +360,7 @@ def test_recovery_reads_the_tokens_alone_as_codes_or_indices():
     assert recovered.num_kept == 30
     assert torch.equal(recovered.index, model.recover(encoded.indices, (6, 12)).index)
     logits = model.source_predictor(encoded.codes, (6, 12))
-    assert torch.equal(recovered.index, logits.argmax(-1))
+    assert torch.equal(recovered.index, most_likely_source(logits).index)
 
 
 def test_recovery_assumes_the_trained_grid():
@@ -396,9 +397,11 @@ def test_the_predictor_knows_cells_and_slots():
 def test_the_predictor_learns_a_source_from_codes():
     predictor = SourcePredictor(dataclasses.replace(G, num_source_layers=1))
     codes = torch.randn(2, 6, 6).sign()
-    index = torch.rand(2, 16, 6).argmax(-1)
-    optimizer = torch.optim.Adam(predictor.parameters(), lr=0.01)
-    for _ in range(100):
+    # Each cell opens the next of six tokens or copies one that is open.
+    index = torch.tensor([[0, 0, 1, 2, 0, 3, 1, 1, 4, 2, 5, 0, 5, 3, 3, 4],
+                          [0, 1, 1, 2, 3, 4, 5, 0, 2, 2, 1, 0, 5, 5, 4, 3]])
+    optimizer = torch.optim.Adam(predictor.parameters(), lr=0.003)
+    for _ in range(200):
         loss = nn.functional.cross_entropy(predictor(codes, (4, 4)).mT, index)
         optimizer.zero_grad()
         loss.backward()

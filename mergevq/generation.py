@@ -1,0 +1,460 @@
+"""Images from a generator and its tokenizer: sampling, in-painting, and making one again.
+
+A run of samples is a folder: an image for each number, a grid of the first, and `samples.json`,
+which says what made them. Image k depends on (seed, k) alone; but the last bits of a product may depend
+on how many images are computed at once, and with weights of fewer bits they decide more often, so
+an image is made again with the batch it was in.
+
+Shape letters: B images, L grid cells, K kept tokens, S image side.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from mergevq.checkpoint import (
+    from_json,
+    load_model,
+    model_hash,
+    read_json,
+    resolve,
+    to_json,
+    write_json,
+)
+from mergevq.codec import load_picture
+from mergevq.config import FORMAT_VERSION, SampleRun, SamplingSettings
+from mergevq.data import crop_square, load_square, to_tensor
+from mergevq.generator import Generator, random_orders
+from mergevq.int8 import logit_error, quantize_weights
+from mergevq.merge import Source
+from mergevq.pictures import contact_sheet, to_pil
+from mergevq.run import Progress, environment, resolve_device, step_generator
+from mergevq.sampling import Sampled, image_seed, inpaint, sample
+from mergevq.tokenizer import Tokenizer
+
+RECORD = "samples.json"
+GRID = "grid.png"
+
+_GRID_COLUMNS = 8
+_GRID_IMAGES = 64
+"""The first so many images are in the grid."""
+_COMPARED = 4
+"""Sequences on which weights of fewer bits are compared with those of the file."""
+
+
+class Pair(NamedTuple):
+    """A generator and the tokenizer of its tokens."""
+
+    generator: Generator
+    """With the weights that sample."""
+    tokenizer: Tokenizer
+    """In float32."""
+    generator_hash: str
+    tokenizer_hash: str
+    class_names: tuple[str, ...]
+    """In label order; empty without classes."""
+
+
+class Written(NamedTuple):
+    """A folder of samples."""
+
+    images: list[Path]
+    """In the order of their numbers."""
+    grid: Path
+    """The first of them in one picture."""
+    logit_error: float | None
+    """Of the weights that sampled, as in `int8.logit_error`; None for those of the file."""
+
+
+class Origin(NamedTuple):
+    """An image of which some tokens stay."""
+
+    indices: Int64[Tensor, "1 k"]
+    """Its tokens in canonical order."""
+    source: Source
+    """Which of them each cell copies."""
+    keep: Bool[Tensor, "1 k"]
+    """Which of them stay."""
+
+
+def require_same_tokenizer(wanted: object, tokenizer: str, *, generator: str | Path) -> None:
+    """Check that a generator's tokens are those of a tokenizer.
+
+    Args:
+        wanted: hash of the tokenizer that the generator was saved with.
+        tokenizer: hash of the one at hand (`checkpoint.model_hash`).
+        generator: where the generator is, for the message.
+
+    Raises:
+        ValueError: they are another's.
+    """
+    if wanted != tokenizer:
+        raise ValueError(
+            f"the generator in {generator} was trained on tokens of tokenizer {wanted} and this is "
+            f"{tokenizer}: a number means another thing to each; give the tokenizer whose tokens "
+            "it was trained on"
+        )
+
+
+def load_pair(model: str | Path, tokenizer: str | Path, device: torch.device) -> Pair:
+    """Load a generator and its tokenizer in float32.
+
+    Raises:
+        ValueError: one of them is not there, or the tokenizer is another one's.
+    """
+    model, tokenizer = resolve(model), resolve(tokenizer)
+    saved, tokenizer_hash = load_model(model, kind="generator"), model_hash(tokenizer)
+    extra = saved.record["extra"]
+    require_same_tokenizer(extra.get("tokenizer"), tokenizer_hash, generator=model)
+    return Pair(
+        generator=Generator.from_saved(saved).to(device),
+        tokenizer=Tokenizer.from_pretrained(tokenizer).to(device),
+        generator_hash=model_hash(model),
+        tokenizer_hash=tokenizer_hash,
+        class_names=tuple(extra.get("class_names", ())),
+    )
+
+
+def decode_sampled(
+    tokenizer: Tokenizer,
+    sampled: Sampled,
+    grid_shape: tuple[int, int],
+    source: Source | None = None,
+) -> Float[Tensor, "b 3 h w"]:
+    """Turn sampled tokens into images, in [-1, 1].
+
+    All cells in raster order are decoded as they are; kept tokens get the source map that the
+    tokenizer recovers from them and, where there are any, their anchors.
+
+    Args:
+        tokenizer: in evaluation mode, on any device.
+        sampled: what a generator gave.
+        grid_shape: rows and columns of the generator's grid.
+        source: of the kept tokens, where it is known.
+    """
+    device = next(tokenizer.parameters()).device
+    indices = sampled.indices.to(device)
+    num_cells = grid_shape[0] * grid_shape[1]
+    images = []
+    # One by one, so that an image is the same to the last bit in any batch.
+    for row in range(len(indices)):
+        tokens = indices[row : row + 1]
+        if source is not None:
+            known = Source(source.index[row : row + 1].to(device), source.num_kept)
+        elif tokens.shape[1] == num_cells and sampled.anchors is None:
+            known = Source(torch.arange(num_cells, device=device)[None], num_cells)
+        else:
+            anchors = sampled.anchors
+            anchors = None if anchors is None else anchors[row : row + 1].to(device)
+            known = tokenizer.recover(tokens, grid_shape, anchors)
+        images.append(tokenizer.decode(tokens, known, grid_shape))
+    return torch.cat(images).clamp(-1, 1)
+
+
+def class_labels(run: SampleRun, num_classes: int, image_ids: Sequence[int]) -> Int64[Tensor, "b"]:
+    """Classes of some images of a run: those named, or all there are, in turn.
+
+    Raises:
+        ValueError: a class does not exist.
+    """
+    for label in run.classes:
+        if num_classes == 0:
+            raise ValueError(
+                f"class {label} was asked for, and the generator was trained without classes"
+            )
+        if not 0 <= label < num_classes:
+            raise ValueError(
+                f"class ({label}) must be between 0 and {num_classes - 1}: the generator was "
+                f"trained on {num_classes} classes"
+            )
+    # Without classes the only id is that of no class, which is 0.
+    classes = run.classes or tuple(range(max(1, num_classes)))
+    labels = [classes[image_id % len(classes)] for image_id in image_ids]
+    return torch.tensor(labels, dtype=torch.int64)
+
+
+def masked_origin(
+    tokenizer: Tokenizer, image: Image.Image, mask: Image.Image, num_kept: int
+) -> Origin:
+    """Find the tokens of an image that a mask leaves alone.
+
+    Image and mask are cut to the centre square of the tokenizer's size alike.
+
+    Args:
+        tokenizer: in evaluation mode.
+        image: RGB.
+        mask: as large as the image; white where the image is made anew. A token stays if none of
+            the cells that copy it has any white.
+        num_kept: K.
+
+    Raises:
+        ValueError: image and mask differ in size, or nothing or all of the image is masked.
+    """
+    if image.size != mask.size:
+        raise ValueError(
+            f"mask ({mask.width} x {mask.height}) must be as large as the image "
+            f"({image.width} x {image.height})"
+        )
+    config, device = tokenizer.config, next(tokenizer.parameters()).device
+    pixels = load_square(image, config.image_size)[None].to(device)
+    white = to_tensor(crop_square(mask.convert("RGB"), config.image_size))[None, :1].to(device)
+    encoded = tokenizer.encode(pixels, num_kept)
+    touched = functional.max_pool2d(white, config.patch_size).flatten() > 0
+    counts = torch.zeros(num_kept, dtype=torch.int64, device=device)
+    counts.scatter_add_(0, encoded.source.index[0], touched.long())
+    keep = (counts == 0)[None]
+    if keep.all():
+        raise ValueError("the mask leaves all tokens; make it white where the image is to change")
+    return Origin(encoded.indices, encoded.source, keep)
+
+
+def generate(
+    pair: Pair,
+    run: SampleRun,
+    image_ids: Sequence[int],
+    origin: Origin | None = None,
+) -> tuple[Sampled, Float[Tensor, "b 3 h w"]]:
+    """Sample some images of a run, as one batch.
+
+    Args:
+        pair: what samples and what decodes.
+        run: how.
+        image_ids: numbers of the images.
+        origin: an image to keep tokens of, for all of them; None keeps nothing.
+
+    Raises:
+        ValueError: the run does not fit the generator.
+        RuntimeError: weights are broken.
+    """
+    config = pair.generator.config
+    labels = class_labels(run, config.num_classes, image_ids)
+    num_kept = config.num_kept if run.num_kept is None else run.num_kept
+    if origin is None:
+        sampled = sample(
+            pair.generator,
+            labels=labels,
+            num_kept=num_kept,
+            seed=run.seed,
+            image_ids=image_ids,
+            settings=run.settings,
+        )
+        return sampled, _decode(pair, sampled, None)
+    sampled = inpaint(
+        pair.generator,
+        indices=origin.indices.expand(len(labels), -1),
+        keep=origin.keep.expand(len(labels), -1),
+        labels=labels,
+        seed=run.seed,
+        image_ids=image_ids,
+        settings=run.settings,
+    )
+    # New tokens take the places of those they replace, so that what is kept stays where it is.
+    index = origin.source.index.expand(len(labels), -1)
+    return sampled, _decode(pair, sampled, Source(index, origin.source.num_kept))
+
+
+def write_samples(run: SampleRun, out: Path) -> Written:
+    """Sample all images of a run into a folder.
+
+    Raises:
+        ValueError: the run does not fit, or the folder has something in it.
+        RuntimeError: weights are broken.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; choose another folder with --out, or delete it")
+    device = resolve_device(run.device)
+    pair, error = _loaded(run, device)
+    origin = _origin(pair, run)
+    progress = Progress(run.num_images, unit="image")
+    paths: list[Path] = []
+    shown: list[Image.Image] = []
+    for image_ids in _batches(run):
+        _, images = generate(pair, run, image_ids, origin)
+        # Only now, so that what does not fit leaves nothing behind.
+        out.mkdir(parents=True, exist_ok=True)
+        for image_id, image in zip(image_ids, images, strict=True):
+            paths.append(out / _file_name(image_id))
+            picture = to_pil(image)
+            picture.save(paths[-1])
+            shown += [picture] * (len(shown) < _GRID_IMAGES)
+        progress.update(len(image_ids))
+    progress.close()
+    rows = [shown[i : i + _GRID_COLUMNS] for i in range(0, len(shown), _GRID_COLUMNS)]
+    contact_sheet(rows).save(out / GRID)
+    write_json(out / RECORD, _record(pair, run, device, error))
+    return Written(paths, out / GRID, error)
+
+
+def make_again(
+    record: Path, image_ids: Sequence[int], device: str | None = None
+) -> list[Image.Image]:
+    """Make images of an earlier run again, from its `samples.json`.
+
+    Args:
+        record: path of that file.
+        image_ids: numbers of the images.
+        device: where to compute; None is where they were made, which gives the same bits.
+
+    Raises:
+        ValueError: there is no such image, or generator, tokenizer, image or mask are others now.
+        RuntimeError: weights are broken.
+    """
+    written = read_json(record)
+    run = read_sample_run(written, where=str(record))
+    run = run if device is None else replace(run, device=device)
+    for image_id in image_ids:
+        if not 0 <= image_id < run.num_images:
+            raise ValueError(f"image ({image_id}) must be between 0 and {run.num_images - 1}")
+    pair, _ = _loaded(run, resolve_device(run.device))
+    for name, now in _hashes(pair, run).items():
+        if now != written[name]:
+            raise ValueError(
+                f"{name} is {now} and was {written[name]} when the samples in {record} were made: "
+                "the same files are needed to make them again"
+            )
+    origin = _origin(pair, run)
+    made: dict[int, Image.Image] = {}
+    for batch in _batches(run):
+        if not made.keys() >= set(image_ids) & set(batch):
+            images = generate(pair, run, batch, origin)[1]
+            made |= dict(zip(batch, map(to_pil, images), strict=True))
+    return [made[image_id] for image_id in image_ids]
+
+
+def read_sample_run(written: dict[str, Any], *, where: str) -> SampleRun:
+    """The run that a `samples.json` records.
+
+    Raises:
+        ValueError: it is not of samples, or has a setting that does not exist.
+    """
+    if written.get("kind") != "samples":
+        raise ValueError(f"{where} holds no samples but {written.get('kind')}")
+    values = dict(written["run"])
+    # One number or several: `from_json` reads a field of one type.
+    settings: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in values.pop("settings").items()
+    }
+    return replace(from_json(SampleRun, values, where=where), settings=SamplingSettings(**settings))
+
+
+def _decode(pair: Pair, sampled: Sampled, source: Source | None) -> Float[Tensor, "b 3 h w"]:
+    """Decode without gradients."""
+    with torch.no_grad():
+        return decode_sampled(pair.tokenizer, sampled, pair.generator.config.grid_size, source)
+
+
+def _batches(run: SampleRun) -> list[list[int]]:
+    """Numbers of the images that are sampled together."""
+    ids = list(range(run.num_images))
+    return [ids[i : i + run.batch_size] for i in range(0, len(ids), run.batch_size)]
+
+
+def _loaded(run: SampleRun, device: torch.device) -> tuple[Pair, float | None]:
+    """Generator and tokenizer, with the weights asked for and the logit error these have."""
+    pair = load_pair(run.model, run.tokenizer, device)
+    if run.weights == "float32":
+        return pair, None
+    exact = pair.generator
+    pair = pair._replace(generator=_lighter(exact, run.weights))
+    return pair, _weights_error(exact, pair.generator, run)
+
+
+def _lighter(generator: Generator, weights: str) -> Generator:
+    """A copy in bf16, or in 8 bits with activations in bf16."""
+    copied = Generator(generator.config).to(generator.device)
+    copied.load_state_dict(generator.state_dict())
+    copied = copied.to(torch.bfloat16).eval()
+    return quantize_weights(copied) if weights == "int8" else copied
+
+
+def _weights_error(exact: Generator, lighter: Generator, run: SampleRun) -> float:
+    """How far the lighter generator's logits are off, on sequences that it samples."""
+    config = exact.config
+    num_kept = config.num_kept if run.num_kept is None else run.num_kept
+    ids = range(min(_COMPARED, run.num_images))
+    labels = class_labels(run, config.num_classes, ids)
+    sampled = sample(
+        lighter,
+        labels=labels,
+        num_kept=num_kept,
+        seed=run.seed,
+        image_ids=ids,
+        settings=SamplingSettings(),
+    )
+    order = None
+    if config.order == "random":
+        numbers = step_generator(run.seed, "weights", 0)
+        order = random_orders(sampled.indices.shape, numbers, exact.device)
+    return logit_error(
+        exact,
+        lighter,
+        sampled.indices,
+        labels.to(exact.device),
+        num_kept,
+        anchors=sampled.anchors,
+        order=order,
+    )
+
+
+def _origin(pair: Pair, run: SampleRun) -> Origin | None:
+    """What is kept of an image, if there is one."""
+    if run.keep_from is None or run.mask is None:
+        return None
+    config = pair.generator.config
+    with torch.no_grad():
+        return masked_origin(
+            pair.tokenizer,
+            load_picture(run.keep_from),
+            load_picture(run.mask),
+            config.num_kept if run.num_kept is None else run.num_kept,
+        )
+
+
+def _record(
+    pair: Pair, run: SampleRun, device: torch.device, error: float | None
+) -> dict[str, Any]:
+    """Content of `samples.json`."""
+    labels = class_labels(run, pair.generator.config.num_classes, range(run.num_images)).tolist()
+    return {
+        "format_version": FORMAT_VERSION,
+        "kind": "samples",
+        "run": to_json(run),
+        **_hashes(pair, run),
+        "logit_error": error,
+        "environment": environment(device),
+        "images": [
+            {
+                "file": _file_name(image_id),
+                "id": image_id,
+                "seed": image_seed(run.seed, image_id),
+                "class": label if pair.generator.config.num_classes else None,
+                "class_name": pair.class_names[label] if pair.class_names else None,
+            }
+            for image_id, label in enumerate(labels)
+        ],
+    }
+
+
+def _hashes(pair: Pair, run: SampleRun) -> dict[str, str | None]:
+    """What the images depend on besides the settings."""
+    files = {"keep_from": run.keep_from, "mask": run.mask}
+    return {"generator": pair.generator_hash, "tokenizer": pair.tokenizer_hash} | {
+        f"{name}_sha256": None
+        if path is None
+        else hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        for name, path in files.items()
+    }
+
+
+def _file_name(image_id: int) -> str:
+    """File of an image."""
+    return f"{image_id:06d}.png"

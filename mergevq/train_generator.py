@@ -1,0 +1,559 @@
+"""Training a generator on files of tokens: the loop, its checkpoints, its pictures.
+
+Source: Li et al. 2025, "MergeVQ", section 3.4 and table A2 (arXiv:2504.00999); Pang et al. 2024,
+"RandAR", section 3 (arXiv:2412.01827).
+
+Every random number of step n depends only on (seed, n), so a checkpoint needs no generator's state
+to resume to the same bits: K, batch, dropped labels and orders are drawn for the whole batch and
+cut to a rank's share, and dropout starts anew from a number of its own in every step.
+
+Shape letters: B sequences of a part of the batch, T tokens of a sequence, L grid cells.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
+
+from mergevq import distributed
+from mergevq.checkpoint import (
+    CheckpointManager,
+    load_model,
+    load_state,
+    load_strict,
+    model_hash,
+    resolve,
+    save_model,
+    save_state,
+)
+from mergevq.config import GeneratorConfig, GeneratorRun
+from mergevq.generation import decode_sampled
+from mergevq.generator import Generator, GeneratorLoss, random_orders, uniform
+from mergevq.optim import (
+    Ema,
+    NonFiniteGuard,
+    build_optimizer,
+    check_coverage,
+    clip,
+    gradient_scaler,
+    learning_rate,
+    set_learning_rate,
+)
+from mergevq.pictures import contact_sheet, to_pil
+from mergevq.run import (
+    MetricsLog,
+    Progress,
+    RunDirectory,
+    autocast,
+    on_sigterm,
+    resolve_device,
+    resolve_precision,
+    step_generator,
+)
+from mergevq.sampling import sample
+from mergevq.tokenizer import Tokenizer
+from mergevq.tokens import (
+    TokenBatch,
+    TokenDataset,
+    TokenRecord,
+    open_tokens,
+    require_tokenizer,
+    token_batches,
+)
+
+logger = logging.getLogger("mergevq")
+
+_NUM_PICTURED = 16
+"""Images sampled for a picture."""
+_PICTURE_COLUMNS = 8
+_EVAL_BATCH = 64
+"""Sequences validated at once."""
+_CLASS_TABLE = "class_embedding.weight"
+
+
+class Sequences(NamedTuple):
+    """A batch as the generator's loss takes it."""
+
+    indices: Int64[Tensor, "b t"]
+    """All cells in raster order, or the kept tokens in canonical order."""
+    class_label: Int64[Tensor, "b"]
+    """In [0, num_classes]; the last is no class."""
+    anchors: Int64[Tensor, "b t"] | None
+    """Of order `anchor`: the cell at which each token opens."""
+    source_index: Int64[Tensor, "b l"] | None
+    """Of order `merge` with groups of the source: the source map."""
+    order: Int64[Tensor, "b t"] | None
+    """Of order `random`: slots in the order in which they are decoded."""
+
+
+@dataclass(kw_only=True)
+class State:
+    """Everything that changes while training; all of it is in a checkpoint."""
+
+    generator: Generator
+    optimizer: torch.optim.Optimizer
+    ema: Ema
+    guard: NonFiniteGuard
+    scaler: torch.amp.GradScaler
+    step: int = 0
+
+    def _parts(self) -> dict[str, Any]:
+        """Everything with a state of its own, by the name it has in a checkpoint."""
+        return {
+            "generator": self.generator,
+            "optimizer": self.optimizer,
+            "ema": self.ema,
+            "guard": self.guard,
+            "scaler": self.scaler,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nested dict of tensors and plain values."""
+        state = {name: part.state_dict() for name, part in self._parts().items()}
+        return state | {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.step = state["step"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What stays the same through a run."""
+
+    run: GeneratorRun
+    world: distributed.World
+    wrapped: nn.Module
+    """The generator, wrapped for several ranks."""
+    tokenizer: Tokenizer
+    """Decodes pictures."""
+    record: TokenRecord
+    """What the tokens are."""
+    dtype: torch.dtype | None
+    """Of autocast; None is float32."""
+
+    def autocast(self) -> torch.autocast:
+        """Context of the run's precision."""
+        return autocast(self.world.device, self.dtype)
+
+
+def train(run: GeneratorRun, *, resume: bool = False) -> Path:
+    """Train a generator; returns the directory of the finished model.
+
+    Args:
+        run: all settings.
+        resume: go on from the newest checkpoint in `run.out`; with none there, start.
+
+    Raises:
+        ValueError: settings, tokens, tokenizer or the run directory do not fit.
+        RuntimeError: losses stayed non-finite, or a file of tokens is damaged.
+    """
+    world = distributed.init(resolve_device(run.train.device))
+    try:
+        return _train(run, world, resume=resume)
+    finally:
+        distributed.shutdown()
+
+
+def _train(run: GeneratorRun, world: distributed.World, *, resume: bool) -> Path:
+    """The whole run on one rank."""
+    settings = run.train
+    distributed.local_batch(settings.batch_size, world, accumulation=settings.accumulation)
+    dataset = open_tokens(run.tokens.path)
+    train_set, val_set = split(dataset, run.tokens.val_fraction)
+    state, setting = build(run, world, dataset.record)
+    directory = RunDirectory(run.out)
+    if distributed.is_main():
+        directory.open(run, device=world.device, resume=resume)
+    manager = CheckpointManager(directory.checkpoints, keep_last=settings.keep_last)
+    latest = distributed.broadcast_object(manager.latest()) if resume else None
+    if latest is not None:
+        state.load_state_dict(load_state(latest / "state"))
+    log = MetricsLog(directory.metrics, first_step=state.step, tensorboard=settings.tensorboard)
+    bar = Progress(
+        settings.num_steps * settings.batch_size,
+        done=state.step * settings.batch_size,
+        unit="sequence",
+    )
+    logged_at, logged_step = time.monotonic(), state.step
+    with on_sigterm() as signal, contextlib.closing(bar), contextlib.closing(log):
+        for batch in run_batches(run, world, train_set, state.step):
+            step = state.step
+            numbers = train_step(state, setting, batch)
+            state.step += 1
+            bar.update(settings.batch_size)
+            last = state.step == settings.num_steps
+            logging_due = step % settings.log_every == 0 or last
+            if logging_due:
+                seconds, logged_at = time.monotonic() - logged_at, time.monotonic()
+                num_sequences = (state.step - logged_step) * settings.batch_size
+                numbers["sequences_per_second"] = num_sequences / seconds
+                logged_step = state.step
+            if validating := state.step % settings.eval_every == 0 or last:
+                numbers |= validate(state, setting, val_set)
+            if logging_due or validating:
+                log.write(step, numbers, shown=_shown(numbers))
+            if state.step % settings.image_every == 0 or last:
+                _picture(state, setting, directory.images)
+            # Every rank learns of a signal to any of them, so all stop after the same step.
+            stopping = bool(distributed.sum(torch.tensor(int(signal.requested))) > 0)
+            if state.step % settings.save_every == 0 or last or stopping:
+                _save(state, setting, manager, directory.model)
+            if stopping and not last:
+                logger.warning("stopped after %d steps; go on with --resume", state.step)
+                break
+    return directory.model
+
+
+# -------------------------------------------------------------------------------------- making
+
+
+def build(
+    run: GeneratorRun, world: distributed.World, record: TokenRecord
+) -> tuple[State, Setting]:
+    """Make everything a run needs, the same on every rank.
+
+    Raises:
+        ValueError: the tokens, their tokenizer or the weights to start from do not fit the run.
+    """
+    config = fitted_config(run, record)
+    directory = resolve(run.tokens.tokenizer)
+    require_tokenizer(record, model_hash(directory))
+    # The only use of the global generator: it fills fresh weights, and is put back after.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.train.seed)  # noqa: TID251 - layers fill themselves from it
+        generator = Generator(config)
+    if run.init_from is not None:
+        initialize_from(generator, run.init_from)
+    device = world.device
+    generator.to(device).train()
+    generator.set_checkpointing(enabled=run.train.checkpointing)
+    optimizer = build_optimizer([generator], run.optim, run.train.batch_size)
+    check_coverage([generator], [optimizer])
+    dtype = resolve_precision(run.train.precision, device)
+    state = State(
+        generator=generator,
+        optimizer=optimizer,
+        ema=Ema(generator, run.optim.ema_decay),
+        guard=NonFiniteGuard(run.train.max_nonfinite),
+        scaler=gradient_scaler(device, dtype),
+    )
+    setting = Setting(
+        run=run,
+        world=world,
+        wrapped=distributed.wrap(generator),
+        tokenizer=Tokenizer.from_pretrained(directory).to(device).requires_grad_(False),
+        record=record,
+        dtype=dtype,
+    )
+    return state, setting
+
+
+def fitted_config(run: GeneratorRun, record: TokenRecord) -> GeneratorConfig:
+    """The run's architecture with the classes of the tokens.
+
+    Raises:
+        ValueError: the tokens have another grid, number of bits, K or number of classes.
+    """
+    model = run.resolved_model
+    for name, wanted, found in (
+        ("model.grid_size", model.grid_size, record.grid_shape),
+        ("model.num_bits", model.num_bits, record.num_bits),
+        ("model.num_classes", model.num_classes or record.num_classes, record.num_classes),
+    ):
+        if wanted != found:
+            raise ValueError(
+                f"{name} ({wanted}) must be {found}, as in the tokens of {run.tokens.path}"
+            )
+    missing = sorted(set(run.kept.candidates) - set(record.num_kept))
+    if missing:
+        there = ", ".join(map(str, record.num_kept))
+        raise ValueError(
+            f"kept.candidates {missing} must be among the K of the tokens in {run.tokens.path} "
+            f"({there}); encode the images with --tokens {' '.join(map(str, missing))} too, into "
+            "another folder"
+        )
+    return replace(model, num_classes=record.num_classes)
+
+
+def initialize_from(generator: Generator, path: str | Path) -> None:
+    """Copy a trained generator's weights; with other classes, all but the table of classes.
+
+    Raises:
+        ValueError: it is not there, or is another architecture or order.
+    """
+    saved = load_model(resolve(path), kind="generator")
+    other = Generator.from_saved(saved).config
+    mine = generator.config
+    for name in ("order", "kept_candidates", "factor_bits", "num_heads", "num_kv_heads"):
+        # The shapes of weights do not tell these apart.
+        if getattr(other, name) != getattr(mine, name):
+            raise ValueError(
+                f"model.{name} ({getattr(mine, name)}) must be {getattr(other, name)}, as in the "
+                f"generator of init_from, {path}"
+            )
+    weights = dict(saved.state)
+    if other.num_classes != mine.num_classes:
+        logger.warning(
+            "starting from %s with a fresh class embedding: it was trained on %d classes and these "
+            "tokens have %d; all other weights are kept",
+            path,
+            other.num_classes,
+            mine.num_classes,
+        )
+        weights[_CLASS_TABLE] = generator.state_dict()[_CLASS_TABLE]
+    load_strict(generator, weights)
+
+
+def split(dataset: TokenDataset, val_fraction: float) -> tuple[TokenDataset, TokenDataset]:
+    """Rows for training and rows held out, an image and its mirror image on the same side.
+
+    Raises:
+        ValueError: there are fewer than two images.
+    """
+    rows_per_image = 2 if dataset.record.flip else 1
+    num_images = len(dataset) // rows_per_image
+    if num_images < 2:
+        raise ValueError(f"{dataset.directory} must have tokens of at least 2 images to hold 1 out")
+    num_held_out = min(num_images - 1, max(1, round(num_images * val_fraction)))
+    order = torch.randperm(num_images, generator=step_generator(0, "held out", 0))
+    sides = (order[num_held_out:], order[:num_held_out])
+    offsets = torch.arange(rows_per_image)
+    rows = [(side.sort().values[:, None] * rows_per_image + offsets).flatten() for side in sides]
+    train_set, val_set = (dataset.subset(side.tolist()) for side in rows)
+    return train_set, val_set
+
+
+def run_batches(
+    run: GeneratorRun, world: distributed.World, dataset: TokenDataset, start_step: int
+) -> Iterator[TokenBatch]:
+    """This rank's batches."""
+    return token_batches(
+        dataset,
+        batch_size=run.train.batch_size,
+        num_steps=run.train.num_steps,
+        start_step=start_step,
+        seed=run.train.seed,
+        rank=world.rank,
+        world_size=world.world_size,
+        num_kept=lambda step: draw_num_kept(run, step),
+    )
+
+
+def draw_num_kept(run: GeneratorRun, step: int) -> int:
+    """K of a step: the same on every rank, and again after a resume."""
+    probabilities = torch.tensor(run.kept.probabilities, dtype=torch.float64)
+    chosen = torch.multinomial(
+        probabilities, 1, generator=step_generator(run.train.seed, "kept", step)
+    )
+    return run.kept.candidates[int(chosen)]
+
+
+def to_sequences(generator: Generator, batch: TokenBatch) -> Sequences:
+    """Turn a batch of files into what the generator's order learns from, on its device."""
+    config, device = generator.config, generator.device
+    label = torch.where(batch.label < 0, config.null_class, batch.label).to(device)
+    indices, source = batch.indices, batch.source
+    anchors = source_index = None
+    if config.order == "anchor":
+        anchors = source.anchors().to(device)
+    elif config.order in {"raster", "merge"}:
+        indices = indices.gather(1, source.index)
+    if config.order == "merge" and config.merge_groups == "source":
+        source_index = source.index.to(device)
+    return Sequences(indices.to(device), label, anchors, source_index, None)
+
+
+# ------------------------------------------------------------------------------------ learning
+
+
+def train_step(state: State, setting: Setting, batch: TokenBatch) -> dict[str, float]:
+    """One optimizer step; returns what is worth logging."""
+    run, sums = setting.run, {}
+    num_kept = batch.source.num_kept
+    rate = learning_rate(state.step, run.optim, run.train.num_steps, run.train.batch_size)
+    set_learning_rate(state.optimizer, rate)
+    state.optimizer.zero_grad(set_to_none=True)
+    parts = _cut(_draw(state, setting, batch), run.train.accumulation)
+    with _dropout_numbers(setting, state.step):
+        for position, part in enumerate(parts):
+            syncs = position == len(parts) - 1
+            with distributed.no_sync(setting.wrapped, active=not syncs):
+                with setting.autocast():
+                    loss = _loss(setting.wrapped, part, num_kept)
+                state.scaler.scale(loss.total / len(parts)).backward()
+            for name, value in _terms(state.generator, loss).items():
+                sums[name] = sums.get(name, 0) + value.detach() / len(parts)
+    state.scaler.unscale_(state.optimizer)
+    norm = clip(state.generator.parameters(), run.optim.clip_norm)
+    if state.guard.check(state.step, sums | {"grad_norm": norm}):
+        state.scaler.step(state.optimizer)
+        state.ema.update()
+    else:
+        logger.warning("step %d is not finite and is skipped", state.step)
+    state.scaler.update()
+    numbers = {name: float(distributed.mean(value)) for name, value in sums.items()}
+    return numbers | {
+        "grad_norm": float(norm),
+        "num_skipped": state.guard.num_skipped,
+        "lr": rate,
+        "num_kept": num_kept,
+    }
+
+
+def _draw(state: State, setting: Setting, batch: TokenBatch) -> Sequences:
+    """Drop labels and draw orders, as one process would for the whole batch."""
+    generator, world, seed = state.generator, setting.world, setting.run.train.seed
+    sequences = to_sequences(generator, batch)
+    share, length = sequences.indices.shape
+    own = slice(world.rank * share, (world.rank + 1) * share)
+    whole, device = share * world.world_size, generator.device
+    numbers = uniform((whole,), step_generator(seed, "dropped classes", state.step), device)
+    label = generator.drop_classes(sequences.class_label, numbers[own])
+    order = None
+    if generator.config.order == "random":
+        drawn = step_generator(seed, "orders", state.step)
+        order = random_orders((whole, length), drawn, device)[own]
+    return sequences._replace(class_label=label, order=order)
+
+
+def _loss(module: nn.Module, sequences: Sequences, num_kept: int) -> GeneratorLoss:
+    """Cross-entropy of sequences for which everything is drawn."""
+    return module(
+        sequences.indices,
+        sequences.class_label,
+        num_kept,
+        None,
+        anchors=sequences.anchors,
+        source_index=sequences.source_index,
+        order=sequences.order,
+    )
+
+
+@contextlib.contextmanager
+def _dropout_numbers(setting: Setting, step: int) -> Iterator[None]:
+    """Inside, dropout's numbers depend on seed, step and rank alone."""
+    device = setting.world.device
+    devices = [device] if device.type == "cuda" else []
+    numbers = step_generator(setting.run.train.seed, "dropout", setting.world.rank, step)
+    # Dropout has no generator argument: it draws from torch's own, which is put back after.
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(numbers.initial_seed())  # noqa: TID251
+        yield
+
+
+def _cut(sequences: Sequences, num_parts: int) -> list[Sequences]:
+    """Cut a batch for accumulation."""
+    columns = [
+        [None] * num_parts if column is None else column.chunk(num_parts) for column in sequences
+    ]
+    return [Sequences(*part) for part in zip(*columns, strict=True)]
+
+
+def _terms(generator: Generator, loss: GeneratorLoss) -> dict[str, Tensor]:
+    """Everything in a loss by name."""
+    parts = zip(generator.config.part_names, loss.parts, strict=True)
+    return {"loss": loss.total, "nll": loss.nll} | {f"loss_{name}": term for name, term in parts}
+
+
+def _shown(numbers: dict[str, float]) -> set[str]:
+    """What the log line shows of them."""
+    wanted = {"loss", "nll", "lr", "num_kept", "grad_norm", "sequences_per_second"}
+    return wanted | {name for name in numbers if name.startswith(("val_", "num_skipped"))}
+
+
+# ------------------------------------------------------------------------------------- looking
+
+
+@torch.no_grad()
+def validate(state: State, setting: Setting, dataset: TokenDataset) -> dict[str, float]:
+    """Negative log-likelihood in nats per token of held-out images, with the averaged weights."""
+    run, world, generator = setting.run, setting.world, state.generator
+    rows = range(min(run.train.num_eval_images, len(dataset)))
+    # Whole batches, each drawn for by its place, so that the number does not depend on the ranks.
+    starts = rows[::_EVAL_BATCH][world.rank :: world.world_size]
+    numbers = {}
+    generator.eval()
+    with state.ema.swap(), setting.autocast():
+        for num_kept in run.train.eval_num_kept or (run.model.num_kept,):
+            sums = torch.zeros(2, device=generator.device)
+            for start in starts:
+                own = rows[start : start + _EVAL_BATCH]
+                sequences = to_sequences(generator, dataset.batch(own, num_kept))
+                if generator.config.order == "random":
+                    drawn = step_generator(0, "validation orders", start)
+                    order = random_orders(sequences.indices.shape, drawn, generator.device)
+                    sequences = sequences._replace(order=order)
+                nll = _loss(generator, sequences, num_kept).nll
+                sums += torch.stack([nll * len(own), torch.tensor(len(own)).to(nll)])
+            total, count = distributed.sum(sums).tolist()
+            numbers[f"val_nll@{num_kept}"] = total / count
+    generator.train()
+    return numbers
+
+
+@torch.no_grad()
+def _picture(state: State, setting: Setting, folder: Path) -> None:
+    """Sample with the averaged weights, and write the images as one picture."""
+    if not distributed.is_main():
+        return
+    run, config = setting.run, state.generator.config
+    ids = range(_NUM_PICTURED)
+    labels = torch.arange(_NUM_PICTURED) % max(1, config.num_classes)
+    settings = run.sampling
+    if config.num_classes == 0:
+        settings = replace(settings, guidance_scale=1.0)
+    state.generator.eval()
+    with state.ema.swap():
+        sampled = sample(
+            state.generator,
+            labels=labels,
+            num_kept=config.num_kept,
+            seed=run.train.seed,
+            image_ids=ids,
+            settings=settings,
+        )
+    state.generator.train()
+    pictures = [
+        to_pil(image) for image in decode_sampled(setting.tokenizer, sampled, config.grid_size)
+    ]
+    names = setting.record.class_names or ("",)
+    rows = [pictures[i : i + _PICTURE_COLUMNS] for i in range(0, _NUM_PICTURED, _PICTURE_COLUMNS)]
+    captions = [
+        [names[k % len(names)] for k in ids[i : i + _PICTURE_COLUMNS]]
+        for i in range(0, _NUM_PICTURED, _PICTURE_COLUMNS)
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    contact_sheet(rows, captions=captions).save(folder / f"step-{state.step:08d}.png")
+
+
+def _save(state: State, setting: Setting, manager: CheckpointManager, model: Path) -> None:
+    """Write a checkpoint to resume from, and the averaged model to use."""
+    if not distributed.is_main():
+        distributed.barrier()
+        return
+    record = setting.record
+    with state.ema.swap():
+        save_model(
+            model,
+            state.generator.state_dict(),
+            state.generator.config,
+            kind="generator",
+            extra={
+                "step": state.step,
+                "tokenizer": record.tokenizer,
+                "class_names": list(record.class_names),
+            },
+        )
+    # Last, so that whoever resumes from it finds a model at least as new.
+    manager.save(state.step, lambda path: save_state(path / "state", state.state_dict()))
+    distributed.barrier()
