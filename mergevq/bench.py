@@ -633,7 +633,7 @@ def _attach(clock: _Clock, state: State, setting: Setting) -> None:
     setting.objective.register_forward_pre_hook(lambda *_: clock.become("quantizer and losses"))
     # .. until the very first weight has its gradient, which ends the backward pass ..
     first = next(encoder.stem.parameters())
-    first.register_post_accumulate_grad_hook(lambda _: None)
+    first.register_post_accumulate_grad_hook(lambda _: clock.become("other"))
     # .. then clipping, the optimizer until the tokenizer's side is done, and the other side.
     state.optimizer.register_step_pre_hook(lambda *_: clock.become("optimizer and averages"))
 

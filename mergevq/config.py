@@ -740,9 +740,9 @@ class GeneratorRun:
 class SampleRun:
     """One run of `mergevq sample`: all that its images depend on."""
 
-    model: str
+    model: str = "runs/generator/model"
     """Directory of the generator, or its Hugging Face id."""
-    tokenizer: str
+    tokenizer: str = "runs/tokenizer/model"
     """Directory of the tokenizer of its tokens, or its Hugging Face id."""
     classes: tuple[int, ...] = ()
     """Class ids, one for each image in turn; none is every class there is."""

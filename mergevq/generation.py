@@ -1,9 +1,9 @@
 """Images from a generator and its tokenizer: sampling, in-painting, and making one again.
 
 A run of samples is a folder: an image for each number, a grid of the first, and `samples.json`,
-which says what made them. Image k depends on (seed, k) alone; but the last bits of a product may depend
-on how many images are computed at once, and with weights of fewer bits they decide more often, so
-an image is made again with the batch it was in.
+which says what made them. Image k depends on (seed, k) alone; but the last bits of a product may
+depend on how many images are computed at once, and with weights of fewer bits they decide more
+often, so an image is made again with the batch it was in.
 
 Shape letters: B images, L grid cells, K kept tokens, S image side.
 """

@@ -295,11 +295,11 @@ def digits32_ar() -> GeneratorRun:
             ema_decay=0.99,
         ),
         train=TrainConfig(
-            num_steps=600,
+            num_steps=400,
             batch_size=64,
             image_every=200,
             eval_every=200,
-            save_every=300,
+            save_every=200,
             log_every=10,
         ),
         sampling=SamplingSettings(guidance_scale=2.0),

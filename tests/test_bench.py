@@ -10,6 +10,7 @@ from torch import nn
 
 from mergevq import bench
 from mergevq.bench import LfqSize, Measurement, MergeSize
+from mergevq.cli import main
 from mergevq.config import (
     KeptConfig,
     LossConfig,
@@ -290,3 +291,8 @@ def test_the_k_of_a_measured_step_is_the_nominal_one():
     run = replace(RUN, kept=KeptConfig(candidates=(70, 90)))
     _, setting, _ = bench._training(run, CPU)
     assert setting.run.kept.candidates == (100,)
+
+
+def test_an_unknown_recipe_is_named(capsys):
+    assert main(["bench", "tokenizer", "--recipe", "tiny65"]) == 1
+    assert "recipe (tiny65) must be a recipe for a tokenizer: digits32" in capsys.readouterr().err

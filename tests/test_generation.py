@@ -150,7 +150,7 @@ def test_an_image_is_made_again_from_the_sidecar(folder, tmp_path, order):
     assert written.grid.is_file()
     (again,) = make_again(tmp_path / "out/samples.json", [3])
     assert np.array_equal(pixels(again), read(tmp_path / "out/000003.png"))
-    assert not np.array_equal(pixels(again), read(tmp_path / "out/000002.png"))
+    assert len({read(path).tobytes() for path in written.images}) > 1
 
 
 def test_the_sidecar_says_what_each_image_is(folder, tmp_path):

@@ -53,7 +53,7 @@ def test_a_recipe_says_hardware_and_expectation(name):
 
 @pytest.mark.parametrize("name", TOKENIZER_RECIPES)
 def test_every_candidate_k_can_be_reached(name):
-    run = RECIPES[name]()
+    run = TOKENIZER_RUNS[name]()
     for num_kept in run.kept.candidates:
         counts = merge_schedule(run.model.num_tokens, num_kept, run.model.num_layers)
         assert run.model.num_tokens - sum(counts) == num_kept
@@ -70,14 +70,14 @@ def test_every_candidate_k_can_be_reached(name):
     ],
 )
 def test_geometry_is_the_papers(name, num_tokens, num_kept, factor):
-    model = RECIPES[name]().model
+    model = TOKENIZER_RUNS[name]().model
     assert (model.num_tokens, model.num_kept, model.patch_size) == (num_tokens, num_kept, factor)
 
 
 @pytest.mark.parametrize("name", TOKENIZER_RECIPES)
 def test_a_shrunk_recipe_trains(name, tmp_path):
     pytest.importorskip("sklearn")
-    run = shrink(RECIPES[name]())
+    run = shrink(TOKENIZER_RUNS[name]())
     teacher = "labels" if run.teacher.kind in ("labels", "dinov2") else run.teacher.kind
     run = replace(
         run,

@@ -401,7 +401,7 @@ def test_the_predictor_learns_a_source_from_codes():
     index = torch.tensor([[0, 0, 1, 2, 0, 3, 1, 1, 4, 2, 5, 0, 5, 3, 3, 4],
                           [0, 1, 1, 2, 3, 4, 5, 0, 2, 2, 1, 0, 5, 5, 4, 3]])
     optimizer = torch.optim.Adam(predictor.parameters(), lr=0.003)
-    for _ in range(200):
+    for _ in range(400):
         loss = nn.functional.cross_entropy(predictor(codes, (4, 4)).mT, index)
         optimizer.zero_grad()
         loss.backward()
