@@ -16,17 +16,17 @@ quickstart: .venv/installed-quickstart  ## train on handwritten digits and write
 # One thread: the tests' tensors are too small to share.
 test slow check: export OMP_NUM_THREADS := 1
 test: .venv/installed-dev  ## run the default tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 slow: .venv/installed-dev  ## run the tests that take longer
-	$(BIN)/python -m pytest -q -m "slow and not gpu"
+	$(BIN)/python -m pytest -q -n auto -m "slow and not gpu"
 
 check: .venv/installed-dev  ## lint, types, layers, default tests
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 fix: .venv/installed-dev  ## format, and repair what the linter can
 	$(BIN)/ruff check --fix

@@ -271,6 +271,9 @@ class LossConfig:
     """Temperature of the soft assignment in both entropies."""
     source_weight: float = 0.5
     """Cross-entropy of the source predictor (0.5 for G and G+R, 1.0 for R)."""
+    source_gradient: float = 0.0
+    """Share of that term's gradient that reaches the codes: 0 leaves them to the pixels, above 0
+    teaches them to tell where they lie."""
     alignment_weight: float = 1.0
     """Class token against the teacher (0.1 for G, 1.0 for G+R and R)."""
 
@@ -279,6 +282,10 @@ class LossConfig:
         weights = {name: getattr(self, name) for name in self.__slots__ if name.endswith("_weight")}
         for name, weight in weights.items():
             _require(math.isfinite(weight) and weight >= 0, f"{name} ({weight}) must be at least 0")
+        _require(
+            0 <= self.source_gradient <= 1,
+            f"source_gradient ({self.source_gradient}) must be between 0 and 1",
+        )
         _require(
             self.entropy_temperature > 0,
             f"entropy_temperature ({self.entropy_temperature}) must be above 0",

@@ -44,7 +44,7 @@ def attend(
     """Scaled dot-product attention with an optional addition to the logits of each key.
 
     On CPUs the backward pass of torch's half-precision kernel takes 5 to 7 times as long as that of
-    its float32 kernel at the sizes of the small recipes (docs/results.md), so training there
+    its float32 kernel at the sizes of the small recipes (docs/log.md), so training there
     attends in float32.
     """
     attention = functional.scaled_dot_product_attention
@@ -330,7 +330,7 @@ def to_grid(
     """Lay raster-ordered tokens on their (height, width) grid."""
     grid = tokens.mT.unflatten(2, grid_shape)
     # The view is in channels_last, which GPUs like; on CPUs it makes group norm's backward pass
-    # several times slower (docs/results.md).
+    # several times slower (docs/log.md).
     return grid.contiguous() if _trains_on_cpu(tokens) else grid
 
 

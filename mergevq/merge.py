@@ -100,9 +100,10 @@ def source_bits(num_tokens: int, num_kept: int) -> float:
 
 
 def merge(grid: Float[Tensor, "b l c"], source: Source) -> Float[Tensor, "b k c"]:
-    """Average the grid tokens that share a kept token."""
-    sums = _scatter_sum(grid, source.index, source.num_kept)
-    return sums / source.sizes().to(sums.dtype)[..., None]
+    """Average the grid tokens that share a kept token; one that no cell points to is 0."""
+    sizes = source.sizes().to(torch.promote_types(grid.dtype, torch.float32))
+    shares = 1 / sizes.gather(1, source.index)
+    return _weighted_sum(grid, shares, source.index, source.num_kept).to(grid.dtype)
 
 
 def unmerge(kept: Float[Tensor, "b k c"], source: Source) -> Float[Tensor, "b l c"]:
@@ -133,13 +134,17 @@ def match(keys: Float[Tensor, "b n d"], num_merged: int) -> Int64[Tensor, "b n"]
         )
     with torch.autocast(keys.device.type, enabled=False):
         unit = torch.nn.functional.normalize(keys.float(), dim=-1)
-        best, partner = (unit[:, 1::2] @ unit[:, ::2].mT).max(-1)
+        similarity = unit[:, 1::2] @ unit[:, ::2].mT
+    best = similarity.amax(-1)
     joins = best.argsort(dim=-1, descending=True, stable=True)[:, :num_merged]
+    # Where the best is matters only for those that join: on CPUs argmax is slow and amax is not.
+    joining = joins[..., None].expand(-1, -1, similarity.shape[2])
+    partner = similarity.gather(1, joining).argmax(-1)
     stays = torch.ones_like(best, dtype=torch.bool).scatter(1, joins, value=False)
     num_staying = best.shape[1] - num_merged
     destination = torch.empty(batch, num_tokens, dtype=torch.int64, device=keys.device)
     destination[:, ::2] = num_staying + torch.arange((num_tokens + 1) // 2, device=keys.device)
-    destination[:, 1::2] = torch.where(stays, stays.cumsum(-1) - 1, num_staying + partner)
+    destination[:, 1::2] = (stays.cumsum(-1) - 1).scatter(1, joins, num_staying + partner)
     return destination
 
 
@@ -162,7 +167,7 @@ def merge_step(
     new_sizes = sizes.new_zeros(sizes.shape[0], num_remaining).scatter_add(1, destination, sizes)
     # Shares of the new token, not sums to divide: a token alone keeps its bits.
     shares = sizes / new_sizes.gather(1, destination)
-    merged = _scatter_sum(tokens * shares[..., None], destination, num_remaining)
+    merged = _weighted_sum(tokens, shares, destination, num_remaining)
     return Merged(merged.to(tokens.dtype), new_sizes)
 
 
@@ -291,16 +296,27 @@ def _linear(num_merged: int, num_layers: int) -> list[int]:
     return counts
 
 
-def _scatter_sum(
-    tokens: Float[Tensor, "b n c"], destination: Int64[Tensor, "b n"], num_out: int
+def _weighted_sum(
+    tokens: Float[Tensor, "b n c"],
+    weights: Float[Tensor, "b n"],
+    destination: Int64[Tensor, "b n"],
+    num_out: int,
 ) -> Float[Tensor, "b m c"]:
-    """Sum tokens by destination; float32 at least, so that large groups keep their bits."""
-    batch, _, num_channels = tokens.shape
-    dtype = torch.promote_types(tokens.dtype, torch.float32)
-    out = torch.zeros(batch * num_out, num_channels, dtype=dtype, device=tokens.device)
-    # In one table of the whole batch, torch adds row by row; along dimension 1 it would go number
-    # by number, on CPUs 5 times slower with the gradient.
-    firsts = num_out * torch.arange(batch, device=tokens.device)
-    rows = (firsts[:, None] + destination).flatten()
-    out.scatter_add_(0, rows[:, None].expand(-1, num_channels), tokens.flatten(0, 1).to(dtype))
-    return out.unflatten(0, (batch, num_out))
+    """Sum weighted tokens by destination; float32 at least, so that large groups keep their bits.
+
+    As bags of rows of one table: each sum is read and written once, by one thread, where a scatter
+    would go number by number, and on GPUs in no fixed order.
+    """
+    batch, num_tokens, _ = tokens.shape
+    order = destination.argsort(dim=-1, stable=True)
+    counts = destination.new_zeros(batch, num_out)
+    counts = counts.scatter_add(1, destination, torch.ones_like(destination)).flatten()
+    first_rows = num_tokens * torch.arange(batch, device=tokens.device)[:, None]
+    sums = torch.nn.functional.embedding_bag(
+        (order + first_rows).flatten(),
+        tokens.flatten(0, 1).to(weights.dtype),
+        counts.cumsum(0) - counts,
+        mode="sum",
+        per_sample_weights=weights.gather(1, order).flatten(),
+    )
+    return sums.unflatten(0, (batch, num_out))

@@ -241,7 +241,7 @@ class SourcePredictor(nn.Module):
     def forward(
         self, codes: Float[Tensor, "b k d"], grid_shape: tuple[int, int]
     ) -> Float[Tensor, "b l k"]:
-        """Logits of each cell over the kept tokens; no gradient reaches the codes."""
+        """Logits of each cell over the kept tokens."""
         dim = self.query.shape[0]
         num_tokens, num_kept = math.prod(grid_shape), codes.shape[1]
         # In canonical order slot k of K opens near cell k L / K, so slots share the cells' scale.
@@ -249,7 +249,7 @@ class SourcePredictor(nn.Module):
         slot_positions = torch.cat(
             [sincos(slots // grid_shape[1], dim // 2), sincos(slots % grid_shape[1], dim // 2)], -1
         )
-        context = self.norm_codes(self.from_codes(codes.detach().to(self.query.dtype)))
+        context = self.norm_codes(self.from_codes(codes.to(self.query.dtype)))
         context = context + slot_positions.to(context.dtype)
         cells = self.query + sincos_2d(grid_shape, dim, codes.device)
         x = cells.to(context.dtype).expand(codes.shape[0], -1, -1)
@@ -484,6 +484,7 @@ class Tokenizer(nn.Module):
         view: Float[Tensor, "b 3 v v2"] | None = None,
         *,
         quantized: bool = True,
+        source_gradient: float = 0.0,
     ) -> TokenizerOutput:
         """One training pass, without checks: every parameter takes part in it.
 
@@ -492,12 +493,15 @@ class Tokenizer(nn.Module):
             num_kept: K for `image`.
             view: a second view for alignment, merged in the same proportion to its own grid.
             quantized: False lets the decoder see the latents themselves (early training).
+            source_gradient: share of the source predictor's gradient that reaches the codes.
         """
         encoded = self._encode(image, num_kept)
         # Until quantization starts, bounded latents keep the decoder's input on the codes' scale.
         tokens = encoded.codes if quantized else encoded.latents.tanh()
         reconstruction = self.decode(tokens, encoded.source, encoded.grid_shape)
-        logits = self.source_predictor(encoded.codes, encoded.grid_shape)
+        fixed = encoded.codes.detach()
+        codes = fixed + source_gradient * (encoded.codes - fixed)
+        logits = self.source_predictor(codes, encoded.grid_shape)
         view_class_token = None
         if view is not None:
             proportion = num_kept / math.prod(encoded.grid_shape)

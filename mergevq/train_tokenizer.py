@@ -98,9 +98,16 @@ class Objective(nn.Module):
         teacher_class_token: Float[Tensor, "b c"] | None,
         *,
         quantized: bool,
+        source_gradient: float,
     ) -> Pass:
         """Run the tokenizer on the image, and its encoder on the student's view if there is one."""
-        output = self.tokenizer(batch.image, num_kept, batch.student_view, quantized=quantized)
+        output = self.tokenizer(
+            batch.image,
+            num_kept,
+            batch.student_view,
+            quantized=quantized,
+            source_gradient=source_gradient,
+        )
         if self.teacher is None:
             return Pass(output, output.reconstruction.new_zeros((), dtype=torch.float32))
         token = output.view_class_token
@@ -440,7 +447,11 @@ def tokenizer_losses(
         with torch.no_grad():
             teacher_token = state.teacher_encoder(batch.image, num_kept).class_token
     output, alignment = setting.objective(
-        batch, num_kept, teacher_token, quantized=state.step >= run.train.quantize_start_step
+        batch,
+        num_kept,
+        teacher_token,
+        quantized=state.step >= run.train.quantize_start_step,
+        source_gradient=run.loss.source_gradient,
     )
     zero = torch.zeros((), device=batch.image.device)
     quantizer = quantize_losses(output.encoded.latents, run.loss.entropy_temperature)

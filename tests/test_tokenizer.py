@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mergevq.config import TokenizerConfig
-from mergevq.merge import Source, most_likely_source, merge, merge_schedule, unmerge
+from mergevq.merge import Source, merge, merge_schedule, most_likely_source, unmerge
 from mergevq.quantize import indices_to_codes, quantize
 from mergevq.tokenizer import SourcePredictor, Tokenizer
 
@@ -379,11 +379,20 @@ def test_a_reconstruction_says_which_source_it_used():
     assert torch.equal(recovered.encoded.source.index, given.encoded.source.index)
 
 
-def test_no_gradient_of_the_predictor_reaches_the_codes():
-    model, codes = tokenizer(), torch.ones(1, 5, 6, requires_grad=True)
-    model.source_predictor(codes, (8, 8)).square().sum().backward()
-    assert codes.grad is None
-    assert all(part.grad is not None for part in model.source_predictor.parameters())
+def test_the_asked_share_of_the_predictors_gradient_reaches_the_encoder():
+    # In double precision the shares are exact to rounding.
+    model, image = tokenizer().double().train(), images().double()
+    gradients = []
+    for share in (0.0, 0.5, 1.0):
+        model.zero_grad(set_to_none=True)
+        out = model(image, 20, source_gradient=share)
+        out.source_logits.square().sum().backward()
+        assert all(part.grad is not None for part in model.source_predictor.parameters())
+        gradient = model.encoder.to_latents.weight.grad
+        gradients.append(torch.zeros(()) if gradient is None else gradient)
+    assert not gradients[0].any()
+    assert gradients[2].any()
+    torch.testing.assert_close(gradients[1], 0.5 * gradients[2])
 
 
 def test_the_predictor_knows_cells_and_slots():
@@ -398,8 +407,12 @@ def test_the_predictor_learns_a_source_from_codes():
     predictor = SourcePredictor(dataclasses.replace(G, num_source_layers=1))
     codes = torch.randn(2, 6, 6).sign()
     # Each cell opens the next of six tokens or copies one that is open.
-    index = torch.tensor([[0, 0, 1, 2, 0, 3, 1, 1, 4, 2, 5, 0, 5, 3, 3, 4],
-                          [0, 1, 1, 2, 3, 4, 5, 0, 2, 2, 1, 0, 5, 5, 4, 3]])
+    index = torch.tensor(
+        [
+            [0, 0, 1, 2, 0, 3, 1, 1, 4, 2, 5, 0, 5, 3, 3, 4],
+            [0, 1, 1, 2, 3, 4, 5, 0, 2, 2, 1, 0, 5, 5, 4, 3],
+        ]
+    )
     optimizer = torch.optim.Adam(predictor.parameters(), lr=0.003)
     for _ in range(400):
         loss = nn.functional.cross_entropy(predictor(codes, (4, 4)).mT, index)

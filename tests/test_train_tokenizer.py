@@ -258,7 +258,7 @@ def test_two_ranks_equal_one_process_at_the_same_global_batch(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(TWO_RANKS)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for name, launcher in (("one", []), ("two", torchrun)):
         command = [sys.executable, *launcher, str(script), str(tmp_path / name)]
         subprocess.run(command, check=True, env=environment, capture_output=True, timeout=120)
