@@ -82,7 +82,7 @@ def test_commands_and_python_run_one_after_the_other(monkeypatch):
 
 
 def test_the_tree_names_every_module():
-    tree = next(block for block in re.findall(r"```\n(.*?)```", README, re.DOTALL))
+    tree = README[README.index("```\nmergevq/\n") :].split("```")[1]
     named = set(re.findall(r"(\w+)\.py", tree))
     modules = {path.stem for path in (ROOT / "mergevq").glob("*.py")} - {"__init__", "__main__"}
     assert modules <= named

@@ -562,7 +562,9 @@ def overfit(order, num_sequences, config, num_steps):
 @pytest.mark.parametrize("order", ORDERS)
 def test_greedy_sampling_reproduces_what_was_learned(order):
     small = {"dim": 64, "num_layers": 1, "ffn_dim": 128, "grid_size": (2, 3), "num_kept": 4}
-    given, sampled = overfit(order, 8, replace(TINY, **small, kept_candidates=(4,)), 200)
+    # In random order a sequence is many tasks, and takes longer to learn.
+    num_steps = 350 if order == "random" else 200
+    given, sampled = overfit(order, 8, replace(TINY, **small, kept_candidates=(4,)), num_steps)
     assert torch.equal(sampled.indices, given["indices"])
     if order == "anchor":
         assert torch.equal(sampled.anchors, given["anchors"])

@@ -38,7 +38,11 @@ def small(**train_settings: object) -> TokenizerRun:
         run,
         data=replace(run.data, path="digits", max_images=16, num_workers=0),
         loss=replace(
-            run.loss, perceptual_weight=0.0, adversarial_start_step=0, adversarial_ramp_steps=2
+            run.loss,
+            perceptual_weight=0.0,
+            discriminator_start_step=0,
+            adversarial_start_step=0,
+            adversarial_ramp_steps=2,
         ),
         teacher=replace(run.teacher, kind="self"),
         train=replace(run.train, precision="float32", **train_settings),
