@@ -60,12 +60,12 @@ def digits32() -> TokenizerRun:
             lr=1e-3, betas=(0.9, 0.95), warmup_steps=50, schedule="cosine", ema_decay=0.99
         ),
         train=TrainConfig(
-            num_steps=450,
+            num_steps=350,
             batch_size=64,
-            image_every=150,
+            image_every=175,
             eval_every=50,
             num_eval_images=64,
-            save_every=150,
+            save_every=175,
             log_every=10,
             eval_num_kept=(12, 20, 32),
         ),
