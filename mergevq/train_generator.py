@@ -188,7 +188,8 @@ def _train(run: GeneratorRun, world: distributed.World, *, resume: bool) -> Path
     with on_sigterm() as signal, contextlib.closing(bar), contextlib.closing(log):
         for batch in run_batches(run, world, train_set, state.step):
             step = state.step
-            numbers = train_step(state, setting, batch)
+            with distributed.located(world, step):
+                numbers = train_step(state, setting, batch)
             state.step += 1
             bar.update(settings.batch_size)
             last = state.step == settings.num_steps

@@ -278,3 +278,13 @@ def test_two_ranks_equal_one_process_at_the_same_global_batch(tmp_path):
     )
     for term in ("loss", "entropy", "source", "discriminator_loss", "psnr@16"):
         assert first[term] == pytest.approx(second[term], rel=2e-3), term
+
+
+def test_a_failing_step_says_on_which_rank_and_at_which_step(tmp_path):
+    pytest.importorskip("sklearn")
+    run = replace(small(num_steps=3, max_nonfinite=1), out=str(tmp_path / "run"))
+    # A rate beyond float32 makes the second step's loss non-finite.
+    run = replace(run, optim=replace(run.optim, lr=1e38, warmup_steps=0, clip_norm=None))
+    with pytest.raises(RuntimeError, match="not finite") as failure:
+        train(run)
+    assert failure.value.__notes__ == ["on rank 0 of 1, at step 1"]
