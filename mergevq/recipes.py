@@ -28,8 +28,8 @@ from mergevq.config import (
 def digits32() -> TokenizerRun:
     """Handwritten digits at 32 pixels, 12 to 32 of 64 tokens: the quickstart.
 
-    Hardware and time: 2 CPU cores, about 4 minutes at 75 to 100 images a second (the rate was
-    measured, this length was not). Expected: digits plainly legible with the given source; 450 steps
+    Hardware and time: 2 CPU cores, about 4 minutes at 75 to 100 images a second (the rate is
+    measured, the length is not). Expected: digits plainly legible with the given source; 450 steps
     gave 22.6 dB (docs/results.md).
     """
     return TokenizerRun(
