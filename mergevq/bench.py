@@ -26,7 +26,15 @@ from torch import Tensor, nn
 from mergevq import distributed
 from mergevq.config import KeptConfig, LossConfig, TokenizerRun
 from mergevq.data import Batch
-from mergevq.merge import Source, canonicalize, match, merge_schedule, merge_step, unmerge
+from mergevq.merge import (
+    Source,
+    canonicalize,
+    match,
+    merge_schedule,
+    merge_step,
+    take_rows,
+    unmerge,
+)
 from mergevq.optim import Ema
 from mergevq.quantize import quantize_losses
 from mergevq.run import environment, resolve_device
@@ -322,7 +330,7 @@ def _merge(
         tokens, sizes = merge_step(tokens, sizes, destination, num_remaining)
         index = destination.gather(1, index)
     source, order = canonicalize(Source(index, keys[-1].shape[1]))
-    return unmerge(tokens.gather(1, order[..., None].expand_as(tokens)), source)
+    return unmerge(take_rows(tokens, order), source)
 
 
 # --------------------------------------------------------------------------- quantizer's loss

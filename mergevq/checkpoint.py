@@ -4,7 +4,7 @@ Two artefacts. A *model* is `model.safetensors` and `config.json`, all that usin
 *state* is `state.safetensors` and `state.json`, all that continuing a run needs. Neither holds a
 pickle, so reading a stranger's file runs none of their code. Every directory is written under
 another name and renamed when complete: a reader finds the old one or the new one, never half of
-one.
+one. A state of which every rank holds a part is `shards/` and `state.json`, written by all of them.
 """
 
 import dataclasses
@@ -25,15 +25,33 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mergevq import distributed
 from mergevq.config import FORMAT_VERSION
 
 Config = TypeVar("Config")
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+STATE_TENSORS = "state.safetensors"
+STATE = "state.json"
+SHARDS = "shards"
+
+_ENCODER = "encoder."
+"""Weights of a tokenizer that decide its tokens."""
+_AFTER_THE_TOKENS = (
+    "num_kept",
+    "kept_range",
+    "num_decoder_layers",
+    "num_decoder_heads",
+    "source_dim",
+    "num_source_layers",
+    "num_source_heads",
+)
+"""Settings of a tokenizer that decide none: each token file says its own K."""
 
 # ------------------------------------------------------------------------------------ settings
 
@@ -142,6 +160,20 @@ class SavedModel(NamedTuple):
     """Weights by name, on the CPU."""
 
 
+def changed_settings(
+    old: Mapping[str, Any], new: Mapping[str, Any], where: str = ""
+) -> dict[str, list[Any]]:
+    """Settings that differ between two runs as JSON: `section.field` to `[old, new]`."""
+    changed: dict[str, list[Any]] = {}
+    for name in {**old, **new}:
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            changed |= changed_settings(before, after, where=f"{where}{name}.")
+        elif before != after:
+            changed[f"{where}{name}"] = [before, after]
+    return changed
+
+
 def save_model(
     directory: str | Path,
     module_state: Mapping[str, Tensor],
@@ -160,7 +192,9 @@ def save_model(
         extra: anything else JSON can hold, such as metrics.
     """
     with atomic_directory(Path(directory)) as partial:
-        save_file(_separate(module_state), partial / WEIGHTS)
+        # With the settings, so that weights beside the settings of another model are recognised.
+        settings = json.dumps(to_json(config), sort_keys=True)
+        save_file(_separate(module_state), partial / WEIGHTS, metadata={"config": settings})
         record = {
             "format_version": FORMAT_VERSION,
             "kind": kind,
@@ -183,12 +217,33 @@ def load_model(directory: str | Path, kind: str) -> SavedModel:
     record = _read_record(directory)
     if record["kind"] != kind:
         raise ValueError(f"{directory} holds a {record['kind']}, and a {kind} is needed here")
-    if _sha256(directory / WEIGHTS) != record["weights_sha256"]:
+    weights = directory / WEIGHTS
+    is_whole = _sha256(weights) == record["weights_sha256"]
+    changed = _config_difference(weights, record["config"])
+    if changed:
         raise ValueError(
-            f"{directory / WEIGHTS} is not the file that {CONFIG} beside it was written for: it is "
-            "damaged or replaced; copy both again"
+            f"{weights} was saved with other settings than those in {CONFIG} beside it: {changed}; "
+            "copy both again from where they were written"
+        )
+    if not is_whole:
+        raise ValueError(
+            f"{weights} is not the file that {CONFIG} beside it was written for: it is damaged or "
+            "replaced; copy both again"
         )
     return SavedModel(record=record, state=load_file(directory / WEIGHTS))
+
+
+def _config_difference(weights: Path, config: Mapping[str, Any]) -> str:
+    """Settings in which a file of weights and a configuration differ; empty if in none."""
+    try:
+        with safe_open(weights, framework="pt") as opened:
+            saved = json.loads((opened.metadata() or {}).get("config", "null"))
+    except (SafetensorError, json.JSONDecodeError, OSError):
+        return ""  # Damaged, which its hash tells.
+    if saved is None:
+        return ""
+    changed = changed_settings(saved, config)
+    return ", ".join(f"{name} is {a} there and {b} here" for name, (a, b) in changed.items())
 
 
 def model_hash(directory: str | Path) -> str:
@@ -197,6 +252,25 @@ def model_hash(directory: str | Path) -> str:
     record = _read_record(directory)
     identity = [record["kind"], record["config"], _sha256(directory / WEIGHTS)]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def tokens_hash(directory: str | Path) -> str:
+    """SHA-256 over what decides a tokenizer's tokens: its encoder, in settings and weights.
+
+    Tokens and generators are checked by it. Another decoder or source predictor makes other images
+    of the same tokens, and leaves it as it is.
+    """
+    directory = _readable(Path(directory))
+    record = _read_record(directory)
+    settings = {n: v for n, v in record["config"].items() if n not in _AFTER_THE_TOKENS}
+    digest = hashlib.sha256(json.dumps([record["kind"], settings], sort_keys=True).encode())
+    with safe_open(directory / WEIGHTS, framework="pt") as weights:
+        for name in sorted(weights.keys()):
+            if name.startswith(_ENCODER):
+                tensor = weights.get_tensor(name).contiguous()
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -305,20 +379,58 @@ def save_state(directory: str | Path, state: Mapping[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     tree = _encode(dict(state), tensors, "state")
     with atomic_directory(Path(directory)) as partial:
-        save_file(_separate(tensors), partial / "state.safetensors")
-        write_json(partial / "state.json", {"format_version": FORMAT_VERSION, "state": tree})
+        save_file(_separate(tensors), partial / STATE_TENSORS)
+        write_json(partial / STATE, {"format_version": FORMAT_VERSION, "state": tree})
 
 
-def load_state(directory: str | Path) -> dict[str, Any]:
-    """What `save_state` was given: equal bit for bit, dtypes, integer keys and tuples included.
+def save_sharded_state(directory: Path, state: Mapping[str, Any]) -> None:
+    """Write the state of a run of which every rank holds its shards; every rank calls it.
 
-    Tensors come back on the CPU.
+    Args:
+        directory: in a file system that all ranks share; nothing is in it.
+        state: as for `save_state`, the same on every rank but for the shards.
+    """
+    tensors: dict[str, Tensor] = {}
+    tree = _encode(dict(state), tensors, "state")
+    if distributed.is_main():
+        (directory / SHARDS).mkdir(parents=True)
+    distributed.barrier()
+    distributed.save_shards(tensors, directory / SHARDS)
+    if distributed.is_main():
+        write_json(directory / STATE, {"format_version": FORMAT_VERSION, "state": tree})
+
+
+def load_state(directory: str | Path, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What was saved: equal bit for bit, dtypes, integer keys and tuples included.
+
+    Args:
+        directory: what `save_state` or `save_sharded_state` wrote, with any number of ranks.
+        like: a state of sharded tensors, to get tensors that are cut the same way; those of a
+            sharded state are filled with what was saved. Every rank calls. None gets whole tensors
+            on the CPU.
+
+    Raises:
+        ValueError: what was saved has other tensors than `like`.
     """
     directory = _readable(Path(directory))
-    tree = read_json(directory / "state.json")["state"]
-    tensors = load_file(directory / "state.safetensors")
-    # A clone is aligned as any other tensor is, and does not keep a file open that is deleted soon.
-    return _decode(tree, {name: tensor.clone() for name, tensor in tensors.items()})
+    tree = read_json(directory / STATE)["state"]
+    shards = directory / SHARDS
+    if not shards.is_dir():
+        # A clone is aligned as any other tensor is, and does not keep a file open that is deleted
+        # soon.
+        tensors = {n: t.clone() for n, t in load_file(directory / STATE_TENSORS).items()}
+    else:
+        tensors = distributed.saved_shards(shards)
+    if like is not None:
+        wanted: dict[str, Tensor] = {}
+        _encode(dict(like), wanted, "state")
+        compare_states(wanted, tensors, name="this run")
+        if not shards.is_dir():
+            wanted = {n: distributed.shard_like(tensors[n], t) for n, t in wanted.items()}
+        tensors = wanted
+    if shards.is_dir():
+        distributed.load_shards(tensors, shards)
+    return _decode(tree, tensors)
 
 
 def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:  # noqa: ANN401
@@ -405,6 +517,22 @@ class CheckpointManager:
                 shutil.rmtree(old)
         for leftover in self.directory.glob(".step-*.partial"):
             shutil.rmtree(leftover)
+        return path
+
+    def save_sharded(self, step: int, state: Mapping[str, Any]) -> Path:
+        """Write a checkpoint's `state`, each rank its own shards of it; every rank calls it.
+
+        Args:
+            step: optimizer steps done.
+            state: as for `save_sharded_state`.
+        """
+        path = self.directory / f"step-{step:08d}"
+        if distributed.is_main():
+            self.save(step, lambda partial: save_sharded_state(partial / "state", state))
+        else:
+            # Where the main process fills it; it is there by the first barrier inside.
+            save_sharded_state(_sibling(path, "partial") / "state", state)
+        distributed.barrier()
         return path
 
     def latest(self) -> Path | None:

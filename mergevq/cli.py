@@ -10,15 +10,16 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Generic, TypeVar
 
 import tyro
 
+from mergevq import cli_bench, cli_evaluate, cli_probe, cli_source
 from mergevq.config import (
     Device,
     GeneratorRun,
@@ -28,14 +29,13 @@ from mergevq.config import (
     SizePolicy,
     Weights,
 )
-from mergevq.recipes import RECIPES, TOKENIZER_RECIPES
+from mergevq.recipes import RECIPES
+from mergevq.terminal import let_products_repeat, let_threads_sleep, print_table
 
 if TYPE_CHECKING:
     import torch
 
     from mergevq.codec import ImageReconstruction
-    from mergevq.config import TokenizerRun
-    from mergevq.estimate import Estimate
 
 Run = TypeVar("Run")
 Number = TypeVar("Number", int, float)
@@ -69,18 +69,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in {"-h", "--help"}:
         print(_usage())
         return 0
-    if name not in COMMANDS:
-        print(f"mergevq: no command {name!r}\n\n{_usage()}", file=sys.stderr)
+    prog, commands = "mergevq", COMMANDS
+    if name in GROUPS:
+        prog, commands = f"mergevq {name}", GROUPS[name]
+        name, *arguments = arguments or ["--help"]
+        if name in {"-h", "--help"}:
+            print(_listed(prog, commands))
+            return 0
+        let_threads_sleep()
+        let_products_repeat()
+    if name not in commands:
+        usage = _usage() if commands is COMMANDS else _listed(prog, commands)
+        print(f"{prog}: no command {name!r}\n\n{usage}", file=sys.stderr)
         return 2
+    return _call(commands[name], arguments, prog=f"{prog} {name}")
+
+
+def _call(command: Callable[..., object], arguments: list[str], *, prog: str) -> int:
+    """Run a command, and say what went wrong; see `main`."""
     logging.basicConfig(format="mergevq: %(message)s")
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            if name == "train":
+            if command is train:
                 return train(arguments)
-            tyro.cli(COMMANDS[name], args=arguments, prog=f"mergevq {name}")
+            tyro.cli(command, args=arguments, prog=prog)
         except KeyboardInterrupt:
             return 130
+        except BrokenPipeError:
+            # Whoever read the output has seen enough. Python would fail again as it ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
         except Exception as error:
             if not _speaks_for_itself(error):
                 raise
@@ -122,48 +141,35 @@ def train(arguments: list[str]) -> int:
         description=inspect.getdoc(RECIPES[name]),
         config=(tyro.conf.AvoidSubcommands,),
     )
-    _let_threads_sleep()
-    if isinstance(options.run, GeneratorRun):
-        return _train_generator(options.run, dry_run=options.dry_run, resume=options.resume)
+    let_threads_sleep()
     if options.dry_run:
-        from mergevq.estimate import estimate
+        from mergevq.estimate import describe, estimate
 
-        _print_estimate(options.run, estimate(options.run))
+        print_table("dry run", describe(options.run, estimate(options.run)))
         return 0
-    from mergevq.train_tokenizer import train as train_tokenizer
+    if isinstance(options.run, GeneratorRun):
+        from mergevq.train_generator import train as train_generator
 
-    model = train_tokenizer(options.run, resume=options.resume)
+        kind, model = "generator", train_generator(options.run, resume=options.resume)
+    else:
+        from mergevq.train_tokenizer import train as train_tokenizer
+
+        kind, model = "tokenizer", train_tokenizer(options.run, resume=options.resume)
     if os.environ.get("RANK", "0") == "0":
-        print(f"trained tokenizer: {model}")
-    return 0
-
-
-def _train_generator(run: GeneratorRun, *, dry_run: bool, resume: bool) -> int:
-    """Train a generator, or say what that would take.
-
-    Raises:
-        ValueError: a dry run was asked for.
-    """
-    if dry_run:
-        raise ValueError("--dry-run is for tokenizers only; leave it out")
-    from mergevq.train_generator import train as train_generator
-
-    model = train_generator(run, resume=resume)
-    if os.environ.get("RANK", "0") == "0":
-        print(f"trained generator: {model}")
+        print(f"trained {kind}: {model}")
     return 0
 
 
 def quickstart(*, out: Path = Path("runs/quickstart"), num_steps: int | None = None) -> None:
-    """Train a small tokenizer on handwritten digits and write a report: minutes on a CPU.
+    """Train a small tokenizer and generator on handwritten digits and write a report, in minutes.
 
     What is in OUT is kept: an interrupted training goes on, a finished one is reported on again.
 
     Args:
         out: where training, report and pictures go.
-        num_steps: optimizer steps, for a shorter or longer training.
+        num_steps: optimizer steps of the tokenizer, for a shorter or longer training of both.
     """
-    _let_threads_sleep()
+    let_threads_sleep()
     from mergevq.quickstart import quickstart as run_quickstart
 
     report = run_quickstart(out, num_steps)
@@ -202,7 +208,7 @@ def reconstruct(
         device: where to compute.
     """
     outputs = _output_paths(images, out)
-    _let_threads_sleep()
+    let_threads_sleep()
     from mergevq.codec import load_picture, reconstruct_image, reconstruction_figure
     from mergevq.run import resolve_device
     from mergevq.tokenizer import Tokenizer
@@ -247,9 +253,8 @@ def encode(
         device: where to compute.
         num_workers: loader processes; 0 loads in this one.
     """
-    _let_threads_sleep()
-    # Without a fixed workspace the products of a GPU may differ from one time to the next.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    let_threads_sleep()
+    let_products_repeat()
     from mergevq.encode import encode as encode_data
 
     written = encode_data(
@@ -326,7 +331,7 @@ def sample(  # noqa: PLR0913 - each is an option
         images: numbers of the images to make again.
         device: where to compute.
     """
-    _let_threads_sleep()
+    let_threads_sleep()
     from mergevq.generation import make_again, write_samples
 
     if again is not None:
@@ -398,68 +403,28 @@ def convert(
     )
 
 
-def bench(  # noqa: PLR0913 - each is an option
-    subject: tyro.conf.Positional[Literal["tokenizer"]],
+def demo(
+    model: str,
     *,
-    recipe: str = "tiny64_gr",
-    images: int = 16,
-    repeats: int = 5,
-    lpips: str | None = None,
-    profile: tyro.conf.FlagCreatePairsOff[bool] = False,
-    reference: Path = Path("benchmarks/reference.py"),
+    generator: str | None = None,
+    data: str | None = None,
+    port: int = 7860,
     device: Device = "auto",
-    out: Path | None = None,
 ) -> None:
-    """Measure how fast this machine encodes, decodes, trains and merges, and in what memory.
-
-    In a checkout, beside plain definitions of the same. Needs no data and no trained model; set
-    OMP_NUM_THREADS for the number of threads, and leave the machine alone meanwhile.
+    """Serve a web page to try a model on: reconstruct pictures, draw samples, find neighbours.
 
     Args:
-        subject: what to measure.
-        recipe: model, losses and precision of the train step.
-        images: batch of encode, decode and train step.
-        repeats: timed calls; the median counts.
-        lpips: file or folder with LPIPS weights; the cache is looked into without.
-        profile: also say which share each part of a train step takes.
-        reference: file of the plain definitions; if it is not there, nothing is compared.
+        model: a tokenizer's directory, or its Hugging Face id.
+        generator: the same of a generator trained on its tokens; samples are left out without.
+        data: images to find neighbours among, in any form that training reads; left out without.
+        port: of this machine, where the page is; nobody else can reach it.
         device: where to compute.
-        out: JSON file with all numbers and conditions.
-
-    Raises:
-        ValueError: there is no such recipe.
     """
-    if recipe not in TOKENIZER_RECIPES:
-        names = ", ".join(TOKENIZER_RECIPES)
-        raise ValueError(f"recipe ({recipe}) must be a recipe for a {subject}: {names}")
-    _let_threads_sleep()
-    from mergevq import bench as benchmark
-    from mergevq.checkpoint import write_json
+    let_threads_sleep()
+    from mergevq.app import build_page
 
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    run = TOKENIZER_RECIPES[recipe]()
-    run = replace(
-        run,
-        loss=replace(run.loss, perceptual_path=lpips or run.loss.perceptual_path),
-        train=replace(run.train, batch_size=images, accumulation=1, device=device),
-    )
-    conditions = benchmark.conditions(run)
-    _print_table("conditions", {name: str(value) for name, value in conditions.items()})
-    if not reference.is_file():
-        print(f"no {reference} here: measuring without comparison")
-    measurements, parts = [], []
-    for measurement in benchmark.bench_tokenizer(
-        run, num_repeats=repeats, reference=reference if reference.is_file() else None
-    ):
-        measurements.append(measurement)
-        print(benchmark.line(measurement), flush=True)
-    if profile:
-        parts = benchmark.profile_train_step(run, num_repeats=repeats)
-        shares = {part.name: f"{part.share:6.1%} {part.seconds:8.3f} s" for part in parts}
-        _print_table("parts of a train step", shares)
-    if out is not None:
-        write_json(out, benchmark.record(conditions, measurements, parts))
+    page = build_page(model, generator=generator, data=data, device=device)
+    page.launch(server_port=port)
 
 
 def doctor() -> None:
@@ -472,16 +437,16 @@ def doctor() -> None:
     core = ("mergevq", "torch", "numpy", "pillow", "safetensors", "tyro", "jaxtyping", "tqdm")
     versions = {name: _version(name) or "not installed" for name in core}
     system = {"python": platform.python_version(), "system": platform.platform()}
-    _print_table("versions", system | versions)
+    print_table("versions", system | versions)
     devices = {name: _describe_device(name) for name in ("cpu", "cuda", "mps")}
-    _print_table("devices", devices | {"auto": resolve_device("auto").type})
+    print_table("devices", devices | {"auto": resolve_device("auto").type})
     backends = {
         name: ", ".join(_attention_backends(torch.device(name)))
         for name, description in devices.items()
         if description != "none"
     }
-    _print_table("attention backends, with the bias of merged sizes", backends)
-    _print_table("extras", {name: _describe_extra(name) for name in EXTRAS})
+    print_table("attention backends, with the bias of merged sizes", backends)
+    print_table("extras", {name: _describe_extra(name) for name in EXTRAS})
     folder = cache_folder()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     writable = "writable" if os.access(existing, os.W_OK) else "NOT writable"
@@ -489,13 +454,20 @@ def doctor() -> None:
         f"lpips {trunk}": "found" if (folder / f"lpips_{trunk}.safetensors").is_file() else "none"
         for trunk in TRUNKS
     }
-    _print_table("cache", {str(folder): writable} | weights)
+    print_table("cache", {str(folder): writable} | weights)
 
 
 COMMANDS: dict[str, Callable[..., object]] = {
     command.__name__: command
-    for command in (quickstart, train, recipes, reconstruct, encode, sample, convert, bench, doctor)
+    for command in (quickstart, train, recipes, reconstruct, encode, sample, convert, demo, doctor)
 }
+COMMANDS |= cli_source.COMMANDS
+GROUPS = {
+    "evaluate": cli_evaluate.COMMANDS,
+    "probe": cli_probe.COMMANDS,
+    "bench": cli_bench.COMMANDS,
+}
+"""Commands of two words."""
 
 
 # -------------------------------------------------------------------------------- what is said
@@ -503,14 +475,25 @@ COMMANDS: dict[str, Callable[..., object]] = {
 
 def _usage() -> str:
     """The commands, one line each."""
-    lines = [f"  {name:<12} {_summary(command)}" for name, command in COMMANDS.items()]
+    commands = COMMANDS | {
+        f"{group} {name}": command
+        for group, members in GROUPS.items()
+        for name, command in members.items()
+    }
+    return _listed("mergevq", commands)
+
+
+def _listed(prog: str, commands: Mapping[str, Callable[..., object]]) -> str:
+    """Some commands, one line each."""
+    width = max(map(len, commands))
+    lines = [f"  {name:<{width}}  {_summary(command)}" for name, command in commands.items()]
     return "\n".join(
         [
-            "usage: mergevq COMMAND [OPTIONS]",
+            f"usage: {prog} COMMAND [OPTIONS]",
             "",
             *lines,
             "",
-            "`mergevq COMMAND --help` lists the options of a command.",
+            f"`{prog} COMMAND --help` lists the options of a command.",
         ]
     )
 
@@ -538,35 +521,6 @@ def _result_line(result: "ImageReconstruction") -> str:
     )
 
 
-def _print_estimate(run: "TokenizerRun", found: "Estimate") -> None:
-    """Print what a run would take."""
-    parameters = sum(found.num_parameters.values())
-    parts = ", ".join(f"{count:,} {name}" for name, count in found.num_parameters.items())
-    candidates = run.kept.candidates
-    kept = f"{min(candidates)} to " if len(candidates) > 1 else ""
-    num_images = run.train.num_steps * run.train.batch_size
-    classes = f"{found.num_classes} classes" if found.num_classes else "no labels"
-    precision = str(found.dtype).removeprefix("torch.")
-    hours, rest = divmod(num_images / found.images_per_second, 3600)
-    rows = {
-        "parameters": f"{parameters:,} ({parts})",
-        "tokens": f"{kept}{max(candidates)} of {run.model.num_tokens} per image, "
-        f"{run.model.num_bits} bits each",
-        "data": f"{found.num_train_images:,} training and {found.num_val_images:,} validation "
-        f"images, {classes}",
-        "steps": f"{run.train.num_steps:,} of {run.train.batch_size} images: every image "
-        f"{num_images / found.num_train_images:.3g} times",
-        "device": f"{found.device.type}, {precision}",
-        "memory": f"{found.memory_bytes / 2**30:.3g} GiB of tensors with {found.pass_images} "
-        "images at once (estimate)",
-        "speed": f"{found.images_per_second:.3g} images per second without loading (measured with "
-        f"{found.timed_images} at once)",
-        "time": f"{hours:.0f} h {rest / 60:.0f} min at that speed",
-        "out": f"{run.out}",
-    }
-    _print_table("dry run", rows)
-
-
 def _show_warning(message: Warning | str, *_: object) -> None:
     """Print a warning as one line, without the code that gave it."""
     print(f"mergevq: warning: {message}", file=sys.stderr)
@@ -583,21 +537,7 @@ def _speaks_for_itself(error: Exception) -> bool:
     return isinstance(error, ValueError | RuntimeError) and raised_in.startswith("mergevq.")
 
 
-def _print_table(title: str, rows: dict[str, str]) -> None:
-    """Print a title, and names and values in two columns."""
-    print(title)
-    for name, value in rows.items():
-        print(f"  {name:<14} {value}")
-
-
 # ------------------------------------------------------------------------- what is looked up
-
-
-def _let_threads_sleep() -> None:
-    """Make OpenMP's idle threads sleep, unless the user chose; before torch is loaded."""
-    # By default they spin for a while after every operator, and a decoder is hundreds of small
-    # ones. On two busy cores reconstructing was 3 to 7 times faster so, at a quarter of the work.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _output_paths(images: Sequence[Path], out: Path) -> list[Path]:

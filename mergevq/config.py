@@ -390,6 +390,9 @@ class TrainConfig:
     """`auto` is bf16 where the device has it, else float32; float16 only when asked for."""
     device: Device = "auto"
     """Where to train."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Several processes each hold all weights, moments and averages (`ddp`), or each a part of them
+    (`fsdp`, generators only), which needs less memory and a file system that all can reach."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
     seed: int = 0
@@ -454,7 +457,11 @@ class TokenizerRun:
     """Directory of the run."""
 
     def __post_init__(self) -> None:
-        """Reject a K that the image does not have or the layers do not reach."""
+        """Reject a K that the image does not have or the layers do not reach, and sharding."""
+        _require(
+            self.train.parallel == "ddp",
+            f"train.parallel ({self.train.parallel}) must be ddp: only generators are sharded",
+        )
         for num_kept in (*self.kept.candidates, *self.train.eval_num_kept):
             replace(self.model, num_kept=num_kept)
 
@@ -726,6 +733,10 @@ class GeneratorRun:
         _require(
             self.train.quantize_start_step == 0,
             f"quantize_start_step ({self.train.quantize_start_step}) must be 0: tokens are codes",
+        )
+        _require(
+            (self.train.parallel, self.train.precision) != ("fsdp", "float16"),
+            "train.precision (float16) must be bf16 or float32 with train.parallel fsdp",
         )
         for num_kept in self.train.eval_num_kept:
             _require(

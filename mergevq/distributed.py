@@ -6,21 +6,31 @@ identity, so code that calls them reads the same with one process and with many.
 
 Every collective must be reached by all ranks, in the same order: none belongs in a branch that
 depends on a rank's own data.
+
+What cuts tensors into shards is imported where it is used: it takes two seconds to load.
 """
 
 import inspect
 import os
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,13 +66,20 @@ def init(device: torch.device, *, timeout_seconds: float = 1800.0) -> World:
     local_rank = int(environment["LOCAL_RANK"])
     device = _own_device(device, local_rank)
     on_gpu = device.type == "cuda"
+    timeout = timedelta(seconds=timeout_seconds)
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    # torchrun's store outlives a group. Under the same keys a second group would find the first
+    # one's addresses, and ranks would wait for ports that are closed.
+    number = store.add(f"mergevq/groups of rank {rank}", 1)
     dist.init_process_group(
         # Counts and flags stay on the CPU in any run, so gloo is there beside nccl.
         "cpu:gloo,cuda:nccl" if on_gpu and dist.is_nccl_available() else "gloo",
-        timeout=timedelta(seconds=timeout_seconds),
+        store=PrefixStore(f"mergevq/group {number}", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
         device_id=device if on_gpu else None,
     )
-    rank = int(environment["RANK"])
     return World(rank=rank, world_size=world_size, local_rank=local_rank, device=device)
 
 
@@ -220,7 +237,7 @@ def wrap(module: nn.Module) -> nn.Module:
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The module that was given to `wrap`."""
+    """The module that was given to `wrap` or `shard`."""
     return module.module if isinstance(module, DistributedDataParallel) else module
 
 
@@ -231,7 +248,141 @@ def no_sync(module: nn.Module, *, active: bool) -> AbstractContextManager[None]:
     """
     if active and isinstance(module, DistributedDataParallel):
         return module.no_sync()
+    if active and is_sharded(module):
+        return _no_reduction(cast("FSDPModule", module))
     return nullcontext()
+
+
+@contextmanager
+def _no_reduction(module: "FSDPModule") -> Iterator[None]:
+    """Inside, gradients of a sharded module stay whole on their rank."""
+    module.set_requires_gradient_sync(requires_gradient_sync=False)
+    try:
+        yield
+    finally:
+        module.set_requires_gradient_sync(requires_gradient_sync=True)
+
+
+# ------------------------------------------------------------------------------------- sharding
+
+
+def shard(
+    module: nn.Module,
+    units: Iterable[nn.Module],
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> nn.Module:
+    """Move a module to a device in parts, one on each rank; its gradients are averaged.
+
+    From then on its parameters, and all that is made like them (gradients, moments, averages), are
+    distributed tensors. It has to be run by calling it, on all ranks equally often, with or without
+    gradients. With one process the module is moved and stays whole.
+
+    Args:
+        module: with the same weights on every rank; changed in place.
+        units: its modules of which only one at a time is put together, in forward and backward.
+        device: of this rank.
+        dtype: of autocast, to which the units' weights are rounded before they are sent; None
+            sends them as they are. Gradients are averaged in float32.
+    """
+    if not is_active():
+        return module.to(device)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    # Activations are left to autocast. It would keep its rounded copies of weights, of the whole
+    # module, until the backward pass; weights that come rounded are not copied.
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for unit in units:
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+    # By default the outermost parameters stay together after a forward pass, and averages that are
+    # swapped in would not be seen.
+    whole_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=whole_policy)
+    return module
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether `shard` has cut the module into parts."""
+    if not is_active():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor put together from its shards, on every rank; any other tensor itself."""
+    return tensor.full_tensor() if _is_shard(tensor) else tensor
+
+
+def shard_like(tensor: Tensor, model: Tensor) -> Tensor:
+    """A whole tensor, the same on every rank, cut as another one is."""
+    if not _is_shard(model):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(
+        tensor.to(model.device), model.device_mesh, model.placements, src_data_rank=None
+    )
+
+
+def save_shards(tensors: Mapping[str, Tensor], directory: Path) -> None:
+    """Write tensors, each rank its own shards, as safetensors; every rank calls it."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
+    with _alone_without_warning():
+        save(dict(tensors), storage_writer=writer, no_dist=not is_active())
+
+
+def load_shards(tensors: Mapping[str, Tensor], directory: Path) -> None:
+    """Fill tensors with what `save_shards` wrote, whatever its number of ranks was.
+
+    Either all are whole, and a rank may call it alone, or some are sharded, and every rank calls.
+    """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    reader = HuggingFaceStorageReader(str(directory))
+    sharded = any(map(_is_shard, tensors.values()))
+    with _alone_without_warning():
+        load(dict(tensors), storage_reader=reader, no_dist=not sharded)
+
+
+def saved_shards(directory: Path) -> dict[str, Tensor]:
+    """Unfilled tensors, whole and on the CPU, for what `save_shards` wrote."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    found = HuggingFaceStorageReader(str(directory)).read_metadata()
+    return {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in found.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
+@contextmanager
+def _alone_without_warning() -> Iterator[None]:
+    """Inside, torch does not warn that one process reads or writes, which it was told."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _is_shard(tensor: Tensor) -> TypeGuard["DTensor"]:
+    """Whether a rank has only its part of a tensor."""
+    if not is_active():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
 
 
 def _own_device(device: torch.device, local_rank: int) -> torch.device:

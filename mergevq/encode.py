@@ -19,10 +19,10 @@ import torch
 from numpy.typing import NDArray
 
 from mergevq import distributed
-from mergevq.checkpoint import model_hash, resolve
+from mergevq.checkpoint import resolve, tokens_hash
 from mergevq.data import Batch, eval_batches
 from mergevq.images import ImageDataset, open_images
-from mergevq.run import Progress, environment, resolve_device
+from mergevq.run import Progress, deterministic, environment, resolve_device
 from mergevq.tokenizer import Tokenizer
 from mergevq.tokens import (
     TokenDataset,
@@ -69,7 +69,7 @@ def encode(
         tokenizer = Tokenizer.from_pretrained(directory).to(world.device)
         images = open_images(data)
         record = token_record(
-            tokenizer, model_hash(directory), images, data=data, num_kept=num_kept, flip=flip
+            tokenizer, tokens_hash(directory), images, data=data, num_kept=num_kept, flip=flip
         )
         return encode_images(
             tokenizer, images, out, record, world, batch_size=batch_size, num_workers=num_workers
@@ -91,7 +91,7 @@ def token_record(
 
     Args:
         tokenizer: what encodes them.
-        tokenizer_hash: `checkpoint.model_hash` of its directory.
+        tokenizer_hash: `checkpoint.tokens_hash` of its directory.
         images: what is encoded.
         data: where they came from, for a reader of the record.
         num_kept: each K to encode with; none is the tokenizer's own.
@@ -195,7 +195,7 @@ def encode_shards(
         batch_size=batch_size,
         num_workers=num_workers,
     )
-    with contextlib.closing(progress), _deterministic(world.device):
+    with contextlib.closing(progress), deterministic(world.device):
         for number, shard in _by_shard(batches, positions, record):
             rows = {num_kept: [_no_rows(record, num_kept)] for num_kept in missing[number]}
             for batch in shard:
@@ -262,18 +262,3 @@ def _write(
         broken = [images.name(i) for i in record.images_of(number) if i not in readable]
         write_shard(out, record, number, joined, broken=broken)
     return len(broken)
-
-
-@contextlib.contextmanager
-def _deterministic(device: torch.device) -> Iterator[None]:
-    """Let a GPU sum in one order every time, where it can; a CPU always does."""
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled()
-    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(mode=True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(mode=before, warn_only=only_warned)

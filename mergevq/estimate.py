@@ -2,7 +2,7 @@
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mergevq import distributed
-from mergevq.config import KeptConfig, TokenizerRun
+from mergevq import distributed, train_generator, train_tokenizer
+from mergevq.config import GeneratorConfig, GeneratorRun, KeptConfig, TokenizerRun
 from mergevq.data import Batch, open_train_val
 from mergevq.run import resolve_device
-from mergevq.train_tokenizer import build, run_batches, train_step
+from mergevq.tokens import open_tokens
 
 _TRACKED_IMAGES = 4
 """Images per pass at which memory is measured; more are extrapolated from this and its half."""
@@ -24,12 +24,16 @@ _LONG_STEP = 2.0
 
 
 class Estimate(NamedTuple):
-    """What a run will take on one device."""
+    """What a run will take on one device; to a generator an image is a sequence."""
 
     num_parameters: dict[str, int]
     """Trained parameters by network."""
+    sequence_length: int
+    """Most inputs of the transformer: L and the class token, or a generator's prefix and tokens."""
     num_train_images: int
+    """To train on, mirror images counted."""
     num_val_images: int
+    """Held out."""
     num_classes: int
     """0 for data without labels."""
     device: torch.device
@@ -43,6 +47,25 @@ class Estimate(NamedTuple):
     """Images of the pass that was timed; at most `pass_images`."""
     images_per_second: float
     """At that size, with loading left out."""
+
+
+class _Trainee(NamedTuple):
+    """A run that is ready for its last step, in which all of it takes part."""
+
+    step: Callable[[int], object]
+    """Train on so many images."""
+    networks: Mapping[str, Iterable[nn.Parameter]]
+    dtype: torch.dtype | None
+    """Of autocast; None is float32."""
+
+
+class _Measured(NamedTuple):
+    """What some steps took."""
+
+    trainee: _Trainee
+    memory_bytes: float
+    timed_images: int
+    images_per_second: float
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -87,7 +110,7 @@ class MemoryTracker(TorchDispatchMode):
         self.live -= self._sizes.pop(address)
 
 
-def estimate(run: TokenizerRun) -> Estimate:
+def estimate(run: TokenizerRun | GeneratorRun) -> Estimate:
     """Take a few steps of a run with few images, without writing anything.
 
     Raises:
@@ -98,53 +121,165 @@ def estimate(run: TokenizerRun) -> Estimate:
     pass_images = distributed.local_batch(
         run.train.batch_size, world, accumulation=run.train.accumulation
     )
+    alone = replace(run.train, batch_size=pass_images, accumulation=1)
+    if isinstance(run, GeneratorRun):
+        return _estimate_generator(replace(run, train=alone), world)
+    return _estimate_tokenizer(replace(run, train=alone), world)
+
+
+def describe(run: TokenizerRun | GeneratorRun, found: Estimate) -> dict[str, str]:
+    """What a run would take, in words by name.
+
+    Args:
+        run: what was estimated.
+        found: what `estimate` returned for it.
+    """
+    unit = "sequence" if isinstance(run, GeneratorRun) else "image"
+    parts = ", ".join(f"{count:,} {name}" for name, count in found.num_parameters.items())
+    candidates = run.kept.candidates
+    kept = f"{min(candidates)} to " if len(candidates) > 1 else ""
+    num_images = run.train.num_steps * run.train.batch_size
+    classes = f"{found.num_classes} classes" if found.num_classes else "no labels"
+    hours, rest = divmod(num_images / found.images_per_second, 3600)
+    return {
+        "parameters": f"{sum(found.num_parameters.values()):,} ({parts})",
+        "tokens": f"{kept}{max(candidates)} of {run.model.num_tokens} per image, "
+        f"{run.model.num_bits} bits each",
+        "sequence": f"at most {found.sequence_length} inputs of the transformer",
+        "data": f"{found.num_train_images:,} training and {found.num_val_images:,} validation "
+        f"{unit}s, {classes}",
+        "steps": f"{run.train.num_steps:,} of {run.train.batch_size} {unit}s: every {unit} "
+        f"{num_images / found.num_train_images:.3g} times",
+        "device": f"{found.device.type}, {str(found.dtype).removeprefix('torch.')}",
+        "memory": f"{found.memory_bytes / 2**30:.3g} GiB of tensors with {found.pass_images} "
+        f"{unit}s at once (estimate)",
+        "speed": f"{found.images_per_second:.3g} {unit}s per second without loading (measured "
+        f"with {found.timed_images} at once)",
+        "time": f"{hours:.0f} h {rest / 60:.0f} min at that speed",
+        "out": run.out,
+    }
+
+
+def _estimate_tokenizer(run: TokenizerRun, world: distributed.World) -> Estimate:
+    """Of a run whose batch is one pass of one process."""
     train_set, val_set = open_train_val(run.data)
     probe = replace(
         run,
         kept=KeptConfig(candidates=(max(run.kept.candidates),)),
         data=replace(run.data, num_workers=0),
-        train=replace(run.train, batch_size=pass_images, accumulation=1),
     )
-    batch = next(iter(run_batches(probe, world, train_set, 0)))
-    tracker = MemoryTracker(device)
-    with tracker:
-        state, setting = build(probe, world, num_classes=train_set.num_classes)
-        # By the last step every loss takes part.
+    batch = next(iter(train_tokenizer.run_batches(probe, world, train_set, 0)))
+
+    def make() -> _Trainee:
+        state, setting = train_tokenizer.build(probe, world, num_classes=train_set.num_classes)
         state.step = run.train.num_steps - 1
-        large = min(_TRACKED_IMAGES, pass_images)
+        parts = {
+            "encoder": state.tokenizer.encoder,
+            "decoder": state.tokenizer.decoder,
+            "source predictor": state.tokenizer.source_predictor,
+            "alignment head": state.teacher,
+            "discriminator": state.discriminator if setting.has_adversary else None,
+        }
+        return _Trainee(
+            step=lambda num: train_tokenizer.train_step(state, setting, _first(batch, num)),
+            networks={n: part.parameters() for n, part in parts.items() if part is not None},
+            dtype=setting.dtype,
+        )
+
+    return _estimate(
+        _measure(make, run.train.batch_size, world.device),
+        run,
+        world,
+        sequence_length=run.model.num_tokens + 1,
+        num_train_images=len(train_set),
+        num_val_images=len(val_set),
+        num_classes=train_set.num_classes,
+    )
+
+
+def _estimate_generator(run: GeneratorRun, world: distributed.World) -> Estimate:
+    """Of a run whose batch is one pass of one process."""
+    dataset = open_tokens(run.tokens.path)
+    train_set, val_set = train_generator.split(dataset, run.tokens.val_fraction)
+    num_kept = max(run.kept.candidates)
+
+    def make() -> _Trainee:
+        state, setting = train_generator.build(run, world, dataset.record)
+        generator = state.generator
+        head = list(generator.head.parameters())
+        blocks = list(generator.blocks.parameters())
+        others = {id(parameter) for parameter in (*head, *blocks)}
+
+        def step(num: int) -> None:
+            rows = [row % len(train_set) for row in range(num)]
+            train_generator.train_step(state, setting, train_set.batch(rows, num_kept))
+
+        embeddings = [p for p in generator.parameters() if id(p) not in others]
+        networks = {"embeddings": embeddings, "blocks": blocks, "head": head}
+        return _Trainee(step=step, networks=networks, dtype=setting.dtype)
+
+    return _estimate(
+        _measure(make, run.train.batch_size, world.device),
+        run,
+        world,
+        sequence_length=_sequence_length(run.resolved_model, num_kept),
+        num_train_images=len(train_set),
+        num_val_images=len(val_set),
+        num_classes=dataset.record.num_classes,
+    )
+
+
+def _sequence_length(config: GeneratorConfig, num_kept: int) -> int:
+    """Inputs of a generator's transformer in training; the last token is never one."""
+    if config.order == "random":
+        return config.num_prefix + 2 * num_kept - 1
+    num_tokens = num_kept if config.order == "anchor" else config.num_tokens
+    return config.num_prefix + num_tokens - 1
+
+
+def _estimate(
+    measured: _Measured,
+    run: TokenizerRun | GeneratorRun,
+    world: distributed.World,
+    *,
+    sequence_length: int,
+    num_train_images: int,
+    num_val_images: int,
+    num_classes: int,
+) -> Estimate:
+    """Put together what was measured and what is known."""
+    trainee = measured.trainee
+    return Estimate(
+        num_parameters={name: _num_trained(part) for name, part in trainee.networks.items()},
+        sequence_length=sequence_length,
+        num_train_images=num_train_images,
+        num_val_images=num_val_images,
+        num_classes=num_classes,
+        device=world.device,
+        dtype=trainee.dtype or torch.float32,
+        pass_images=run.train.batch_size,
+        memory_bytes=measured.memory_bytes,
+        timed_images=measured.timed_images,
+        images_per_second=measured.images_per_second,
+    )
+
+
+def _measure(make: Callable[[], _Trainee], most: int, device: torch.device) -> _Measured:
+    """Memory of a step of `most` images, and speed."""
+    with (tracker := MemoryTracker(device)):
+        trainee = make()
+        large = min(_TRACKED_IMAGES, most)
         small = max(1, large // 2)
         peaks = []
         # The first step makes the optimizers' moments; it is of the small size too.
         for num_images in (small, small, large):
             tracker.peak = tracker.live
-            train_step(state, setting, _first(batch, num_images))
+            trainee.step(num_images)
             peaks.append(tracker.peak)
     per_image = (peaks[2] - peaks[1]) / max(1, large - small)
-    timed_images, seconds = _time(
-        lambda num_images: train_step(state, setting, _first(batch, num_images)),
-        start=large,
-        most=pass_images,
-        device=device,
-    )
-    networks = {
-        "encoder": state.tokenizer.encoder,
-        "decoder": state.tokenizer.decoder,
-        "source predictor": state.tokenizer.source_predictor,
-        "alignment head": state.teacher,
-        "discriminator": state.discriminator if setting.has_adversary else None,
-    }
-    return Estimate(
-        num_parameters={k: _num_parameters(v) for k, v in networks.items() if v is not None},
-        num_train_images=len(train_set),
-        num_val_images=len(val_set),
-        num_classes=train_set.num_classes,
-        device=device,
-        dtype=setting.dtype or torch.float32,
-        pass_images=pass_images,
-        memory_bytes=peaks[2] + per_image * (pass_images - large),
-        timed_images=timed_images,
-        images_per_second=timed_images / seconds,
-    )
+    timed, seconds = _time(trainee.step, start=large, most=most, device=device)
+    memory = peaks[2] + per_image * (most - large)
+    return _Measured(trainee, memory, timed, timed / seconds)
 
 
 def _time(
@@ -181,6 +316,6 @@ def _first(batch: Batch, num_images: int) -> Batch:
     )
 
 
-def _num_parameters(module: nn.Module) -> int:
-    """Parameters that are trained."""
-    return sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
+def _num_trained(parameters: Iterable[nn.Parameter]) -> int:
+    """How many numbers are trained."""
+    return sum(weight.numel() for weight in parameters if weight.requires_grad)

@@ -22,7 +22,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -119,7 +119,10 @@ class Reference(NamedTuple):
 
 
 def save_reference(
-    path: str | Path, statistics: Gaussian, metadata: Mapping[str, str | int | float | bool | None]
+    path: str | Path,
+    statistics: Gaussian,
+    metadata: Mapping[str, str | int | float | bool | None],
+    features: Float[Tensor, "n d"] | None = None,
 ) -> None:
     """Write statistics as `.npz`, with the keys `mu` and `sigma` that other tools read.
 
@@ -127,8 +130,10 @@ def save_reference(
         path: of the file; an existing one is replaced at once, never in part.
         statistics: to write.
         metadata: to find again on reading: the extractor's hash, the data, the crop.
+        features: of some of the images, for kernel distance, precision and recall.
     """
     path = Path(path)
+    more: dict[str, Any] = {} if features is None else {"features": features.cpu().numpy()}
     unfinished = path.with_name(path.name + ".unfinished")
     with unfinished.open("wb") as file:
         np.savez(
@@ -137,6 +142,7 @@ def save_reference(
             sigma=statistics.covariance.numpy(),
             num_samples=np.array(statistics.num_samples or 0),
             metadata=np.array(json.dumps(dict(metadata))),
+            **more,
         )
     os.replace(unfinished, path)
 
@@ -167,7 +173,19 @@ def load_reference(path: str | Path) -> Reference:
     return Reference(Gaussian(mean, covariance, num_samples or None), metadata)
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+def load_features(path: str | Path) -> Float[Tensor, "n d"] | None:
+    """Features that `save_reference` wrote; None where the file has none.
+
+    Raises:
+        ValueError: there is no such file, or it is no `.npz`.
+    """
+    features = _read_arrays(Path(path), ("features",)).get("features")
+    return None if features is None else torch.from_numpy(features)
+
+
+def _read_arrays(
+    path: Path, wanted: tuple[str, ...] = ("mu", "sigma", "num_samples", "metadata")
+) -> dict[str, np.ndarray]:
     """What a reference consists of, as far as the file has it; nothing else leaves the disk.
 
     Raises:
@@ -177,7 +195,6 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
         with path.open("rb") as file:
             archive = np.load(file, allow_pickle=False)
             names = archive.files if isinstance(archive, np.lib.npyio.NpzFile) else []
-            wanted = ("mu", "sigma", "num_samples", "metadata")
             return {name: archive[name] for name in wanted if name in names}
     except FileNotFoundError as error:
         raise ValueError(f"no reference statistics at {path}") from error
@@ -241,10 +258,12 @@ class Rows:
 
     Args:
         name: of the metric, for error messages.
+        infinite: accept +inf, as PSNR is for identical images.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, infinite: bool = False) -> None:
         self.name = name
+        self.infinite = infinite
         self.rows: list[Float[Tensor, "_ d"]] = []
         self.positions: list[Int64[Tensor, "_"]] = []
 
@@ -256,7 +275,8 @@ class Rows:
             positions: of the images among all images, so that the order is the same for any
                 batch size and number of ranks.
         """
-        require_finite(self.name, rows, sum(map(len, self.rows)))
+        bounded = rows.masked_fill(rows == torch.inf, 0) if self.infinite else rows
+        require_finite(self.name, bounded, sum(map(len, self.rows)))
         self.rows.append(rows.detach().float().cpu())
         self.positions.append(positions.cpu())
 
@@ -272,8 +292,7 @@ class Rows:
         rows = distributed.gather(torch.cat([torch.empty(0, dim), *self.rows]))
         if len(rows) == 0:
             raise ValueError(f"{self.name} has seen no image; there is nothing to compare")
-        none = torch.empty(0, dtype=torch.int64)
-        positions, order = distributed.gather(torch.cat([none, *self.positions])).sort()
+        positions, order = self._all_positions().sort()
         twice = positions[1:][positions[1:] == positions[:-1]].tolist()
         if twice:
             raise ValueError(
@@ -281,6 +300,15 @@ class Rows:
                 "to one rank"
             )
         return rows[order]
+
+    def order(self) -> Int64[Tensor, "n"]:
+        """Position of each row that `compute` gives; every rank must call."""
+        return self._all_positions().sort().values
+
+    def _all_positions(self) -> Int64[Tensor, "n"]:
+        """Of every rank, as they came."""
+        none = torch.empty(0, dtype=torch.int64)
+        return distributed.gather(torch.cat([none, *self.positions]))
 
 
 class Spread(NamedTuple):

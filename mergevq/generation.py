@@ -27,6 +27,7 @@ from mergevq.checkpoint import (
     read_json,
     resolve,
     to_json,
+    tokens_hash,
     write_json,
 )
 from mergevq.codec import load_picture
@@ -90,7 +91,7 @@ def require_same_tokenizer(wanted: object, tokenizer: str, *, generator: str | P
 
     Args:
         wanted: hash of the tokenizer that the generator was saved with.
-        tokenizer: hash of the one at hand (`checkpoint.model_hash`).
+        tokenizer: hash of the one at hand (`checkpoint.tokens_hash`).
         generator: where the generator is, for the message.
 
     Raises:
@@ -111,14 +112,14 @@ def load_pair(model: str | Path, tokenizer: str | Path, device: torch.device) ->
         ValueError: one of them is not there, or the tokenizer is another one's.
     """
     model, tokenizer = resolve(model), resolve(tokenizer)
-    saved, tokenizer_hash = load_model(model, kind="generator"), model_hash(tokenizer)
+    saved = load_model(model, kind="generator")
     extra = saved.record["extra"]
-    require_same_tokenizer(extra.get("tokenizer"), tokenizer_hash, generator=model)
+    require_same_tokenizer(extra.get("tokenizer"), tokens_hash(tokenizer), generator=model)
     return Pair(
         generator=Generator.from_saved(saved).to(device),
         tokenizer=Tokenizer.from_pretrained(tokenizer).to(device),
         generator_hash=model_hash(model),
-        tokenizer_hash=tokenizer_hash,
+        tokenizer_hash=model_hash(tokenizer),
         class_names=tuple(extra.get("class_names", ())),
     )
 

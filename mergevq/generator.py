@@ -48,6 +48,7 @@ from mergevq.config import GeneratorConfig
 from mergevq.quantize import indices_to_subindices, subindices_to_indices
 from mergevq.transformer import (
     Block,
+    Projection,
     RmsNorm,
     first_occurrence,
     merge_block_mask,
@@ -122,9 +123,7 @@ class Head(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(_block(config) for _ in range(config.num_head_layers))
         self.norm = RmsNorm(config.dim)
-        self.outputs = nn.ModuleList(
-            nn.Linear(config.dim, size, bias=False) for size in config.part_sizes
-        )
+        self.outputs = nn.ModuleList(Projection(config.dim, size) for size in config.part_sizes)
 
     def forward(
         self, state: Float[Tensor, "n c"], known: Sequence[Float[Tensor, "n c"]], first: int = 0
@@ -141,6 +140,21 @@ class Head(nn.Module):
             x = block(x)
         x = self.norm(x)
         return [self.outputs[part](x[:, part]).float() for part in range(first, x.shape[1])]
+
+    def step(
+        self, x: Float[Tensor, "n c"], memory: list[tuple[Tensor, Tensor]], part: int
+    ) -> Float[Tensor, "n _"]:
+        """Logits, float32, of one part, where those before it have been asked for in turn.
+
+        Args:
+            x: the state for part 0, then the embedding of the part before.
+            memory: an empty list for part 0; keys and values of each block are left in it.
+            part: number of the part.
+        """
+        x = x[:, None]
+        for layer, block in enumerate(self.blocks):
+            x = block(x, remember=functools.partial(_append, memory, layer))
+        return self.outputs[part](self.norm(x)[:, 0]).float()
 
 
 class Generator(nn.Module):
@@ -209,7 +223,7 @@ class Generator(nn.Module):
 
         Args:
             path: of the directory.
-            tokenizer: hash of the tokenizer (`checkpoint.model_hash`) whose tokens these are.
+            tokenizer: hash of the tokenizer (`checkpoint.tokens_hash`) whose tokens these are.
             class_names: of the classes, in order.
         """
         extra = {"tokenizer": tokenizer, "class_names": list(class_names)}
@@ -563,6 +577,18 @@ def random_orders(
 ) -> Int64[Tensor, "b t"]:
     """A random permutation of the slots for each sequence."""
     return uniform(shape, generator, device).argsort(-1)
+
+
+def _append(
+    memory: list[tuple[Tensor, Tensor]], layer: int, keys: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Put keys and values after those of a layer, which are few, and return all."""
+    if layer == len(memory):
+        memory.append((keys, values))
+    else:
+        old_keys, old_values = memory[layer]
+        memory[layer] = torch.cat([old_keys, keys], 2), torch.cat([old_values, values], 2)
+    return memory[layer]
 
 
 def _block(config: GeneratorConfig) -> Block:

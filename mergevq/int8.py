@@ -12,9 +12,9 @@ import copy
 import torch
 from jaxtyping import Float, Int8, Int64
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mergevq.generator import Generator
+from mergevq.transformer import multiply
 
 # The CPU kernel reads this many inputs at a time; other widths give wrong results or crash it.
 _KERNEL_WIDTH = 32
@@ -51,7 +51,7 @@ class Int8Linear(nn.Module):
                 x.reshape(rows, -1), self.weight, self.scale
             )
             return product.reshape(*x.shape[:-1], -1)
-        return functional.linear(x, self.weight.to(x.dtype)) * self.scale
+        return multiply(x, self.weight.to(x.dtype)) * self.scale
 
     def _has_kernel(self, x: Tensor) -> bool:
         """Whether PyTorch has a kernel that reads 8 bits; in float32 its own is slower."""

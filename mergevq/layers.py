@@ -16,6 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mergevq.attention import attend, trains_on_cpu
 from mergevq.merge import match, merge_step
 
 NORM_EPS = 1e-6
@@ -33,31 +34,6 @@ class LayerScale(nn.Module):
     def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         """Scale the channels."""
         return x * self.gamma
-
-
-def attend(
-    query: Float[Tensor, "b h n d"],
-    key: Float[Tensor, "b h m d"],
-    value: Float[Tensor, "b h m d"],
-    bias: Float[Tensor, "b 1 1 m"] | None,
-) -> Float[Tensor, "b h n d"]:
-    """Scaled dot-product attention with an optional addition to the logits of each key.
-
-    On CPUs torch's bf16 kernel takes 1.3 to 7 times as long as its float32 kernel, forward and
-    backward, at the sizes of the small recipes (docs/log.md), so training there attends in float32.
-    """
-    attention = functional.scaled_dot_product_attention
-    if not _trains_on_cpu(query) or query.dtype == torch.float32:
-        return attention(query, key, value, attn_mask=bias)
-    with torch.autocast("cpu", enabled=False):
-        bias = None if bias is None else bias.float()
-        mixed = attention(query.float(), key.float(), value.float(), attn_mask=bias)
-    return mixed.to(query.dtype)
-
-
-def _trains_on_cpu(x: Tensor) -> bool:
-    """Whether a backward pass on a CPU will follow, where some kernels are slow."""
-    return x.device.type == "cpu" and x.requires_grad
 
 
 class Attended(NamedTuple):
@@ -330,7 +306,7 @@ def to_grid(
     grid = tokens.mT.unflatten(2, grid_shape)
     # The view is in channels_last, which GPUs like; on CPUs it makes group norm's backward pass
     # several times slower (docs/log.md).
-    return grid.contiguous() if _trains_on_cpu(tokens) else grid
+    return grid.contiguous() if trains_on_cpu(tokens) else grid
 
 
 def to_tokens(grid: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:

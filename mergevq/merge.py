@@ -106,9 +106,15 @@ def merge(grid: Float[Tensor, "b l c"], source: Source) -> Float[Tensor, "b k c"
     return _weighted_sum(grid, shares, source.index, source.num_kept).to(grid.dtype)
 
 
+def take_rows(table: Float[Tensor, "b n c"], index: Int64[Tensor, "b m"]) -> Float[Tensor, "b m c"]:
+    """Rows of each item's table; whole ones, where a gather would go number by number."""
+    first_rows = table.shape[1] * torch.arange(table.shape[0], device=table.device)[:, None]
+    return torch.nn.functional.embedding(index + first_rows, table.flatten(0, 1))
+
+
 def unmerge(kept: Float[Tensor, "b k c"], source: Source) -> Float[Tensor, "b l c"]:
     """Copy each kept token to every grid cell it stands for (paper, equation 11)."""
-    return kept.gather(1, source.index[..., None].expand(-1, -1, kept.shape[2]))
+    return take_rows(kept, source.index)
 
 
 @torch.no_grad()
@@ -137,9 +143,11 @@ def match(keys: Float[Tensor, "b n d"], num_merged: int) -> Int64[Tensor, "b n"]
         similarity = unit[:, 1::2] @ unit[:, ::2].mT
     best = similarity.amax(-1)
     joins = best.argsort(dim=-1, descending=True, stable=True)[:, :num_merged]
-    # Where the best is matters only for those that join: on CPUs argmax is slow and amax is not.
-    joining = joins[..., None].expand(-1, -1, similarity.shape[2])
-    partner = similarity.gather(1, joining).argmax(-1)
+    # Where the best is matters only for those that join, and on CPUs an argmax is several times
+    # slower than finding the first of what equals the maximum.
+    places = torch.arange(similarity.shape[2], dtype=torch.int32, device=keys.device)
+    is_best = take_rows(similarity, joins) == best.gather(1, joins)[..., None]
+    partner = torch.where(is_best, places, similarity.shape[2] - 1).amin(-1).long()
     stays = torch.ones_like(best, dtype=torch.bool).scatter(1, joins, value=False)
     num_staying = best.shape[1] - num_merged
     destination = torch.empty(batch, num_tokens, dtype=torch.int64, device=keys.device)
@@ -177,7 +185,7 @@ class Canonical(NamedTuple):
     source: Source
     """The source map of the ordered tokens."""
     order: Int64[Tensor, "b k"]
-    """Position each of them had before; `tokens.gather(1, order)` orders any companion."""
+    """Position each of them had before; `take_rows(tokens, order)` orders them."""
 
 
 def canonicalize(source: Source) -> Canonical:

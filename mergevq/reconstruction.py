@@ -4,19 +4,212 @@ Source: Li et al. 2025, "MergeVQ", section 4 and Table 2 (arXiv:2504.00999).
 
 Differs: every number is reported for the recovered source too, PSNR is per image, and the bits of
 the source map are counted beside those of the tokens.
+
+Shape letters: B batch, N all images, H and W pixels, D bits of a token, F feature channels.
 """
 
+import time
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
 
+from mergevq import distributed
 from mergevq.data import Batch
-from mergevq.metrics import CodebookUsage, Mean, psnr, source_accuracy, ssim
+from mergevq.extractor import FeatureExtractor
+from mergevq.frechet import FrechetStatistics, Gaussian, Rows, frechet_distance
+from mergevq.merge import Bits, Source
+from mergevq.metrics import (
+    CodebookStatistics,
+    CodebookUsage,
+    Mean,
+    feature_cosine,
+    psnr,
+    source_accuracy,
+    ssim,
+    to_uint8,
+)
 from mergevq.perceptual import Perceptual
 from mergevq.tokenizer import Tokenizer
 
 
-@torch.no_grad()
+class Comparison:
+    """How like their originals decoded images are, over images that arrive in batches.
+
+    Args:
+        perceptual: network for LPIPS; None leaves it out.
+        extractor: network for feature cosine and Frechet distance; None leaves them out.
+    """
+
+    def __init__(
+        self, *, perceptual: Perceptual | None = None, extractor: FeatureExtractor | None = None
+    ) -> None:
+        self.perceptual, self.extractor = perceptual, extractor
+        names = ["psnr", "ssim", "l1"]
+        names += [] if perceptual is None else ["lpips"]
+        names += [] if extractor is None else [cosine_name(extractor)]
+        # All from the start: a rank that gets no image takes part in every sum.
+        self.means = {name: Mean(name, infinite=name == "psnr") for name in names}
+        self.psnr = Rows("psnr", infinite=True)
+        """PSNR of each image, one column."""
+        self.statistics = None if extractor is None else FrechetStatistics(extractor.dim)
+        """Of the decoded images' features."""
+
+    def update(
+        self,
+        image: Float[Tensor, "b 3 h w"],
+        decoded: Float[Tensor, "b 3 h w"],
+        positions: Int64[Tensor, "b"],
+        features: Float[Tensor, "b f"] | None = None,
+    ) -> None:
+        """Add a batch; a value that is not finite is a ValueError.
+
+        Args:
+            image: originals, in [-1, 1].
+            decoded: what came back; clipped to [-1, 1].
+            positions: of the images among all images.
+            features: of the originals, where there is an extractor.
+        """
+        shown = decoded.float().clamp(-1, 1)
+        per_image = psnr(image, shown)
+        values = {"psnr": per_image, "ssim": ssim(image, shown)}
+        values["l1"] = (image - shown).abs().mean((1, 2, 3))
+        if self.perceptual is not None:
+            values["lpips"] = self.perceptual(image, shown)
+        if self.extractor is not None and self.statistics is not None and features is not None:
+            found = self.extractor.features(to_uint8(shown))
+            values[cosine_name(self.extractor)] = feature_cosine(features, found)
+            self.statistics.update(found)
+        for name, value in values.items():
+            self.means[name].update(value)
+        self.psnr.update(per_image[:, None], positions)
+
+    def compute(self, reference: Gaussian | None = None) -> dict[str, float]:
+        """Every mean, and with an extractor the Frechet distance to a reference.
+
+        PSNR is infinite as soon as one image came back exactly; `num_exact` counts those, and where
+        there are any, `psnr_finite` is the mean of the others.
+        """
+        numbers = {name: mean.compute().mean for name, mean in self.means.items()}
+        average = self.means["psnr"].compute()
+        numbers["num_exact"] = float(average.num_infinite)
+        if 0 < average.num_infinite < average.num_items:
+            numbers["psnr_finite"] = average.finite_mean
+        if self.extractor is not None and self.statistics is not None and reference is not None:
+            found = self.statistics.compute()
+            numbers[self.extractor.metric_name("frechet")] = frechet_distance(reference, found)
+        return numbers
+
+
+def cosine_name(extractor: FeatureExtractor) -> str:
+    """What the mean cosine between an extractor's features is called."""
+    return f"feature_cosine_{extractor.name}"
+
+
+class Outcome(NamedTuple):
+    """What one tokenizer does at one K, over all images of all ranks."""
+
+    given: dict[str, float]
+    """With the encoder's source; see `Comparison.compute`."""
+    recovered: dict[str, float]
+    """With the source inferred from the tokens: the same numbers."""
+    source_accuracy: float
+    """Share of cells whose kept token was recovered."""
+    codebook: CodebookStatistics
+    bits: Bits
+    """Of one image."""
+    num_pixels: int
+    """Of one image."""
+    num_images: int
+    images_per_second: float
+    """Encoded and decoded with the given source, over all ranks."""
+
+
+class Evaluation:
+    """Measures a tokenizer at one K, batch by batch.
+
+    Args:
+        tokenizer: in evaluation mode, where it is to run.
+        num_kept: K.
+        perceptual: network for LPIPS; None leaves it out.
+        extractor: network for feature cosine and Frechet distance; None leaves them out.
+        autocast: precision of encoder and decoder; metrics are always float32.
+        window: tokens of each rank that codebook usage is of; None is the size of the codebook.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        num_kept: int,
+        *,
+        perceptual: Perceptual | None,
+        extractor: FeatureExtractor | None = None,
+        autocast: torch.autocast,
+        window: int | None = None,
+    ) -> None:
+        self.tokenizer, self.num_kept, self.autocast = tokenizer, num_kept, autocast
+        self.device = next(tokenizer.parameters()).device
+        self.given = Comparison(perceptual=perceptual, extractor=extractor)
+        self.recovered = Comparison(perceptual=perceptual, extractor=extractor)
+        self.accuracy = Mean("source_accuracy")
+        self.usage = CodebookUsage(tokenizer.config.num_bits, window, device=self.device)
+        self.seconds = 0.0
+        self.grid_size = self.image_size = (0, 0)
+
+    @torch.no_grad()
+    def update(
+        self,
+        image: Float[Tensor, "b 3 h w"],
+        positions: Int64[Tensor, "b"],
+        features: Float[Tensor, "b f"] | None = None,
+    ) -> None:
+        """Reconstruct a batch and add it; see `Comparison.update`."""
+        self._wait()
+        started_at = time.perf_counter()
+        with self.autocast:
+            given = self.tokenizer.reconstruct(image, self.num_kept)
+        self._wait()
+        self.seconds += time.perf_counter() - started_at
+        encoded = given.encoded
+        with self.autocast:
+            source = self.tokenizer.recover(encoded.codes, encoded.grid_shape)
+            recovered = self.tokenizer.decode(encoded.codes, source, encoded.grid_shape)
+        self.usage.update(encoded.indices)
+        self.accuracy.update(source_accuracy(source.index, given.source.index))
+        self.given.update(image, given.image, positions, features)
+        self.recovered.update(image, recovered, positions, features)
+        self.grid_size, self.image_size = encoded.grid_shape, (image.shape[2], image.shape[3])
+
+    def compute(self, reference: Gaussian | None = None) -> Outcome:
+        """Everything, over all ranks; every rank must call.
+
+        Args:
+            reference: of the original images, for the Frechet distance; None leaves it out.
+        """
+        sizes = distributed.gather(torch.tensor([[*self.grid_size, *self.image_size]])).amax(0)
+        rows, columns, height, width = sizes.tolist()
+        accuracy = self.accuracy.compute()
+        rate = self.accuracy.state[1:2] / max(self.seconds, 1e-9)
+        cells = Source(torch.zeros(1, rows * columns, dtype=torch.int64), self.num_kept)
+        return Outcome(
+            given=self.given.compute(reference),
+            recovered=self.recovered.compute(reference),
+            source_accuracy=accuracy.mean,
+            codebook=self.usage.compute(),
+            bits=cells.bits(self.tokenizer.config.num_bits),
+            num_pixels=height * width,
+            num_images=accuracy.num_items,
+            images_per_second=float(distributed.sum(rate)),
+        )
+
+    def _wait(self) -> None:
+        """Let a GPU finish, so that time is told right."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
 def measure(
     tokenizer: Tokenizer,
     batches: Iterable[Batch],
@@ -38,34 +231,16 @@ def measure(
         `psnr`, `ssim`, `l1`, `lpips` and their `_recovered` twins, `source_accuracy`,
         `codebook_usage`, `perplexity`, `bits` and `bits_per_pixel` of one image, `num_images`.
     """
-    means: dict[str, Mean] = {}
-    device = next(tokenizer.parameters()).device
-    usage = CodebookUsage(tokenizer.config.num_bits, device=device)
-    bits = num_pixels = 0.0
+    evaluation = Evaluation(tokenizer, num_kept, perceptual=perceptual, autocast=autocast)
     for batch in batches:
-        image = batch.image.to(device)
-        with autocast:
-            given = tokenizer.reconstruct(image, num_kept)
-            source = tokenizer.recover(given.encoded.codes, given.encoded.grid_shape)
-            recovered = tokenizer.decode(given.encoded.codes, source, given.encoded.grid_shape)
-        usage.update(given.encoded.indices)
-        values = {"source_accuracy": source_accuracy(source.index, given.source.index)}
-        for suffix, decoded in (("", given.image), ("_recovered", recovered)):
-            shown = decoded.float().clamp(-1, 1)
-            values[f"psnr{suffix}"] = psnr(image, shown)
-            values[f"ssim{suffix}"] = ssim(image, shown)
-            values[f"l1{suffix}"] = (image - shown).abs().mean((1, 2, 3))
-            if perceptual is not None:
-                values[f"lpips{suffix}"] = perceptual(image, shown)
-        for name, value in values.items():
-            means.setdefault(name, Mean(name, infinite=name.startswith("psnr"))).update(value)
-        bits = given.source.bits(tokenizer.config.num_bits).total
-        num_pixels = image.shape[2] * image.shape[3]
-    for name, mean in means.items():
-        yield name, mean.compute().mean
-    statistics = usage.compute()
-    yield "codebook_usage", statistics.usage
-    yield "perplexity", statistics.perplexity
-    yield "bits", bits
-    yield "bits_per_pixel", bits / num_pixels
-    yield "num_images", float(means["psnr"].compute().num_items)
+        evaluation.update(batch.image.to(evaluation.device), batch.index)
+    outcome = evaluation.compute()
+    for suffix, numbers in (("", outcome.given), ("_recovered", outcome.recovered)):
+        for name in evaluation.given.means:
+            yield f"{name}{suffix}", numbers[name]
+    yield "source_accuracy", outcome.source_accuracy
+    yield "codebook_usage", outcome.codebook.usage
+    yield "perplexity", outcome.codebook.perplexity
+    yield "bits", outcome.bits.total
+    yield "bits_per_pixel", outcome.bits.total / outcome.num_pixels
+    yield "num_images", float(outcome.num_images)

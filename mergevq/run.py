@@ -26,7 +26,14 @@ import torch
 from tqdm import tqdm
 
 from mergevq import distributed
-from mergevq.checkpoint import git_commit, read_json, to_json, versions, write_json
+from mergevq.checkpoint import (
+    changed_settings,
+    git_commit,
+    read_json,
+    to_json,
+    versions,
+    write_json,
+)
 from mergevq.config import FORMAT_VERSION, Precision
 
 # ------------------------------------------------------------------------------- run directory
@@ -95,20 +102,6 @@ class RunDirectory:
             record["resumed"] = [*old["resumed"], now | {"changed": changed}]
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.record, record)
-
-
-def changed_settings(
-    old: Mapping[str, Any], new: Mapping[str, Any], where: str = ""
-) -> dict[str, list[Any]]:
-    """Settings that differ between two runs as JSON: `section.field` to `[old, new]`."""
-    changed: dict[str, list[Any]] = {}
-    for name in {**old, **new}:
-        before, after = old.get(name), new.get(name)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            changed |= changed_settings(before, after, where=f"{where}{name}.")
-        elif before != after:
-            changed[f"{where}{name}"] = [before, after]
-    return changed
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -333,6 +326,21 @@ def _has_bf16(device: torch.device) -> bool:
         capabilities = torch.cpu.get_capabilities()
         return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
     return False  # mps: generations differ, and torch has no way to ask
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Let a GPU sum in one order every time, where it can; a CPU always does."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(mode=before, warn_only=only_warned)
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:

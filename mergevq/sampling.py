@@ -92,8 +92,15 @@ def sample(
     if config.order == "random":
         num_steps = length if settings.num_steps is None else settings.num_steps
         counts = arccos_schedule(length, num_steps)
-        return _sample_slots(generator, draws, labels, settings, counts)
-    return _sample_sequence(generator, draws, labels, settings, num_kept)
+        sampled = _sample_slots(generator, draws, labels, settings, counts)
+    else:
+        sampled = _sample_sequence(generator, draws, labels, settings, num_kept)
+    # Tensors of inference mode cannot be learned from.
+    return sampled._replace(
+        indices=sampled.indices.clone(),
+        source_index=None if sampled.source_index is None else sampled.source_index.clone(),
+        anchors=None if sampled.anchors is None else sampled.anchors.clone(),
+    )
 
 
 @torch.no_grad()
@@ -272,9 +279,11 @@ def choose(
         previous: anchors of the tokens before, when the first part is a gap from there.
     """
     batch, num_parts = uniforms.shape
-    chosen, known = [], []
+    chosen: list[Tensor] = []
+    memory: list[tuple[Tensor, Tensor]] = []
+    inputs = states
     for part in range(num_parts):
-        (logits,) = generator.head(states, known, part)
+        logits = generator.head.step(inputs, memory, part)
         if states.shape[0] > batch:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + scale * (conditional - unconditional)
@@ -293,7 +302,7 @@ def choose(
             value = previous + value
         chosen.append(value)
         if part + 1 < num_parts:
-            known.append(generator.embed_part(part, value.repeat(len(states) // batch)))
+            inputs = generator.embed_part(part, value.repeat(len(states) // batch))
     return torch.stack(chosen, dim=-1)
 
 
@@ -417,6 +426,7 @@ def _full_cache(generator: Generator, batch: int, num_inputs: int) -> FullCache:
     )
 
 
+@torch.inference_mode()
 def _sample_sequence(
     generator: Generator,
     draws: Draws,
@@ -436,11 +446,7 @@ def _sample_sequence(
     tokens, finite = [], []
     for token in range(length):
         finite.append(states.isfinite().all())
-        restrict = None
-        if previous is not None:
-            restrict = _legal_gap(generator, previous, token, num_kept)
-        elif isinstance(cache, SlotCache) and settings.budget:
-            restrict = _within_budget(generator, cache, batch, num_kept)
+        restrict = restriction(generator, cache, previous, token, settings, (batch, num_kept))
         uniforms = draws.uniforms[:, token]
         parts = choose(generator, states, uniforms, scales[token], settings, restrict, previous)
         previous = None if previous is None else parts[:, 0]
@@ -459,6 +465,7 @@ def _sample_sequence(
     )
 
 
+@torch.inference_mode()
 def _sample_slots(
     generator: Generator,
     draws: Draws,
@@ -509,6 +516,32 @@ def _sample_slots(
     return Sampled(generator.indices(parts), None, None, len(counts), cache.num_bytes)
 
 
+def restriction(
+    generator: Generator,
+    cache: FullCache | SlotCache,
+    previous: Int64[Tensor, "b"] | None,
+    token: int,
+    settings: SamplingSettings,
+    size: tuple[int, int],
+) -> Restriction | None:
+    """Which values the next token of each image may have; None is all.
+
+    Args:
+        generator: of any order but `random`.
+        cache: holding all tokens before.
+        previous: of order `anchor`, anchors of the tokens before; 0 before the first.
+        token: position of the token in the sequence, from 0.
+        settings: whether the budget holds.
+        size: images and K.
+    """
+    batch, num_kept = size
+    if previous is not None:
+        return _legal_gap(generator, previous, token, num_kept)
+    if isinstance(cache, SlotCache) and settings.budget:
+        return _within_budget(generator, cache, batch, num_kept)
+    return None
+
+
 def _legal_gap(
     generator: Generator, previous: Int64[Tensor, "b"], token: int, num_kept: int
 ) -> Restriction:
@@ -520,12 +553,14 @@ def _legal_gap(
 
 def _within_budget(
     generator: Generator, cache: SlotCache, batch: int, num_kept: int
-) -> Restriction:
-    """Only tokens that are there already, in images that have K distinct ones.
+) -> Restriction | None:
+    """Only tokens that are there already, in images that have K distinct ones; None is all.
 
     Sub-indices are restricted in turn, each to those of present tokens that agree so far.
     """
     spent = cache.num_distinct[:batch] >= num_kept
+    if not spent.any():
+        return None
     present = cache.first[:batch] & (cache.codes[:batch] >= 0)
     codes = indices_to_subindices(cache.codes[:batch].clamp_min(0), generator.config.factor_bits)
 

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mergevq.checkpoint import from_json, load_model, load_strict, resolve, save_model
 from mergevq.config import TokenizerConfig
+from mergevq.config_probe import Pool, Stage
 from mergevq.layers import (
     NORM_EPS,
     AdaptiveGroupNorm,
@@ -46,12 +47,10 @@ from mergevq.merge import (
     canonicalize,
     merge_schedule,
     most_likely_source,
+    take_rows,
     unmerge,
 )
 from mergevq.quantize import indices_to_codes, quantize
-
-Stage = Literal["pre_merge", "merged", "quantized", "unmerged"]
-Pool = Literal["none", "class", "mean", "size_weighted_mean"]
 
 
 class Encoded(NamedTuple):
@@ -441,15 +440,35 @@ class Tokenizer(nn.Module):
         Args:
             image: floating point in [-1, 1].
             num_kept: K; not used by `pre_merge`.
-            layer: blocks to run, from 0 (the stem) to all; None is all. `quantized` takes all.
+            layer: blocks to run, from 0 (the stem) to all; None is all. `latents` and `quantized`
+                take all.
             stage: `pre_merge` runs with merging off (L tokens of C channels), `merged` gives the
                 tokens left after `layer` blocks, `unmerged` those copied back to all L cells,
-                `quantized` the K codes of D bits.
+                `latents` K tokens of D channels before quantization, `quantized` the K codes.
             pool: `none` keeps the tokens, `class` is the class token, `mean` the mean over tokens,
                 `size_weighted_mean` the mean over grid cells.
 
         Raises:
-            ValueError: the layer does not exist, or `quantized` is asked before the last one.
+            ValueError: the layer does not exist, or is not the last of a stage that needs it.
+        """
+        num_layers = self.config.num_layers if layer is None else layer
+        self._check_stage(stage, num_layers)
+        if stage == "pre_merge":
+            num_kept = math.prod(self.grid_shape(image))
+        return self.pool(self.run_layers(image, num_kept, num_layers), stage, pool)
+
+    def run_layers(
+        self, image: Float[Tensor, "b 3 h w"], num_kept: int | None = None, layer: int | None = None
+    ) -> EncoderOutput:
+        """The encoder's tokens, from which `pool` makes several features without running it again.
+
+        Args:
+            image: floating point in [-1, 1].
+            num_kept: K; None is the nominal one and L turns merging off.
+            layer: blocks to run, from 0 (the stem) to all; None is all.
+
+        Raises:
+            ValueError: wrong type, range, size or K, or the layer does not exist.
         """
         self._check_image(image)
         num_layers = self.config.num_layers if layer is None else layer
@@ -457,25 +476,34 @@ class Tokenizer(nn.Module):
             raise ValueError(
                 f"layer ({num_layers}) must be between 0 and the {self.config.num_layers} blocks"
             )
-        if stage == "quantized" and num_layers != self.config.num_layers:
-            raise ValueError(
-                f"layer ({num_layers}) must be {self.config.num_layers} or None for stage "
-                "'quantized': only the last block's tokens are quantized"
-            )
         grid_shape = self.grid_shape(image)
-        if stage == "pre_merge":
-            num_kept = math.prod(grid_shape)
-        else:
-            num_kept = self._resolve_num_kept(grid_shape, num_kept)
-        out = self.encoder(image, num_kept, num_layers)
+        merges = num_kept != math.prod(grid_shape)
+        count = self._resolve_num_kept(grid_shape, num_kept) if merges else math.prod(grid_shape)
+        return self.encoder(image, count, num_layers)
+
+    def pool(self, out: EncoderOutput, stage: Stage, pool: Pool) -> Float[Tensor, "b *n c"]:
+        """Features of the encoder's tokens; see `features`.
+
+        `latents` and `quantized` are only meant for tokens after the last layer.
+        """
         if pool == "class":
             return out.class_token
         tokens = out.tokens
+        if stage in {"latents", "quantized"}:
+            tokens = self.encoder.latents(tokens)
         if stage == "quantized":
-            tokens = quantize(self.encoder.latents(tokens)).codes
+            tokens = quantize(tokens).codes
         if stage == "unmerged" or pool == "size_weighted_mean":
             tokens = unmerge(tokens, out.source)
         return tokens if pool == "none" else tokens.mean(1)
+
+    def _check_stage(self, stage: Stage, layer: int) -> None:
+        """Raise `ValueError` if a stage that comes after the last layer is asked of another."""
+        if stage in {"latents", "quantized"} and layer != self.config.num_layers:
+            raise ValueError(
+                f"layer ({layer}) must be {self.config.num_layers} or None for stage "
+                f"{stage!r}: only the last block's tokens are quantized"
+            )
 
     def forward(
         self,
@@ -513,7 +541,7 @@ class Tokenizer(nn.Module):
         """Encode without checks."""
         out = self.encoder(image, num_kept)
         source, order = canonicalize(out.source)
-        tokens = out.tokens.gather(1, order[..., None].expand_as(out.tokens))
+        tokens = take_rows(out.tokens, order)
         latents = self.encoder.latents(tokens)
         codes, indices = quantize(latents)
         return Encoded(codes, indices, source, self.grid_shape(image), out.class_token, latents)

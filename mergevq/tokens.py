@@ -43,7 +43,7 @@ class TokenRecord:
     """What the tokens of a folder are and what they were made from."""
 
     tokenizer: str
-    """Hash of the tokenizer (`checkpoint.model_hash`)."""
+    """Hash of the tokenizer (`checkpoint.tokens_hash`)."""
     num_kept: tuple[int, ...]
     """Each K that every image was encoded with, smallest first."""
     num_bits: int
@@ -99,7 +99,7 @@ def require_tokenizer(record: TokenRecord, tokenizer: str) -> None:
 
     Args:
         record: what the tokens are.
-        tokenizer: hash of the tokenizer (`checkpoint.model_hash`).
+        tokenizer: hash of the tokenizer (`checkpoint.tokens_hash`).
 
     Raises:
         ValueError: they are another's.

@@ -28,10 +28,10 @@ from mergevq.checkpoint import (
     load_model,
     load_state,
     load_strict,
-    model_hash,
     resolve,
     save_model,
     save_state,
+    tokens_hash,
 )
 from mergevq.config import GeneratorConfig, GeneratorRun
 from mergevq.generation import decode_sampled
@@ -133,7 +133,7 @@ class Setting:
     run: GeneratorRun
     world: distributed.World
     wrapped: nn.Module
-    """The generator, wrapped for several ranks."""
+    """The generator, wrapped or sharded for several ranks."""
     tokenizer: Tokenizer
     """Decodes pictures."""
     record: TokenRecord
@@ -177,7 +177,7 @@ def _train(run: GeneratorRun, world: distributed.World, *, resume: bool) -> Path
     manager = CheckpointManager(directory.checkpoints, keep_last=settings.keep_last)
     latest = distributed.broadcast_object(manager.latest()) if resume else None
     if latest is not None:
-        state.load_state_dict(load_state(latest / "state"))
+        restore(state, latest / "state")
     log = MetricsLog(directory.metrics, first_step=state.step, tensorboard=settings.tensorboard)
     bar = Progress(
         settings.num_steps * settings.batch_size,
@@ -228,7 +228,7 @@ def build(
     """
     config = fitted_config(run, record)
     directory = resolve(run.tokens.tokenizer)
-    require_tokenizer(record, model_hash(directory))
+    require_tokenizer(record, tokens_hash(directory))
     # The only use of the global generator: it fills fresh weights, and is put back after.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.train.seed)  # noqa: TID251 - layers fill themselves from it
@@ -236,11 +236,16 @@ def build(
     if run.init_from is not None:
         initialize_from(generator, run.init_from)
     device = world.device
-    generator.to(device).train()
+    dtype = resolve_precision(run.train.precision, device)
+    generator.train()
     generator.set_checkpointing(enabled=run.train.checkpointing)
+    if run.train.parallel == "fsdp":
+        units = [*generator.blocks, generator.head]
+        wrapped = distributed.shard(generator, units, device=device, dtype=dtype)
+    else:
+        wrapped = distributed.wrap(generator.to(device))
     optimizer = build_optimizer([generator], run.optim, run.train.batch_size)
     check_coverage([generator], [optimizer])
-    dtype = resolve_precision(run.train.precision, device)
     state = State(
         generator=generator,
         optimizer=optimizer,
@@ -251,7 +256,7 @@ def build(
     setting = Setting(
         run=run,
         world=world,
-        wrapped=distributed.wrap(generator),
+        wrapped=wrapped,
         tokenizer=Tokenizer.from_pretrained(directory).to(device).requires_grad_(False),
         record=record,
         dtype=dtype,
@@ -334,6 +339,25 @@ def split(dataset: TokenDataset, val_fraction: float) -> tuple[TokenDataset, Tok
     return train_set, val_set
 
 
+def restore(state: State, directory: Path) -> None:
+    """Go on from a checkpoint, of any number of ranks, sharded or not.
+
+    Raises:
+        ValueError: it is another run's.
+    """
+    like = None
+    if distributed.is_sharded(state.generator):
+        # What is read is cut as what is there, so the optimizer has to have its moments: a step
+        # with neither gradients nor a rate makes them, and changes no weight.
+        set_learning_rate(state.optimizer, 0.0)
+        for parameter in state.generator.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        like = state.state_dict()
+    state.load_state_dict(load_state(directory, like))
+
+
 def run_batches(
     run: GeneratorRun, world: distributed.World, dataset: TokenDataset, start_step: int
 ) -> Iterator[TokenBatch]:
@@ -395,7 +419,7 @@ def train_step(state: State, setting: Setting, batch: TokenBatch) -> dict[str, f
             for name, value in _terms(state.generator, loss).items():
                 sums[name] = sums.get(name, 0) + value.detach() / len(parts)
     state.scaler.unscale_(state.optimizer)
-    norm = clip(state.generator.parameters(), run.optim.clip_norm)
+    norm = distributed.whole(clip(state.generator.parameters(), run.optim.clip_norm))
     if state.guard.check(state.step, sums | {"grad_norm": norm}):
         state.scaler.step(state.optimizer)
         state.ema.update()
@@ -481,13 +505,15 @@ def validate(state: State, setting: Setting, dataset: TokenDataset) -> dict[str,
     run, world, generator = setting.run, setting.world, state.generator
     rows = range(min(run.train.num_eval_images, len(dataset)))
     # Whole batches, each drawn for by its place, so that the number does not depend on the ranks.
-    starts = rows[::_EVAL_BATCH][world.rank :: world.world_size]
+    starts = rows[::_EVAL_BATCH]
     numbers = {}
     generator.eval()
     with state.ema.swap(), setting.autocast():
         for num_kept in run.train.eval_num_kept or (run.model.num_kept,):
             sums = torch.zeros(2, device=generator.device)
-            for start in starts:
+            for position in range(world.rank, len(starts) + world.rank, world.world_size):
+                # Sharded ranks must take part equally often: those without a batch repeat the last.
+                start = starts[min(position, len(starts) - 1)]
                 own = rows[start : start + _EVAL_BATCH]
                 sequences = to_sequences(generator, dataset.batch(own, num_kept))
                 if generator.config.order == "random":
@@ -495,35 +521,50 @@ def validate(state: State, setting: Setting, dataset: TokenDataset) -> dict[str,
                     order = random_orders(sequences.indices.shape, drawn, generator.device)
                     sequences = sequences._replace(order=order)
                 nll = _loss(generator, sequences, num_kept).nll
-                sums += torch.stack([nll * len(own), torch.tensor(len(own)).to(nll)])
+                num_counted = len(own) if position < len(starts) else 0
+                sums += torch.stack([nll * num_counted, torch.tensor(num_counted).to(nll)])
             total, count = distributed.sum(sums).tolist()
             numbers[f"val_nll@{num_kept}"] = total / count
     generator.train()
     return numbers
 
 
+def averaged(state: State, device: torch.device) -> Generator | None:
+    """The generator with the averaged weights, whole; on the main process, None on the others."""
+    weights: dict[str, Tensor] = {}
+    for name, shadow in state.ema.shadow.items():
+        tensor = distributed.whole(shadow)
+        if distributed.is_main():
+            weights[name] = tensor
+    if not distributed.is_main():
+        return None
+    with torch.device("meta"):
+        generator = Generator(state.generator.config)
+    # Assigned, so that without shards it shares the memory of the averages.
+    generator.load_state_dict(weights, assign=True)
+    return generator.to(device).eval()
+
+
 @torch.no_grad()
 def _picture(state: State, setting: Setting, folder: Path) -> None:
     """Sample with the averaged weights, and write the images as one picture."""
-    if not distributed.is_main():
+    generator = averaged(state, setting.world.device)
+    if generator is None:
         return
-    run, config = setting.run, state.generator.config
+    run, config = setting.run, generator.config
     ids = range(_NUM_PICTURED)
     labels = torch.arange(_NUM_PICTURED) % max(1, config.num_classes)
     settings = run.sampling
     if config.num_classes == 0:
         settings = replace(settings, guidance_scale=1.0)
-    state.generator.eval()
-    with state.ema.swap():
-        sampled = sample(
-            state.generator,
-            labels=labels,
-            num_kept=config.num_kept,
-            seed=run.train.seed,
-            image_ids=ids,
-            settings=settings,
-        )
-    state.generator.train()
+    sampled = sample(
+        generator,
+        labels=labels,
+        num_kept=config.num_kept,
+        seed=run.train.seed,
+        image_ids=ids,
+        settings=settings,
+    )
     pictures = [
         to_pil(image) for image in decode_sampled(setting.tokenizer, sampled, config.grid_size)
     ]
@@ -539,15 +580,12 @@ def _picture(state: State, setting: Setting, folder: Path) -> None:
 
 def _save(state: State, setting: Setting, manager: CheckpointManager, model: Path) -> None:
     """Write a checkpoint to resume from, and the averaged model to use."""
-    if not distributed.is_main():
-        distributed.barrier()
-        return
-    record = setting.record
-    with state.ema.swap():
+    generator, record = averaged(state, setting.world.device), setting.record
+    if generator is not None:
         save_model(
             model,
-            state.generator.state_dict(),
-            state.generator.config,
+            generator.state_dict(),
+            generator.config,
             kind="generator",
             extra={
                 "step": state.step,
@@ -556,5 +594,8 @@ def _save(state: State, setting: Setting, manager: CheckpointManager, model: Pat
             },
         )
     # Last, so that whoever resumes from it finds a model at least as new.
-    manager.save(state.step, lambda path: save_state(path / "state", state.state_dict()))
+    if distributed.is_sharded(state.generator):
+        manager.save_sharded(state.step, state.state_dict())
+    elif distributed.is_main():
+        manager.save(state.step, lambda path: save_state(path / "state", state.state_dict()))
     distributed.barrier()

@@ -18,10 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from mergevq.attention import attend
+
 NORM_EPS = 1e-5
 """Of every normalisation, as in LlamaGen."""
 ROTATION_BASE = 10000.0
 """Longest wavelength of the rotary embedding over 2 pi, in cells."""
+# Up to so many rows the weight times the rows is faster than the rows times the weight.
+_FEW_ROWS = 128
 
 
 class Rotation(NamedTuple):
@@ -31,6 +35,8 @@ class Rotation(NamedTuple):
     """Cosines."""
     sin: Float[Tensor, "r 1 n pairs"]
     """Sines."""
+    swing: Float[Tensor, "r 1 n pairs 2"]
+    """Minus and plus the sine: what the other channel of a pair adds to each."""
 
 
 def rotation(positions: Float[Tensor, "r n 2"], head_dim: int) -> Rotation:
@@ -38,14 +44,16 @@ def rotation(positions: Float[Tensor, "r n 2"], head_dim: int) -> Rotation:
     pairs = head_dim // 4
     frequencies = ROTATION_BASE ** (-torch.arange(pairs, device=positions.device) / pairs)
     angles = (positions.float()[..., None] * frequencies).flatten(-2)[:, None]
-    return Rotation(angles.cos(), angles.sin())
+    sin = angles.sin()
+    return Rotation(angles.cos(), sin, torch.stack([-sin, sin], dim=-1))
 
 
 def rotate(x: Float[Tensor, "b h n d"], angles: Rotation) -> Float[Tensor, "b h n d"]:
     """Turn each pair of neighbouring channels by its angle, in float32."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = (even * angles.cos - odd * angles.sin, even * angles.sin + odd * angles.cos)
-    return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
+    pairs = x.unflatten(-1, (-1, 2))
+    # Few operators on small tensors: while decoding, each costs more than its arithmetic.
+    turned = torch.addcmul(pairs * angles.cos[..., None], pairs.flip(-1), angles.swing)
+    return turned.flatten(-2).to(x.dtype)
 
 
 def leaders(groups: Int64[Tensor, "b t"]) -> Int64[Tensor, "b t"]:
@@ -101,6 +109,34 @@ class RmsNorm(nn.Module):
         return functional.rms_norm(x, x.shape[-1:], None, NORM_EPS) * self.weight.to(x.dtype)
 
 
+def multiply(
+    x: Float[Tensor, "*shape i"], weight: Float[Tensor, "o i"]
+) -> Float[Tensor, "*shape o"]:
+    """Product with a weight as linear layers keep it, fast for the few rows of decoding too."""
+    rows = x.numel() // weight.shape[1]
+    low = x.dtype == weight.dtype == torch.bfloat16
+    if not low or x.device.type != "cpu" or not 1 <= rows <= _FEW_ROWS:
+        return functional.linear(x, weight)
+    # With the weight on the left the CPU kernels read it as it lies, up to 1.5 times faster.
+    if rows == 1:
+        product = torch.mv(weight, x.flatten())
+    else:
+        product = torch.mm(weight, x.reshape(rows, -1).T).T
+    return product.reshape(*x.shape[:-1], -1)
+
+
+class Projection(nn.Linear):
+    """A linear layer without bias."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        """Draw the weight from torch's default generator."""
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, input: Float[Tensor, "*shape i"]) -> Float[Tensor, "*shape o"]:  # noqa: A002
+        """Multiply."""
+        return multiply(input, self.weight)
+
+
 class Attention(nn.Module):
     """Multi-head attention with rotary positions, grouped key heads and an optional cache."""
 
@@ -108,8 +144,8 @@ class Attention(nn.Module):
         """Make the projections; `dim` must be a multiple of `num_heads`, it one of `key_heads`."""
         super().__init__()
         self.num_heads, self.key_heads, self.head_dim = num_heads, key_heads, dim // num_heads
-        self.qkv = nn.Linear(dim, (num_heads + 2 * key_heads) * self.head_dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.qkv = Projection(dim, (num_heads + 2 * key_heads) * self.head_dim)
+        self.out = Projection(dim, dim)
         self.query_norm = RmsNorm(self.head_dim) if qk_norm else nn.Identity()
         self.key_norm = RmsNorm(self.head_dim) if qk_norm else nn.Identity()
 
@@ -146,21 +182,16 @@ def _attend(
     mask: Bool[Tensor, "r n m"] | BlockMask | None,
 ) -> Float[Tensor, "b h n d"]:
     """Scaled dot-product attention, by a block mask where there is one."""
-    grouped = query.shape[1] != key.shape[1]
     if isinstance(mask, BlockMask):
+        grouped = query.shape[1] != key.shape[1]
         attended = _compiled_flex_attention()(
             query, key, value, block_mask=mask, enable_gqa=grouped
         )
         return attended[0] if isinstance(attended, tuple) else attended
     # A lone query sees all keys; `is_causal` would align it with the first.
-    return functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=None if mask is None else mask[:, None],
-        is_causal=mask is None and query.shape[2] > 1,
-        enable_gqa=grouped,
-    )
+    is_causal = mask is None and query.shape[2] > 1
+    plain = None if mask is None else mask[:, None]
+    return attend(query, key, value, plain, is_causal=is_causal)
 
 
 @functools.cache
@@ -175,8 +206,8 @@ class SwiGlu(nn.Module):
     def __init__(self, dim: int, hidden_dim: int) -> None:
         """Make the projections; gate and value share one."""
         super().__init__()
-        self.up = nn.Linear(dim, 2 * hidden_dim, bias=False)
-        self.down = nn.Linear(hidden_dim, dim, bias=False)
+        self.up = Projection(dim, 2 * hidden_dim)
+        self.down = Projection(hidden_dim, dim)
 
     def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         """Apply to each token alone."""

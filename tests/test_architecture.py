@@ -32,6 +32,8 @@ MODEL_PATH = {
 }
 METHOD = (MODEL_PATH - {"config"}) | {
     "discriminator",
+    "features",
+    "finetune",
     "frechet",
     "losses",
     "metrics",
@@ -40,7 +42,21 @@ METHOD = (MODEL_PATH - {"config"}) | {
     "reconstruction",
     "teachers",
 }
-TORCH_FREE = {"__init__", "__main__", "cli", "config", "recipes"}
+TORCH_FREE = {
+    "__init__",
+    "__main__",
+    "cli",
+    "cli_bench",
+    "cli_evaluate",
+    "cli_probe",
+    "cli_source",
+    "config",
+    "config_evaluate",
+    "config_probe",
+    "config_source",
+    "recipes",
+    "terminal",
+}
 UNPICKLERS = {"checkpoint", "interop"}
 MAX_LINES = 800
 

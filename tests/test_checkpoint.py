@@ -15,6 +15,7 @@ from mergevq import checkpoint
 from mergevq.checkpoint import (
     CheckpointManager,
     atomic_directory,
+    changed_settings,
     from_json,
     load_model,
     load_state,
@@ -24,6 +25,7 @@ from mergevq.checkpoint import (
     save_model,
     save_state,
     to_json,
+    tokens_hash,
 )
 from mergevq.config import (
     FORMAT_VERSION,
@@ -203,6 +205,21 @@ def test_replaced_weights_are_noticed(tmp_path):
         load_model(tmp_path / "one", "tokenizer")
 
 
+def test_weights_of_other_settings_are_told_apart_by_them(tmp_path):
+    other = replace(SMALL, num_bits=SMALL.num_bits + 1)
+    save_model(tmp_path / "one", layer(1).state_dict(), SMALL, kind="tokenizer")
+    save_model(tmp_path / "two", layer(1).state_dict(), other, kind="tokenizer")
+    (tmp_path / "two/model.safetensors").replace(tmp_path / "one/model.safetensors")
+    there, here = other.num_bits, SMALL.num_bits
+    with pytest.raises(ValueError, match=f"num_bits is {there} there and {here} here"):
+        load_model(tmp_path / "one", "tokenizer")
+
+
+def test_settings_that_came_or_went_are_changes():
+    old, new = {"a": 1, "b": {"c": 2}}, {"b": {"c": 2, "d": 3}}
+    assert changed_settings(old, new) == {"a": [1, None], "b.d": [None, 3]}
+
+
 def test_a_directory_without_a_model_says_where_one_is(tmp_path):
     save_model(tmp_path / "model", {}, SMALL, kind="tokenizer")
     with pytest.raises(ValueError, match=r"holds no model: .* did you mean .*model\?"):
@@ -220,6 +237,23 @@ def test_the_hash_follows_weights_and_settings_and_nothing_else(tmp_path):
     assert saved("same", 1, SMALL) == first
     assert saved("weights", 2, SMALL) != first
     assert saved("config", 1, replace(SMALL, merge_shape="square")) != first
+
+
+def test_the_hash_of_tokens_follows_the_encoder_and_nothing_else(tmp_path):
+    def saved(config: TokenizerConfig = SMALL, **changed: float) -> str:
+        state = {name: torch.zeros(2, 3) for name in ("encoder.a", "encoder.b", "decoder.a")}
+        for name, value in changed.items():
+            state[name.replace("_", ".")][1, 2] = value
+        save_model(tmp_path / "model", state, config, kind="tokenizer", extra=changed)
+        return tokens_hash(tmp_path / "model")
+
+    first = saved()
+    assert len(first) == 64
+    assert saved(decoder_a=1.0) == first
+    assert saved(replace(SMALL, source_dim=8, num_decoder_layers=7, num_kept=9)) == first
+    others = {saved(encoder_a=1.0), saved(encoder_b=1.0), saved(encoder_a=2.0)}
+    others |= {saved(replace(SMALL, merge_shape="square")), saved(replace(SMALL, num_bits=7))}
+    assert len(others | {first}) == 6
 
 
 def test_loading_copies_every_weight():
@@ -358,6 +392,42 @@ def test_what_cannot_be_kept_exactly_is_refused(tmp_path, state, message):
     with pytest.raises(ValueError, match=message):
         save_state(tmp_path / "state", state)
     assert not (tmp_path / "state").exists()
+
+
+def test_a_state_in_shards_comes_back_whole_and_exact(tmp_path):
+    state = {
+        "weights": {"a": torch.randn(3, 2), "b": torch.randn(5).bfloat16(), 7: torch.tensor(3.0)},
+        "plain": [1, 2.5, None, ("x", math.inf), True],
+    }
+    CheckpointManager(tmp_path, keep_last=1).save_sharded(4, state)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+    directory = tmp_path / "step-00000004/state"
+    assert sorted(path.name for path in directory.iterdir()) == ["shards", "state.json"]
+    found = load_state(directory)
+    assert found["plain"] == state["plain"]
+    assert found["weights"].keys() == state["weights"].keys()
+    for name, tensor in state["weights"].items():
+        assert found["weights"][name].dtype == tensor.dtype
+        assert torch.equal(found["weights"][name], tensor)
+
+
+def test_shards_of_another_run_are_refused(tmp_path):
+    CheckpointManager(tmp_path, keep_last=1).save_sharded(4, {"a": torch.ones(3), "step": 1})
+    directory = tmp_path / "step-00000004/state"
+    with pytest.raises(ValueError, match=r"a: saved \(3,\), needed \(4,\)"):
+        load_state(directory, {"a": torch.ones(4), "step": 1})
+    mine = {"a": torch.zeros(3), "step": 0}
+    assert load_state(directory, mine)["a"] is mine["a"]
+    assert mine["a"].tolist() == [1, 1, 1]
+
+
+def test_an_interrupted_checkpoint_in_shards_leaves_the_one_before(tmp_path):
+    manager = CheckpointManager(tmp_path, keep_last=1)
+    manager.save_sharded(4, {"a": torch.ones(3)})
+    with pytest.raises(ValueError, match="must be a tensor"):
+        manager.save_sharded(8, {"a": torch.ones(3), "b": object()})
+    assert manager.latest() == tmp_path / "step-00000004"
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
 
 
 # ------------------------------------------------------------------------------- interruptions

@@ -12,6 +12,7 @@ from mergevq.config import (
     GENERATOR_SIZES,
     DataConfig,
     GeneratorConfig,
+    GeneratorRun,
     KeptConfig,
     LossConfig,
     OptimConfig,
@@ -287,3 +288,12 @@ def test_every_named_size_is_accepted(name):
 )
 def test_sampling_that_is_no_distribution_is_refused(values, message):
     assert refused(SamplingSettings, **values).startswith(message)
+
+
+def test_shards_are_for_generators_in_bf16_or_float32():
+    cut = TrainConfig(parallel="fsdp")
+    assert refused(TokenizerRun, train=cut).startswith("train.parallel (fsdp) must be ddp")
+    half = TrainConfig(parallel="fsdp", precision="float16")
+    fits = {"kept": KeptConfig(), "model": GeneratorConfig()}
+    assert "(float16) must be bf16 or float32" in refused(GeneratorRun, train=half, **fits)
+    assert GeneratorRun(train=cut, **fits).train.parallel == "fsdp"

@@ -1,8 +1,9 @@
 """Two gloo processes must compute what one process computes on the joint batch."""
 
 import os
-import socket
+import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,16 @@ def data_parallel(rank: int) -> dict[str, object]:
     }
 
 
+def second_group(rank: int) -> Tensor:
+    """What a second group computes, when one rank is there long before the other."""
+    time.sleep(1.0 * rank)
+    distributed.init(CPU, timeout_seconds=15)
+    total = distributed.sum(torch.tensor([rank + 1]))
+    distributed.barrier()
+    distributed.shutdown()
+    return total
+
+
 def run_rank(rank: int, port: int, folder: str) -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
@@ -82,6 +93,7 @@ def run_rank(rank: int, port: int, folder: str) -> None:
         WORLD_SIZE="2",
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
     )
     world = distributed.init(CPU, timeout_seconds=60)
     result = collectives(rank) | data_parallel(rank)
@@ -89,6 +101,7 @@ def run_rank(rank: int, port: int, folder: str) -> None:
     distributed.shutdown()
     result |= {"rank": world.rank, "world_size": world.world_size}
     result["active_after_shutdown"] = distributed.is_active()
+    result["second_group"] = second_group(rank)
     torch.save(result, Path(folder) / f"{rank}.pt")
 
 
@@ -96,10 +109,11 @@ def run_rank(rank: int, port: int, folder: str) -> None:
 def ranks(tmp_path_factory) -> list[dict]:
     """What each of two processes computed."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run_rank, args=(port, str(folder)), nprocs=2)
+    # As torchrun does: the store that ranks meet in is there before and after any group.
+    store = torch.distributed.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
+    )
+    torch.multiprocessing.spawn(run_rank, args=(store.port, str(folder)), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -108,6 +122,10 @@ def test_every_rank_knows_its_place(ranks):
     assert [rank["world_size"] for rank in ranks] == [2, 2]
     assert [rank["is_main"] for rank in ranks] == [True, False]
     assert not any(rank["active_after_shutdown"] for rank in ranks)
+
+
+def test_a_second_group_is_not_led_to_the_first_ones_addresses(ranks):
+    assert [rank["second_group"].tolist() for rank in ranks] == [[3], [3]]
 
 
 def test_mean_and_sum_are_over_ranks_and_the_same_on_each(ranks):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from mergevq.checkpoint import model_hash
+from mergevq.checkpoint import tokens_hash
 from mergevq.cli import main
 from mergevq.config import TokenizerConfig
 from mergevq.data import eval_batches
@@ -269,7 +269,7 @@ def folders(tmp_path, tokenizer, generator):
 def test_a_model_and_a_data_set_are_enough(tmp_path, tokenizer, folders):
     model, data = folders
     tokens = encode(model, str(data), tmp_path / "tokens", num_workers=0, device="cpu")
-    assert tokens.record.tokenizer == model_hash(model)
+    assert tokens.record.tokenizer == tokens_hash(model)
     assert tokens.record.class_names == ("cat", "dog")
     assert tokens.record.shard_size == 1024
     assert tokens.batch(range(5)).label.tolist() == [0, 0, 0, 1, 1]

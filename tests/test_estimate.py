@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_train_generator import small, small_tokenizer, write_tokens
 
+from mergevq.checkpoint import tokens_hash
 from mergevq.config import (
     DataConfig,
     KeptConfig,
@@ -15,8 +17,11 @@ from mergevq.config import (
     TokenizerRun,
     TrainConfig,
 )
-from mergevq.estimate import MemoryTracker, estimate
+from mergevq.estimate import MemoryTracker, describe, estimate
+from mergevq.generator import Generator
 from mergevq.tokenizer import Tokenizer
+from mergevq.tokens import open_tokens
+from mergevq.train_generator import fitted_config
 
 CPU = torch.device("cpu")
 
@@ -154,4 +159,52 @@ def test_nothing_is_written(run, found):
 def test_a_run_that_cannot_start_says_why(run):
     absent = replace(run, data=replace(run.data, path="nowhere"))
     with pytest.raises(ValueError, match="nowhere"):
+        estimate(absent)
+
+
+# ------------------------------------------------------------------------------- generators
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A random tokenizer and tokens that say they are its own."""
+    folder = tmp_path_factory.mktemp("material")
+    small_tokenizer().save_pretrained(folder / "tokenizer")
+    write_tokens(folder / "tokens", tokens_hash(folder / "tokenizer"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("order", "length"),
+    # Class, K, and all tokens but the last: 64 cells, or 24 tokens, with instructions or without.
+    [("raster", 65), ("merge", 65), ("random", 49), ("anchor", 25)],
+)
+def test_a_generator_is_described_by_what_it_will_do(material, tmp_path, order, length):
+    run = small(material, order, num_steps=90, batch_size=6, accumulation=2)
+    run = replace(run, out=str(tmp_path / "run"))
+    found = estimate(run)
+    generator = Generator(fitted_config(run, open_tokens(run.tokens.path).record))
+    assert sum(found.num_parameters.values()) == sum(p.numel() for p in generator.parameters())
+    assert found.num_parameters["head"] == sum(p.numel() for p in generator.head.parameters())
+    assert found.sequence_length == length
+    assert (found.num_train_images, found.num_val_images, found.num_classes) == (18, 6, 3)
+    assert found.pass_images == found.timed_images == 3
+    lines = describe(run, found)
+    assert lines["steps"] == "90 of 6 sequences: every sequence 30 times"
+    assert f"{length} inputs" in lines["sequence"]
+    assert "sequences per second" in lines["speed"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_extrapolated_memory_of_a_generator_is_what_is_then_used(material, monkeypatch):
+    run = small(material, "merge", batch_size=16)
+    found = estimate(run)
+    monkeypatch.setattr("mergevq.estimate._TRACKED_IMAGES", 16)
+    assert found.memory_bytes == pytest.approx(estimate(run).memory_bytes, rel=0.1)
+
+
+def test_a_generator_that_cannot_start_says_why(material):
+    run = small(material)
+    absent = replace(run, tokens=replace(run.tokens, path="nowhere"))
+    with pytest.raises(ValueError, match="nowhere holds no tokens"):
         estimate(absent)

@@ -8,7 +8,7 @@ import torch
 from generators import ORDERS
 from PIL import Image
 
-from mergevq.checkpoint import model_hash
+from mergevq.checkpoint import model_hash, tokens_hash
 from mergevq.cli import main
 from mergevq.config import GeneratorConfig, SampleRun, SamplingSettings, TokenizerConfig
 from mergevq.generation import (
@@ -76,7 +76,7 @@ def folder(tmp_path_factory):
         )
         names = [f"digit {number}" for number in range(10)]
         scattered(Generator(config), 1).save_pretrained(
-            directory / order, tokenizer=model_hash(directory / "tokenizer"), class_names=names
+            directory / order, tokenizer=tokens_hash(directory / "tokenizer"), class_names=names
         )
     return directory
 
@@ -183,11 +183,11 @@ def test_an_image_depends_on_its_number_alone(folder, tmp_path):
 def test_images_are_not_made_again_by_another_generator(folder, tmp_path):
     own = tmp_path / "own"
     generator = Generator.from_pretrained(folder / "merge")
-    generator.save_pretrained(own, tokenizer=model_hash(folder / "tokenizer"))
+    generator.save_pretrained(own, tokenizer=tokens_hash(folder / "tokenizer"))
     write_samples(run_of(folder, model=str(own)), tmp_path / "out")
     with torch.no_grad():
         generator.head.norm.weight[0] += 1
-    generator.save_pretrained(own, tokenizer=model_hash(folder / "tokenizer"))
+    generator.save_pretrained(own, tokenizer=tokens_hash(folder / "tokenizer"))
     with pytest.raises(ValueError, match=r"generator is .* and was"):
         make_again(tmp_path / "out/samples.json", [3])
 
@@ -215,7 +215,7 @@ def test_lighter_weights_say_what_they_cost_and_can_be_repeated(folder, tmp_path
 def test_another_tokenizer_is_refused(folder, tmp_path):
     other = Tokenizer.from_pretrained(folder / "tokenizer")
     with torch.no_grad():
-        other.decoder.conv_in.weight[0] += 1
+        other.encoder.to_latents.weight[0] += 1
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="trained on tokens of tokenizer"):
         load_pair(folder / "merge", tmp_path / "other", CPU)

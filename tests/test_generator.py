@@ -417,3 +417,13 @@ SEVEN = torch.arange(7).expand(4, -1)
 def test_what_does_not_fit_is_named(order, changes, message):
     with pytest.raises(ValueError, match=message):
         tiny_generator(order).logits(**tiny_batch(order) | changes)
+
+
+@pytest.mark.parametrize("order", ["raster", "anchor"])
+def test_the_head_asked_part_by_part_gives_the_same_logits(order, generator):
+    head = tiny_generator(order, num_head_layers=2).head
+    state, *known = torch.randn(len(head.outputs), 3, 32, generator=generator)
+    memory = []
+    steps = [head.step(x, memory, part) for part, x in enumerate([state, *known])]
+    for ours, expected in zip(steps, head(state, known), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)

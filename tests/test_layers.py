@@ -20,7 +20,6 @@ from mergevq.layers import (
     QueryBlock,
     ResBlock,
     Upsample,
-    attend,
     initialize,
     sincos,
     sincos_2d,
@@ -80,18 +79,6 @@ def test_a_token_of_size_s_is_attended_to_as_s_equal_tokens():
 def test_sizes_of_one_change_nothing():
     attention, x = randomized(Attention(12, 3)), torch.randn(2, 5, 12)
     torch.testing.assert_close(attention(x, torch.ones(2, 5)).tokens, attention(x).tokens)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_attention_that_trains_in_low_precision_on_a_cpu_is_computed_in_float32(dtype):
-    query, key, value = torch.randn(3, 1, 2, 7, 4).to(dtype).requires_grad_()
-    bias = torch.rand(1, 1, 1, 7).to(dtype)
-    wide = [part.detach().float() for part in (query, key, value)]
-    expected = nn.functional.scaled_dot_product_attention(*wide, attn_mask=bias.float())
-    mixed = attend(query, key, value, bias)
-    assert torch.equal(mixed, expected.to(dtype))
-    with torch.autocast("cpu", dtype=dtype):
-        assert torch.equal(attend(query, key, value, bias), mixed)
 
 
 def test_cross_attention_looks_at_the_context_alone():

@@ -12,16 +12,13 @@ import pytest
 from PIL import Image
 
 from mergevq.cli import main
+from mergevq.data import load_square, open_train_val, to_tensor
 from mergevq.merge import source_bits
-from mergevq.quickstart import (
-    examine,
-    numbers_section,
-    quickstart,
-    run_and_report,
-    training_seconds,
-)
-from mergevq.recipes import digits32, shrink
+from mergevq.quickstart import quickstart, run_and_report
+from mergevq.recipes import digits32, digits32_ar, shrink, shrink_generator
+from mergevq.sections import generator_sections, numbers_section
 from mergevq.tokenizer import Tokenizer
+from mergevq.trial import examine, examine_generator
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -39,7 +36,9 @@ RUN = replace(
         save_every=1,
     ),
 )
+GENERATOR = shrink_generator(digits32_ar())
 PICTURES = {"reconstructions", "tokens", "losses", "psnr", "bits", "codebook"}
+PICTURES |= {"samples", "memory", "likelihood"}
 
 
 def with_steps(num_steps):
@@ -54,13 +53,21 @@ def contents(folder):
 def finished(tmp_path_factory):
     """Directory of a finished quickstart; tests that change it take a copy."""
     out = tmp_path_factory.mktemp("quickstart") / "out"
-    assert run_and_report(RUN, out) == out / "report.html"
+    assert run_and_report(RUN, GENERATOR, out) == out / "report.html"
     return out
 
 
 @pytest.fixture(scope="module")
 def trial(finished):
     return examine(replace(RUN, out=str(finished / "tokenizer")))
+
+
+@pytest.fixture(scope="module")
+def generator_trial(finished):
+    places = {"path": str(finished / "tokens"), "tokenizer": str(finished / "tokenizer" / "model")}
+    tokens = replace(GENERATOR.tokens, **places)
+    run = replace(GENERATOR, tokens=tokens, out=str(finished / "generator"))
+    return examine_generator(run, RUN)
 
 
 # -------------------------------------------------------------------------------- what it makes
@@ -72,13 +79,13 @@ def test_a_quickstart_leaves_a_report_pictures_and_a_tokenizer(finished):
         assert f"<h2>{title}</h2>" in page
     assert {path.stem for path in finished.glob("*.png")} == PICTURES
     assert page.count("data:image/png;base64,") == len(PICTURES)
-    assert Tokenizer.from_pretrained(finished / "tokenizer" / "model").config.num_bits == 12
+    assert Tokenizer.from_pretrained(finished / "tokenizer" / "model").config.num_bits == 8
 
 
 def test_the_report_names_command_hardware_and_time(finished):
     page = (finished / "report.html").read_text(encoding="utf-8")
     record = json.loads((finished / "tokenizer" / "run.json").read_text())
-    for name in ("Command", "Training time", "Images per second", "Hardware", "Commit"):
+    for name in ("Command", "Tokenizer: time", "Generator: time", "Hardware", "Commit"):
         assert f'<th scope="row">{name}</th>' in page
     assert record["environment"]["platform"] in page
 
@@ -99,9 +106,9 @@ def test_the_numbers_are_those_of_the_last_validation(trial):
 def test_bits_are_those_of_the_tokens_and_of_the_source(trial):
     table = numbers_section(trial).tables[0]
     rows = {name: values for name, *values in table.rows}
-    totals = [192 + source_bits(64, 16), 288 + source_bits(64, 24)]
+    totals = [128 + source_bits(64, 16), 192 + source_bits(64, 24)]
     assert table.header == ["", "K = 16", "K = 24"]
-    assert rows["Bits per image: tokens"] == ["192", "288"]
+    assert rows["Bits per image: tokens"] == ["128", "192"]
     assert rows["Bits per image: source"] == [f"{source_bits(64, k):.1f}" for k in (16, 24)]
     assert rows["Bits per image: total"] == [f"{total:.1f}" for total in totals]
     assert rows["Bits per pixel"] == [f"{total / 32**2:.3f}" for total in totals]
@@ -119,17 +126,32 @@ def test_one_digit_of_each_class_is_pictured(trial, finished):
 
 def test_every_token_of_the_held_out_images_is_counted(trial):
     assert trial.usage.num_tokens == 16 * trial.num_images
-    assert len(trial.usage.bit_probs) == 12
+    assert len(trial.usage.bit_probs) == 8
 
 
-def test_training_time_is_added_up_from_the_logged_rates():
-    log = [
-        {"step": 0, "images_per_second": 8.0},
-        {"step": 10, "images_per_second": 4.0},
-        {"step": 11, "psnr@16": 20.0},
-        {"step": 12, "images_per_second": 4.0},
+def test_as_many_samples_of_each_class_are_judged(generator_trial):
+    assert generator_trial.class_names == list("0123456789")
+    assert [len(row) for row in generator_trial.samples] == [20] * 10
+    assert generator_trial.num_real == 62
+    # Fitted to 1,735 real digits it knows the others; the generator has learned nothing yet.
+    assert generator_trial.real_accuracy > 0.95
+    assert generator_trial.accuracy < 0.5
+    (section,) = generator_sections(generator_trial)
+    assert section.tables[0].rows == [
+        ["Images", "62", "200"],
+        [
+            "Taken for the class they are of",
+            f"{100 * generator_trial.real_accuracy:.1f} %",
+            f"{100 * generator_trial.accuracy:.1f} %",
+        ],
     ]
-    assert training_seconds(log, batch_size=8) == pytest.approx(1 + 20 + 4)
+
+
+def test_the_nearest_training_image_is_one(generator_trial):
+    train_set, _ = open_train_val(RUN.data)
+    real = {load_square(train_set.read(i), 32).numpy().tobytes() for i in range(len(train_set))}
+    assert len(generator_trial.nearest) == 10
+    assert all(to_tensor(image).numpy().tobytes() in real for image in generator_trial.nearest)
 
 
 # --------------------------------------------------------------------------------- second calls
@@ -141,7 +163,7 @@ def test_a_finished_quickstart_is_only_reported_on_again(finished, tmp_path, cap
     shutil.copytree(finished, out)
     (out / "report.html").unlink()
     before = contents(out / "tokenizer")
-    run_and_report(RUN, out)
+    run_and_report(RUN, GENERATOR, out)
     assert contents(out / "tokenizer") == before
     assert (out / "report.html").is_file()
     assert "only the report is made again" in caplog.text
@@ -152,7 +174,7 @@ def test_an_interrupted_quickstart_goes_on(finished, tmp_path):
     shutil.copytree(finished, out)
     shutil.rmtree(out / "tokenizer" / "model")
     shutil.rmtree(out / "tokenizer" / "checkpoints" / "step-00000002")
-    run_and_report(RUN, out)
+    run_and_report(RUN, GENERATOR, out)
     assert len(json.loads((out / "tokenizer" / "run.json").read_text())["resumed"]) == 1
     weights = "tokenizer/model/model.safetensors"
     assert (out / weights).read_bytes() == (finished / weights).read_bytes()
@@ -170,9 +192,18 @@ def test_an_interruption_says_how_to_go_on(tmp_path):
     thread = threading.Thread(target=interrupt, daemon=True)
     thread.start()
     with pytest.raises(RuntimeError, match=r"step \d+ of 5000; the same command goes on"):
-        run_and_report(with_steps(5000), tmp_path / "out")
+        run_and_report(with_steps(5000), GENERATOR, tmp_path / "out")
     thread.join()
     assert not (tmp_path / "out" / "report.html").exists()
+
+
+def test_the_generator_is_trained_when_it_is_missing(finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "generator")
+    run_and_report(RUN, GENERATOR, out)
+    weights = "generator/model/model.safetensors"
+    assert (out / weights).read_bytes() == (finished / weights).read_bytes()
 
 
 def test_other_settings_are_refused_and_nothing_is_touched(finished):
@@ -180,7 +211,7 @@ def test_other_settings_are_refused_and_nothing_is_touched(finished):
     with pytest.raises(
         ValueError, match=r"train.num_steps is 2 there and 3 here.*--out, or delete"
     ):
-        run_and_report(with_steps(3), finished)
+        run_and_report(with_steps(3), GENERATOR, finished)
     assert contents(finished) == before
 
 

@@ -27,9 +27,10 @@ CONFIG = TokenizerConfig(
 
 def batches(image: torch.Tensor, size: int) -> list[Batch]:
     """Images cut into batches."""
+    positions = torch.arange(len(image)).split(size)
     return [
-        Batch(part, torch.zeros(len(part), dtype=torch.int64), None, None, torch.arange(len(part)))
-        for part in image.split(size)
+        Batch(part, torch.zeros(len(part), dtype=torch.int64), None, None, index)
+        for part, index in zip(image.split(size), positions, strict=True)
     ]
 
 

@@ -24,7 +24,6 @@ from mergevq.run import (
     Progress,
     RunDirectory,
     autocast,
-    changed_settings,
     environment,
     format_line,
     on_sigterm,
@@ -96,11 +95,6 @@ def test_resuming_keeps_the_beginning_and_notes_what_changed(tmp_path):
         {},
         {"optim.betas": [[0.5, 0.9], [0.9, 0.95]], "train.num_steps": [1000, 9]},
     ]
-
-
-def test_settings_that_came_or_went_are_changes():
-    old, new = {"a": 1, "b": {"c": 2}}, {"b": {"c": 2, "d": 3}}
-    assert changed_settings(old, new) == {"a": [1, None], "b.d": [None, 3]}
 
 
 def test_a_run_directory_has_a_place_for_everything(tmp_path):

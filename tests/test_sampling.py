@@ -632,6 +632,15 @@ def test_a_generator_without_classes_samples():
 
 
 @pytest.mark.parametrize("order", ORDERS)
+def test_samples_can_be_learned_from(order):
+    model = tiny_generator(order)
+    sampled = run(model, [0, 1])
+    given = {"anchors": sampled.anchors, "generator": torch.Generator()}
+    model(sampled.indices, torch.tensor([0, 1]), 5, **given).total.backward()
+    assert model.part_embeddings[-1].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("order", ORDERS)
 def test_broken_weights_do_not_sample(order):
     model = tiny_generator(order)
     with torch.no_grad():

@@ -440,8 +440,7 @@ def test_known_anchors_are_respected():
 # Only the last layer is quantized.
 STAGES_AND_LAYERS = [
     *itertools.product(["pre_merge", "merged", "unmerged"], [None, 0, 3]),
-    ("quantized", None),
-    ("quantized", 6),
+    *itertools.product(["latents", "quantized"], [None, 6]),
 ]
 
 
@@ -455,10 +454,12 @@ def test_features_of_every_kind_have_the_stated_shape(config, stage, pool, layer
     num_tokens = {
         "pre_merge": config.num_tokens,
         "merged": left,
+        "latents": num_kept,
         "quantized": num_kept,
         "unmerged": config.num_tokens,
     }[stage]
-    dim = config.num_bits if stage == "quantized" and pool != "class" else config.dim
+    projected = stage in {"latents", "quantized"} and pool != "class"
+    dim = config.num_bits if projected else config.dim
     shape = (2, num_tokens, dim) if pool == "none" else (2, dim)
     features = tokenizer(config).features(images(), layer=layer, stage=stage, pool=pool)
     assert features.shape == shape
@@ -489,6 +490,9 @@ def test_features_are_those_of_the_encoder():
     # Features are in the order of the matching, tokens in canonical order.
     order = quantize(quantized).indices.sort().values
     assert torch.equal(order, encoded.indices.sort().values)
+    latents = model.features(image, num_kept=20, stage="latents")
+    assert torch.equal(quantize(latents).codes, quantized)
+    torch.testing.assert_close(latents.sum(1), encoded.latents.sum(1))
     unmerged = model.features(image, num_kept=20, stage="unmerged")
     means = unmerge(merge(unmerged, encoded.source), encoded.source)
     torch.testing.assert_close(unmerged, means)
@@ -513,8 +517,9 @@ def test_features_of_a_layer_that_does_not_exist_are_an_error():
     for layer in (-1, 7):
         with pytest.raises(ValueError, match=rf"layer \({layer}\) must be between 0 and the 6"):
             tokenizer().features(images(), layer=layer)
-    with pytest.raises(ValueError, match=r"layer \(3\) must be 6 or None for stage 'quantized'"):
-        tokenizer().features(images(), layer=3, stage="quantized")
+    for stage in ("latents", "quantized"):
+        with pytest.raises(ValueError, match=rf"layer \(3\) must be 6 or None for stage '{stage}'"):
+            tokenizer().features(images(), layer=3, stage=stage)
 
 
 # ----------------------------------------------------------------------------------- training

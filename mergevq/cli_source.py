@@ -1,0 +1,89 @@
+"""The command that fine-tunes a source predictor.
+
+As in `mergevq.cli`, a signature is the options, a docstring is the help, and what is heavy is
+imported inside.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from mergevq.config import Device, Precision
+from mergevq.config_source import SourceRun
+
+
+def finetune_source(  # noqa: PLR0913 - each is an option
+    *,
+    tokenizer: str,
+    tokens: str,
+    generator: str,
+    out: Path = Path("runs/source"),
+    num_kept: tuple[int, ...] = (),
+    max_replaced: float = 0.5,
+    passes: int = 8,
+    steps: int = 1000,
+    batch_size: int = 256,
+    lr: float = 1e-4,
+    val_images: int = 256,
+    val_fraction: float = 0.05,
+    precision: Precision = "auto",
+    device: Device = "auto",
+    seed: int = 0,
+) -> None:
+    """Teach a tokenizer to find the source map of tokens that a generator made.
+
+    A generator of order `random` makes a part of each image's tokens anew, and the source predictor
+    learns to find the image's own source map all the same. Encoder and decoder stay as they are, so
+    tokens and generators of the tokenizer go with the result too.
+
+    Args:
+        tokenizer: directory of the tokenizer, or its Hugging Face id.
+        tokens: folder of its tokens (`mergevq encode`).
+        generator: directory of the generator, or its Hugging Face id.
+        out: where the tokenizer with the new predictor goes.
+        num_kept: each K to train on; all that tokens and generator have if there are none.
+        max_replaced: largest share of an image's tokens that is made anew.
+        passes: forward passes of the generator in which they are made.
+        steps: optimizer steps.
+        batch_size: images per step.
+        lr: learning rate; it falls to a tenth after 85 and 95 % of the steps.
+        val_images: held-out images looked at before and after.
+        val_fraction: share of the images held out, the same ones as in training a generator with
+            this share.
+        precision: of the predictor.
+        device: where to compute.
+        seed: of every random number.
+    """
+    from mergevq.train_source import finetune_source as finetune
+
+    optim = replace(SourceRun().optim, lr=lr)
+    done = finetune(
+        SourceRun(
+            tokenizer=tokenizer,
+            tokens=tokens,
+            generator=generator,
+            out=str(out),
+            num_kept=num_kept,
+            max_replaced=max_replaced,
+            num_passes=passes,
+            num_steps=steps,
+            batch_size=batch_size,
+            num_eval_images=val_images,
+            val_fraction=val_fraction,
+            optim=optim,
+            precision=precision,
+            device=device,
+            seed=seed,
+        )
+    )
+    print(f"{'source of':<12} {'nats a cell':>24} {'cells found':>24}")
+    for name, before in done.before.items():
+        after = done.after[name]
+        losses = f"{before.loss:.4f} -> {after.loss:.4f}"
+        shares = f"{before.accuracy:.2%} -> {after.accuracy:.2%}"
+        print(f"{name:<12} {losses:>24} {shares:>24}")
+    print(f"clean: an image's own tokens; new: {max_replaced:.0%} of them made by the generator")
+    print(f"tokenizer: {done.directory}")
+
+
+COMMANDS: dict[str, Callable[..., object]] = {"finetune-source": finetune_source}

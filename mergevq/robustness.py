@@ -1,0 +1,255 @@
+"""How much a decoder suffers from wrong tokens: `mergevq evaluate robustness`.
+
+Generators make mistakes that encoders do not. Some of an image's tokens are replaced by other codes
+nearby before they are decoded, and what comes back is measured as a reconstruction is.
+
+Source: Qiu et al. 2025, "Robust Latent Matters: Boosting Image Generation with Sampling Error
+Synthesis", section 3 (arXiv:2503.08354).
+
+Differs: without a codebook there are no nearest entries; the neighbours of a code are those within
+a radius of differing bits, so the ball is a share of the codebook and grows with it.
+
+Shape letters: B batch, K kept tokens, D bits of a token.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from PIL import Image
+from torch import Tensor
+
+from mergevq import distributed
+from mergevq.checkpoint import to_json, write_json
+from mergevq.config import FORMAT_VERSION
+from mergevq.config_evaluate import RobustnessSettings
+from mergevq.evaluate import (
+    RECORD,
+    Opened,
+    Originals,
+    json_numbers,
+    opened,
+    require_fresh,
+    subject_record,
+)
+from mergevq.metrics import to_uint8
+from mergevq.reconstruction import Comparison
+from mergevq.references import ImageHashes
+from mergevq.report import Curve, Panel, line_plot, require_plots
+from mergevq.run import Progress, deterministic, step_generator
+
+_SMALLEST_SHARE = 200 / 4096
+"""Of the codebook: the nearest 200 of 4,096 codes are the mildest setting of the paper."""
+
+
+class Point(NamedTuple):
+    """What was found at one fraction."""
+
+    fraction: float
+    num_replaced: int
+    """Tokens of each image."""
+    numbers: dict[str, float]
+    """See `Comparison.compute`."""
+
+
+class Curves(NamedTuple):
+    """What was found at every fraction, over the same images."""
+
+    points: list[Point]
+    pixels_sha256: str
+    num_images: int
+
+
+def evaluate_robustness(settings: RobustnessSettings) -> dict[str, Any] | None:
+    """Evaluate and write numbers and a plot; on every rank, under `torchrun`.
+
+    Returns:
+        What was written to `evaluation.json`; None on ranks other than the main one.
+
+    Raises:
+        ValueError: model, data or settings do not fit, or a number is not finite.
+        RuntimeError: a file is damaged, or plots cannot be drawn.
+    """
+    require_plots()
+    out = Path(settings.out)
+    require_fresh(out)
+    with opened(settings.subject) as subject:
+        num_bits = subject.tokenizer.config.num_bits
+        radius = default_radius(num_bits) if settings.radius is None else settings.radius
+        found = measure_robustness(
+            subject,
+            subject.tokenizer.config.num_kept if settings.num_kept is None else settings.num_kept,
+            settings.fractions,
+            radius=radius,
+            seed=settings.seed,
+        )
+        if not distributed.is_main():
+            return None
+        out.mkdir(parents=True, exist_ok=True)
+        robustness_plot(found.points).save(out / "robustness.png")
+        record = {
+            "format_version": FORMAT_VERSION,
+            "kind": "robustness evaluation",
+            "settings": to_json(settings),
+            **subject_record(subject, found.pixels_sha256, found.num_images),
+            "radius": radius,
+            "ball_share": ball_share(num_bits, radius),
+            "results": [
+                {
+                    "fraction": point.fraction,
+                    "num_replaced": point.num_replaced,
+                    **json_numbers(point.numbers),
+                }
+                for point in found.points
+            ],
+        }
+        write_json(out / RECORD, record)
+        return record
+
+
+def measure_robustness(
+    subject: Opened, num_kept: int, fractions: Sequence[float], *, radius: int, seed: int
+) -> Curves:
+    """Go through the images once and measure at every fraction; on every rank.
+
+    The tokens replaced at a small fraction are replaced at a larger one too, by the same codes, and
+    the encoder's source map is used throughout: a fraction of 0 is the reconstruction.
+
+    Args:
+        subject: what is evaluated.
+        num_kept: K.
+        fractions: shares of the tokens to replace, from 0 to 1.
+        radius: most bits that differ.
+        seed: of the draws; those of an image depend on it and on the image's position.
+
+    Raises:
+        ValueError: K or the radius is not legal, or a number is not finite.
+    """
+    tokenizer, world = subject.tokenizer, subject.world
+    config = tokenizer.config
+    ball_share(config.num_bits, radius)
+    tokenizer.num_tokens(torch.empty(1, 3, config.image_size, config.image_size), num_kept)
+    comparisons = {
+        fraction: Comparison(perceptual=subject.perceptual, extractor=subject.extractor)
+        for fraction in sorted(set(fractions))
+    }
+    originals, hashes = Originals(subject.extractor), ImageHashes()
+    total = -(-subject.num_images // world.world_size) * len(comparisons)
+    progress = Progress(total, unit="reconstruction")
+    with deterministic(world.device), torch.no_grad():
+        for batch in subject.batches():
+            image = batch.image.to(world.device)
+            hashes.update(to_uint8(batch.image), batch.index)
+            features = originals.update(image)
+            with subject.autocast():
+                encoded = tokenizer.encode(image, num_kept)
+            flips = draw_flips(num_kept, config.num_bits, radius, seed, batch.index.tolist())
+            for fraction, comparison in comparisons.items():
+                codes = perturb(encoded.codes, flips, num_replaced(num_kept, fraction))
+                with subject.autocast():
+                    decoded = tokenizer.decode(codes, encoded.source, encoded.grid_shape)
+                comparison.update(image, decoded, batch.index, features)
+                progress.update(len(image))
+    progress.close()
+    statistics = originals.compute()
+    points = [
+        Point(fraction, num_replaced(num_kept, fraction), comparison.compute(statistics))
+        for fraction, comparison in comparisons.items()
+    ]
+    num_images = comparisons[min(comparisons)].means["psnr"].compute().num_items
+    return Curves(points=points, pixels_sha256=hashes.compute(), num_images=num_images)
+
+
+# ------------------------------------------------------------------------------- the perturbation
+
+
+class Flips(NamedTuple):
+    """For every token of some images: when it is replaced, and by what."""
+
+    rank: Float[Tensor, "b k"]
+    """Place of each token in the order of replacement, from 0."""
+    bits: Bool[Tensor, "b k d"]
+    """Which bits of it change; at least one."""
+
+
+def draw_flips(
+    num_kept: int, num_bits: int, radius: int, seed: int, image_ids: Sequence[int]
+) -> Flips:
+    """Draw a code for every token, uniformly from the ball around it without its centre.
+
+    Args:
+        num_kept: K.
+        num_bits: D.
+        radius: of the ball, in bits.
+        seed: of the run.
+        image_ids: an image's draws depend on the seed and on its number here.
+    """
+    # As many codes differ in d bits as there are ways to choose d of D.
+    ways = torch.tensor([float(math.comb(num_bits, d)) for d in range(1, radius + 1)])
+    ranks, flips = [], []
+    for image_id in image_ids:
+        generator = step_generator(seed, "robustness", image_id)
+        ranks.append(torch.randperm(num_kept, generator=generator).argsort())
+        counts = 1 + torch.multinomial(ways, num_kept, replacement=True, generator=generator)
+        places = torch.rand(num_kept, num_bits, generator=generator).argsort(-1).argsort(-1)
+        flips.append(places < counts[:, None])
+    return Flips(torch.stack(ranks).float(), torch.stack(flips))
+
+
+def perturb(codes: Float[Tensor, "b k d"], flips: Flips, num_tokens: int) -> Float[Tensor, "b k d"]:
+    """Change the first so many tokens of each image, in the order of replacement."""
+    replaced = (flips.rank < num_tokens)[..., None] & flips.bits
+    return torch.where(replaced.to(codes.device), -codes, codes)
+
+
+def num_replaced(num_kept: int, fraction: float) -> int:
+    """Tokens that a fraction of K is, to the nearest."""
+    return math.floor(fraction * num_kept + 0.5)
+
+
+def ball_share(num_bits: int, radius: int) -> float:
+    """Share of the codebook that lies within a radius of a code, without the code itself.
+
+    Raises:
+        ValueError: the radius is below 1 or above the number of bits.
+    """
+    if not 1 <= radius <= num_bits:
+        raise ValueError(f"radius ({radius}) must be between 1 and the {num_bits} bits of a token")
+    return sum(math.comb(num_bits, d) for d in range(1, radius + 1)) / 2**num_bits
+
+
+def default_radius(num_bits: int) -> int:
+    """The smallest radius whose ball holds the paper's mildest share of the codebook.
+
+    Example:
+        >>> default_radius(18), default_radius(12)
+        (6, 3)
+    """
+    radii = range(1, num_bits + 1)
+    return next(r for r in radii if ball_share(num_bits, r) >= _SMALLEST_SHARE)
+
+
+# ---------------------------------------------------------------------------------- what is drawn
+
+
+def robustness_plot(points: Sequence[Point]) -> Image.Image:
+    """PSNR, and where it was measured the Frechet distance, over the fraction replaced."""
+    fractions = [point.fraction for point in points]
+    names = {"psnr": "PSNR in dB"}
+    names |= {name: name for name in points[0].numbers if _is_distance(name)}
+    panels = [
+        Panel(
+            title=title,
+            curves=[Curve(x=fractions, y=[point.numbers[name] for point in points], colour=number)],
+        )
+        for number, (name, title) in enumerate(names.items())
+    ]
+    return line_plot(panels, x_label="fraction of tokens replaced")
+
+
+def _is_distance(name: str) -> bool:
+    """Whether a number is a Frechet distance."""
+    return name == "fid" or name.startswith("frechet_")

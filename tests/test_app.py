@@ -1,0 +1,154 @@
+"""The web page: what stands behind each tab, and each tab asked once over the network."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mergevq import app
+from mergevq.checkpoint import tokens_hash
+from mergevq.codec import load_picture
+from mergevq.config import GeneratorConfig, TokenizerConfig
+from mergevq.data import to_tensor
+from mergevq.generation import load_pair
+from mergevq.generator import Generator
+from mergevq.images import open_images
+from mergevq.tokenizer import Tokenizer
+
+CPU = torch.device("cpu")
+SMALL = TokenizerConfig(
+    image_size=16,
+    channels=8,
+    channel_mult=(1, 1, 1),
+    num_res_blocks=1,
+    num_layers=2,
+    num_heads=2,
+    num_kept=6,
+    num_bits=4,
+    num_decoder_layers=1,
+    num_decoder_heads=2,
+    source_dim=16,
+    num_source_layers=1,
+    num_source_heads=2,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random tokenizer, a generator of its tokens and eight pictures of two classes."""
+    directory = tmp_path_factory.mktemp("page")
+    torch.manual_seed(0)
+    Tokenizer(SMALL).eval().save_pretrained(directory / "tokenizer")
+    generator = Generator(
+        GeneratorConfig(
+            order="merge",
+            dim=32,
+            num_layers=1,
+            num_heads=2,
+            ffn_dim=32,
+            num_classes=2,
+            grid_size=(4, 4),
+            num_kept=6,
+            kept_candidates=(6,),
+            num_bits=4,
+            factor_bits=(2, 2),
+        )
+    )
+    generator.eval().save_pretrained(
+        directory / "generator",
+        tokenizer=tokens_hash(directory / "tokenizer"),
+        class_names=["cat", "dog"],
+    )
+    colours = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3), dtype=np.uint8)
+    for number, pixels in enumerate(colours):
+        place = directory / "pictures" / ("cat" if number < 4 else "dog")
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).resize((16, 16)).save(place / f"{number}.png")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return Tokenizer.from_pretrained(folder / "tokenizer").eval()
+
+
+def test_a_picture_comes_back_enlarged_with_its_numbers(tokenizer, folder):
+    picture = load_picture(folder / "pictures" / "cat" / "0.png")
+    shown = app.reconstruct(tokenizer, picture, 5)
+    assert {shown.original.size, shown.merge_map.size, shown.given.size} == {(256, 256)}
+    assert shown.original.resize((16, 16), Image.Resampling.NEAREST).tobytes() == (
+        picture.tobytes()
+    )
+    assert shown.text.startswith("5 of 16 tokens. 20 bits of tokens")
+
+
+def test_the_number_of_tokens_matters(tokenizer, folder):
+    picture = load_picture(folder / "pictures" / "dog" / "5.png")
+    few, all_of_them = (app.reconstruct(tokenizer, picture, k) for k in (4, 16))
+    assert few.merge_map.tobytes() != all_of_them.merge_map.tobytes()
+
+
+def test_what_is_wrong_is_said(tokenizer, folder):
+    with pytest.raises(ValueError, match="no picture was given"):
+        app.reconstruct(tokenizer, None, 6)
+    neighbours = app.index(tokenizer, open_images(str(folder / "pictures")))
+    picture = load_picture(folder / "pictures" / "cat" / "0.png")
+    with pytest.raises(ValueError, match=r"count \(9\) must be between 1 and the 8 images"):
+        app.nearest(tokenizer, neighbours, picture, 9)
+    pair = load_pair(folder / "generator", folder / "tokenizer", CPU)
+    with pytest.raises(ValueError, match=r"class \(cow\) must be one of cat, dog"):
+        app.draw(pair, "cow", 2.0, 1, 0)
+
+
+def test_a_picture_is_its_own_nearest_neighbour(tokenizer, folder):
+    neighbours = app.index(tokenizer, open_images(str(folder / "pictures")))
+    for name, label in (("cat/2.png", "cat"), ("dog/6.png", "dog")):
+        picture = load_picture(folder / "pictures" / name)
+        found = app.nearest(tokenizer, neighbours, picture, 3)
+        assert len(found) == 3
+        assert found[0][1] == f"{label} 1.000"
+        nearest = to_tensor(found[0][0].resize((16, 16), Image.Resampling.NEAREST))
+        assert torch.equal(nearest, to_tensor(picture))
+
+
+def test_samples_depend_on_class_and_seed(folder):
+    pair = load_pair(folder / "generator", folder / "tokenizer", CPU)
+    assert app.class_choices(pair) == ["cat", "dog"]
+    first = [image.tobytes() for image in app.draw(pair, "dog", 2.0, 3, 0)]
+    again = [image.tobytes() for image in app.draw(pair, "dog", 2.0, 3, 0)]
+    other = [image.tobytes() for image in app.draw(pair, "dog", 2.0, 3, 1)]
+    assert len(first) == 3
+    assert first == again != other
+
+
+def test_the_page_needs_its_extra(folder, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "gradio", None)
+    with pytest.raises(RuntimeError, match=r"pip install 'mergevq\[demo\]'"):
+        app.build_page(folder / "tokenizer", generator=None, data=None, device="cpu")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_tab_answers(folder):
+    pytest.importorskip("gradio", reason="the web page needs the demo extra")
+    client = pytest.importorskip("gradio_client")
+    page = app.build_page(
+        folder / "tokenizer",
+        generator=folder / "generator",
+        data=str(folder / "pictures"),
+        device="cpu",
+    )
+    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, inbrowser=False)
+    try:
+        asked = client.Client(address, verbose=False)
+        picture = client.handle_file(str(folder / "pictures" / "cat" / "0.png"))
+        *pictures, text = asked.predict(picture, 5, api_name="/reconstruct")
+        assert len(pictures) == 4
+        assert text.startswith("5 of 16 tokens")
+        samples = asked.predict("dog", 2, 3, 0, api_name="/sample")
+        assert len(samples) == 3
+        found = asked.predict(picture, 2, api_name="/neighbours")
+        assert found[0]["caption"] == "cat 1.000"
+        with pytest.raises(Exception, match="no picture was given"):
+            asked.predict(None, 5, api_name="/reconstruct")
+    finally:
+        page.close()

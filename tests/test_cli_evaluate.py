@@ -1,0 +1,141 @@
+"""The commands as they are typed: options reach what they set, and tables show what was found."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+from evaluations import write_images, write_network, write_tokenizer
+
+from mergevq.cli_evaluate import COMMANDS
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:a (Frechet distance|reference) of:UserWarning",
+)
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli_evaluate")
+    write_images(folder / "images", 6)
+    write_network(folder / "colours.pt")
+    write_tokenizer(folder / "model")
+    return folder
+
+
+def run(name, *options):
+    tyro.cli(COMMANDS[name], args=[*map(str, options)], prog=f"mergevq evaluate {name}")
+
+
+def subject(folder, *options):
+    return (
+        *("--model", folder / "model", "--data", folder / "images", "--device", "cpu"),
+        *("--num-workers", 0, *options),
+    )
+
+
+def test_help_does_not_wait_for_torch():
+    code = (
+        "import sys, tyro\nfrom mergevq.cli_evaluate import COMMANDS\n"
+        "for name, command in COMMANDS.items():\n"
+        "    try: tyro.cli(command, args=['--help'])\n"
+        "    except SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, check=False, capture_output=True
+    )
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_reconstruction_prints_a_column_for_each_k(tmp_path, folder, capsys):
+    run(
+        "reconstruction",
+        *subject(folder, "--tokens", "8,12", "16", "--extractor", folder / "colours.pt"),
+        *("--max-images", 4, "--show", 1, "--baseline-images", 2, "--batch-size", 3),
+        *("--precision", "float32", "--image-size", 16, "--out", tmp_path),
+    )
+    printed = capsys.readouterr().out
+    assert "K = 8" in printed
+    assert "K = 16" in printed
+    for name in ("psnr, given", "frechet_colours, recovered", "bits, source", "images per second"):
+        assert f"\n{name} " in printed
+    assert "4 images of 16 pixels" in printed
+    assert "\nWebP " in printed
+    assert "give its weights with --lpips" in printed
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    assert [result["num_kept"] for result in record["results"]] == [8, 12, 16]
+    assert len(record["results"][0]["worst"]) == 1
+    assert record["baselines"][0]["num_images"] == 2
+    assert record["settings"]["subject"]["batch_size"] == 3
+
+
+def test_robustness_prints_a_row_for_each_fraction(tmp_path, folder, capsys):
+    options = ("--tokens", 8, "--fractions", "0,0.5", "--radius", 2, "--seed", 3)
+    run("robustness", *subject(folder, *options, "--out", tmp_path))
+    printed = capsys.readouterr().out
+    assert "\n0.5 " in printed
+    assert "at most 2 other bits, 62.500% of the codebook" in printed
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    assert record["settings"]["seed"] == 3
+
+
+def test_a_reference_is_written_and_the_wrong_kind_refused(tmp_path, folder, capsys):
+    network = ("--extractor", folder / "colours.pt")
+    for kind in ("generation", "reconstruction"):
+        run(
+            "reference",
+            *("--data", folder / "images", "--out", tmp_path / f"{kind}.npz", "--kind", kind),
+            *(*network, "--image-size", 16, "--device", "cpu", "--num-workers", 0),
+            *("--array", tmp_path / "array.npz"),
+        )
+    assert "for generation, 6 images of 16 x 16 pixels" in capsys.readouterr().out
+    out = ("--out", tmp_path / "out")
+    wrong = ("--reference", tmp_path / "generation.npz")
+    with pytest.raises(ValueError, match="--kind reconstruction"):
+        run("reconstruction", *subject(folder, *network, *wrong, *out))
+    samples = ("--samples", tmp_path / "array.npz", "--device", "cpu")
+    with pytest.raises(ValueError, match="--kind generation"):
+        run("generation", *samples, *network, "--reference", tmp_path / "reconstruction.npz", *out)
+    run("generation", *samples, *network, "--reference", tmp_path / "generation.npz", *out)
+    printed = capsys.readouterr().out
+    assert "\nprecision_colours " in printed
+    assert "without class accuracy: no classifier was given" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("reconstruction", "--tokens", "8;9"), r"tokens \(8;9\) must be whole numbers"),
+        (("robustness", "--fractions", "half"), r"fractions \(half\) must be numbers"),
+    ],
+)
+def test_what_is_no_number_is_said(folder, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(options[0], *subject(folder, *options[1:]))
+
+
+def test_a_generator_needs_its_tokenizer():
+    with pytest.raises(ValueError, match="--model and --tokenizer must be given together"):
+        run("generation", "--model", "somewhere", "--reference", "r.npz", "--extractor", "e.pt")
+
+
+def test_torchrun_leaves_every_option_to_the_command():
+    from torch.distributed.run import get_args_parser
+
+    for name in ("model", "tokenizer", "num-images", "reference", "max-images", "tokens", "out"):
+        given = get_args_parser().parse_args(["-m", "mergevq", "evaluate", f"--{name}", "1"])
+        assert given.training_script_args == ["evaluate", f"--{name}", "1"]
+
+
+def test_the_number_of_images_has_two_names(tmp_path):
+    for name in ("--num", "--num-images"):
+        with pytest.raises(ValueError, match=r"num_images \(0\) must be at least 1"):
+            run(
+                "generation",
+                *("--model", "m", "--tokenizer", "t", name, 0, "--out", tmp_path),
+                *("--reference", "r.npz", "--extractor", "e.pt"),
+            )

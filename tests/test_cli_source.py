@@ -1,0 +1,52 @@
+import subprocess
+import sys
+
+import tyro
+from test_train_source import NUM_KEPT, material  # noqa: F401 - a fixture
+
+from mergevq.cli_source import COMMANDS
+from mergevq.config_source import SourceRun
+
+
+def test_help_needs_no_torch():
+    code = "import sys, mergevq.cli_source; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_command_passes_its_options_on_and_says_what_it_gained(material, capsys, monkeypatch):  # noqa: F811
+    seen = []
+    from mergevq import train_source
+
+    whole = train_source.finetune_source
+    monkeypatch.setattr(train_source, "finetune_source", lambda run: seen.append(run) or whole(run))
+    places = {name: str(material / name) for name in ("tokenizer", "tokens", "generator", "new")}
+    arguments = ["--tokenizer", places["tokenizer"], "--tokens", places["tokens"]]
+    arguments += ["--generator", places["generator"], "--out", places["new"]]
+    arguments += ["--steps", "2", "--batch-size", "4", "--lr", "0.01", "--passes", "3"]
+    arguments += ["--max-replaced", "0.25", "--val-images", "3", "--val-fraction", "0.2"]
+    arguments += ["--seed", "5", "--device", "cpu", "--precision", "float32"]
+    tyro.cli(COMMANDS["finetune-source"], args=[*arguments, "--num-kept", str(NUM_KEPT)])
+    wanted = SourceRun(
+        tokenizer=places["tokenizer"],
+        tokens=places["tokens"],
+        generator=places["generator"],
+        out=places["new"],
+        num_kept=(NUM_KEPT,),
+        max_replaced=0.25,
+        num_passes=3,
+        num_steps=2,
+        batch_size=4,
+        num_eval_images=3,
+        val_fraction=0.2,
+        precision="float32",
+        device="cpu",
+        seed=5,
+    )
+    (run,) = seen
+    assert run.optim.lr == 0.01
+    assert {name: getattr(run, name) for name in SourceRun.__slots__ if name != "optim"} == {
+        name: getattr(wanted, name) for name in SourceRun.__slots__ if name != "optim"
+    }
+    printed = capsys.readouterr().out
+    for name in (f"clean@{NUM_KEPT}", f"new@{NUM_KEPT}", "25% of them", places["new"]):
+        assert name in printed

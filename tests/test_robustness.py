@@ -1,0 +1,134 @@
+"""Nothing replaced is the reconstruction; what is replaced stays within the ball."""
+
+import json
+
+import pytest
+import torch
+from evaluations import subject_of, write_images, write_network, write_tokenizer
+
+from mergevq.config_evaluate import RobustnessSettings, Subject
+from mergevq.evaluate import measure_reconstructions
+from mergevq.quantize import codes_to_indices
+from mergevq.robustness import (
+    ball_share,
+    default_radius,
+    draw_flips,
+    evaluate_robustness,
+    measure_robustness,
+    perturb,
+)
+from mergevq.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore:a Frechet distance of:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("robustness")
+    write_images(folder / "images", 5)
+    write_network(folder / "colours.pt")
+    write_tokenizer(folder / "model")
+    return folder
+
+
+@pytest.fixture
+def subject(folder):
+    tokenizer = Tokenizer.from_pretrained(folder / "model")
+    return subject_of(tokenizer, folder / "images", folder / "colours.pt", batch_size=2)
+
+
+def test_a_fraction_of_zero_is_the_reconstruction_to_the_last_digit(subject):
+    (found,) = measure_reconstructions(subject, [8]).measured
+    curves = measure_robustness(subject, 8, [0.0, 1.0], radius=2, seed=0)
+    assert curves.points[0].numbers == found.outcome.given
+    assert curves.points[1].numbers != found.outcome.given
+    assert curves.num_images == 5
+
+
+def test_wrong_tokens_change_the_image_more_the_more_there_are(subject):
+    # Against the reconstruction without errors, which is what errors take away from.
+    batch = next(subject.batches())
+    encoded = subject.tokenizer.encode(batch.image, 8)
+    flips = draw_flips(8, 4, 2, 0, [0, 1])
+    with torch.no_grad():
+        images = [
+            subject.tokenizer.decode(perturb(encoded.codes, flips, count), encoded.source)
+            for count in (0, 2, 8)
+        ]
+    few, many = ((image - images[0]).abs().mean() for image in images[1:])
+    assert 0 < few < many
+
+
+def test_two_curves_agree_to_the_last_digit_and_another_seed_does_not(subject):
+    first, second, other = (
+        measure_robustness(subject, 8, [0.5], radius=2, seed=seed).points for seed in (0, 0, 1)
+    )
+    assert first == second != other
+
+
+def test_draws_of_an_image_do_not_depend_on_its_batch():
+    together, alone = draw_flips(8, 6, 3, 0, [4, 7]), draw_flips(8, 6, 3, 0, [7])
+    assert torch.equal(together.rank[1], alone.rank[0])
+    assert torch.equal(together.bits[1], alone.bits[0])
+
+
+def test_replacements_are_uniform_in_the_ball_without_its_centre():
+    flips = draw_flips(500, 4, 2, 0, list(range(20)))
+    codes = -torch.ones(20, 500, 4)
+    indices = codes_to_indices(perturb(codes, flips, 500)).flatten()
+    # Of 4 bits, 4 codes differ in one and 6 in two.
+    counts = indices.bincount(minlength=16)
+    ball = [i for i in range(16) if bin(i).count("1") in {1, 2}]
+    assert int(counts[ball].sum()) == 10_000
+    assert counts[ball].tolist() == pytest.approx([1000] * 10, rel=0.15)
+
+
+def test_so_many_tokens_are_replaced_and_fewer_are_among_more():
+    flips = draw_flips(8, 6, 3, 0, [0, 1, 2])
+    codes = torch.ones(3, 8, 6)
+    changed = [(perturb(codes, flips, count) != codes).any(-1) for count in (0, 3, 8)]
+    assert [mask.sum(1).tolist() for mask in changed] == [[0] * 3, [3] * 3, [8] * 3]
+    assert not (changed[1] & ~changed[2]).any()
+
+
+def test_the_ball_is_a_share_of_the_codebook():
+    assert ball_share(4, 2) == 10 / 16
+    assert ball_share(4, 4) == 15 / 16
+    # 12,615 of 262,144 codes differ in up to 5 of 18 bits: less than 200 of 4,096.
+    assert default_radius(18) == 6
+    assert default_radius(1) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"radius": 0}, r"radius \(0\) must be between 1 and the 4 bits"),
+        ({"radius": 5}, r"radius \(5\) must be between 1 and the 4 bits"),
+        ({"num_kept": 17}, "17"),
+    ],
+)
+def test_what_cannot_be_is_refused(subject, change, message):
+    given = {"num_kept": 8, "fractions": [0.5], "radius": 1, "seed": 0}
+    with pytest.raises(ValueError, match=message):
+        measure_robustness(subject, **given | change)
+
+
+def test_the_curve_is_written_and_drawn(tmp_path, folder):
+    subject = Subject(
+        model=str(folder / "model"),
+        data=str(folder / "images"),
+        device="cpu",
+        batch_size=4,
+        num_workers=0,
+    )
+    evaluate_robustness(
+        RobustnessSettings(subject=subject, out=str(tmp_path), fractions=(0.9, 0.0, 0.5))
+    )
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    assert record["kind"] == "robustness evaluation"
+    assert [result["fraction"] for result in record["results"]] == [0, 0.5, 0.9]
+    assert [result["num_replaced"] for result in record["results"]] == [0, 4, 7]
+    assert record["radius"] == 1
+    assert record["ball_share"] == 0.25
+    assert len(record["model"]["hash"]) == len(record["data"]["pixels_sha256"]) == 64
+    assert (tmp_path / "robustness.png").is_file()

@@ -1,0 +1,19 @@
+"""What all commands print and set."""
+
+import os
+
+from mergevq.terminal import let_threads_sleep, print_table
+
+
+def test_a_table_has_a_title_and_two_columns(capsys):
+    print_table("versions", {"torch": "2.13", "a_very_long_name": "1"})
+    assert capsys.readouterr().out == "versions\n  torch          2.13\n  a_very_long_name 1\n"
+
+
+def test_the_users_choice_of_waiting_stays(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    let_threads_sleep()
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    let_threads_sleep()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
