@@ -11,6 +11,7 @@ Shape letters: B batch, S image side, V student view side, T teacher view side.
 
 import hashlib
 import math
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -460,6 +461,7 @@ def _load(
         pin_memory=torch.cuda.is_available(),
         # Without one of its own the loader draws from the global generator.
         generator=torch.Generator(),
+        worker_init_fn=_leave_signals_to_the_run,
     )
     num_batches, num_broken = 0, 0
     for fetched in loader:
@@ -470,3 +472,12 @@ def _load(
             yield fetched.batch
     if num_broken > 0 and num_batches == 0:
         raise ValueError(f"none of the {num_broken} images can be read")
+
+
+def _leave_signals_to_the_run(_: int) -> None:
+    """In a worker: a terminal or scheduler signals every process, and the run has to save first.
+
+    Workers end when the run does.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

@@ -214,27 +214,34 @@ def test_training_reduces_the_loss_and_writes_everything(tmp_path):
     assert sorted(path.name for path in names) == ["config.json", "model.safetensors"]
 
 
-def test_sigterm_saves_and_the_run_goes_on(tmp_path):
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_sigterm_to_all_processes_saves_and_the_run_goes_on(tmp_path, num_workers):
     pytest.importorskip("sklearn")
     script = textwrap.dedent(f"""
         from dataclasses import replace
         from mergevq.recipes import digits32, shrink
         from mergevq.train_tokenizer import train
         run = shrink(digits32())
-        run = replace(run, data=replace(run.data, max_images=16), out={str(tmp_path / "run")!r},
+        run = replace(run, out={str(tmp_path / "run")!r},
+            data=replace(run.data, max_images=16, num_workers={num_workers}),
             train=replace(run.train, num_steps=100000, save_every=100000, eval_every=100000,
                           image_every=100000))
         train(run)
     """)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-c", script], stderr=subprocess.PIPE, env=environment, text=True
+        [sys.executable, "-c", script],
+        stderr=subprocess.PIPE,
+        env=environment,
+        text=True,
+        start_new_session=True,
     )
     assert process.stderr is not None
     for line in process.stderr:
         if "step       2" in line:
             break
-    process.send_signal(signal.SIGTERM)
+    # As a scheduler does.
+    os.killpg(process.pid, signal.SIGTERM)
     _, rest = process.communicate(timeout=60)
     assert process.returncode == 0, rest
     assert list((tmp_path / "run/checkpoints").iterdir())
