@@ -12,12 +12,12 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -92,7 +92,7 @@ class MergeSize(NamedTuple):
     num_kept: int = 256
     num_layers: int = 12
     dim: int = 512
-    num_images: int = 8
+    num_images: int = 16
 
 
 class LfqSize(NamedTuple):
@@ -102,6 +102,8 @@ class LfqSize(NamedTuple):
     num_tokens: int
 
 
+MERGE_SIZES = (MergeSize(num_images=1), MergeSize())
+"""One image, where small operators count, and a batch, where copying does."""
 LFQ_SIZES = tuple(LfqSize(bits, tokens) for bits in (10, 14, 18) for tokens in (1024, 4096))
 """Codebooks of 1,024, 16,384 and 262,144 codes; tokens of a small and of a usual batch."""
 
@@ -133,7 +135,7 @@ def record(
 def line(measurement: Measurement) -> str:
     """A measurement as a line of fixed columns."""
     columns = [
-        f"{measurement.what:<33} {measurement.way:<22} {1e3 * measurement.seconds:>9.1f} ms",
+        f"{measurement.what:<42} {measurement.way:<22} {1e3 * measurement.seconds:>9.1f} ms",
         f"(best {1e3 * measurement.shortest:.1f} of {measurement.num_repeats})",
     ]
     if measurement.num_images is not None:
@@ -147,8 +149,16 @@ def line(measurement: Measurement) -> str:
     return "  ".join(columns)
 
 
+Subject = Literal["merge", "lfq", "images"]
+"""What can be measured: merging, the quantizer's loss, and encode, decode and train step."""
+
+
 def bench_tokenizer(
-    run: TokenizerRun, *, num_repeats: int, reference: Path | None
+    run: TokenizerRun,
+    *,
+    num_repeats: int,
+    reference: Path | None,
+    subjects: Collection[Subject] = ("merge", "lfq", "images"),
 ) -> Iterator[Measurement]:
     """Measure everything, one thing after the other.
 
@@ -156,6 +166,7 @@ def bench_tokenizer(
         run: model, batch and losses of the train step, and the device; needs no data.
         num_repeats: timed calls of each way.
         reference: file of the plain definitions; None measures without.
+        subjects: what is measured.
 
     Raises:
         ValueError: nothing is to be timed.
@@ -165,10 +176,12 @@ def bench_tokenizer(
         raise ValueError(f"num_repeats ({num_repeats}) must be at least 1")
     device = resolve_device(run.train.device)
     plain = None if reference is None else load_reference(reference)
-    yield from measure_merge(MergeSize(), device, num_repeats=num_repeats, plain=plain)
-    for size in LFQ_SIZES:
+    for merge_size in MERGE_SIZES if "merge" in subjects else ():
+        yield from measure_merge(merge_size, device, num_repeats=num_repeats, plain=plain)
+    for size in LFQ_SIZES if "lfq" in subjects else ():
         yield from measure_lfq(size, run.loss, device, num_repeats=num_repeats, reference=reference)
-    yield from measure_images(run, device, num_repeats=num_repeats)
+    if "images" in subjects:
+        yield from measure_images(run, device, num_repeats=num_repeats)
 
 
 def load_reference(path: Path) -> ModuleType:
@@ -297,7 +310,8 @@ def measure_merge(
     if plain is not None:
         ways["dense source matrix"] = lambda: plain.unmerge(*plain.merge(grid, keys))
         _check_equal("merging", {name: way().detach() for name, way in ways.items()})
-    what = f"merge {size.num_tokens} to {size.num_kept}"
+    images = "image" if size.num_images == 1 else "images"
+    what = f"merge {size.num_tokens} to {size.num_kept}, {size.num_images} {images}"
     against = "dense source matrix"
 
     def forward(way: Callable[[], Tensor]) -> Callable[[], object]:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -105,12 +105,13 @@ def generator(  # noqa: PLR0913 - each is an option
         write_json(out, benchmark.record(place, options, configs, speeds))
 
 
-def tokenizer(
+def tokenizer(  # noqa: PLR0913 - each is an option
     *,
     recipe: str = "tiny64_gr",
     images: int = 16,
     repeats: int = 5,
     lpips: str | None = None,
+    subjects: tuple[Literal["merge", "lfq", "images"], ...] = ("merge", "lfq", "images"),
     profile: tyro.conf.FlagCreatePairsOff[bool] = False,
     reference: Path = Path("benchmarks/reference.py"),
     device: Device = "auto",
@@ -126,6 +127,7 @@ def tokenizer(
         images: batch of encode, decode and train step.
         repeats: timed calls; the median counts.
         lpips: file or folder with LPIPS weights; the cache is looked into without.
+        subjects: merging, the quantizer's loss, and encode, decode and train step.
         profile: also say which share each part of a train step takes.
         reference: file of the plain definitions; if it is not there, nothing is compared.
         device: where to compute.
@@ -157,7 +159,10 @@ def tokenizer(
         print(f"no {reference} here: measuring without comparison")
     measurements, parts = [], []
     for measurement in benchmark.bench_tokenizer(
-        run, num_repeats=repeats, reference=reference if reference.is_file() else None
+        run,
+        num_repeats=repeats,
+        reference=reference if reference.is_file() else None,
+        subjects=subjects,
     ):
         measurements.append(measurement)
         print(benchmark.line(measurement), flush=True)

@@ -107,11 +107,11 @@ def test_merging_equals_the_dense_source_matrix():
     size = MergeSize(num_tokens=33, num_kept=10, num_layers=3, dim=8, num_images=2)
     found = list(bench.measure_merge(size, CPU, num_repeats=1, plain=plain))
     assert [(m.what, m.way) for m in found] == [
-        ("merge 33 to 10", "mergevq"),
-        ("merge 33 to 10", "dense source matrix"),
-        ("merge 33 to 10, gradient", "mergevq"),
-        ("merge 33 to 10, gradient", "dense source matrix"),
-        ("merge 33 to 10, matching alone", "mergevq"),
+        ("merge 33 to 10, 2 images", "mergevq"),
+        ("merge 33 to 10, 2 images", "dense source matrix"),
+        ("merge 33 to 10, 2 images, gradient", "mergevq"),
+        ("merge 33 to 10, 2 images, gradient", "dense source matrix"),
+        ("merge 33 to 10, 2 images, matching alone", "mergevq"),
     ]
     assert found[0].speedup == found[1].seconds / found[0].seconds
 
