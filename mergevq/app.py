@@ -25,6 +25,8 @@ from mergevq.pictures import to_pil
 from mergevq.run import Progress, resolve_device
 from mergevq.tokenizer import Tokenizer
 
+TOY = Path(__file__).parent / "toy"
+"""What `make quickstart` trained: a tokenizer of handwritten digits and its generator."""
 _BATCH_SIZE = 64
 """Images whose features are computed at once."""
 _MIN_SHOWN = 256
@@ -152,12 +154,13 @@ def nearest(
 
 
 def build_page(
-    model: str | Path, *, generator: str | Path | None, data: str | None, device: str
+    model: str | Path | None, *, generator: str | Path | None, data: str | None, device: str
 ) -> Any:  # noqa: ANN401 - of an optional extra
     """The page, not yet served: call `launch` of what is returned.
 
     Args:
-        model: a tokenizer's directory or Hugging Face id.
+        model: a tokenizer's directory or Hugging Face id; None is the quickstart's, which comes
+            with the package, and its generator.
         generator: the same of a generator trained on its tokens; None leaves that tab out.
         data: images to find neighbours among; None leaves that tab out.
         device: where to compute.
@@ -168,6 +171,8 @@ def build_page(
     """
     gradio = _gradio()
     place = resolve_device(device)
+    if model is None:
+        model, generator = TOY / "tokenizer", generator or TOY / "generator"
     tokenizer = Tokenizer.from_pretrained(model).to(place).eval()
     pair = None if generator is None else load_pair(generator, model, place)
     neighbours = None if data is None else index(tokenizer, open_images(data))

@@ -92,7 +92,7 @@ class MergeSize(NamedTuple):
     num_kept: int = 256
     num_layers: int = 12
     dim: int = 512
-    num_images: int = 16
+    num_images: int = 32
 
 
 class LfqSize(NamedTuple):

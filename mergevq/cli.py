@@ -404,8 +404,8 @@ def convert(
 
 
 def demo(
-    model: str,
     *,
+    model: str | None = None,
     generator: str | None = None,
     data: str | None = None,
     port: int = 7860,
@@ -414,8 +414,9 @@ def demo(
     """Serve a web page to try a model on: reconstruct pictures, draw samples, find neighbours.
 
     Args:
-        model: a tokenizer's directory, or its Hugging Face id.
-        generator: the same of a generator trained on its tokens; samples are left out without.
+        model: a tokenizer's directory, or its Hugging Face id; without one, the tokenizer and the
+            generator of handwritten digits that come with the package.
+        generator: a generator trained on its tokens; samples are left out without.
         data: images to find neighbours among, in any form that training reads; left out without.
         port: of this machine, where the page is; nobody else can reach it.
         device: where to compute.

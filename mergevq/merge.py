@@ -142,7 +142,7 @@ def match(keys: Float[Tensor, "b n d"], num_merged: int) -> Int64[Tensor, "b n"]
         unit = torch.nn.functional.normalize(keys.float(), dim=-1)
         similarity = unit[:, 1::2] @ unit[:, ::2].mT
     best = similarity.amax(-1)
-    joins = best.argsort(dim=-1, descending=True, stable=True)[:, :num_merged]
+    joins = _largest(best, num_merged)
     # Where the best is matters only for those that join, and on CPUs an argmax is several times
     # slower than finding the first of what equals the maximum.
     places = torch.arange(similarity.shape[2], dtype=torch.int32, device=keys.device)
@@ -154,6 +154,21 @@ def match(keys: Float[Tensor, "b n d"], num_merged: int) -> Int64[Tensor, "b n"]
     destination[:, ::2] = num_staying + torch.arange((num_tokens + 1) // 2, device=keys.device)
     destination[:, 1::2] = (stays.cumsum(-1) - 1).scatter(1, joins, num_staying + partner)
     return destination
+
+
+def _largest(values: Float[Tensor, "b n"], count: int) -> Int64[Tensor, "b m"]:
+    """Positions of the largest numbers of each row in any order; of equal ones the first.
+
+    Selecting by keys that all differ does what a stable sort would, in a fifth of its time.
+    """
+    # Adding 0 makes -0 the 0 that it equals.
+    bits = (values + 0.0).contiguous().view(torch.int32)
+    # The bits of negative floats count backwards; signs and all, integers then order as floats do.
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    last = values.shape[1] - 1
+    places = torch.arange(last, -1, -1, device=values.device)
+    keys = (ordered.long() << 32) + places
+    return last - (keys.topk(count, dim=-1, sorted=False).values & 0xFFFFFFFF)
 
 
 class Merged(NamedTuple):

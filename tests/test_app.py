@@ -121,6 +121,15 @@ def test_samples_depend_on_class_and_seed(folder):
     assert first == again != other
 
 
+def test_the_models_of_the_package_belong_together_and_draw_digits():
+    pair = load_pair(app.TOY / "generator", app.TOY / "tokenizer", CPU)
+    assert app.class_choices(pair) == list("0123456789")
+    zero, one = (app.draw(pair, name, 2.0, 1, 0)[0].convert("L") for name in ("0", "1"))
+    # A nought is dark in the middle, where a one is light.
+    assert zero.getpixel((128, 128)) < 64
+    assert one.getpixel((128, 128)) > 128
+
+
 def test_the_page_needs_its_extra(folder, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gradio", None)
     with pytest.raises(RuntimeError, match=r"pip install 'mergevq\[demo\]'"):

@@ -98,7 +98,7 @@ def torch_loads(module):
 
 
 def test_the_package_is_flat():
-    assert [path.name for path in PACKAGE.iterdir() if path.is_dir()] in ([], ["__pycache__"])
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir()} <= {"__pycache__", "toy"}
 
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) - {"__init__", "__main__"}))
@@ -192,7 +192,12 @@ def test_the_wheel_contains_every_module_and_nothing_else(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         files = {Path(name) for name in archive.namelist()}
     modules = {file for file in files if ".dist-info" not in file.parts[0]}
-    assert modules == {Path("mergevq", f"{module}.py") for module in MODULES} | {
+    toys = {
+        Path("mergevq", "toy", kind, name)
+        for kind in ("tokenizer", "generator")
+        for name in ("config.json", "model.safetensors")
+    }
+    assert modules == {Path("mergevq", f"{module}.py") for module in MODULES} | toys | {
         Path("mergevq", "py.typed")
     }
     assert {"LICENSE", "THIRD_PARTY.md"} <= {file.name for file in files - modules}

@@ -10,6 +10,7 @@ import torch
 from mergevq.layers import MergeBlock, MergeState
 from mergevq.merge import (
     Source,
+    _largest,
     canonicalize,
     match,
     merge,
@@ -369,3 +370,14 @@ def test_certain_logits_of_a_canonical_map_give_it_back(generator):
 def test_more_tokens_than_cells_have_no_source():
     with pytest.raises(ValueError, match=r"num_kept \(3\) must be at most the 2 cells"):
         most_likely_source(torch.zeros(1, 2, 3))
+
+
+def test_the_largest_are_those_of_a_stable_sort(generator):
+    values = torch.randn(5, 64, generator=generator)
+    values[1] = values[1].round()  # ties, of both signs
+    values[2] = 0.5
+    values[3, ::2] = -0.25
+    for count in (0, 1, 17, 64):
+        expected = values.argsort(dim=-1, descending=True, stable=True)[:, :count]
+        found = _largest(values, count)
+        assert torch.equal(found.sort(-1).values, expected.sort(-1).values)
