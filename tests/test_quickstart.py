@@ -11,7 +11,9 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
+from mergevq import trial as trial_module
 from mergevq.cli import main
+from mergevq.config_probe import LinearConfig
 from mergevq.data import load_square, open_train_val, to_tensor
 from mergevq.merge import source_bits
 from mergevq.quickstart import quickstart, run_and_report
@@ -47,6 +49,15 @@ def with_steps(num_steps):
 
 def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_measurements():
+    """Fewer samples and a shorter probe: every report of this file is measured anew."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trial_module, "_SAMPLES_PER_CLASS", 4)
+        patch.setattr(trial_module, "_PROBE", LinearConfig(rates=(1e-2,), num_epochs=2))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -131,14 +142,14 @@ def test_every_token_of_the_held_out_images_is_counted(trial):
 
 def test_as_many_samples_of_each_class_are_judged(generator_trial):
     assert generator_trial.class_names == list("0123456789")
-    assert [len(row) for row in generator_trial.samples] == [20] * 10
+    assert [len(row) for row in generator_trial.samples] == [4] * 10
     assert generator_trial.num_real == 62
     # Fitted to 1,735 real digits it knows the others; the generator has learned nothing yet.
     assert generator_trial.real_accuracy > 0.95
     assert generator_trial.accuracy < 0.5
     (section,) = generator_sections(generator_trial)
     assert section.tables[0].rows == [
-        ["Images", "62", "200"],
+        ["Images", "62", "40"],
         [
             "Taken for the class they are of",
             f"{100 * generator_trial.real_accuracy:.1f} %",
