@@ -326,8 +326,6 @@ class TeacherConfig:
     """Of `self` and `dino`."""
     teacher_temperature: float = 0.04
     """Of `self` and `dino`; sharpens the teacher."""
-    center_momentum: float = 0.9
-    """EMA of the centre subtracted from the `self` teacher's output."""
     label_smoothing: float = 0.1
     """Of `labels`."""
 

@@ -10,8 +10,9 @@ that reads what its kind needs. Its parameters are those of its heads; a frozen 
 the module, so no checkpoint, optimizer or data-parallel wrapper sees it. Heads and losses are in
 float32 under any autocast.
 
-Differs: the heads of the self-teacher are the alignment heads of the paper, without the bottleneck
-and the weight-normalised last layer of DINO's.
+Differs: DINO subtracts a running mean of the teacher's logits, the self-teacher here the mean of
+its features over the batch, before they are compared with prototypes. The class tokens of a young
+encoder are nearly the same for all images; only so are they told apart from the first step on.
 
 Shape letters: B batch, C channels of the class token, F features, prototypes or classes, H and W
 pixels.
@@ -44,6 +45,8 @@ HEAD_RATIO = 4
 """Hidden width of an alignment head as a multiple of the class token's."""
 INIT_STD = 0.02
 """Of the heads' weights."""
+BOTTLENECK_DIM = 256
+"""Features that are compared with prototypes (DINO, appendix C)."""
 
 
 # -------------------------------------------------------------------------------------- losses
@@ -68,7 +71,6 @@ def dino_alignment(
     *,
     student_temperature: float,
     teacher_temperature: float,
-    center: Float[Tensor, " f"] | None = None,
 ) -> Float[Tensor, ""]:
     """Cross-entropy of the student's softmax against the teacher's (paper, equation 10), in nats.
 
@@ -77,12 +79,8 @@ def dino_alignment(
         target: logits; no gradient reaches them.
         student_temperature: divides `student`.
         teacher_temperature: divides `target`; below the student's it sharpens.
-        center: subtracted from `target`, against collapse; a frozen teacher needs none.
     """
-    logits = target.detach().float()
-    if center is not None:
-        logits = logits - center.detach()
-    probability = (logits / teacher_temperature).softmax(-1)
+    probability = (target.detach().float() / teacher_temperature).softmax(-1)
     log_student = (student.float() / student_temperature).log_softmax(-1)
     return -(probability * log_student).sum(-1).mean()
 
@@ -140,6 +138,32 @@ class AlignmentHead(nn.Module):
             return self.layers(class_token.float())
 
 
+class PrototypeHead(nn.Module):
+    """Compare the class token with learned prototypes, as the head of DINO does (appendix C).
+
+    Args:
+        dim: channels of the class token.
+        num_prototypes: outputs.
+        num_layers: linear layers before the prototypes.
+    """
+
+    def __init__(self, dim: int, num_prototypes: int, num_layers: Literal[2, 3]) -> None:
+        super().__init__()
+        self.bottleneck = AlignmentHead(dim, BOTTLENECK_DIM, num_layers)
+        self.prototypes = nn.Parameter(torch.empty(num_prototypes, BOTTLENECK_DIM))
+        nn.init.trunc_normal_(self.prototypes, std=INIT_STD)
+
+    def forward(self, class_token: Float[Tensor, "b c"]) -> Float[Tensor, "b f"]:
+        """Cosine of the class token's features with each prototype, in float32."""
+        return self.compare(self.bottleneck(class_token))
+
+    def compare(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b f"]:
+        """Cosine of features with each prototype, in float32; those of 0 are 0."""
+        with torch.autocast(features.device.type, enabled=False):
+            directions = functional.normalize(features.float(), dim=-1)
+            return functional.linear(directions, functional.normalize(self.prototypes, dim=-1))
+
+
 class LabelTeacher(nn.Module):
     """The data's classes teach: label-smoothed cross-entropy.
 
@@ -174,37 +198,25 @@ class LabelTeacher(nn.Module):
 class SelfTeacher(nn.Module):
     """An average of the student's own past teaches it, from another view of the image.
 
-    The averaged encoder belongs to the training loop, which brings its class tokens. The averaged
-    head is here, and the centre that keeps all images from choosing the same prototype.
+    The averaged encoder belongs to the training loop, which brings its class tokens; the averaged
+    head is here. What it says of an image is said of its difference from the others: the mean of
+    the teacher's features over all images of the step is subtracted, which keeps them from choosing
+    the same prototype, and the rest is compared with the prototypes.
 
     Args:
-        head: the student's, to the prototypes; the teacher's starts as its copy.
+        head: the student's; the teacher's starts as its copy.
         student_temperature: divides the student's logits.
         teacher_temperature: divides the teacher's logits.
-        center_momentum: share of the centre that each update keeps.
     """
 
-    center: Tensor
-    outputs: Tensor
-
     def __init__(
-        self,
-        head: AlignmentHead,
-        *,
-        student_temperature: float,
-        teacher_temperature: float,
-        center_momentum: float,
+        self, head: PrototypeHead, *, student_temperature: float, teacher_temperature: float
     ) -> None:
         super().__init__()
         self.head = head
         self.teacher_head = copy.deepcopy(head).requires_grad_(requires_grad=False)
         self.student_temperature = student_temperature
         self.teacher_temperature = teacher_temperature
-        self.center_momentum = center_momentum
-        self.register_buffer("center", torch.zeros(head.out_dim))
-        # Sum, then count, of the teacher's outputs since the last update: 0 between steps, when
-        # checkpoints are written.
-        self.register_buffer("outputs", torch.zeros(head.out_dim + 1), persistent=False)
 
     def loss(
         self,
@@ -216,7 +228,8 @@ class SelfTeacher(nn.Module):
     ) -> Float[Tensor, ""]:
         """Compare the student's prototypes with the teacher's; no gradient reaches the teacher.
 
-        In training mode the teacher's outputs count towards the next `update`.
+        Every rank must call it with as many images. An image alone has no others to differ from:
+        its target is even.
 
         Raises:
             ValueError: there is no class token of the averaged encoder.
@@ -224,37 +237,22 @@ class SelfTeacher(nn.Module):
         if teacher_class_token is None:
             raise ValueError("teacher kind 'self' needs the averaged encoder's class token")
         with torch.no_grad():
-            target = self.teacher_head(teacher_class_token)
-            if self.training:
-                self.outputs[:-1] += target.sum(0)
-                self.outputs[-1] += target.shape[0]
+            features = self.teacher_head.bottleneck(teacher_class_token)
+            center = distributed.mean(features.mean(0))
+            target = self.teacher_head.compare(features - center)
         return dino_alignment(
             self.head(class_token),
             target,
             student_temperature=self.student_temperature,
             teacher_temperature=self.teacher_temperature,
-            center=self.center,
         )
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:
-        """Follow the student; once per optimizer step, after it, on every rank.
-
-        The centre moves towards the mean output since the last update, over all accumulated parts
-        and ranks: how the batch was cut makes no difference.
-
-        Args:
-            momentum: share of the teacher's head that is kept.
-        """
+        """Move the teacher's head after the student's, of which it keeps `momentum`."""
         pairs = zip(self.teacher_head.parameters(), self.head.parameters(), strict=True)
         for teacher, student in pairs:
             teacher.lerp_(student, 1 - momentum)
-        outputs = distributed.sum(self.outputs)
-        mean = outputs[:-1] / outputs[-1]
-        moved = self.center.lerp(mean, 1 - self.center_momentum)
-        # A step whose loss was not finite, or that had no loss, must not spoil the centre for good.
-        self.center.copy_(torch.where(mean.isfinite().all(), moved, self.center))
-        self.outputs.zero_()
 
 
 class HuggingFaceTeacher:
@@ -381,10 +379,9 @@ def build_teacher(config: TeacherConfig, *, dim: int, num_classes: int) -> Teach
         )
     if config.kind == "self":
         return SelfTeacher(
-            AlignmentHead(dim, config.num_prototypes, layers),
+            PrototypeHead(dim, config.num_prototypes, layers),
             student_temperature=config.student_temperature,
             teacher_temperature=config.teacher_temperature,
-            center_momentum=config.center_momentum,
         )
     model = HuggingFaceTeacher(config.path or DINOV2)
     return FeatureTeacher(AlignmentHead(dim, model.out_dim, layers), model, _alignment(config))

@@ -22,6 +22,7 @@ from mergevq.teachers import (
     FeatureTeacher,
     HuggingFaceTeacher,
     LabelTeacher,
+    PrototypeHead,
     SelfTeacher,
     build_teacher,
     cosine_alignment,
@@ -33,7 +34,7 @@ from mergevq.teachers import (
 DINO = {"student_temperature": 0.1, "teacher_temperature": 0.04}
 LOSSES = {
     "kl": lambda student, target: kl_alignment(student, target, temperature=4.0),
-    "dino": lambda student, target: dino_alignment(student, target, **DINO, center=target.mean(0)),
+    "dino": lambda student, target: dino_alignment(student, target, **DINO),
     "cosine": cosine_alignment,
     "labels": lambda student, target: label_alignment(student, target.argmax(-1), smoothing=0.1),
 }
@@ -64,9 +65,8 @@ def dinov2_folder(tmp_path_factory):
     return folder
 
 
-def self_teacher(**changes):
-    settings = DINO | {"center_momentum": 0.9} | changes
-    return SelfTeacher(AlignmentHead(8, 6, 3), **settings)
+def self_teacher():
+    return SelfTeacher(PrototypeHead(8, 6, 3), **DINO)
 
 
 def tokens(generator, batch=3, dim=8):
@@ -99,11 +99,11 @@ def test_kl_has_the_gradient_of_a_cross_entropy_times_the_temperature(generator)
     torch.testing.assert_close(student.grad, expected)
 
 
-def test_dino_is_the_cross_entropy_of_a_centred_and_sharpened_target():
+def test_dino_is_the_cross_entropy_of_a_sharpened_target():
     student = torch.tensor([[0.1 * math.log(4), 0.0]])
-    target = torch.tensor([[0.04 * math.log(9) + 5.0, 7.0]])
-    # The student is (4/5, 1/5) and the centred target (9/10, 1/10).
-    loss = dino_alignment(student, target, **DINO, center=torch.tensor([5.0, 7.0]))
+    target = torch.tensor([[0.04 * math.log(9), 0.0]])
+    # The student is (4/5, 1/5) and the target (9/10, 1/10).
+    loss = dino_alignment(student, target, **DINO)
     expected = -(0.9 * math.log(0.8) + 0.1 * math.log(0.2))
     assert loss.item() == pytest.approx(expected, rel=1e-4)
 
@@ -405,25 +405,30 @@ def test_what_a_teacher_needs_and_does_not_get_is_an_error(dinov2_folder):
 
 def test_the_self_teacher_is_built_from_its_configuration():
     config = TeacherConfig(
-        kind="self",
-        num_prototypes=7,
-        student_temperature=0.2,
-        teacher_temperature=0.3,
-        center_momentum=0.4,
+        kind="self", num_prototypes=7, student_temperature=0.2, teacher_temperature=0.3
     )
     teacher = build_teacher(config, dim=8, num_classes=0)
     assert isinstance(teacher, SelfTeacher)
-    assert teacher.center.shape == (7,)
-    settings = (teacher.student_temperature, teacher.teacher_temperature, teacher.center_momentum)
-    assert settings == (0.2, 0.3, 0.4)
+    assert teacher.head.prototypes.shape == (7, 256)
+    assert (teacher.student_temperature, teacher.teacher_temperature) == (0.2, 0.3)
+
+
+def test_prototypes_are_compared_by_cosine(generator):
+    head = PrototypeHead(8, 6, 2)
+    token = torch.randn(3, 8, generator=generator)
+    features = head.bottleneck(token)
+    expected = functional.cosine_similarity(features[:, None], head.prototypes[None], dim=-1)
+    torch.testing.assert_close(head(token), expected)
+    torch.testing.assert_close(head.compare(1e4 * features), expected)
+    assert torch.equal(head.compare(torch.zeros(1, 256)), torch.zeros(1, 6))
 
 
 def test_self_distillation_is_the_dino_loss_of_the_two_heads(generator):
     teacher = self_teacher()
-    teacher.center.copy_(torch.randn(6, generator=generator))
     student_token, teacher_token = tokens(generator)
-    student, target = teacher.head(student_token), teacher.teacher_head(teacher_token)
-    expected = dino_alignment(student, target, **DINO, center=teacher.center)
+    features = teacher.teacher_head.bottleneck(teacher_token)
+    target = teacher.teacher_head.compare(features - features.mean(0))
+    expected = dino_alignment(teacher.head(student_token), target, **DINO)
     assert torch.equal(teacher.loss(student_token, None, None, teacher_token), expected)
 
 
@@ -437,56 +442,15 @@ def test_gradients_reach_the_student_and_never_the_teacher(generator):
     assert all(p.grad.abs().sum() > 0 for p in teacher.head.parameters())
 
 
-def test_an_update_averages_the_head_and_the_centre(generator):
+def test_an_update_averages_the_head():
     teacher = self_teacher()
-    student_token, teacher_token = tokens(generator)
     with torch.no_grad():
-        target = teacher.teacher_head(teacher_token)
         for parameter in teacher.head.parameters():
             parameter.add_(1)
-        before = [p.clone() for p in teacher.teacher_head.parameters()]
-    teacher.loss(student_token, None, None, teacher_token)
+    before = [p.clone() for p in teacher.teacher_head.parameters()]
     teacher.update(0.75)
-    torch.testing.assert_close(teacher.center, 0.1 * target.mean(0))
     for old, new in zip(before, teacher.teacher_head.parameters(), strict=True):
         torch.testing.assert_close(new.data, old + 0.25)
-
-
-def test_accumulated_parts_move_the_centre_as_the_whole_batch_does(generator):
-    whole, parts = self_teacher(), self_teacher()
-    parts.load_state_dict(whole.state_dict())
-    student_token, teacher_token = tokens(generator)
-    for _ in range(2):
-        whole.loss(student_token, None, None, teacher_token)
-        whole.update(0.9)
-        parts.loss(student_token[:1], None, None, teacher_token[:1])
-        parts.loss(student_token[1:], None, None, teacher_token[1:])
-        parts.update(0.9)
-    torch.testing.assert_close(parts.center, whole.center)
-    assert whole.center.abs().sum() > 0
-
-
-def test_evaluation_and_an_update_without_a_loss_leave_the_centre_alone(generator):
-    teacher = self_teacher()
-    student_token, teacher_token = tokens(generator)
-    teacher.eval().loss(student_token, None, None, teacher_token)
-    teacher.update(0.9)
-    assert torch.equal(teacher.center, torch.zeros(6))
-
-
-def test_a_step_that_was_not_finite_does_not_spoil_the_centre(generator):
-    teacher = self_teacher()
-    student_token, teacher_token = tokens(generator)
-    teacher.loss(student_token, None, None, teacher_token)
-    teacher.update(0.9)
-    center = teacher.center.clone()
-    teacher.loss(student_token, None, None, torch.full_like(teacher_token, torch.nan))
-    teacher.update(0.9)
-    assert torch.equal(teacher.center, center)
-    teacher.loss(student_token, None, None, teacher_token)
-    teacher.update(0.9)
-    assert teacher.center.isfinite().all()
-    assert not torch.equal(teacher.center, center)
 
 
 def test_saving_between_steps_and_loading_continues_bit_for_bit(generator):
@@ -494,7 +458,7 @@ def test_saving_between_steps_and_loading_continues_bit_for_bit(generator):
     student_token, teacher_token = tokens(generator)
     first.loss(student_token, None, None, teacher_token)
     first.update(0.9)
-    assert {name.split(".")[0] for name in first.state_dict()} == {"head", "teacher_head", "center"}
+    assert {name.split(".")[0] for name in first.state_dict()} == {"head", "teacher_head"}
     second.load_state_dict(first.state_dict())
     for teacher in (first, second):
         teacher.loss(teacher_token, None, None, student_token)
@@ -503,33 +467,38 @@ def test_saving_between_steps_and_loading_continues_bit_for_bit(generator):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_self_distillation_of_one_large_token_is_finite_under_autocast(dtype, generator):
+@pytest.mark.parametrize("batch", [1, 2])
+def test_self_distillation_of_large_tokens_is_finite_under_autocast(dtype, batch, generator):
     teacher = self_teacher()
-    student_token, teacher_token = (1e4 * tokens(generator, batch=1)).to(dtype).unbind()
+    student_token, teacher_token = (1e4 * tokens(generator, batch=batch)).to(dtype).unbind()
     student_token = student_token.clone().requires_grad_()
     with torch.autocast("cpu", dtype):
         loss = teacher.loss(student_token, None, None, teacher_token)
     loss.backward()
-    teacher.update(0.9)
     assert loss.isfinite()
     assert student_token.grad.isfinite().all()
-    assert teacher.center.isfinite().all()
 
 
-def test_the_centre_takes_away_what_all_images_share(generator):
-    teacher = self_teacher(center_momentum=0.0)
-    student_token, teacher_token = tokens(generator)
+def test_what_all_images_share_does_not_hide_their_differences(generator):
+    """Class tokens of a fresh encoder: one direction common to all, a thousandth of their own."""
+    teacher = self_teacher()
+    student_token, own = tokens(generator, batch=16)
+    common = torch.randn(8, generator=generator)
     with torch.no_grad():
-        teacher.teacher_head.layers[-1].bias[2] = 50.0
-    collapsed = dino_alignment(
-        torch.zeros(3, 6), teacher.teacher_head(teacher_token), **DINO, center=teacher.center
-    )
-    teacher.loss(student_token, None, None, teacher_token)
-    teacher.update(1.0)
-    probability = ((teacher.teacher_head(teacher_token) - teacher.center) / 0.04).softmax(-1)
-    assert collapsed.isfinite()
-    assert teacher.center.argmax() == 2
-    assert probability.mean(0)[2] < 0.5
+        target = targets(teacher, common + 1e-3 * own)
+    # As far from an even guess as prototypes of 256 channels let them be, and not all alike.
+    assert target.amax(-1).mean() > 1.5 / 6
+    assert len(target.argmax(-1).unique()) > 2
+    even = math.log(6)
+    loss = teacher.loss(student_token, None, None, common + 1e-3 * own)
+    assert abs(loss.item() - even) > 0.01
+
+
+def targets(teacher, teacher_token):
+    """What the teacher says: probabilities of prototypes."""
+    features = teacher.teacher_head.bottleneck(teacher_token)
+    cosines = teacher.teacher_head.compare(features - features.mean(0))
+    return (cosines / teacher.teacher_temperature).softmax(-1)
 
 
 def run_rank(rank: int, port: int, folder: str) -> None:
@@ -540,25 +509,24 @@ def run_rank(rank: int, port: int, folder: str) -> None:
     distributed.init(torch.device("cpu"), timeout_seconds=60)
     torch.manual_seed(0)
     teacher = self_teacher()
-    # Uneven shares, so that a mean of the ranks' means would be wrong.
-    share = slice(0, 1) if rank == 0 else slice(1, 3)
-    student_token, teacher_token = tokens(torch.Generator().manual_seed(0))
-    teacher.loss(student_token[share], None, None, teacher_token[share])
-    teacher.update(0.9)
+    share = slice(2 * rank, 2 * rank + 2)
+    student_token, teacher_token = tokens(torch.Generator().manual_seed(0), batch=4)
+    loss = teacher.loss(student_token[share], None, None, teacher_token[share])
     distributed.barrier()
     distributed.shutdown()
-    torch.save(teacher.center, Path(folder) / f"{rank}.pt")
+    torch.save(loss.detach(), Path(folder) / f"{rank}.pt")
 
 
-def test_two_ranks_have_the_centre_of_one_process(tmp_path):
+def test_two_ranks_have_the_loss_of_one_process(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(run_rank, args=(port, str(tmp_path)), nprocs=2)
+    torch.manual_seed(0)
     teacher = self_teacher()
-    student_token, teacher_token = tokens(torch.Generator().manual_seed(0))
-    teacher.loss(student_token, None, None, teacher_token)
-    teacher.update(0.9)
-    for rank in range(2):
-        center = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        torch.testing.assert_close(center, teacher.center)
+    student_token, teacher_token = tokens(torch.Generator().manual_seed(0), batch=4)
+    expected = teacher.loss(student_token, None, None, teacher_token)
+    losses = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    torch.testing.assert_close(torch.stack(losses).mean(), expected.detach())
+    alone = teacher.loss(student_token[:2], None, None, teacher_token[:2])
+    assert abs(alone - losses[0]) > 1e-3

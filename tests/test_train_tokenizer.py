@@ -106,12 +106,13 @@ def test_every_parameter_of_the_tokenizer_gets_a_gradient():
     assert without == []
 
 
-def test_accumulation_equals_the_whole_batch_without_the_codebook_entropy():
-    # The codebook entropy is of each part, so it is left out here; see docs/deviations.md.
+def test_accumulation_equals_the_whole_batch_but_for_entropy_and_self_teacher():
+    # The codebook entropy and the self-teacher's centre are of each part; see docs/deviations.md.
     gradients = []
     for accumulation in (1, 2):
         run = small(accumulation=accumulation)
-        run = replace(run, loss=replace(run.loss, entropy_weight=0.0))
+        loss = replace(run.loss, entropy_weight=0.0)
+        run = replace(run, loss=loss, teacher=replace(run.teacher, kind="none"))
         state, setting = build(run, WORLD, num_classes=0)
         torch.manual_seed(0)
         whole = batch(4)
