@@ -32,7 +32,6 @@ from mergevq.cache import FullCache, SlotCache
 from mergevq.checkpoint import to_json
 from mergevq.config import GENERATOR_SIZES, GeneratorConfig, SamplingSettings, Weights
 from mergevq.generator import Generator
-from mergevq.int8 import logit_error, quantize_weights
 from mergevq.quantize import indices_to_subindices
 from mergevq.run import Progress, environment, step_generator
 from mergevq.sampling import (
@@ -46,6 +45,7 @@ from mergevq.sampling import (
     prefill,
     restriction,
 )
+from mergevq.weights import as_weights, logit_error
 
 ORDERS = ("raster", "merge", "random", "anchor")
 NAMES = {"raster": "full cache", "merge": "MergeAR", "random": "RandAR", "anchor": "anchored"}
@@ -90,7 +90,7 @@ class Speed:
     kv_bytes: int
     """Of the cache; 0 without one."""
     logit_error: float | None = None
-    """Of 8-bit weights against bf16 ones, as in `int8.logit_error`."""
+    """Of 8-bit weights against bf16 ones, as in `weights.logit_error`."""
     times_raster: float | None = None
     """Images per second over those of order `raster` with the same weights."""
     cache_share: float | None = None
@@ -172,7 +172,7 @@ def bench_generator(
         if "int8" in weights:
             errors[order, "int8"] = _error(bf16, generators[order, "int8"])
         if order == "raster":
-            baselines[order] = bf16
+            baselines[order] = copy.deepcopy(exact).to(torch.bfloat16)
     for num_images in batch_sizes:
         timed = [
             _ours(kind, generator, num_images, max_steps)
@@ -224,14 +224,6 @@ def random_generator(config: GeneratorConfig, device: torch.device) -> Generator
     for output in generator.head.outputs:
         torch.nn.init.normal_(output.get_parameter("weight"), std=0.02, generator=numbers)
     return generator.eval()
-
-
-def as_weights(generator: Generator, weights: Weights) -> Generator:
-    """A copy with other weights; with 8 bits activations are bf16."""
-    if weights == "float32":
-        return generator
-    copied = copy.deepcopy(generator).to(torch.bfloat16)
-    return quantize_weights(copied) if weights == "int8" else copied
 
 
 def spread_steps(num_steps: int, max_steps: int | None) -> list[list[int]]:

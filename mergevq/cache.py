@@ -153,6 +153,7 @@ class SlotCache:
         self, layer: int, keys: Float[Tensor, "b h n d"], values: Float[Tensor, "b h n d"]
     ) -> tuple[Float[Tensor, "b h m d"], Float[Tensor, "b h m d"]]:
         """Write new inputs into the slots they were given and return all up to the last in use."""
-        self.keys[layer][self.rows, :, self.slots] = keys.transpose(1, 2)
-        self.values[layer][self.rows, :, self.slots] = values.transpose(1, 2)
+        dtype = self.keys.dtype
+        self.keys[layer][self.rows, :, self.slots] = keys.transpose(1, 2).to(dtype)
+        self.values[layer][self.rows, :, self.slots] = values.transpose(1, 2).to(dtype)
         return self.keys[layer, :, :, : self.filled], self.values[layer, :, :, : self.filled]

@@ -34,12 +34,12 @@ from mergevq.codec import load_picture
 from mergevq.config import FORMAT_VERSION, SampleRun, SamplingSettings
 from mergevq.data import crop_square, load_square, to_tensor
 from mergevq.generator import Generator, random_orders
-from mergevq.int8 import logit_error, quantize_weights
 from mergevq.merge import Source
 from mergevq.pictures import contact_sheet, to_pil
 from mergevq.run import Progress, environment, resolve_device, step_generator
 from mergevq.sampling import Sampled, image_seed, inpaint, sample
 from mergevq.tokenizer import Tokenizer
+from mergevq.weights import as_weights, logit_error
 
 RECORD = "samples.json"
 GRID = "grid.png"
@@ -72,7 +72,7 @@ class Written(NamedTuple):
     grid: Path
     """The first of them in one picture."""
     logit_error: float | None
-    """Of the weights that sampled, as in `int8.logit_error`; None for those of the file."""
+    """Of the weights that sampled, as in `weights.logit_error`; None for those of the file."""
 
 
 class Origin(NamedTuple):
@@ -362,19 +362,11 @@ def _batches(run: SampleRun) -> list[list[int]]:
 def _loaded(run: SampleRun, device: torch.device) -> tuple[Pair, float | None]:
     """Generator and tokenizer, with the weights asked for and the logit error these have."""
     pair = load_pair(run.model, run.tokenizer, device)
+    exact = pair.generator
+    pair = pair._replace(generator=as_weights(exact, run.weights))
     if run.weights == "float32":
         return pair, None
-    exact = pair.generator
-    pair = pair._replace(generator=_lighter(exact, run.weights))
     return pair, _weights_error(exact, pair.generator, run)
-
-
-def _lighter(generator: Generator, weights: str) -> Generator:
-    """A copy in bf16, or in 8 bits with activations in bf16."""
-    copied = Generator(generator.config).to(generator.device)
-    copied.load_state_dict(generator.state_dict())
-    copied = copied.to(torch.bfloat16).eval()
-    return quantize_weights(copied) if weights == "int8" else copied
 
 
 def _weights_error(exact: Generator, lighter: Generator, run: SampleRun) -> float:

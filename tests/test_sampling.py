@@ -11,7 +11,6 @@ from generators import ORDERS, TINY, tiny_batch, tiny_generator
 
 from mergevq.config import SamplingSettings
 from mergevq.generator import Generator
-from mergevq.int8 import quantize_weights
 from mergevq.merge import Source, canonicalize
 from mergevq.sampling import (
     arccos_schedule,
@@ -28,6 +27,7 @@ from mergevq.sampling import (
     prefill,
     sample,
 )
+from mergevq.weights import as_weights
 
 PLAIN = SamplingSettings()
 GREEDY = SamplingSettings(temperature=0.0)
@@ -489,9 +489,9 @@ def test_greedy_inpainting_is_the_argmax_given_what_is_kept():
 def test_other_types_of_weights_sample_too(order):
     model = tiny_generator(order).to(torch.bfloat16)
     plain = run(model, [0, 1], GUIDED)
-    float32 = run(tiny_generator(order), [0, 1], GUIDED)
-    assert plain.kv_bytes == float32.kv_bytes / 2
-    assert run(quantize_weights(model), [0, 1], GUIDED).indices.shape == plain.indices.shape
+    # Keys and values are in float32 all the same: on CPUs attention to them is faster.
+    assert plain.kv_bytes == run(tiny_generator(order), [0, 1], GUIDED).kv_bytes
+    assert run(as_weights(model, "int8"), [0, 1], GUIDED).indices.shape == plain.indices.shape
 
 
 STEP = """
@@ -563,7 +563,7 @@ def overfit(order, num_sequences, config, num_steps):
 def test_greedy_sampling_reproduces_what_was_learned(order):
     small = {"dim": 64, "num_layers": 1, "ffn_dim": 128, "grid_size": (2, 3), "num_kept": 4}
     # In random order a sequence is many tasks, and takes longer to learn.
-    num_steps = 350 if order == "random" else 200
+    num_steps = 600 if order == "random" else 300
     given, sampled = overfit(order, 8, replace(TINY, **small, kept_candidates=(4,)), num_steps)
     assert torch.equal(sampled.indices, given["indices"])
     if order == "anchor":

@@ -12,8 +12,17 @@ def test_a_table_has_a_title_and_two_columns(capsys):
 
 def test_the_users_choice_of_waiting_stays(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     let_threads_sleep()
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
-    monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert "GOMP_SPINCOUNT" not in os.environ
+
+
+def test_threads_sleep_soon_and_not_at_once(monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        # Set first, so that the test's own changes are taken back.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     let_threads_sleep()
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert os.environ["GOMP_SPINCOUNT"] == "2000"

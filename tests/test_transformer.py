@@ -11,7 +11,6 @@ from mergevq.transformer import (
     leaders,
     merge_block_mask,
     merge_mask,
-    multiply,
     rotate,
     rotation,
 )
@@ -132,15 +131,3 @@ def test_the_norm_is_that_of_pytorch_in_any_type(generator):
     low = norm(x.to(torch.bfloat16))
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low.float(), reference(x), rtol=2e-2, atol=2e-2)
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 24), (24,), (3, 1, 24), (2, 70, 24), (0, 24)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_product_is_that_of_a_linear_layer_for_any_number_of_rows(shape, dtype, generator):
-    x = torch.randn(shape, generator=generator).to(dtype)
-    weight = torch.randn(10, 24, generator=generator).to(dtype)
-    product = multiply(x, weight)
-    assert product.dtype == dtype
-    expected = x.double() @ weight.double().mT
-    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
-    torch.testing.assert_close(product.double(), expected, rtol=tolerance, atol=tolerance)
