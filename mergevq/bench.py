@@ -92,7 +92,7 @@ class MergeSize(NamedTuple):
     num_kept: int = 256
     num_layers: int = 12
     dim: int = 512
-    num_images: int = 32
+    num_images: int = 8
 
 
 class LfqSize(NamedTuple):
@@ -102,8 +102,8 @@ class LfqSize(NamedTuple):
     num_tokens: int
 
 
-MERGE_SIZES = (MergeSize(num_images=1), MergeSize())
-"""One image, where small operators count, and a batch, where copying does."""
+MERGE_SIZES = tuple(MergeSize(num_images=count) for count in (1, 8, 32))
+"""One image, where small operators count, and batches, where copying does."""
 LFQ_SIZES = tuple(LfqSize(bits, tokens) for bits in (10, 14, 18) for tokens in (1024, 4096))
 """Codebooks of 1,024, 16,384 and 262,144 codes; tokens of a small and of a usual batch."""
 
