@@ -241,7 +241,7 @@ class Busy(nn.Module):
 
 
 def test_time_is_charged_to_the_innermost_part_in_both_passes(monkeypatch):
-    monkeypatch.setattr(bench, "_now", lambda device: Busy.now)
+    monkeypatch.setattr(bench, "_now", lambda _: Busy.now)
     inner = Busy(2, 4)
     outer, after = Busy(1, 3, inner), Busy(5, 0)
     clock = bench._Clock(CPU)
