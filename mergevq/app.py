@@ -5,6 +5,8 @@ needs the `demo` extra.
 """
 
 import importlib
+import logging
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +27,12 @@ from mergevq.pictures import to_pil
 from mergevq.run import Progress, resolve_device
 from mergevq.tokenizer import Tokenizer
 
+logger = logging.getLogger("mergevq")
+
 TOY = Path(__file__).parent / "toy"
 """What `make quickstart` trained: a tokenizer of handwritten digits and its generator."""
+TOY_DATA = "digits"
+"""What they were trained on, which scikit-learn brings: nothing is fetched."""
 _BATCH_SIZE = 64
 """Images whose features are computed at once."""
 _MIN_SHOWN = 256
@@ -160,9 +166,10 @@ def build_page(
 
     Args:
         model: a tokenizer's directory or Hugging Face id; None is the quickstart's, which comes
-            with the package, and its generator.
+            with the package, its generator and its digits.
         generator: the same of a generator trained on its tokens; None leaves that tab out.
-        data: images to find neighbours among; None leaves that tab out.
+        data: images to find neighbours among; None leaves that tab out. The quickstart's digits
+            are left out, and a warning says so, where scikit-learn is not installed.
         device: where to compute.
 
     Raises:
@@ -171,12 +178,14 @@ def build_page(
     """
     gradio = _gradio()
     place = resolve_device(device)
+    dataset = None if data is None else open_images(data)
     if model is None:
         model, generator = TOY / "tokenizer", generator or TOY / "generator"
+        dataset = _toy_dataset() if dataset is None else dataset
     tokenizer = Tokenizer.from_pretrained(model).to(place).eval()
     pair = None if generator is None else load_pair(generator, model, place)
-    neighbours = None if data is None else index(tokenizer, open_images(data))
-    with gradio.Blocks(title="MergeVQ") as page:
+    neighbours = None if dataset is None else index(tokenizer, dataset)
+    with gradio.Blocks(title="MergeVQ", analytics_enabled=False) as page:
         gradio.Markdown(f"# MergeVQ\n{_description(tokenizer)}")
         _reconstruction_tab(gradio, tokenizer)
         if pair is not None:
@@ -274,17 +283,29 @@ def _description(tokenizer: Tokenizer) -> str:
 
 
 def _gradio() -> ModuleType:
-    """The package of the `demo` extra.
+    """The package of the `demo` extra, told to keep to this machine.
 
     Raises:
         RuntimeError: it is not installed.
     """
+    # It reads this when it is imported, launched and in trouble, and would ask its makers' server
+    # for messages and newer versions, and report.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # noqa: TID251 - it has no other switch
     try:
         return importlib.import_module("gradio")
     except ImportError as error:
         raise RuntimeError(
             "the web page needs gradio, which is not installed: pip install 'mergevq[demo]'"
         ) from error
+
+
+def _toy_dataset() -> ImageDataset | None:
+    """The digits that the models of the package know; None without scikit-learn."""
+    try:
+        return open_images(TOY_DATA)
+    except RuntimeError as error:
+        logger.warning("the page has no neighbours: %s", error)
+        return None
 
 
 def _given(picture: Image.Image | None) -> Image.Image:

@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Generic, TypeVar
@@ -20,15 +20,13 @@ from typing import TYPE_CHECKING, Annotated, Generic, TypeVar
 import tyro
 
 from mergevq import cli_bench, cli_evaluate, cli_probe, cli_source
-from mergevq.config import (
-    Device,
-    GeneratorRun,
-    GuidanceSchedule,
-    SampleRun,
-    SamplingSettings,
-    SizePolicy,
-    Weights,
+from mergevq.cli_evaluate import (
+    Counts,
+    Sampling,
+    logit_error_line,
+    whole_numbers,
 )
+from mergevq.config import Device, GeneratorRun, SizePolicy
 from mergevq.recipes import RECIPES
 from mergevq.terminal import let_products_repeat, let_threads_sleep, print_table
 
@@ -38,14 +36,13 @@ if TYPE_CHECKING:
     from mergevq.codec import ImageReconstruction
 
 Run = TypeVar("Run")
-Number = TypeVar("Number", int, float)
 
 _TRAIN_USAGE = "usage: mergevq train RECIPE [--section.field VALUE ..]"
 
 EXTRAS = {
     "data": ("pyarrow", "webdataset"),
-    "demo": ("gradio",),
-    "eval": ("matplotlib", "torchmetrics"),
+    "demo": ("gradio", "scikit-learn"),
+    "eval": ("matplotlib",),
     "export": ("onnx", "onnxruntime", "onnxscript"),
     "hub": ("huggingface_hub",),
     "log": ("tensorboard",),
@@ -91,6 +88,8 @@ def _call(command: Callable[..., object], arguments: list[str], *, prog: str) ->
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
+            if command in ALONE:
+                _require_one_process(prog)
             if command is train:
                 return train(arguments)
             tyro.cli(command, args=arguments, prog=prog)
@@ -187,7 +186,7 @@ def reconstruct(
     images: tyro.conf.Positional[tuple[Path, ...]],
     *,
     model: str,
-    tokens: tuple[int, ...] = (),
+    tokens: Counts = (),
     out: Path = Path("reconstructions"),
     size_policy: SizePolicy = "error",
     device: Device = "auto",
@@ -200,14 +199,14 @@ def reconstruct(
     Args:
         images: files of any format and mode that Pillow reads.
         model: directory of a tokenizer, or its Hugging Face id.
-        tokens: K, one or several; the tokenizer's own if there are none.
+        tokens: K, one or several (16,20); the tokenizer's own if there are none.
         out: where the pictures go.
         size_policy: for images of another size than trained: `error` takes multiples of the patch
             size as they are, `resize` keeps the aspect ratio and about the trained number of
             pixels, `tile` blends overlapping tiles of the trained size.
         device: where to compute.
     """
-    outputs = _output_paths(images, out)
+    outputs, num_kepts = _output_paths(images, out), whole_numbers("tokens", tokens)
     let_threads_sleep()
     from mergevq.codec import load_picture, reconstruct_image, reconstruction_figure
     from mergevq.run import resolve_device
@@ -218,7 +217,7 @@ def reconstruct(
     for path, output in zip(images, outputs, strict=True):
         picture = load_picture(path)
         results = []
-        for num_kept in tokens or (None,):
+        for num_kept in num_kepts or (None,):
             with _naming(path):
                 result = reconstruct_image(tokenizer, picture, num_kept, size_policy=size_policy)
             print(f"{path}: {_result_line(result)}")
@@ -232,7 +231,7 @@ def encode(
     model: str,
     data: str,
     out: Path,
-    tokens: tuple[int, ...] = (),
+    tokens: Counts = (),
     flip: tyro.conf.FlagCreatePairsOff[bool] = False,
     batch_size: int = 64,
     device: Device = "auto",
@@ -247,7 +246,7 @@ def encode(
         model: directory of a tokenizer, or its Hugging Face id.
         data: a folder of images, parquet files, WebDataset shards, or `digits`.
         out: folder of the tokens.
-        tokens: K, one or several; the tokenizer's own if there are none.
+        tokens: K, one or several (16,20); the tokenizer's own if there are none.
         flip: also encode the mirror image of each image.
         batch_size: images encoded at once, a divisor of the 1024 of a shard.
         device: where to compute.
@@ -261,7 +260,7 @@ def encode(
         model,
         data,
         out,
-        num_kept=tokens,
+        num_kept=whole_numbers("tokens", tokens),
         flip=flip,
         batch_size=batch_size,
         device=device,
@@ -279,27 +278,14 @@ def encode(
 def sample(  # noqa: PLR0913 - each is an option
     *,
     out: Path,
-    model: str = "",
-    tokenizer: str = "",
+    sampling: Sampling,
     classes: str = "",
     num: int = 16,
-    guidance: float = 1.0,
-    guidance_schedule: GuidanceSchedule = "constant",
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-    temperature: tuple[float, ...] = (1.0,),
-    top_k: tuple[int, ...] = (0,),
-    top_p: tuple[float, ...] = (1.0,),
-    steps: int | None = None,
-    tokens: int | None = None,
-    budget: bool = True,
-    seed: int = 0,
     batch_size: int = 16,
-    weights: Weights = "float32",
     keep_from: Path | None = None,
     mask: Path | None = None,
     again: Path | None = None,
     images: tuple[int, ...] = (),
-    device: Device = "auto",
 ) -> None:
     """Sample images from a generator, or make earlier ones again.
 
@@ -309,27 +295,14 @@ def sample(  # noqa: PLR0913 - each is an option
 
     Args:
         out: folder of the images; must be empty.
-        model: directory of the generator, or its Hugging Face id.
-        tokenizer: directory of the tokenizer of its tokens, or its Hugging Face id.
+        sampling: what samples, and how.
         classes: class ids separated by commas, one for each image in turn; all there are if empty.
         num: images.
-        guidance: scale of classifier-free guidance; 1 is none.
-        guidance_schedule: how it rises from 1 as an image grows.
-        guidance_interval: part of the sequence that is guided.
-        temperature: one number, or one for each part of a token; 0 takes the most likely value.
-        top_k: sample among the so many most likely values; 0 is all.
-        top_p: sample among the most likely values that together have this probability.
-        steps: of random order: forward passes, several tokens in each; one token each by default.
-        tokens: K, one of those trained on; the generator's own by default.
-        budget: of merge order: hold an image to K distinct tokens.
-        seed: of the run.
         batch_size: images sampled at once.
-        weights: bf16 and int8 are faster, and change what is sampled a little.
         keep_from: image to keep tokens of; of random order only, with `--mask`.
         mask: image as large, white where that one is made anew.
         again: `samples.json` of earlier images, which says all but `--out` and `--images`.
         images: numbers of the images to make again.
-        device: where to compute.
     """
     let_threads_sleep()
     from mergevq.generation import make_again, write_samples
@@ -341,60 +314,65 @@ def sample(  # noqa: PLR0913 - each is an option
             picture.save(path)
             print(f"image: {path}")
         return
-    run = SampleRun(
-        model=_required("model", model),
-        tokenizer=_required("tokenizer", tokenizer),
-        classes=_class_ids(classes),
-        num_images=num,
-        num_kept=tokens,
-        seed=seed,
-        batch_size=batch_size,
-        weights=weights,
-        device=device,
-        settings=SamplingSettings(
-            guidance_scale=guidance,
-            guidance_schedule=guidance_schedule,
-            guidance_interval=guidance_interval,
-            temperature=_one_or_several(temperature),
-            top_k=_one_or_several(top_k),
-            top_p=_one_or_several(top_p),
-            budget=budget,
-            num_steps=steps,
-        ),
+    run = replace(
+        sampling.run(num_images=num, batch_size=batch_size),
+        classes=whole_numbers("classes", [classes]),
         keep_from=None if keep_from is None else str(keep_from),
         mask=None if mask is None else str(mask),
     )
     written = write_samples(run, out)
     if written.logit_error is not None:
-        print(f"{weights} weights: logits are off by {written.logit_error:.2%} of their spread")
+        print(logit_error_line(run.weights, written.logit_error))
     print(f"{len(written.images)} images: {out}")
     print(f"grid: {written.grid}")
 
 
 def convert(
-    checkpoint: tyro.conf.Positional[Path],
+    checkpoint: tyro.conf.Positional[Path | None] = None,
     *,
     out: Path,
-    image_size: int,
-    tokens: int,
-    num_heads: int,
+    image_size: int | None = None,
+    tokens: int | None = None,
+    num_heads: int | None = None,
+    num_decoder_heads: int = 8,
+    lpips: tuple[Path, Path] | None = None,
 ) -> None:
-    """Turn a checkpoint of the authors' code into a model directory of this one.
+    """Turn a checkpoint of the authors' code into a model directory of this one, or LPIPS weights.
 
     What shapes cannot tell has to be said. The source predictor, which the authors' code does not
     train, is left random: only the given source map is of use.
 
     Args:
         checkpoint: their `.ckpt`, a torch state dict or safetensors.
-        out: directory to write.
+        out: directory to write; of LPIPS, the safetensors file.
         image_size: side of the training images in pixels.
         tokens: K the model was trained for.
-        num_heads: attention heads of encoder and decoder.
-    """
-    from mergevq.interop import load_official, official_config, read_official
+        num_heads: attention heads of the encoder.
+        num_decoder_heads: attention heads of the decoder.
+        lpips: instead of a checkpoint, torchvision's file of a VGG-16, AlexNet or SqueezeNet and
+            the LPIPS authors' file of its heads.
 
+    Raises:
+        ValueError: neither a checkpoint with all that shapes cannot tell nor LPIPS is named.
+    """
+    from mergevq.interop import load_official, official_config, read_official, read_state
+    from mergevq.perceptual import convert_perceptual_files
+
+    if lpips is not None:
+        print(f"LPIPS: {convert_perceptual_files(*lpips, out, read=read_state)}")
+        return
+    if checkpoint is None or image_size is None or tokens is None or num_heads is None:
+        raise ValueError(
+            "name a checkpoint with --image-size, --tokens and --num-heads, or --lpips TRUNK HEADS"
+        )
     state = read_official(checkpoint)
-    config = official_config(state, image_size=image_size, num_kept=tokens, num_heads=num_heads)
+    config = official_config(
+        state,
+        image_size=image_size,
+        num_kept=tokens,
+        num_heads=num_heads,
+        num_decoder_heads=num_decoder_heads,
+    )
     load_official(state, config).tokenizer.save_pretrained(out)
     print(
         f"{out}: {config.stem} stem, width {config.dim}, {config.num_layers} encoder and "
@@ -417,7 +395,8 @@ def demo(
         model: a tokenizer's directory, or its Hugging Face id; without one, the tokenizer and the
             generator of handwritten digits that come with the package.
         generator: a generator trained on its tokens; samples are left out without.
-        data: images to find neighbours among, in any form that training reads; left out without.
+        data: images to find neighbours among, in any form that training reads; the digits when
+            there is no model.
         port: of this machine, where the page is; nobody else can reach it.
         device: where to compute.
     """
@@ -425,7 +404,7 @@ def demo(
     from mergevq.app import build_page
 
     page = build_page(model, generator=generator, data=data, device=device)
-    page.launch(server_port=port)
+    page.launch(server_port=port, share=False)
 
 
 def doctor() -> None:
@@ -469,6 +448,14 @@ GROUPS = {
     "bench": cli_bench.COMMANDS,
 }
 """Commands of two words."""
+ALONE: set[Callable[..., object]] = {
+    reconstruct,
+    sample,
+    cli_evaluate.selftest,
+    *cli_probe.COMMANDS.values(),
+    *cli_source.COMMANDS.values(),
+}
+"""Commands that several processes would only do several times over, into one folder."""
 
 
 # -------------------------------------------------------------------------------- what is said
@@ -501,7 +488,7 @@ def _listed(prog: str, commands: Mapping[str, Callable[..., object]]) -> str:
 
 def _recipe_list() -> str:
     """The recipes, one line each."""
-    lines = [f"  {name:<16} {_summary(recipe)}" for name, recipe in RECIPES.items()]
+    lines = [f"  {name:<22} {_summary(recipe)}" for name, recipe in RECIPES.items()]
     return "\n".join(["recipes:", *lines])
 
 
@@ -541,6 +528,20 @@ def _speaks_for_itself(error: Exception) -> bool:
 # ------------------------------------------------------------------------- what is looked up
 
 
+def _require_one_process(prog: str) -> None:
+    """Refuse to be one of several processes.
+
+    Raises:
+        ValueError: there are several.
+    """
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size != "1":
+        raise ValueError(
+            f"{prog} runs in one process, and there are {world_size} (WORLD_SIZE); start it "
+            "without torchrun"
+        )
+
+
 def _output_paths(images: Sequence[Path], out: Path) -> list[Path]:
     """OUT/NAME.png for every image, numbered where names are equal.
 
@@ -558,34 +559,6 @@ def _output_paths(images: Sequence[Path], out: Path) -> list[Path]:
     if overwritten:
         raise ValueError(f"out ({out}) would overwrite {overwritten.pop()}; choose another folder")
     return outputs
-
-
-def _required(name: str, value: str) -> str:
-    """An option that `--again` would do without.
-
-    Raises:
-        ValueError: it was not given.
-    """
-    if not value:
-        raise ValueError(f"--{name} is missing: the directory of the {name}")
-    return value
-
-
-def _class_ids(text: str) -> tuple[int, ...]:
-    """Numbers separated by commas.
-
-    Raises:
-        ValueError: something else is between them.
-    """
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise ValueError(f"classes ({text}) must be numbers separated by commas: 3,7") from None
-
-
-def _one_or_several(numbers: tuple[Number, ...]) -> Number | tuple[Number, ...]:
-    """A single number for all parts of a token, or one for each."""
-    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def _unused(path: Path) -> Path:

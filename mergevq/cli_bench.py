@@ -150,6 +150,7 @@ def tokenizer(  # noqa: PLR0913 - each is an option
         run = replace(run, teacher=replace(run.teacher, kind="none"))
     run = replace(
         run,
+        init_vit=None,
         loss=replace(run.loss, perceptual_path=lpips or run.loss.perceptual_path),
         train=replace(run.train, batch_size=images, accumulation=1, device=device),
     )

@@ -5,40 +5,127 @@ imported inside, so that help and mistyped options never wait for torch.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, TypeVar
 
 import tyro
 
-from mergevq.config import Device, GuidanceSchedule, Precision, SampleRun, SamplingSettings
+from mergevq.config import (
+    Device,
+    GuidanceSchedule,
+    SampleRun,
+    SamplingSettings,
+    Weights,
+)
 from mergevq.config_evaluate import (
+    FRACTIONS,
+    BaselineRecord,
+    GenerationRecord,
     GenerationSettings,
+    Numbers,
+    ReconstructionRecord,
     ReconstructionSettings,
+    ReferenceKind,
+    RobustnessRecord,
     RobustnessSettings,
     Subject,
     TrunkName,
 )
 
+Number = TypeVar("Number", int, float)
 
-def reconstruction(  # noqa: PLR0913 - each is an option
+Counts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="K,K,..")]
+"""An option that takes numbers with commas or spaces between them; see `whole_numbers`."""
+SubjectOptions = Annotated[Subject, tyro.conf.arg(name="")]
+_PLAIN = SamplingSettings()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingOptions:
+    """What samples, and how: options of `mergevq sample` and of `mergevq evaluate generation`."""
+
+    model: str = ""
+    """directory of the generator, or its Hugging Face id."""
+    tokenizer: str = ""
+    """directory of the tokenizer of its tokens, or its Hugging Face id; by default where it was
+    when the generator was trained."""
+    tokens: int | None = None
+    """K, one of those trained on; the generator's own by default."""
+    guidance: float = _PLAIN.guidance_scale
+    """scale of classifier-free guidance; 1 is none."""
+    guidance_schedule: GuidanceSchedule = _PLAIN.guidance_schedule
+    """how it rises from 1 as an image grows."""
+    guidance_power: float = _PLAIN.guidance_power
+    """exponent of the schedule `power`."""
+    guidance_interval: tuple[float, float] = _PLAIN.guidance_interval
+    """part of the sequence that is guided."""
+    temperature: tuple[float, ...] = (1.0,)
+    """one number, or one for each part of a token; 0 takes the most likely value."""
+    top_k: tuple[int, ...] = (0,)
+    """sample among the so many most likely values; 0 is all; one number, or one for each part."""
+    top_p: tuple[float, ...] = (1.0,)
+    """sample among the most likely values that together have this probability; one number, or one
+    for each part."""
+    steps: int | None = None
+    """of random order: forward passes, several tokens in each; one token each by default."""
+    budget: bool = True
+    """of merge order: hold an image to K distinct tokens."""
+    seed: int = 0
+    """of the run."""
+    weights: Weights = "float32"
+    """bf16 and int8 are faster, and change what is sampled a little."""
+    device: Device = "auto"
+    """where to compute."""
+
+    def run(self, *, num_images: int, batch_size: int) -> SampleRun:
+        """The run that these options ask for.
+
+        Raises:
+            ValueError: there is no generator, its tokenizer is not known, or a setting is wrong.
+        """
+        if not self.model:
+            raise ValueError("--model is missing: the directory of the generator")
+        tokenizer = self.tokenizer
+        if not tokenizer:
+            from mergevq.generation import known_tokenizer
+
+            tokenizer = known_tokenizer(self.model)
+        return SampleRun(
+            model=self.model,
+            tokenizer=tokenizer,
+            num_images=num_images,
+            num_kept=self.tokens,
+            seed=self.seed,
+            batch_size=batch_size,
+            weights=self.weights,
+            device=self.device,
+            settings=SamplingSettings(
+                guidance_scale=self.guidance,
+                guidance_schedule=self.guidance_schedule,
+                guidance_power=self.guidance_power,
+                guidance_interval=self.guidance_interval,
+                temperature=_one_or_several(self.temperature),
+                top_k=_one_or_several(self.top_k),
+                top_p=_one_or_several(self.top_p),
+                budget=self.budget,
+                num_steps=self.steps,
+            ),
+        )
+
+
+Sampling = Annotated[SamplingOptions, tyro.conf.arg(name="")]
+
+
+def reconstruction(
     *,
-    model: str,
-    data: str,
-    tokens: tuple[str, ...] = (),
+    subject: SubjectOptions,
+    tokens: Counts = (),
     out: Path = Path("evaluations/reconstruction"),
-    lpips: Path | None = None,
-    lpips_trunk: TrunkName = "alex",
-    extractor: Path | None = None,
     reference: Path | None = None,
-    image_size: int | None = None,
-    max_images: int | None = None,
     show: int = 4,
     baseline_images: int = 500,
-    batch_size: int = 64,
-    precision: Precision = "float32",
-    device: Device = "auto",
-    num_workers: int = 2,
 ) -> None:
     """Measure how well images come back, with the given and with the recovered source.
 
@@ -47,41 +134,18 @@ def reconstruction(  # noqa: PLR0913 - each is an option
     OUT/worst_best_K.png for each K. Under torchrun the processes share the images.
 
     Args:
-        model: directory of a tokenizer, or its Hugging Face id.
-        data: a folder of images, a parquet file, WebDataset shards, or `digits`.
+        subject: what is evaluated, and by what.
         tokens: K, one or several (36,64,144); the tokenizer's own if there are none.
         out: where the results go.
-        lpips: file or folder with LPIPS weights; LPIPS is left out without.
-        lpips_trunk: network of LPIPS.
-        extractor: TorchScript file for Frechet distance and feature cosine, which are left out
-            without. Only the Inception-2015 file gives a distance called FID.
         reference: statistics of the very images (`mergevq evaluate reference --kind
             reconstruction`); taken on the way without.
-        image_size: refuse a model that was not trained at so many pixels.
-        max_images: look at only so many, evenly spaced.
         show: worst and best images in a picture.
         baseline_images: images that JPEG and WebP compress too, evenly spaced; 0 for none.
-        batch_size: images at once, over all processes.
-        precision: of the model.
-        device: where to compute.
-        num_workers: loader processes; 0 loads in this one.
     """
     settings = ReconstructionSettings(
-        subject=Subject(
-            model=model,
-            data=data,
-            lpips=_text(lpips),
-            lpips_trunk=lpips_trunk,
-            extractor=_text(extractor),
-            image_size=image_size,
-            max_images=max_images,
-            batch_size=batch_size,
-            device=device,
-            precision=precision,
-            num_workers=num_workers,
-        ),
+        subject=subject,
         out=str(out),
-        num_kept=_numbers("tokens", tokens),
+        num_kept=whole_numbers("tokens", tokens),
         reference=_text(reference),
         num_shown=show,
         num_baseline_images=baseline_images,
@@ -91,67 +155,36 @@ def reconstruction(  # noqa: PLR0913 - each is an option
     record = evaluate_reconstruction(settings)
     if record is not None:
         print(reconstruction_table(record))
-        _print_left_out(record)
+        _print_unmeasured(record)
         print(f"results: {out}")
 
 
-def robustness(  # noqa: PLR0913 - each is an option
+def robustness(
     *,
-    model: str,
-    data: str,
+    subject: SubjectOptions,
     tokens: int | None = None,
-    fractions: tuple[str, ...] = ("0", "0.1", "0.3", "0.5", "0.7", "0.9"),
+    fractions: tuple[str, ...] = tuple(map(str, FRACTIONS)),
     radius: int | None = None,
     seed: int = 0,
     out: Path = Path("evaluations/robustness"),
-    lpips: Path | None = None,
-    lpips_trunk: TrunkName = "alex",
-    extractor: Path | None = None,
-    image_size: int | None = None,
-    max_images: int | None = None,
-    batch_size: int = 64,
-    precision: Precision = "float32",
-    device: Device = "auto",
-    num_workers: int = 2,
 ) -> None:
     """Measure what wrong tokens do to images: some are replaced by nearby codes, then decoded.
 
     Generators make such mistakes and encoders do not. Writes OUT/evaluation.json and
-    OUT/robustness.png. A fraction of 0 is the reconstruction.
+    OUT/robustness.png. A fraction of 0 is the reconstruction. With an extractor the mean of the
+    Frechet distances at 0.5 to 0.9 is given too: pFID, called after the extractor.
 
     Args:
-        model: directory of a tokenizer, or its Hugging Face id.
-        data: a folder of images, a parquet file, WebDataset shards, or `digits`.
+        subject: what is evaluated, and by what.
         tokens: K; the tokenizer's own by default.
         fractions: shares of the tokens that are replaced (0,0.5,0.9).
-        radius: most bits in which a replacement differs; by default the smallest with at least
-            200/4096 of the codebook within it.
+        radius: most bits in which a replacement differs; by default the three of pFID, which are
+            the smallest with at least 200, 280 and 360 of 4096 codes within them, and may be one.
         seed: of which tokens and which bits.
         out: where the results go.
-        lpips: file or folder with LPIPS weights; LPIPS is left out without.
-        lpips_trunk: network of LPIPS.
-        extractor: TorchScript file for Frechet distance and feature cosine, left out without.
-        image_size: refuse a model that was not trained at so many pixels.
-        max_images: look at only so many, evenly spaced.
-        batch_size: images at once, over all processes.
-        precision: of the model.
-        device: where to compute.
-        num_workers: loader processes; 0 loads in this one.
     """
     settings = RobustnessSettings(
-        subject=Subject(
-            model=model,
-            data=data,
-            lpips=_text(lpips),
-            lpips_trunk=lpips_trunk,
-            extractor=_text(extractor),
-            image_size=image_size,
-            max_images=max_images,
-            batch_size=batch_size,
-            device=device,
-            precision=precision,
-            num_workers=num_workers,
-        ),
+        subject=subject,
         out=str(out),
         num_kept=tokens,
         fractions=_fractions(fractions),
@@ -163,7 +196,8 @@ def robustness(  # noqa: PLR0913 - each is an option
     record = evaluate_robustness(settings)
     if record is not None:
         print(robustness_table(record))
-        _print_left_out(record)
+        _print_unmeasured(record)
+        _print_left_out(record["left_out"])
         print(f"results: {out}")
 
 
@@ -171,7 +205,7 @@ def reference(  # noqa: PLR0913 - each is an option
     *,
     data: str,
     out: Path,
-    kind: Literal["reconstruction", "generation"],
+    kind: ReferenceKind,
     extractor: Path,
     image_size: int,
     max_images: int | None = None,
@@ -228,8 +262,7 @@ def generation(  # noqa: PLR0913 - each is an option
     *,
     reference: Path,
     extractor: Path,
-    model: str = "",
-    tokenizer: str = "",
+    sampling: Sampling,
     # torchrun takes --num for an abbreviation of an option of its own.
     num: Annotated[int, tyro.conf.arg(aliases=["--num-images"])] = 50_000,
     samples: Path | None = None,
@@ -238,18 +271,7 @@ def generation(  # noqa: PLR0913 - each is an option
     data: str | None = None,
     neighbours: int = 8,
     npz: tyro.conf.FlagCreatePairsOff[bool] = False,
-    tokens: int | None = None,
-    guidance: float = 1.0,
-    guidance_schedule: GuidanceSchedule = "constant",
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    steps: int | None = None,
-    budget: bool = True,
-    seed: int = 0,
     batch_size: int = 64,
-    device: Device = "auto",
 ) -> None:
     """Sample images, as many of each class, and compare them with the training set.
 
@@ -263,8 +285,7 @@ def generation(  # noqa: PLR0913 - each is an option
             or an `.npz` of the ADM evaluator.
         extractor: TorchScript file of the network that sees the images. Only the Inception-2015
             file gives numbers called FID, Inception score and KID.
-        model: directory of the generator, or its Hugging Face id.
-        tokenizer: directory of the tokenizer of its tokens, or its Hugging Face id.
+        sampling: what samples, and how.
         num: images, of class 0, 1, .. in turn; a multiple of the classes makes them uniform. Under
             torchrun it is called --num-images.
         samples: evaluate these instead, a folder of images or an `.npz` with arr_0.
@@ -273,45 +294,11 @@ def generation(  # noqa: PLR0913 - each is an option
         data: training images, to show the nearest of them beside some samples.
         neighbours: samples shown so.
         npz: also write OUT/samples.npz (arr_0), as the ADM evaluator reads it.
-        tokens: K, one of those trained on; the generator's own by default.
-        guidance: scale of classifier-free guidance; 1 is none.
-        guidance_schedule: how it rises from 1 as an image grows.
-        guidance_interval: part of the sequence that is guided.
-        temperature: 0 takes the most likely value.
-        top_k: sample among the so many most likely values; 0 is all.
-        top_p: sample among the most likely values that together have this probability.
-        steps: of random order: forward passes; one for each token by default.
-        budget: of merge order: hold an image to K distinct tokens.
-        seed: of the samples.
         batch_size: images at once.
-        device: where to compute.
-
-    Raises:
-        ValueError: a generator without its tokenizer.
     """
-    if bool(model) != bool(tokenizer):
-        raise ValueError("--model and --tokenizer must be given together")
     run = None
-    if model:
-        run = SampleRun(
-            model=model,
-            tokenizer=tokenizer,
-            num_images=num,
-            num_kept=tokens,
-            seed=seed,
-            batch_size=batch_size,
-            device=device,
-            settings=SamplingSettings(
-                guidance_scale=guidance,
-                guidance_schedule=guidance_schedule,
-                guidance_interval=guidance_interval,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                budget=budget,
-                num_steps=steps,
-            ),
-        )
+    if sampling.model or sampling.tokenizer:
+        run = sampling.run(num_images=num, batch_size=batch_size)
     settings = GenerationSettings(
         reference=str(reference),
         extractor=str(extractor),
@@ -323,32 +310,71 @@ def generation(  # noqa: PLR0913 - each is an option
         num_looked_up=neighbours,
         write_array=npz,
         batch_size=batch_size,
-        device=device,
+        device=sampling.device,
     )
     from mergevq.evaluate_generation import evaluate_generation
 
     record = evaluate_generation(settings)
     if record is not None:
-        print(generation_table(record))
-        for text in record["left_out"]:
-            print(f"without {text}")
+        print(_numbers_table(record))
+        if record["logit_error"] is not None:
+            print(logit_error_line(sampling.weights, record["logit_error"]))
+        _print_left_out(record["left_out"])
         print(f"results: {out}")
+
+
+def selftest(
+    *,
+    extractor: Path | None = None,
+    lpips: Path | None = None,
+    lpips_trunk: TrunkName = "alex",
+    device: Device = "auto",
+) -> None:
+    """Check the metrics on this machine where the answer is known.
+
+    Images that come back exactly have infinite PSNR, SSIM 1, LPIPS 0 and a Frechet distance below
+    0.001; of two Gaussians the distance is that of the closed form. Ends with an error if not.
+
+    Args:
+        extractor: TorchScript file whose Frechet distance is checked too.
+        lpips: file or folder with LPIPS weights, to check them too.
+        lpips_trunk: network of LPIPS.
+        device: where to compute.
+
+    Raises:
+        RuntimeError: a metric is wrong.
+    """
+    from mergevq.evaluate import check_metrics
+
+    checks = check_metrics(_text(extractor), _text(lpips), lpips_trunk, device)
+    rows = [["metric", "found", "must be", ""]]
+    rows += [
+        [check.name, f"{check.found:.6g}", check.wanted, "ok" if check.passed else "WRONG"]
+        for check in checks
+    ]
+    print(_columns(rows))
+    wrong = [check.name for check in checks if not check.passed]
+    if wrong:
+        raise RuntimeError(
+            f"{', '.join(wrong)}: not what it must be; no result here is to be trusted"
+        )
 
 
 # ------------------------------------------------------------------------------------ tables
 
 
-def reconstruction_table(record: Mapping[str, Any]) -> str:
+def reconstruction_table(record: ReconstructionRecord) -> str:
     """The numbers of an evaluation, a column for each K."""
     results = record["results"]
     rows = [["", *(f"K = {result['num_kept']}" for result in results)]]
-    names = [
-        name for r in results for part in ("given", "recovered") for name in r[part]["metrics"]
-    ]
+    parts = {
+        "given": [result["given"] for result in results],
+        "recovered": [result["recovered"] for result in results],
+    }
+    names = [name for numbers in parts.values() for each in numbers for name in each["metrics"]]
     for name in dict.fromkeys(names):
-        for source in ("given", "recovered"):
-            values = [_number(result[source], name) for result in results]
-            rows.append([f"{name}, {source}", *values])
+        for source, numbers in parts.items():
+            rows.append([f"{name}, {source}", *(_number(each, name) for each in numbers)])
     rows.append(["source accuracy", *(f"{r['source_accuracy']:.4f}" for r in results)])
     for name in ("usage", "perplexity"):
         rows.append([f"codebook {name}", *(f"{r['codebook'][name]:.4g}" for r in results)])
@@ -370,7 +396,7 @@ def reconstruction_table(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _baseline_rows(baselines: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def _baseline_rows(baselines: Sequence[BaselineRecord]) -> list[list[str]]:
     """JPEG and WebP at the bytes of each K."""
     rows = [["whole files", "budget", "bytes", "psnr", "above budget"]]
     rows += [
@@ -386,32 +412,38 @@ def _baseline_rows(baselines: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def robustness_table(record: Mapping[str, Any]) -> str:
-    """The numbers of a curve, a row for each fraction."""
+def robustness_table(record: RobustnessRecord) -> str:
+    """The numbers of a curve, a row for each fraction in each ball."""
     results = record["results"]
     names = list(results[0]["metrics"])
-    rows = [["fraction", "tokens", *names]]
+    rows = [["fraction", "bits", "tokens", *names]]
     rows += [
         [
             f"{result['fraction']:g}",
+            "-" if result["radius"] is None else str(result["radius"]),
             str(result["num_replaced"]),
             *(_number(result, name) for name in names),
         ]
         for result in results
     ]
-    ball = (
-        f"replaced by codes of at most {record['radius']} other bits, "
-        f"{record['ball_share']:.3%} of the codebook"
-    )
-    return "\n".join([_columns(rows), "", ball])
+    lines = [_columns(rows), ""]
+    for ball in record["balls"]:
+        stands = f", for {' and '.join(map(str, ball['neighbours']))} of 4096"
+        lines.append(
+            f"replaced by codes of at most {ball['radius']} other bits, {ball['share']:.3%} of the "
+            f"codebook{stands if ball['neighbours'] else ''}"
+        )
+    if record["metrics"]:
+        lines += ["", _numbers_table(record)]
+    return "\n".join(lines)
 
 
-def generation_table(record: Mapping[str, Any]) -> str:
-    """The numbers of an evaluation, a row each."""
+def _numbers_table(record: GenerationRecord | RobustnessRecord) -> str:
+    """The numbers of an evaluation as a whole, a row each."""
     return _columns([[name, _number(record, name)] for name in record["metrics"]])
 
 
-def _number(part: Mapping[str, Any], name: str) -> str:
+def _number(part: Numbers, name: str) -> str:
     """A number as text; infinite ones say so."""
     if name in part["infinite"]:
         return "inf"
@@ -430,12 +462,23 @@ def _columns(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _print_left_out(record: Mapping[str, Any]) -> None:
-    """Say what was not measured, and why."""
+def _print_unmeasured(record: ReconstructionRecord | RobustnessRecord) -> None:
+    """Say which networks were not given."""
     if record["lpips"] is None:
         print("without LPIPS: give its weights with --lpips")
     if record["extractor"] is None:
         print("without Frechet distance and feature cosine: give a network with --extractor")
+
+
+def _print_left_out(texts: Sequence[str]) -> None:
+    """Say what was not measured, and why."""
+    for text in texts:
+        print(f"without {text}")
+
+
+def logit_error_line(weights: Weights, error: float) -> str:
+    """What weights of fewer bits cost, in words."""
+    return f"{weights} weights: logits are off by {error:.2%} of their spread"
 
 
 # ------------------------------------------------------------------------------- what is read
@@ -446,7 +489,7 @@ def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
 
-def _numbers(name: str, texts: Sequence[str]) -> tuple[int, ...]:
+def whole_numbers(name: str, texts: Sequence[str]) -> tuple[int, ...]:
     """Whole numbers, separated by commas or spaces.
 
     Raises:
@@ -456,8 +499,13 @@ def _numbers(name: str, texts: Sequence[str]) -> tuple[int, ...]:
         return tuple(int(part) for text in texts for part in text.split(",") if part.strip())
     except ValueError:
         raise ValueError(
-            f"{name} ({' '.join(texts)}) must be whole numbers: --{name} 36,64,144"
+            f"{name} ({' '.join(texts)}) must be whole numbers: --{name} 16,20"
         ) from None
+
+
+def _one_or_several(numbers: tuple[Number, ...]) -> Number | tuple[Number, ...]:
+    """A single number for all parts of a token, or one for each."""
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def _fractions(texts: Sequence[str]) -> tuple[float, ...]:
@@ -478,5 +526,6 @@ def _fractions(texts: Sequence[str]) -> tuple[float, ...]:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    command.__name__: command for command in (reconstruction, generation, reference, robustness)
+    command.__name__: command
+    for command in (reconstruction, generation, reference, robustness, selftest)
 }

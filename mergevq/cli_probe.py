@@ -4,8 +4,8 @@ As in `mergevq.cli`, a signature is the options, a docstring is the help, and wh
 imported inside.
 """
 
-import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,31 +23,101 @@ from mergevq.config_probe import (
 )
 
 Counts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="K,K,..")]
+"""An option that takes numbers with commas or spaces between them; see `_counts`."""
+_FEATURES = FeatureConfig()
 
 
-def linear(  # noqa: PLR0913 - each is an option
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SubjectOptions:
+    """What is probed, on which images: options of every probe."""
+
+    model: str
+    """directory of a tokenizer, or its Hugging Face id."""
+    data: str
+    """labelled images: a folder with a sub-folder per class, parquet files, WebDataset shards, or
+    `digits`."""
+    val_data: str | None = None
+    """the same for testing; without it a share of `data` is held out."""
+    val_fraction: float = 0.2
+    """share of `data` to test on, without `val_data`; by default as the small recipes hold out."""
+    max_images: int | None = None
+    """use only so many training and so many test images, evenly spaced."""
+    tokens: Counts = ()
+    """K, one or several, as in 36,144; the tokenizer's own if there are none. Merging off is always
+    added."""
+    seed: int = 0
+    """of every random number."""
+    device: Device = "auto"
+    """where to compute."""
+    num_workers: int = 2
+    """loader processes; 0 loads in this one."""
+
+    def run(
+        self, method: LinearConfig | KnnConfig | FinetuneConfig, features: FeatureConfig, out: Path
+    ) -> ProbeRun:
+        """The probe that these options ask for."""
+        return ProbeRun(
+            model=self.model,
+            out=str(out),
+            method=method,
+            data=DataConfig(
+                path=self.data,
+                val_path=self.val_data,
+                val_fraction=self.val_fraction,
+                num_workers=self.num_workers,
+            ),
+            features=features,
+            max_images=self.max_images,
+            seed=self.seed,
+            device=self.device,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureOptions:
+    """Which frozen features are probed: options of the linear and of the k-NN probe."""
+
+    stages: tuple[Stage, ...] = _FEATURES.stages
+    """where features are taken: before merging, merged, copied back to the grid, before
+    quantization, codes."""
+    pools: tuple[ImagePool, ...] = _FEATURES.pools
+    """class token, mean over tokens, mean over grid cells."""
+    layers: tuple[int, ...] = ()
+    """encoder blocks to run; all if there are none."""
+    pixel_side: int = _FEATURES.pixel_side
+    """raw pixels are averaged until images are at most this wide and high."""
+    pca_dim: int | None = None
+    """principal components; as many as the encoder has channels if not given."""
+    image_batch_size: int = _FEATURES.batch_size
+    """images encoded at once."""
+
+    def config(self, tokens: tuple[str, ...]) -> FeatureConfig:
+        """The features that these options ask for, at each K."""
+        return FeatureConfig(
+            num_kept=_counts(tokens),
+            stages=self.stages,
+            pools=self.pools,
+            layers=self.layers,
+            pixel_side=self.pixel_side,
+            pca_dim=self.pca_dim,
+            batch_size=self.image_batch_size,
+        )
+
+
+Subject = Annotated[SubjectOptions, tyro.conf.arg(name="")]
+Features = Annotated[FeatureOptions, tyro.conf.arg(name="")]
+
+
+def linear(
     *,
-    model: str,
-    data: str,
-    val_data: str | None = None,
+    subject: Subject,
+    features: Features,
     out: Path = Path("probes/linear"),
-    tokens: Counts = (),
-    stages: tuple[Stage, ...] = FeatureConfig().stages,
-    pools: tuple[ImagePool, ...] = FeatureConfig().pools,
-    layers: tuple[int, ...] = (),
     rates: tuple[float, ...] = LinearConfig().rates,
     epochs: int = 90,
     batch_size: int | None = 1024,
     weight_decay: float = 0.0,
     held_out_fraction: float = 0.2,
-    val_fraction: float = 0.2,
-    max_images: int | None = None,
-    pixel_side: int = 32,
-    pca_dim: int | None = None,
-    image_batch_size: int = 64,
-    seed: int = 0,
-    device: Device = "auto",
-    num_workers: int = 2,
 ) -> None:
     """Train a linear classifier on frozen features, beside raw pixels and their PCA.
 
@@ -55,31 +125,14 @@ def linear(  # noqa: PLR0913 - each is an option
     Each learning rate is tried; held-out training images choose, and OUT/probe.json has all.
 
     Args:
-        model: directory of a tokenizer, or its Hugging Face id.
-        data: labelled images: a folder with a sub-folder per class, parquet files, WebDataset
-            shards, or `digits`.
-        val_data: the same for testing; without it a share of `data` is held out.
+        subject: what is probed, on which images.
+        features: which features.
         out: new directory for the record and the confusion matrices.
-        tokens: K, one or several, as in 36,144; the tokenizer's own if there are none. Merging off
-            is always added.
-        stages: where features are taken: before merging, merged, copied back to the grid, before
-            quantization, codes.
-        pools: class token, mean over tokens, mean over grid cells.
-        layers: encoder blocks to run; all if there are none.
         rates: peak learning rates of AdamW.
         epochs: passes over the training images.
         batch_size: images per step, but at least 8 steps an epoch; None is all images at once.
         weight_decay: on the weights.
         held_out_fraction: share of the training images that chooses the rate.
-        val_fraction: share of `data` to test on, without `val_data`; by default as the small
-            recipes hold out.
-        max_images: use only so many training and so many test images, evenly spaced.
-        pixel_side: raw pixels are averaged until images are at most this wide and high.
-        pca_dim: principal components; as many as the encoder has channels if not given.
-        image_batch_size: images encoded at once.
-        seed: of every random number.
-        device: where to compute.
-        num_workers: loader processes; 0 loads in this one.
     """
     method = LinearConfig(
         rates=rates,
@@ -88,53 +141,17 @@ def linear(  # noqa: PLR0913 - each is an option
         batch_size=batch_size,
         weight_decay=weight_decay,
     )
-    features = FeatureConfig(
-        num_kept=_counts(tokens),
-        stages=stages,
-        pools=pools,
-        layers=layers,
-        pixel_side=pixel_side,
-        pca_dim=pca_dim,
-        batch_size=image_batch_size,
-    )
-    images = DataConfig(
-        path=data, val_path=val_data, val_fraction=val_fraction, num_workers=num_workers
-    )
-    _run(
-        ProbeRun(
-            model=model,
-            out=str(out),
-            method=method,
-            data=images,
-            features=features,
-            max_images=max_images,
-            seed=seed,
-            device=device,
-        )
-    )
+    _run(subject.run(method, features.config(subject.tokens), out))
 
 
-def knn(  # noqa: PLR0913 - each is an option
+def knn(
     *,
-    model: str,
-    data: str,
-    val_data: str | None = None,
+    subject: Subject,
+    features: Features,
     out: Path = Path("probes/knn"),
     k: tuple[int, ...] = KnnConfig().num_neighbours,
     temperature: float = 0.07,
     leave_one_out: tyro.conf.FlagCreatePairsOff[bool] = False,
-    tokens: Counts = (),
-    stages: tuple[Stage, ...] = FeatureConfig().stages,
-    pools: tuple[ImagePool, ...] = FeatureConfig().pools,
-    layers: tuple[int, ...] = (),
-    val_fraction: float = 0.2,
-    max_images: int | None = None,
-    pixel_side: int = 32,
-    pca_dim: int | None = None,
-    image_batch_size: int = 64,
-    seed: int = 0,
-    device: Device = "auto",
-    num_workers: int = 2,
 ) -> None:
     """Classify by a vote of the nearest training images, beside raw pixels and their PCA.
 
@@ -142,64 +159,21 @@ def knn(  # noqa: PLR0913 - each is an option
     Writes confusion matrices, and pictures of queries beside their neighbours.
 
     Args:
-        model: directory of a tokenizer, or its Hugging Face id.
-        data: labelled images: a folder with a sub-folder per class, parquet files, WebDataset
-            shards, or `digits`.
-        val_data: the same for testing; without it a share of `data` is held out.
+        subject: what is probed, on which images.
+        features: which features.
         out: new directory for the record and the pictures.
         k: number of neighbours that vote, one or several.
         temperature: low lets the nearest decide.
         leave_one_out: classify each image of `data` by all others, instead of testing on others.
-        tokens: K, one or several, as in 36,144; the tokenizer's own if there are none. Merging off
-            is always added.
-        stages: where features are taken: before merging, merged, copied back to the grid, before
-            quantization, codes.
-        pools: class token, mean over tokens, mean over grid cells.
-        layers: encoder blocks to run; all if there are none.
-        val_fraction: share of `data` to test on, without `val_data`; by default as the small
-            recipes hold out.
-        max_images: use only so many training and so many test images, evenly spaced.
-        pixel_side: raw pixels are averaged until images are at most this wide and high.
-        pca_dim: principal components; as many as the encoder has channels if not given.
-        image_batch_size: images encoded at once.
-        seed: of every random number.
-        device: where to compute.
-        num_workers: loader processes; 0 loads in this one.
     """
     method = KnnConfig(num_neighbours=k, temperature=temperature, leave_one_out=leave_one_out)
-    features = FeatureConfig(
-        num_kept=_counts(tokens),
-        stages=stages,
-        pools=pools,
-        layers=layers,
-        pixel_side=pixel_side,
-        pca_dim=pca_dim,
-        batch_size=image_batch_size,
-    )
-    images = DataConfig(
-        path=data, val_path=val_data, val_fraction=val_fraction, num_workers=num_workers
-    )
-    _run(
-        ProbeRun(
-            model=model,
-            out=str(out),
-            method=method,
-            data=images,
-            features=features,
-            max_images=max_images,
-            seed=seed,
-            device=device,
-        )
-    )
+    _run(subject.run(method, features.config(subject.tokens), out))
 
 
 def finetune(  # noqa: PLR0913 - each is an option
     *,
-    model: str,
-    data: str,
-    val_data: str | None = None,
+    subject: Subject,
     out: Path = Path("probes/finetune"),
-    tokens: Counts = (),
     stage: Stage = "merged",
     pool: ImagePool = "mean",
     epochs: int = 100,
@@ -213,11 +187,6 @@ def finetune(  # noqa: PLR0913 - each is an option
     augmentation: Literal["none", "crop", "resized_crop"] = "resized_crop",
     precision: Precision = "auto",
     linear_epochs: int = 90,
-    val_fraction: float = 0.2,
-    max_images: int | None = None,
-    seed: int = 0,
-    device: Device = "auto",
-    num_workers: int = 2,
 ) -> None:
     """Train encoder and classifier on labels end to end, once for each K.
 
@@ -225,13 +194,8 @@ def finetune(  # noqa: PLR0913 - each is an option
     The fine-tuned weights are not kept.
 
     Args:
-        model: directory of a tokenizer, or its Hugging Face id.
-        data: labelled images: a folder with a sub-folder per class, parquet files, WebDataset
-            shards, or `digits`.
-        val_data: the same for testing; without it a share of `data` is held out.
+        subject: what is probed, on which images.
         out: new directory for the record and the confusion matrices.
-        tokens: K, one or several, as in 36,144; the tokenizer's own if there are none. Merging off
-            is always added.
         stage: where the classifier is attached: before merging, merged, copied back to the grid,
             before quantization, codes.
         pool: class token, mean over tokens, mean over grid cells.
@@ -247,12 +211,6 @@ def finetune(  # noqa: PLR0913 - each is an option
             are mirrored half of the time, which letters and digits do not bear.
         precision: of training.
         linear_epochs: passes of the linear probes beside it.
-        val_fraction: share of `data` to test on, without `val_data`; by default as the small
-            recipes hold out.
-        max_images: use only so many training and so many test images, evenly spaced.
-        seed: of every random number.
-        device: where to compute.
-        num_workers: loader processes; 0 loads in this one.
     """
     method = FinetuneConfig(
         stage=stage,
@@ -269,21 +227,7 @@ def finetune(  # noqa: PLR0913 - each is an option
         precision=precision,
         linear=LinearConfig(num_epochs=linear_epochs),
     )
-    images = DataConfig(
-        path=data, val_path=val_data, val_fraction=val_fraction, num_workers=num_workers
-    )
-    _run(
-        ProbeRun(
-            model=model,
-            out=str(out),
-            method=method,
-            data=images,
-            features=FeatureConfig(num_kept=_counts(tokens)),
-            max_images=max_images,
-            seed=seed,
-            device=device,
-        )
-    )
+    _run(subject.run(method, FeatureConfig(num_kept=_counts(subject.tokens)), out))
 
 
 COMMANDS: dict[str, Callable[..., object]] = {
@@ -292,19 +236,7 @@ COMMANDS: dict[str, Callable[..., object]] = {
 
 
 def _run(run: ProbeRun) -> None:
-    """Probe, and print what came out.
-
-    Raises:
-        ValueError: there are several processes, or see `mergevq.probing.probe`.
-    """
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if world_size != "1":
-        raise ValueError(
-            f"a probe runs in one process, and there are {world_size} (WORLD_SIZE): its features "
-            "are kept in the memory of one; start it without torchrun"
-        )
-    # Threads that wait for the next small operator sleep instead of spinning, as in every command.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    """Probe, and print what came out."""
     from mergevq.probing import RECORD, probe, summary
 
     record = probe(run)

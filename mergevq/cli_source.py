@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mergevq.config import Device, Precision
 from mergevq.config_source import SourceRun
+from mergevq.terminal import let_threads_sleep
 
 
 def finetune_source(  # noqa: PLR0913 - each is an option
@@ -54,6 +55,7 @@ def finetune_source(  # noqa: PLR0913 - each is an option
         device: where to compute.
         seed: of every random number.
     """
+    let_threads_sleep()
     from mergevq.train_source import finetune_source as finetune
 
     optim = replace(SourceRun().optim, lr=lr)

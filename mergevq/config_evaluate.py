@@ -1,12 +1,16 @@
-"""Every setting of an evaluation: `mergevq evaluate`; no torch."""
+"""Every setting of an evaluation, and every key of its record: `mergevq evaluate`; no torch."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal, TypedDict
 
-from mergevq.config import Device, Precision, SampleRun
+from mergevq.config import Device, Precision, SampleRun, TokenizerConfig
 
 TrunkName = Literal["vgg", "alex", "squeeze"]
 """Networks of LPIPS."""
+ReferenceKind = Literal["reconstruction", "generation"]
+"""What a reference is compared with: the very images that went in, or a training set."""
+FRACTIONS = (0.0, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Shares of wrong tokens: none, few, and those whose mean `evaluate robustness` gives."""
 
 
 def _require(condition: bool, message: str) -> None:  # noqa: FBT001 - reads as an assertion
@@ -22,13 +26,14 @@ class Subject:
     model: str
     """Directory of a tokenizer, or its Hugging Face id."""
     data: str
-    """See `DataConfig.path`."""
+    """A folder of images, a parquet file, WebDataset shards, or `digits`."""
     lpips: str | None = None
     """File or folder with the LPIPS weights; None leaves LPIPS out."""
     lpips_trunk: TrunkName = "alex"
     """Network of LPIPS."""
     extractor: str | None = None
-    """TorchScript file for Frechet distance and feature cosine; None leaves them out."""
+    """TorchScript file for Frechet distance and feature cosine; None leaves them out. Only the
+    Inception-2015 file gives a distance called FID."""
     image_size: int | None = None
     """Side the model must have been trained at, in pixels; None accepts any."""
     max_images: int | None = None
@@ -83,10 +88,11 @@ class RobustnessSettings:
     """Directory of results; must not hold any."""
     num_kept: int | None = None
     """K; None is the tokenizer's own."""
-    fractions: tuple[float, ...] = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
+    fractions: tuple[float, ...] = FRACTIONS
     """Shares of the tokens that are replaced."""
     radius: int | None = None
-    """Most bits that differ; None is the smallest whose ball has 200 of 4,096 codes or more."""
+    """Most bits that differ; None is each of the smallest whose balls have 200, 280 and 360 of
+    4,096 codes or more."""
     seed: int = 0
     """Of which tokens and which bits."""
 
@@ -128,7 +134,7 @@ class GenerationSettings:
         """Reject both or neither of what samples and what is there."""
         _require(
             (self.run is None) != (self.samples is None),
-            "either a generator (--model and --tokenizer) or --samples is needed, not both",
+            "either a generator (--model) or --samples is needed, not both",
         )
         _require(
             self.classifier is None or self.run is not None,
@@ -136,3 +142,211 @@ class GenerationSettings:
         )
         for name in ("batch_size", "num_looked_up"):
             _require(getattr(self, name) >= 1, f"{name} ({getattr(self, name)}) must be at least 1")
+
+
+# ------------------------------------------------------------------------------- what is written
+
+
+class Numbers(TypedDict):
+    """Metrics as JSON, which has no word for infinity."""
+
+    metrics: dict[str, float | None]
+    """By name; infinite ones are null."""
+    infinite: list[str]
+    """Names of those."""
+
+
+class ExtractorRecord(TypedDict):
+    """Which network saw the images."""
+
+    name: str
+    path: str
+    sha256: str
+    dim: int
+
+
+class LpipsRecord(TypedDict):
+    """Which LPIPS compared them."""
+
+    trunk: TrunkName
+    sha256: str
+
+
+class ReferenceRecord(TypedDict):
+    """What a reference says about itself, in its file: `mergevq evaluate reference`."""
+
+    kind: ReferenceKind
+    extractor: str
+    extractor_sha256: str
+    data: str
+    pixels_sha256: str
+    num_images: int
+    image_size: int
+    crop: str
+
+
+class ForeignReference(TypedDict):
+    """A reference of another tool, which says nothing about itself."""
+
+    path: str
+    sha256: str
+
+
+class OwnReference(ForeignReference, ReferenceRecord):
+    """A reference of this one, or images that were described on the way."""
+
+
+class ModelRecord(TypedDict):
+    """Which tokenizer was evaluated."""
+
+    path: str
+    hash: str
+    config: Annotated[dict[str, Any], TokenizerConfig]
+
+
+class DataRecord(TypedDict):
+    """Which images it was evaluated on."""
+
+    path: str
+    num_images: int
+    num_unreadable: int
+    pixels_sha256: str
+    """Over the images after the crop."""
+    image_size: int
+    crop: str
+
+
+class EvaluationRecord(TypedDict):
+    """Of every evaluation."""
+
+    format_version: int
+    world_size: int
+    command: str
+    environment: dict[str, Any]
+    """Versions, commit and machine: `mergevq.run.environment`."""
+
+
+class SubjectRecord(TypedDict):
+    """Of every evaluation of a tokenizer."""
+
+    model: ModelRecord
+    data: DataRecord
+    lpips: LpipsRecord | None
+    extractor: ExtractorRecord | None
+    precision: str
+
+
+class CodebookRecord(TypedDict):
+    """How tokens use the codebook."""
+
+    usage: float
+    attained: float
+    perplexity: float
+    num_tokens: int
+    bit_probs: list[float]
+
+
+class BitsRecord(TypedDict):
+    """Bits of one image."""
+
+    tokens: float
+    source: float
+    total: float
+    per_pixel: float
+
+
+class ExtremeRecord(Numbers):
+    """One of the worst or best images."""
+
+    image: str
+
+
+class ReconstructionResult(TypedDict):
+    """What was found at one K."""
+
+    num_kept: int
+    given: Numbers
+    recovered: Numbers
+    source_accuracy: float
+    codebook: CodebookRecord
+    bits: BitsRecord
+    worst: list[ExtremeRecord]
+    best: list[ExtremeRecord]
+    images_per_second: float
+
+
+class BaselineRecord(Numbers):
+    """Files of another format at the bytes of one K."""
+
+    file_format: str
+    budget_bytes: int
+    mean_bytes: float
+    num_images: int
+    num_above_budget: int
+
+
+class ReconstructionRecord(EvaluationRecord, SubjectRecord):
+    """`evaluation.json` of `mergevq evaluate reconstruction`."""
+
+    kind: Literal["reconstruction evaluation"]
+    settings: Annotated[dict[str, Any], ReconstructionSettings]
+    reference: OwnReference | None
+    results: list[ReconstructionResult]
+    baselines: list[BaselineRecord]
+
+
+class BallRecord(TypedDict):
+    """The codes that may replace one."""
+
+    radius: int
+    """Most bits in which they differ from it."""
+    share: float
+    """Of the codebook."""
+    neighbours: list[int]
+    """Which of the paper's numbers of neighbours, among 4,096 codes, it stands for."""
+
+
+class RobustnessResult(Numbers):
+    """What was found at one fraction in one ball."""
+
+    fraction: float
+    radius: int | None
+    """None where nothing is replaced."""
+    num_replaced: int
+
+
+class RobustnessRecord(EvaluationRecord, SubjectRecord, Numbers):
+    """`evaluation.json` of `mergevq evaluate robustness`; its metrics are over all results."""
+
+    kind: Literal["robustness evaluation"]
+    settings: Annotated[dict[str, Any], RobustnessSettings]
+    balls: list[BallRecord]
+    results: list[RobustnessResult]
+    left_out: list[str]
+
+
+class SamplesRecord(TypedDict):
+    """Which samples were evaluated."""
+
+    num_images: int
+    size: list[int]
+    pixels_sha256: str
+    array: str | None
+
+
+class GenerationRecord(EvaluationRecord, Numbers):
+    """`evaluation.json` of `mergevq evaluate generation`."""
+
+    kind: Literal["generation evaluation"]
+    settings: Annotated[dict[str, Any], GenerationSettings]
+    generator: str | None
+    """Hash; None where samples were given."""
+    tokenizer: str | None
+    logit_error: float | None
+    """Of the weights that sampled; None for those of the file."""
+    samples: SamplesRecord
+    extractor: ExtractorRecord
+    classifier: ExtractorRecord | None
+    reference: OwnReference | ForeignReference
+    left_out: list[str]
+    nearest_distances: list[list[float]] | None

@@ -1,4 +1,4 @@
-"""Settings of the probes of a representation; as in `mergevq.config` without torch.
+"""Settings of the probes of a representation, and the keys of their records; without torch.
 
 Source: Li et al. 2025, "MergeVQ", appendix A.4 (arXiv:2504.00999), which names a linear probe of 90
 epochs of AdamW at batch 1024 and fine-tuning of 100 epochs at the same batch, both without merging;
@@ -7,10 +7,11 @@ Caron et al. 2021, "Emerging Properties in Self-Supervised Vision Transformers",
 of fine-tuning.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Any, Literal, TypedDict
 
-from mergevq.config import DataConfig, Device, Precision
+from mergevq.config import DataConfig, Device, Precision, TokenizerConfig
 
 Stage = Literal["pre_merge", "merged", "unmerged", "latents", "quantized"]
 """Where in the tokenizer features are taken.
@@ -196,3 +197,105 @@ class ProbeRun:
             self.max_images is None or self.max_images >= 2,
             f"max_images ({self.max_images}) must be at least 2, or None for all",
         )
+
+
+# ------------------------------------------------------------------------------- what is written
+
+
+class ProbedModel(TypedDict):
+    """Which tokenizer was probed."""
+
+    sha256: str
+    config: Annotated[dict[str, Any], TokenizerConfig]
+    teacher: str | None
+    """What its class token was aligned with; None if its training run is not there."""
+
+
+class ProbedImages(TypedDict):
+    """Images to learn from, or to be tested on."""
+
+    num_images: int
+    num_broken: int
+    sha256: str
+    """Over the images after the crop."""
+
+
+class ProbedData(TypedDict):
+    """Both sets; the same one when one image is left out at a time."""
+
+    class_names: list[str]
+    num_unseen_class: int
+    """Test images of classes that no training image has."""
+    most_frequent_class_accuracy: float
+    train: ProbedImages
+    val: ProbedImages
+    num_in_both: int | None
+    """Test images that are training images too; None when one is left out at a time."""
+
+
+class ScoredRow(TypedDict):
+    """Accuracies and confusions of one feature."""
+
+    name: str
+    accuracy: float
+    standard_error: float
+    top5_accuracy: float | None
+    confusion: list[str]
+    """Counts by predicted class, a line for each class."""
+    pictures: list[str]
+    dim: int
+    """Channels."""
+
+
+class SweptRate(TypedDict):
+    """One learning rate of a linear probe."""
+
+    rate: float
+    held_out_accuracy: float
+    accuracy: float
+
+
+class LinearRow(ScoredRow):
+    """A linear probe."""
+
+    rate: float
+    rate_at_edge: bool
+    sweep: list[SweptRate]
+
+
+class NumNeighbours(TypedDict):
+    """One k."""
+
+    k: int
+    accuracy: float
+
+
+class KnnRow(ScoredRow):
+    """A vote of neighbours; its accuracy is of the first k."""
+
+    by_k: list[NumNeighbours]
+
+
+class FinetuneRow(ScoredRow):
+    """A fine-tuned encoder."""
+
+    rate: float
+    num_steps: int
+    batch_size: int
+    num_skipped_steps: int
+    losses: list[float]
+
+
+class ProbeRecord(TypedDict):
+    """`probe.json`."""
+
+    format_version: int
+    kind: Literal["probe"]
+    method: Literal["linear", "knn", "finetune"]
+    run: Annotated[dict[str, Any], ProbeRun]
+    model: ProbedModel
+    data: ProbedData
+    environment: dict[str, Any]
+    """Versions, commit and machine: `mergevq.run.environment`."""
+    rows: Sequence[LinearRow | KnnRow | FinetuneRow]
+    """One for each feature; of fine-tuning, linear ones of frozen features before."""

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -27,16 +27,36 @@ from mergevq import distributed
 from mergevq.baselines import FILE_FORMATS, BaselineMeasurement, Baselines
 from mergevq.checkpoint import model_hash, resolve, to_json, write_json
 from mergevq.config import FORMAT_VERSION
-from mergevq.config_evaluate import ReconstructionSettings, Subject
+from mergevq.config_evaluate import (
+    EvaluationRecord,
+    ExtractorRecord,
+    ExtremeRecord,
+    ForeignReference,
+    LpipsRecord,
+    Numbers,
+    OwnReference,
+    ReconstructionRecord,
+    ReconstructionResult,
+    ReconstructionSettings,
+    Subject,
+    SubjectRecord,
+    TrunkName,
+)
 from mergevq.data import Batch, eval_batches
-from mergevq.extractor import FeatureExtractor
-from mergevq.frechet import FrechetStatistics, Gaussian, Reference
+from mergevq.extractor import FeatureExtractor, sha256_of
+from mergevq.frechet import (
+    MIN_SAMPLES,
+    FrechetStatistics,
+    Gaussian,
+    Reference,
+    frechet_distance,
+)
 from mergevq.images import ImageDataset, open_images, read_nearest
 from mergevq.merge import source_bits
 from mergevq.metrics import to_uint8
 from mergevq.perceptual import Perceptual, load_perceptual, weights_digest
 from mergevq.pictures import contact_sheet, merge_map, to_pil
-from mergevq.reconstruction import Evaluation, Outcome
+from mergevq.reconstruction import Comparison, Evaluation, Outcome
 from mergevq.references import CROP, ImageHashes, open_reference
 from mergevq.report import Curve, Panel, line_plot, require_plots
 from mergevq.run import (
@@ -46,6 +66,7 @@ from mergevq.run import (
     environment,
     resolve_device,
     resolve_precision,
+    step_generator,
 )
 from mergevq.tokenizer import Tokenizer
 
@@ -130,7 +151,7 @@ class Reconstructions(NamedTuple):
 # ----------------------------------------------------------------------------- the evaluation
 
 
-def evaluate_reconstruction(settings: ReconstructionSettings) -> dict[str, Any] | None:
+def evaluate_reconstruction(settings: ReconstructionSettings) -> ReconstructionRecord | None:
     """Evaluate and write table, plot and pictures; on every rank, under `torchrun`.
 
     Returns:
@@ -396,7 +417,7 @@ def _require_same_images(reference: Reference | None, pixels_sha256: str) -> Non
 # ------------------------------------------------------------------------------- what is written
 
 
-def json_numbers(numbers: Mapping[str, float]) -> dict[str, Any]:
+def json_numbers(numbers: Mapping[str, float]) -> Numbers:
     """Numbers as JSON: infinite ones are null, and named under `infinite`.
 
     Raises:
@@ -410,7 +431,17 @@ def json_numbers(numbers: Mapping[str, float]) -> dict[str, Any]:
     return {"metrics": values, "infinite": infinite}
 
 
-def subject_record(subject: Opened, pixels_sha256: str, num_images: int) -> dict[str, Any]:
+def evaluation_record(world: distributed.World) -> EvaluationRecord:
+    """What any evaluation depends on besides its settings, as JSON."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "world_size": world.world_size,
+        "command": shlex.join(sys.argv),
+        "environment": environment(world.device),
+    }
+
+
+def subject_record(subject: Opened, pixels_sha256: str, num_images: int) -> SubjectRecord:
     """What any evaluation of a tokenizer depends on, as JSON."""
     perceptual, extractor = subject.perceptual, subject.extractor
     return {
@@ -430,14 +461,11 @@ def subject_record(subject: Opened, pixels_sha256: str, num_images: int) -> dict
         "lpips": None if perceptual is None else _lpips_record(perceptual),
         "extractor": None if extractor is None else extractor_record(extractor),
         "precision": str(subject.precision or torch.float32).removeprefix("torch."),
-        "world_size": subject.world.world_size,
-        "command": shlex.join(sys.argv),
-        "environment": environment(subject.world.device),
     }
 
 
-def extractor_record(extractor: FeatureExtractor) -> dict[str, Any]:
-    """Which network saw the images."""
+def extractor_record(extractor: FeatureExtractor) -> ExtractorRecord:
+    """Which network saw the images, as JSON."""
     return {
         "name": extractor.name,
         "path": str(extractor.path),
@@ -446,8 +474,14 @@ def extractor_record(extractor: FeatureExtractor) -> dict[str, Any]:
     }
 
 
-def _lpips_record(perceptual: Perceptual) -> dict[str, Any]:
-    """Which LPIPS it was."""
+def reference_record(path: str, reference: Reference) -> OwnReference | ForeignReference:
+    """What images were compared with, as JSON: the file, and what it says about itself."""
+    record = {"path": path, "sha256": sha256_of(path), **reference.metadata}
+    return cast("OwnReference | ForeignReference", record)
+
+
+def _lpips_record(perceptual: Perceptual) -> LpipsRecord:
+    """Which LPIPS it was, as JSON."""
     return {"trunk": perceptual.trunk, "sha256": weights_digest(perceptual.state_dict())}
 
 
@@ -456,14 +490,18 @@ def _record(
     subject: Opened,
     reference: Reference | None,
     found: Reconstructions,
-) -> dict[str, Any]:
+) -> ReconstructionRecord:
     """Content of `evaluation.json`."""
+    compared = None
+    if settings.reference is not None and reference is not None:
+        # A file that says nothing about itself is refused for reconstructions.
+        compared = cast("OwnReference", reference_record(settings.reference, reference))
     return {
-        "format_version": FORMAT_VERSION,
         "kind": "reconstruction evaluation",
         "settings": to_json(settings),
+        **evaluation_record(subject.world),
         **subject_record(subject, found.pixels_sha256, found.num_images),
-        "reference": None if reference is None else dict(reference.metadata),
+        "reference": compared,
         "results": [_result(subject.images, measured) for measured in found.measured],
         "baselines": [
             {
@@ -479,21 +517,16 @@ def _record(
     }
 
 
-def _result(images: ImageDataset, measured: Measured) -> dict[str, Any]:
+def _result(images: ImageDataset, measured: Measured) -> ReconstructionResult:
     """One K as JSON."""
     outcome = measured.outcome
-    codebook = {
-        "usage": outcome.codebook.usage,
-        "attained": outcome.codebook.attained,
-        "perplexity": outcome.codebook.perplexity,
-        "num_tokens": outcome.codebook.num_tokens,
-        "bit_probs": outcome.codebook.bit_probs.tolist(),
-    }
 
-    def shown(extremes: list[Extreme]) -> list[dict[str, Any]]:
+    def shown(extremes: list[Extreme]) -> list[ExtremeRecord]:
         return [
-            {"image": images.name(extreme.position)}
-            | json_numbers({"psnr": extreme.psnr, "psnr_recovered": extreme.psnr_recovered})
+            {
+                "image": images.name(extreme.position),
+                **json_numbers({"psnr": extreme.psnr, "psnr_recovered": extreme.psnr_recovered}),
+            }
             for extreme in extremes
         ]
 
@@ -502,7 +535,13 @@ def _result(images: ImageDataset, measured: Measured) -> dict[str, Any]:
         "given": json_numbers(outcome.given),
         "recovered": json_numbers(outcome.recovered),
         "source_accuracy": outcome.source_accuracy,
-        "codebook": codebook,
+        "codebook": {
+            "usage": outcome.codebook.usage,
+            "attained": outcome.codebook.attained,
+            "perplexity": outcome.codebook.perplexity,
+            "num_tokens": outcome.codebook.num_tokens,
+            "bit_probs": outcome.codebook.bit_probs.tolist(),
+        },
         "bits": {
             "tokens": outcome.bits.tokens,
             "source": outcome.bits.source,
@@ -577,3 +616,95 @@ def images_at(subject: Opened, positions: Sequence[int]) -> Iterator[Batch]:
         batch_size=len(positions),
         num_workers=0,
     )
+
+
+# --------------------------------------------------------------------------------- the self-test
+
+
+class Check(NamedTuple):
+    """A metric where its value is known."""
+
+    name: str
+    found: float
+    wanted: str
+    """In words."""
+    passed: bool
+
+
+def check_metrics(
+    extractor: str | None = None,
+    lpips: str | None = None,
+    trunk: TrunkName = "alex",
+    device: str = "auto",
+) -> list[Check]:
+    """Measure images that come back exactly, and Gaussians whose distance has a closed form.
+
+    Args:
+        extractor: TorchScript file whose distance is measured too.
+        lpips: file or folder with LPIPS weights, to measure it too.
+        trunk: network of LPIPS.
+        device: where to compute.
+
+    Raises:
+        ValueError: a file is not there, or a number is NaN.
+        RuntimeError: a file is damaged.
+    """
+    place = resolve_device(device)
+    network = None if extractor is None else FeatureExtractor(extractor, place)
+    perceptual = None if lpips is None else load_perceptual(trunk, lpips)
+    # Smooth, as images are: all noise looks alike to a network.
+    coarse = 2 * torch.rand(32, 3, 8, 8, generator=step_generator(0, "images", 0)) - 1
+    image = torch.nn.functional.interpolate(coarse, size=64, mode="bilinear").to(place)
+    originals = Originals(network)
+    comparison = Comparison(
+        perceptual=None if perceptual is None else perceptual.to(place), extractor=network
+    )
+    features = originals.update(image)
+    comparison.update(image, image, torch.arange(len(image)), features)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="a Frechet distance of")
+        numbers = comparison.compute(originals.compute())
+    written = json_numbers(numbers)
+    checks = [
+        Check(
+            name="psnr",
+            found=numbers["psnr"],
+            wanted="infinite, and written as null",
+            passed=written["infinite"] == ["psnr"] and written["metrics"]["psnr"] is None,
+        )
+    ]
+    known = {"ssim": 1.0, "l1": 0.0, "lpips": 0.0}
+    if network is not None:
+        known[network.metric_name("frechet")] = 0.0
+    checks += [
+        Check(name, numbers[name], f"{value:g}, to 0.001", abs(numbers[name] - value) < 1e-3)
+        for name, value in known.items()
+        if name in numbers
+    ]
+    return [*checks, *_check_gaussians()]
+
+
+def _check_gaussians() -> list[Check]:
+    """Distances of covariances with the same axes, one of less than full rank, and of a shift."""
+    numbers = torch.rand(
+        2 * 6 + 6 * 6 + MIN_SAMPLES * 6, generator=step_generator(0, "gaussians", 0)
+    )
+    means, axes, samples = numbers.double().split([2 * 6, 6 * 6, MIN_SAMPLES * 6])
+    means, axes = means.view(2, 6), torch.linalg.qr(axes.view(6, 6)).Q
+    spreads = torch.tensor([[1, 2, 3, 4, 5, 6], [3, 0, 1, 0, 2, 2]], dtype=torch.float64)
+    first, second = (
+        Gaussian(mean, axes @ spread.square().diag() @ axes.T, None)
+        for mean, spread in zip(means, spreads, strict=True)
+    )
+    apart = (means[0] - means[1]).square().sum() + (spreads[0] - spreads[1]).square().sum()
+    here, there = FrechetStatistics(6), FrechetStatistics(6)
+    for part in samples.view(-1, 6).split(500):
+        here.update(part)
+        there.update(part + 0.5)
+    checks = []
+    for name, found, wanted in (
+        ("frechet, of Gaussians", frechet_distance(first, second), float(apart)),
+        ("frechet, of a shift", frechet_distance(here.compute(), there.compute()), 6 * 0.5**2),
+    ):
+        checks.append(Check(name, found, f"{wanted:.6g}", abs(found - wanted) < 1e-6))
+    return checks

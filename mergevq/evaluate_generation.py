@@ -10,11 +10,10 @@ appendix (arXiv:1809.11096), for nearest neighbours in features as a check for m
 Shape letters: B batch, N images, H and W pixels, F feature channels, M samples to look up.
 """
 
-import shlex
-import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,10 +24,17 @@ from torch import Tensor
 from mergevq import distributed
 from mergevq.checkpoint import read_json, to_json, write_json
 from mergevq.config import FORMAT_VERSION, SampleRun
-from mergevq.config_evaluate import GenerationSettings
+from mergevq.config_evaluate import GenerationRecord, GenerationSettings
 from mergevq.data import eval_batches
-from mergevq.evaluate import RECORD, extractor_record, json_numbers, require_fresh
-from mergevq.extractor import FeatureExtractor, sha256_of
+from mergevq.evaluate import (
+    RECORD,
+    evaluation_record,
+    extractor_record,
+    json_numbers,
+    reference_record,
+    require_fresh,
+)
+from mergevq.extractor import FeatureExtractor
 from mergevq.frechet import (
     FrechetStatistics,
     Gaussian,
@@ -38,13 +44,13 @@ from mergevq.frechet import (
     kernel_distance,
     precision_recall,
 )
-from mergevq.generation import Pair, class_labels, generate, load_pair
+from mergevq.generation import Pair, class_labels, generate, load_run
 from mergevq.image_arrays import ImageArray, ImageArrayWriter
 from mergevq.images import ImageDataset, open_images
 from mergevq.metrics import to_uint8
 from mergevq.pictures import contact_sheet, to_pil
 from mergevq.references import ImageHashes, open_reference, reference_features
-from mergevq.run import Progress, deterministic, environment, resolve_device, step_generator
+from mergevq.run import Progress, deterministic, resolve_device, step_generator
 
 SAMPLES = "samples"
 SAMPLING = "sampling.json"
@@ -120,7 +126,7 @@ class GenerationScores(NamedTuple):
 # ----------------------------------------------------------------------------- the evaluation
 
 
-def evaluate_generation(settings: GenerationSettings) -> dict[str, Any] | None:
+def evaluate_generation(settings: GenerationSettings) -> GenerationRecord | None:
     """Sample what is missing, measure, and write the results; on every rank, under `torchrun`.
 
     Returns:
@@ -135,24 +141,25 @@ def evaluate_generation(settings: GenerationSettings) -> dict[str, Any] | None:
     world = distributed.init(resolve_device(settings.device))
     try:
         extractor = FeatureExtractor(settings.extractor, world.device)
-        pair = None
+        pair, logit_error = None, None
         if settings.run is not None:
-            pair = load_pair(settings.run.model, settings.run.tokenizer, world.device)
+            pair, logit_error = load_run(settings.run, world.device)
         size = _sample_size(settings, pair)
         # Before any sampling, which may take days: an unfit reference is not worth them.
         reference = open_reference(
             Path(settings.reference), "generation", extractor=extractor, image_size=size
         )
         classifier = _classifier(settings, pair, world.device)
+        unscored = _without_probabilities(extractor)
+        if distributed.is_main():
+            _warn(settings, pair, unscored)
         if settings.run is not None and pair is not None:
             sample_missing(pair, settings.run, out, world)
         distributed.barrier()
         samples = _open_samples(settings, out)
-        array = None
         if settings.write_array and distributed.is_main():
             out.mkdir(parents=True, exist_ok=True)
-            array = out / ARRAY
-            write_array(samples, array, settings.batch_size)
+            write_array(samples, out / ARRAY, settings.batch_size)
         labels = None
         if settings.run is not None and pair is not None and classifier is not None:
             numbers = range(samples.num_images)
@@ -163,6 +170,7 @@ def evaluate_generation(settings: GenerationSettings) -> dict[str, Any] | None:
             extractor=extractor,
             reference=reference.statistics,
             reference_features=_reference_features(settings, extractor),
+            unscored=unscored,
             classifier=classifier,
             labels=labels,
             batch_size=settings.batch_size,
@@ -174,36 +182,63 @@ def evaluate_generation(settings: GenerationSettings) -> dict[str, Any] | None:
         if neighbours is not None and settings.data is not None:
             picture = neighbour_picture(samples, open_images(settings.data), neighbours, size)
             picture.save(out / "nearest_neighbours.png")
-        record = {
-            "format_version": FORMAT_VERSION,
+        record: GenerationRecord = {
             "kind": "generation evaluation",
             "settings": to_json(settings),
+            **evaluation_record(world),
             "generator": None if pair is None else pair.generator_hash,
             "tokenizer": None if pair is None else pair.tokenizer_hash,
+            "logit_error": logit_error,
             "samples": {
                 "num_images": samples.num_images,
                 "size": list(samples.size),
                 "pixels_sha256": scores.pixels_sha256,
-                "array": None if array is None else str(array),
+                "array": str(out / ARRAY) if settings.write_array else None,
             },
             "extractor": extractor_record(extractor),
             "classifier": None if classifier is None else extractor_record(classifier),
-            "reference": {
-                "path": settings.reference,
-                "sha256": sha256_of(settings.reference),
-                **reference.metadata,
-            },
+            "reference": reference_record(settings.reference, reference),
             **json_numbers(scores.numbers),
             "left_out": scores.left_out,
             "nearest_distances": None if neighbours is None else neighbours.distance.tolist(),
-            "world_size": world.world_size,
-            "command": shlex.join(sys.argv),
-            "environment": environment(world.device),
         }
         write_json(out / RECORD, record)
         return record
     finally:
         distributed.shutdown()
+
+
+def _without_probabilities(extractor: FeatureExtractor) -> str | None:
+    """Why an extractor has no class score, which is of probabilities; None if it has one."""
+    # Not of one colour, whose features may by chance be a distribution.
+    pixels = (torch.arange(2 * 3 * 32 * 32) % 251).to(torch.uint8).view(2, 3, 32, 32)
+    try:
+        inception_score(extractor.probabilities(pixels), num_splits=1)
+    except (ValueError, RuntimeError, torch.jit.Error) as error:
+        # The last line of TorchScript's is the file's own message.
+        return str(error).strip().splitlines()[-1]
+    return None
+
+
+def _warn(settings: GenerationSettings, pair: Pair | None, unscored: str | None) -> None:
+    """Say before any sampling what will be missing or uneven."""
+    if unscored is not None:
+        warnings.warn(
+            f"extractor {settings.extractor} gives no class probabilities, so the class score is "
+            f"left out: {unscored}",
+            stacklevel=3,
+        )
+    if settings.run is None or pair is None:
+        return
+    count = len(settings.run.classes) or max(1, pair.generator.config.num_classes)
+    rest = settings.run.num_images % count
+    if rest:
+        above = settings.run.num_images - rest + count
+        warnings.warn(
+            f"{settings.run.num_images} images are not as many of each of {count} classes: {rest} "
+            f"of these have one more. Published numbers have as many of each: --num {above}",
+            stacklevel=3,
+        )
 
 
 def measure_generation(  # noqa: PLR0913 - what is compared, by what
@@ -213,6 +248,7 @@ def measure_generation(  # noqa: PLR0913 - what is compared, by what
     extractor: FeatureExtractor,
     reference: Gaussian,
     reference_features: Float[Tensor, "r f"] | None,
+    unscored: str | None = None,
     classifier: FeatureExtractor | None = None,
     labels: Int64[Tensor, "n"] | None = None,
     batch_size: int,
@@ -226,7 +262,8 @@ def measure_generation(  # noqa: PLR0913 - what is compared, by what
         extractor: what sees the images.
         reference: statistics of the training set.
         reference_features: of some training images, on the main rank; None leaves out what needs
-            them.
+            needs them.
+        unscored: why the extractor has no class score; None measures it.
         classifier: gives class probabilities; None leaves class accuracy out.
         labels: classes of the samples, where there is a classifier.
         batch_size: images at once.
@@ -241,7 +278,8 @@ def measure_generation(  # noqa: PLR0913 - what is compared, by what
             found = extractor.features(pixels)
             statistics.update(found)
             features.update(found, positions)
-            probabilities.update(extractor.probabilities(pixels), positions)
+            if unscored is None:
+                probabilities.update(extractor.probabilities(pixels), positions)
             hashes.update(pixels, positions)
             if classifier is not None and labels is not None:
                 chosen = classifier.probabilities(pixels).argmax(1).cpu()
@@ -253,10 +291,13 @@ def measure_generation(  # noqa: PLR0913 - what is compared, by what
         extractor.metric_name("frechet"): frechet_distance(reference, statistics.compute()),
         "num_images": float(len(everything)),
     }
-    name = extractor.metric_name("class_score")
-    score = inception_score(probabilities.compute(), min(10, len(everything)))
-    numbers |= {name: score.mean, f"{name}_std": score.std}
     left_out = []
+    name = extractor.metric_name("class_score")
+    if unscored is None:
+        score = inception_score(probabilities.compute(), min(10, len(everything)))
+        numbers |= {name: score.mean, f"{name}_std": score.std}
+    else:
+        left_out.append(f"{name}: the extractor gives no class probabilities ({unscored})")
     if reference_features is None:
         left_out.append(
             "kernel distance, precision and recall: the reference holds no features or images"

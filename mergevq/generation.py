@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mergevq.checkpoint import (
+    CONFIG,
     from_json,
     load_model,
     model_hash,
@@ -105,6 +106,35 @@ def require_same_tokenizer(wanted: object, tokenizer: str, *, generator: str | P
         )
 
 
+def known_tokenizer(model: str | Path) -> str:
+    """Where the tokenizer of a generator's tokens is, as training wrote it down.
+
+    Args:
+        model: directory of the generator, or its Hugging Face id.
+
+    Raises:
+        ValueError: training wrote nothing, or the tokenizer is not there, or is another one now.
+    """
+    directory = resolve(model)
+    extra = read_json(directory / CONFIG).get("extra", {})
+    path = extra.get("tokenizer_path")
+    if path is None:
+        raise ValueError(
+            f"the generator in {directory} does not say where its tokenizer is; name it with "
+            "--tokenizer"
+        )
+    try:
+        require_same_tokenizer(
+            extra.get("tokenizer"), tokens_hash(resolve(path)), generator=directory
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{path}, where the generator in {directory} had its tokenizer, has it no longer "
+            f"({error}); name it with --tokenizer"
+        ) from error
+    return path
+
+
 def load_pair(model: str | Path, tokenizer: str | Path, device: torch.device) -> Pair:
     """Load a generator and its tokenizer in float32.
 
@@ -122,6 +152,24 @@ def load_pair(model: str | Path, tokenizer: str | Path, device: torch.device) ->
         tokenizer_hash=model_hash(tokenizer),
         class_names=tuple(extra.get("class_names", ())),
     )
+
+
+def load_run(run: SampleRun, device: torch.device) -> tuple[Pair, float | None]:
+    """Load what a run samples with: generator and tokenizer, with the weights it asks for.
+
+    Returns:
+        The pair, and the logit error of weights of fewer bits; None for those of the file.
+
+    Raises:
+        ValueError: one of them is not there, or the tokenizer is another one's.
+        RuntimeError: weights are broken.
+    """
+    pair = load_pair(run.model, run.tokenizer, device)
+    exact = pair.generator
+    pair = pair._replace(generator=as_weights(exact, run.weights))
+    if run.weights == "float32":
+        return pair, None
+    return pair, _weights_error(exact, pair.generator, run)
 
 
 def decode_sampled(
@@ -272,7 +320,7 @@ def write_samples(run: SampleRun, out: Path) -> Written:
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; choose another folder with --out, or delete it")
     device = resolve_device(run.device)
-    pair, error = _loaded(run, device)
+    pair, error = load_run(run, device)
     origin = _origin(pair, run)
     progress = Progress(run.num_images, unit="image")
     paths: list[Path] = []
@@ -314,7 +362,7 @@ def make_again(
     for image_id in image_ids:
         if not 0 <= image_id < run.num_images:
             raise ValueError(f"image ({image_id}) must be between 0 and {run.num_images - 1}")
-    pair, _ = _loaded(run, resolve_device(run.device))
+    pair, _ = load_run(run, resolve_device(run.device))
     for name, now in _hashes(pair, run).items():
         if now != written[name]:
             raise ValueError(
@@ -357,16 +405,6 @@ def _batches(run: SampleRun) -> list[list[int]]:
     """Numbers of the images that are sampled together."""
     ids = list(range(run.num_images))
     return [ids[i : i + run.batch_size] for i in range(0, len(ids), run.batch_size)]
-
-
-def _loaded(run: SampleRun, device: torch.device) -> tuple[Pair, float | None]:
-    """Generator and tokenizer, with the weights asked for and the logit error these have."""
-    pair = load_pair(run.model, run.tokenizer, device)
-    exact = pair.generator
-    pair = pair._replace(generator=as_weights(exact, run.weights))
-    if run.weights == "float32":
-        return pair, None
-    return pair, _weights_error(exact, pair.generator, run)
 
 
 def _weights_error(exact: Generator, lighter: Generator, run: SampleRun) -> float:

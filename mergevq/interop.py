@@ -68,7 +68,7 @@ def load_official(state: State, config: TokenizerConfig) -> Official:
 
 
 def official_config(
-    state: State, *, image_size: int, num_kept: int, num_heads: int
+    state: State, *, image_size: int, num_kept: int, num_heads: int, num_decoder_heads: int
 ) -> TokenizerConfig:
     """Read the architecture off the shapes of an official state dict.
 
@@ -76,8 +76,9 @@ def official_config(
         state: as in `load_official`.
         image_size: side of its training images in pixels; shapes do not tell.
         num_kept: its nominal K; shapes do not tell.
-        num_heads: of encoder and decoder attention; shapes do not tell. The authors' evaluation
-            files for version R omit the head dimension and so load 8 heads for 12, silently.
+        num_heads: of the encoder's attention; shapes do not tell. The authors' evaluation files
+            for version R omit the head dimension and so load 8 heads for 12, silently.
+        num_decoder_heads: of the decoder's; 8 in every version.
     """
     encoder, decoder = _part(state, "encoder"), _part(state, "decoder")
     levels = range(1 + max(int(name.split(".")[1]) for name in decoder if name[:3] == "up."))
@@ -98,7 +99,7 @@ def official_config(
         num_kept=num_kept,
         num_bits=encoder["conv_out.weight"].shape[0],
         num_decoder_layers=_count(decoder, r"^attn\.blocks\.(\d+)\."),
-        num_decoder_heads=num_heads,
+        num_decoder_heads=num_decoder_heads,
     )
     return config
 
@@ -112,11 +113,7 @@ def read_official(path: str | Path) -> State:
     Raises:
         ValueError: the file holds no encoder.
     """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        state: dict[str, Any] = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_state(path)
     state = state.get("state_dict", state)
     averaged = _averaged(state)
     state = averaged or state
@@ -126,6 +123,13 @@ def read_official(path: str | Path) -> State:
             "of the authors' tokenizer"
         )
     return state
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """What a safetensors or torch file holds; no code in it can run."""
+    if Path(path).suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def select_weights(source: Tensor, shape: tuple[int, ...]) -> Tensor:

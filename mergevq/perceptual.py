@@ -8,6 +8,9 @@ for `vgg`, Krizhevsky 2014 (arXiv:1404.5997) for `alex`, Iandola et al. 2016 (ar
 The weights are one safetensors file per trunk, `lpips_{trunk}.safetensors`: the trunk under
 torchvision's names (`features.*`) and the heads under LPIPS's (`lin{i}.model.1.weight`).
 
+Differs: the authors' code downloads both while it runs. Here nothing is downloaded; whoever has the
+two published files joins them once (`convert_perceptual_files`, `mergevq convert --lpips`).
+
 Shape letters: B batch, C channels, H and W pixels or cells.
 """
 
@@ -20,7 +23,7 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 TrunkName = Literal["vgg", "alex", "squeeze"]
@@ -275,11 +278,83 @@ def missing_weights(trunk: TrunkName, *, cache: Path | None = None) -> str:
 
 def _how_to_get(trunk: TrunkName) -> str:
     """Say which two published files make `lpips_{trunk}.safetensors`, and how."""
+    published = TRUNKS[trunk].torchvision_file
     return (
-        f"to make lpips_{trunk}.safetensors, fetch {TRUNKS[trunk].torchvision_file} (torchvision's "
-        f"pretrained weights) and lpips/weights/v0.1/{trunk}.pth (the LPIPS project, "
-        "richzhang/PerceptualSimilarity), and join their state dicts with "
-        "mergevq.perceptual.convert_perceptual"
+        f"to make lpips_{trunk}.safetensors, fetch {published} (torchvision's pretrained weights, "
+        f"download.pytorch.org/models/{published}) and lpips/weights/v0.1/{trunk}.pth (the LPIPS "
+        "project, richzhang/PerceptualSimilarity on GitHub), and join them: mergevq convert "
+        f"--lpips {published} {trunk}.pth --out lpips_{trunk}.safetensors"
+    )
+
+
+def convert_perceptual_files(
+    trunk_file: Path, heads_file: Path, out: Path, *, read: Callable[[Path], Mapping[str, Tensor]]
+) -> Path:
+    """Join the two published files into the one that `load_perceptual` reads.
+
+    Which trunk it is, the heads' shapes tell. Weights that are not the published ones are written
+    too, with a warning: values are compared where their digest was measured, and else the trunk's
+    file with the beginning of its SHA-256, which torchvision puts into its name.
+
+    Args:
+        trunk_file: torchvision's network, such as `vgg16-397923af.pth`.
+        heads_file: of LPIPS 0.1, such as `vgg.pth`.
+        out: file to write, or a folder for `lpips_{trunk}.safetensors`.
+        read: gives the state dict in a file. Torch's files may hold code, and `interop`, which can
+            read them without running any, is above this module.
+
+    Returns:
+        The file written.
+
+    Raises:
+        ValueError: the two files are not a trunk and its heads, or hold values that are not finite.
+    """
+    state = convert_perceptual(read(trunk_file), read(heads_file))
+    trunk = _trunk_of(state)
+    try:
+        Perceptual(trunk).load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{trunk_file} does not go with {heads_file}, the heads of trunk {trunk!r}: {error}"
+        ) from error
+    if not all(value.isfinite().all() for value in state.values()):
+        raise ValueError(f"{trunk_file} or {heads_file} holds values that are not finite")
+    published = TRUNKS[trunk]
+    if published.digest is None:
+        begins = Path(published.torchvision_file).stem.rpartition("-")[2]
+        found = hashlib.sha256(trunk_file.read_bytes()).hexdigest()
+        is_published = found.startswith(begins)
+    else:
+        is_published = weights_digest(state) == published.digest
+    if not is_published:
+        warnings.warn(
+            f"{trunk_file} and {heads_file} are not {published.torchvision_file} and the LPIPS 0.1 "
+            f"heads of trunk {trunk!r}: distances cannot be compared with anyone else's",
+            stacklevel=2,
+        )
+    file = out / f"lpips_{trunk}.safetensors" if out.is_dir() else out
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # A file that is half written must not look like weights.
+    part = file.with_name(f"{file.name}.part")
+    save_file(state, part)
+    part.replace(file)
+    return file
+
+
+def _trunk_of(state: Mapping[str, Tensor]) -> TrunkName:
+    """The trunk whose taps have as many channels as the heads.
+
+    Raises:
+        ValueError: no trunk does.
+    """
+    heads = sorted(name for name in state if name.startswith("lin"))
+    channels = tuple(state[name].shape[1] for name in heads if state[name].ndim == 4)
+    for trunk, known in TRUNKS.items():
+        if known.channels == channels:
+            return trunk
+    raise ValueError(
+        f"heads of {channels} channels must be those of {', '.join(TRUNKS)}: "
+        + "; ".join(str(known.channels) for known in TRUNKS.values())
     )
 
 

@@ -14,8 +14,9 @@ never on those that the accuracy is of.
 Shape letters: N training images, M images to classify, C channels, Y classes, K neighbours.
 """
 
+import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -404,8 +405,8 @@ class ProbeRow(NamedTuple):
 
 def probe_rows(
     tokenizer: Tokenizer,
-    train: Iterable[Batch],
-    val: Iterable[Batch],
+    train: Sequence[Batch],
+    val: Sequence[Batch],
     num_kept: Sequence[int] = (),
     *,
     features: FeatureConfig | None = None,
@@ -438,29 +439,37 @@ def probe_rows(
     )
     kinds = feature_kinds(tokenizer, replace(features, num_kept=tuple(num_kept)))
     side = features.pixel_side
-    known, asked = (extract(tokenizer, each, kinds, pixel_side=side) for each in (train, val))
+    num_images = sum(len(batch.label) for batch in (*train, *val))
+    with contextlib.closing(Progress(num_images, unit="image")) as progress:
+        known, asked = (
+            extract(tokenizer, each, kinds, pixel_side=side, progress=progress)
+            for each in (train, val)
+        )
     require_labels(known.label, "the training data")
     require_labels(asked.label, "the validation data")
     num_classes = 1 + int(max(known.label.max(), asked.label.max()))
     banks, queries = with_pca(known, asked, features.pca_dim or tokenizer.config.dim, seed=seed)
+    steps = linear_steps(known.label, linear, seed=seed) * len(banks)
     rows = []
-    for name, bank in banks.items():
-        probed = linear_probe(
-            Labelled(bank, known.label),
-            Labelled(queries[name], asked.label),
-            num_classes,
-            linear,
-            seed=seed,
-        )
-        count = min(knn.num_neighbours[0], len(bank))
-        neighbours = nearest(queries[name], bank, count)
-        votes = vote(neighbours, known.label, num_classes, count, knn.temperature)
-        rows.append(
-            ProbeRow(
-                name=name,
-                dim=bank.shape[1],
-                linear_accuracy=accuracy(probed.scores, asked.label),
-                knn_accuracy=accuracy(votes, asked.label),
+    with contextlib.closing(Progress(steps, unit="probe step")) as progress:
+        for name, bank in banks.items():
+            probed = linear_probe(
+                Labelled(bank, known.label),
+                Labelled(queries[name], asked.label),
+                num_classes,
+                linear,
+                seed=seed,
+                progress=progress,
             )
-        )
+            count = min(knn.num_neighbours[0], len(bank))
+            neighbours = nearest(queries[name], bank, count)
+            votes = vote(neighbours, known.label, num_classes, count, knn.temperature)
+            rows.append(
+                ProbeRow(
+                    name=name,
+                    dim=bank.shape[1],
+                    linear_accuracy=accuracy(probed.scores, asked.label),
+                    knn_accuracy=accuracy(votes, asked.label),
+                )
+            )
     return rows

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -22,12 +22,25 @@ from mergevq.config import FORMAT_VERSION
 from mergevq.config_probe import (
     FeatureConfig,
     FinetuneConfig,
+    FinetuneRow,
     KnnConfig,
+    KnnRow,
     LinearConfig,
+    LinearRow,
+    ProbedData,
+    ProbedImages,
+    ProbeRecord,
     ProbeRun,
+    ScoredRow,
 )
 from mergevq.data import crop_square, eval_batches, open_train_val
-from mergevq.features import Extracted, extract, feature_kinds, require_labels
+from mergevq.features import (
+    Extracted,
+    FeatureKind,
+    extract,
+    feature_kinds,
+    require_labels,
+)
 from mergevq.finetune import Classifier, finetune, num_steps
 from mergevq.images import ImageDataset, open_images
 from mergevq.probe import (
@@ -54,10 +67,14 @@ _MAX_QUERIES = 8
 """Rows of the picture of neighbours."""
 _MAX_NEIGHBOURS = 8
 """Columns of the picture of neighbours, besides the query."""
-_METHODS: dict[type, str] = {LinearConfig: "linear", KnnConfig: "knn", FinetuneConfig: "finetune"}
+_METHODS: dict[type, Literal["linear", "knn", "finetune"]] = {
+    LinearConfig: "linear",
+    KnnConfig: "knn",
+    FinetuneConfig: "finetune",
+}
 
 
-def probe(run: ProbeRun) -> dict[str, Any]:
+def probe(run: ProbeRun) -> ProbeRecord:
     """Run one probe and write its directory; returns what `probe.json` holds.
 
     Args:
@@ -75,14 +92,25 @@ def probe(run: ProbeRun) -> dict[str, Any]:
     tokenizer = Tokenizer.from_pretrained(directory).to(device)
     data = _open(run)
     out.mkdir(parents=True, exist_ok=True)
+    features = run.features
+    if isinstance(run.method, FinetuneConfig):
+        # Beside fine-tuning, the same feature is probed as it was.
+        stages, pools = (run.method.stage,), (run.method.pool,)
+        features = replace(features, stages=stages, pools=pools, layers=())
+    known = _extract(run, features, tokenizer, data)
+    described = _describe(data, known)
     match run.method:
         case LinearConfig():
-            rows = _linear(run, run.method, tokenizer, data)
+            rows = _linear(run, run.method, known, data)
         case KnnConfig():
-            rows = _knn(run, run.method, tokenizer, data)
+            rows = _knn(run, run.method, tokenizer, known, data)
         case FinetuneConfig():
-            rows = _finetune(run, run.method, tokenizer, data, directory)
-    record = {
+            frozen = _linear(run, run.method.linear, known, data)
+            rows = [
+                *({**row, "name": f"linear probe: {row['name']}"} for row in frozen),
+                *_finetune(run, run.method, feature_kinds(tokenizer, features), data, directory),
+            ]
+    record: ProbeRecord = {
         "format_version": FORMAT_VERSION,
         "kind": "probe",
         "method": _METHODS[type(run.method)],
@@ -92,7 +120,7 @@ def probe(run: ProbeRun) -> dict[str, Any]:
             "config": to_json(tokenizer.config),
             "teacher": _teacher(directory),
         },
-        "data": data.record,
+        "data": described,
         "environment": environment(device),
         "rows": rows,
     }
@@ -117,8 +145,9 @@ class _Data(NamedTuple):
     train: ImageDataset
     val: ImageDataset
     leave_one_out: bool
-    record: dict[str, Any]
-    """What `probe.json` says of them; hashes are added when they have been read."""
+    num_unseen_class: int
+    """Validation images of classes that no training image has."""
+    most_frequent_class_accuracy: float
 
 
 def _open(run: ProbeRun) -> _Data:
@@ -146,19 +175,13 @@ def _open(run: ProbeRun) -> _Data:
     labels = [_labels(part) for part in (train, val)]
     require_labels(labels[0], f"data ({path})")
     require_labels(labels[1], f"val_data ({val_path or f'held out of {path}'})")
-    record = {
-        "class_names": list(train.class_names),
-        "num_unseen_class": int((~torch.isin(labels[1], labels[0])).sum()),
-        "most_frequent_class_accuracy": float(
-            (labels[1] == labels[0].mode().values).double().mean()
-        ),
-    }
-    if record["num_unseen_class"]:
+    num_unseen_class = int((~torch.isin(labels[1], labels[0])).sum())
+    if num_unseen_class:
         logger.warning(
-            "%d validation images are of classes that no training image has",
-            record["num_unseen_class"],
+            "%d validation images are of classes that no training image has", num_unseen_class
         )
-    return _Data(train, val, leave_one_out, record)
+    share = float((labels[1] == labels[0].mode().values).double().mean())
+    return _Data(train, val, leave_one_out, num_unseen_class, share)
 
 
 def _spread(images: ImageDataset, count: int | None) -> ImageDataset:
@@ -183,7 +206,7 @@ class _Known(NamedTuple):
 
 
 def _extract(run: ProbeRun, features: FeatureConfig, tokenizer: Tokenizer, data: _Data) -> _Known:
-    """Describe all images, and hash them."""
+    """Take the features of all images."""
     kinds = feature_kinds(tokenizer, features)
     parts = [data.train] if data.leave_one_out else [data.train, data.val]
     with contextlib.closing(Progress(sum(map(len, parts)), unit="image")) as progress:
@@ -203,49 +226,49 @@ def _extract(run: ProbeRun, features: FeatureConfig, tokenizer: Tokenizer, data:
             for part in parts
         ]
     train, val = extracted[0], extracted[-1]
-    _describe(data, train, val)
     dim = features.pca_dim or tokenizer.config.dim
     return _Known(train, val, *with_pca(train, val, dim, seed=run.seed))
 
 
-def _describe(data: _Data, train: Extracted, val: Extracted) -> None:
-    """Add numbers and hashes of the images to the record, and warn of images in both sets."""
-    for name, part, images in (("train", train, data.train), ("val", val, data.val)):
-        data.record[name] = {
-            "num_images": len(part.label),
-            "num_broken": len(images) - len(part.label),
-            "sha256": part.sha256,
-        }
-    if data.leave_one_out:
-        return
-    both = sum(digest in set(train.digests) for digest in val.digests)
-    data.record["num_in_both"] = both
-    if both:
-        logger.warning(
-            "%d of %d validation images are also training images, pixel by pixel: the accuracies "
-            "are too high",
-            both,
-            len(val.digests),
+def _describe(data: _Data, known: _Known) -> ProbedData:
+    """What `probe.json` says of the images; warns of those in both sets."""
+    num_in_both = None
+    if not data.leave_one_out:
+        digests = set(known.train.digests)
+        num_in_both = sum(digest in digests for digest in known.val.digests)
+        if num_in_both:
+            logger.warning(
+                "%d of %d validation images are also training images, pixel by pixel: the "
+                "accuracies are too high",
+                num_in_both,
+                len(known.val.digests),
+            )
+    train, val = (
+        ProbedImages(
+            num_images=len(part.label),
+            num_broken=len(images) - len(part.label),
+            sha256=part.sha256,
         )
+        for part, images in ((known.train, data.train), (known.val, data.val))
+    )
+    return {
+        "class_names": list(data.train.class_names),
+        "num_unseen_class": data.num_unseen_class,
+        "most_frequent_class_accuracy": data.most_frequent_class_accuracy,
+        "train": train,
+        "val": val,
+        "num_in_both": num_in_both,
+    }
 
 
 # --------------------------------------------------------------------------------------- probes
 
 
-def _linear(
-    run: ProbeRun, config: LinearConfig, tokenizer: Tokenizer, data: _Data
-) -> list[dict[str, Any]]:
-    """A linear probe of every feature."""
-    known = _extract(run, run.features, tokenizer, data)
-    return _linear_rows(run, config, known, data, resolve_device(run.device))
-
-
-def _linear_rows(
-    run: ProbeRun, config: LinearConfig, known: _Known, data: _Data, device: torch.device
-) -> list[dict[str, Any]]:
-    """Probe, picture and record every feature."""
+def _linear(run: ProbeRun, config: LinearConfig, known: _Known, data: _Data) -> list[LinearRow]:
+    """A linear probe of every feature, with its picture."""
+    device = resolve_device(run.device)
     steps = linear_steps(known.train.label, config, seed=run.seed)
-    rows = []
+    rows: list[LinearRow] = []
     with contextlib.closing(Progress(steps * len(known.banks))) as progress:
         for name, bank in known.banks.items():
             probed = linear_probe(
@@ -256,13 +279,20 @@ def _linear_rows(
                 seed=run.seed,
                 progress=progress,
             )
+            scored = _scored(run, name, probed.scores, known.val.label, data, bank.shape[1])
             rows.append(
                 {
-                    **_scored(run, name, probed.scores, known.val.label, data),
-                    "dim": bank.shape[1],
+                    **scored,
                     "rate": probed.rate,
                     "rate_at_edge": probed.at_edge,
-                    "sweep": [result._asdict() for result in probed.sweep],
+                    "sweep": [
+                        {
+                            "rate": result.rate,
+                            "held_out_accuracy": result.held_out_accuracy,
+                            "accuracy": result.accuracy,
+                        }
+                        for result in probed.sweep
+                    ],
                 }
             )
     return rows
@@ -274,8 +304,9 @@ def _scored(
     scores: Float[Tensor, "m y"],
     label: Int64[Tensor, "m"],
     data: _Data,
-) -> dict[str, Any]:
-    """Accuracies and confusions of some scores, with their picture."""
+    dim: int,
+) -> ScoredRow:
+    """Accuracies and confusions of some scores of a feature of `dim` channels; with a picture."""
     share = accuracy(scores, label)
     matrix = confusion_matrix(label, scores.argmax(1), data.train.num_classes)
     title = f"{name}: {share:.1%} of {len(label)} images"
@@ -288,6 +319,7 @@ def _scored(
         "top5_accuracy": accuracy(scores, label, top=5) if data.train.num_classes > 5 else None,
         "confusion": [" ".join(map(str, row)) for row in matrix.tolist()],
         "pictures": [picture],
+        "dim": dim,
     }
 
 
@@ -297,30 +329,34 @@ def _slug(name: str) -> str:
 
 
 def _knn(
-    run: ProbeRun, config: KnnConfig, tokenizer: Tokenizer, data: _Data
-) -> list[dict[str, Any]]:
+    run: ProbeRun, config: KnnConfig, tokenizer: Tokenizer, known: _Known, data: _Data
+) -> list[KnnRow]:
     """A vote of neighbours in every feature, with a picture of some of them."""
-    known = _extract(run, run.features, tokenizer, data)
     device = resolve_device(run.device)
     most = max(config.num_neighbours)
     shown = min(_MAX_NEIGHBOURS, len(known.train.label) - data.leave_one_out)
     own = torch.arange(len(known.train.label)) if data.leave_one_out else None
-    rows = []
+    rows: list[KnnRow] = []
     for name, bank in known.banks.items():
         found = nearest(known.queries[name], bank.to(device), max(most, shown), own=own)
         votes = {
             k: vote(found, known.train.label, data.train.num_classes, k, config.temperature)
             for k in config.num_neighbours
         }
-        row = _scored(run, name, votes[config.num_neighbours[0]], known.val.label, data)
-        row["dim"] = bank.shape[1]
-        row["by_k"] = [
-            {"k": k, "accuracy": accuracy(scores, known.val.label)} for k, scores in votes.items()
-        ]
+        first = votes[config.num_neighbours[0]]
+        scored = _scored(run, name, first, known.val.label, data, bank.shape[1])
         picture = f"neighbours-{_slug(name)}.png"
         _picture(tokenizer, found, known, data, shown).save(Path(run.out) / picture)
-        row["pictures"].append(picture)
-        rows.append(row)
+        rows.append(
+            {
+                **scored,
+                "pictures": [*scored["pictures"], picture],
+                "by_k": [
+                    {"k": k, "accuracy": accuracy(scores, known.val.label)}
+                    for k, scores in votes.items()
+                ],
+            }
+        )
     return rows
 
 
@@ -354,15 +390,15 @@ def _first_of_classes(label: Int64[Tensor, "m"]) -> list[int]:
 
 
 def _finetune(
-    run: ProbeRun, config: FinetuneConfig, tokenizer: Tokenizer, data: _Data, directory: Path
-) -> list[dict[str, Any]]:
-    """Fine-tune at every K, after a linear probe of the same features, frozen, and of pixels."""
-    features = replace(run.features, stages=(config.stage,), pools=(config.pool,), layers=())
-    kinds = feature_kinds(tokenizer, features)
-    known = _extract(run, features, tokenizer, data)
+    run: ProbeRun,
+    config: FinetuneConfig,
+    kinds: Sequence[FeatureKind],
+    data: _Data,
+    directory: Path,
+) -> list[FinetuneRow]:
+    """Fine-tune at every K."""
     device = resolve_device(run.device)
-    frozen = _linear_rows(run, config.linear, known, data, device)
-    rows = [row | {"name": f"linear probe: {row['name']}"} for row in frozen]
+    rows: list[FinetuneRow] = []
     steps = num_steps(len(data.train), config)
     with contextlib.closing(Progress(steps * len(kinds))) as progress:
         for kind in kinds:
@@ -384,10 +420,10 @@ def _finetune(
                 progress=progress,
             )
             name = f"fine-tuned: {kind.name}"
+            scored = _scored(run, name, tuned.scores, tuned.label, data, model.weight.shape[1])
             rows.append(
                 {
-                    **_scored(run, name, tuned.scores, tuned.label, data),
-                    "dim": model.weight.shape[1],
+                    **scored,
                     "rate": tuned.rate,
                     "num_steps": tuned.num_steps,
                     "batch_size": tuned.batch_size,
@@ -401,7 +437,7 @@ def _finetune(
 # ------------------------------------------------------------------------------------ in words
 
 
-def summary(record: dict[str, Any]) -> list[str]:
+def summary(record: ProbeRecord) -> list[str]:
     """What a record says, as lines to read: the data, a table, and how to take it."""
     data, method = record["data"], record["method"]
     num_val = data["val"]["num_images"]
@@ -434,7 +470,7 @@ def summary(record: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _table(record: dict[str, Any]) -> list[list[str]]:
+def _table(record: ProbeRecord) -> list[list[str]]:
     """Header and rows."""
     rows = record["rows"]
     by_k = [entry["k"] for entry in rows[0].get("by_k", [])]
@@ -448,7 +484,7 @@ def _table(record: dict[str, Any]) -> list[list[str]]:
         cells = [row["name"], str(row["dim"]), *(f"{share:.1%}" for share in shares)]
         cells.append(f"{row['standard_error']:.1%}")
         cells += [f"{row['top5_accuracy']:.1%}"] if with_top5 else []
-        table.append(cells + ([f"{row['rate']:.2g}"] if with_rate else []))
+        table.append(cells + ([f"{row['rate']:.2g}"] if "rate" in row else []))
     return table
 
 

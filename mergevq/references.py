@@ -10,14 +10,16 @@ import contextlib
 import hashlib
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from mergevq import distributed
+from mergevq.config_evaluate import ReferenceKind, ReferenceRecord
 from mergevq.data import eval_batches
 from mergevq.extractor import INCEPTION_SHA256, FeatureExtractor
 from mergevq.frechet import (
@@ -35,9 +37,9 @@ from mergevq.images import ImageDataset, open_images
 from mergevq.metrics import to_uint8
 from mergevq.run import Progress, resolve_device
 
-ReferenceKind = Literal["reconstruction", "generation"]
 CROP = "short side resized (bicubic), centre square"
 """How images are prepared, the same for a model's input and its reference."""
+_NO_CROP = "none: of the size in the file"
 
 _ARRAY_BATCH = 64
 """Images of a file described at a time."""
@@ -154,7 +156,7 @@ def make_reference(  # noqa: PLR0913 - each is an option
     array: Path | None = None,
     device: str = "auto",
     num_workers: int = 0,
-) -> dict[str, Any] | None:
+) -> ReferenceRecord | None:
     """Describe images and write it down; on every rank, under `torchrun`.
 
     Args:
@@ -231,9 +233,9 @@ def write_reference(
     extractor: FeatureExtractor,
     image_size: int,
     data: str,
-) -> dict[str, Any]:
+) -> ReferenceRecord:
     """Write a reference; returns what was written about it."""
-    metadata: dict[str, Any] = {
+    metadata: ReferenceRecord = {
         "kind": kind,
         "extractor": extractor.name,
         "extractor_sha256": extractor.sha256,
@@ -244,7 +246,8 @@ def write_reference(
         "crop": CROP,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_reference(path, described.statistics, metadata, described.features)
+    values = cast("Mapping[str, str | int]", metadata)
+    save_reference(path, described.statistics, values, described.features)
     return metadata
 
 
@@ -320,7 +323,7 @@ def _described_array(
         if distributed.is_main():
             statistics.update(extractor.features(pixels))
             hashes.update(pixels, positions)
-    metadata: dict[str, object] = {
+    metadata: ReferenceRecord = {
         "kind": kind,
         "extractor": extractor.name,
         "extractor_sha256": extractor.sha256,
@@ -328,8 +331,9 @@ def _described_array(
         "pixels_sha256": hashes.compute(),
         "num_images": len(array),
         "image_size": image_size,
+        "crop": _NO_CROP,
     }
-    return Reference(statistics.compute(), metadata)
+    return Reference(statistics.compute(), dict(metadata))
 
 
 def require_size(path: Path, found: object, image_size: int) -> None:

@@ -23,6 +23,7 @@ from mergevq.probe import ProbeRow, probe_rows
 from mergevq.reconstruction import measure
 from mergevq.run import Progress, RunDirectory, autocast, resolve_device
 from mergevq.tokenizer import Tokenizer
+from mergevq.weights import as_weights
 
 _BATCH_SIZE = 64
 """Images measured at a time."""
@@ -217,7 +218,8 @@ def examine_generator(run: GeneratorRun, data: TokenizerRun) -> GeneratorTrial:
     """
     directory = RunDirectory(run.out)
     device = resolve_device(run.train.device)
-    pair = load_pair(directory.model, run.tokens.tokenizer, device)
+    exact = load_pair(directory.model, run.tokens.tokenizer, device)
+    pair = exact._replace(generator=as_weights(exact.generator, "float32"))
     num_classes = pair.generator.config.num_classes
     samples = SampleRun(
         num_images=_SAMPLES_PER_CLASS * num_classes,
@@ -243,7 +245,7 @@ def examine_generator(run: GeneratorRun, data: TokenizerRun) -> GeneratorTrial:
         run=run,
         record=read_json(directory.record),
         log=[json.loads(line) for line in directory.metrics.read_text("utf-8").splitlines()],
-        num_parameters=sum(parameter.numel() for parameter in pair.generator.parameters()),
+        num_parameters=sum(parameter.numel() for parameter in exact.generator.parameters()),
         guidance=float(run.sampling.guidance_scale),
         class_names=list(pair.class_names),
         samples=[[to_pil(image) for image in images[asked == c]] for c in range(num_classes)],

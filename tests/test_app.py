@@ -1,4 +1,11 @@
-"""The web page: what stands behind each tab, and each tab asked once over the network."""
+"""The web page: what stands behind each tab, each tab built and asked once by a stand-in for
+gradio, and once by gradio itself where it is installed."""
+
+import contextlib
+import os
+import socket
+import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,6 +23,54 @@ from mergevq.images import open_images
 from mergevq.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
+
+
+class Component(contextlib.nullcontext):
+    """Stands for any part of a page: remembers what it was made with and what it calls."""
+
+    def __init__(self, page, kind, values, settings):
+        super().__init__(self)
+        self.page, self.kind, self.values, self.settings = page, kind, values, settings
+
+    def _listen(self, function, inputs, outputs, api_name):
+        if api_name:
+            self.page.calls[api_name] = (function, inputs, outputs)
+
+    click = release = _listen
+
+
+class Page(ModuleType):
+    """A `gradio` that only remembers what a page is made of."""
+
+    class Error(Exception):
+        """What a page shows when its input is wrong."""
+
+    def __init__(self):
+        super().__init__("gradio")
+        self.components, self.calls = [], {}
+        boxes, shown = ("Blocks", "Tab", "Row"), ("Markdown", "Image", "Gallery")
+        for kind in (*boxes, *shown, "Button", "Dropdown", "Number", "Slider"):
+            setattr(self, kind, self._maker(kind))
+
+    def _maker(self, kind):
+        def make(*values, **settings):
+            self.components.append(Component(self, kind, values, settings))
+            return self.components[-1]
+
+        return make
+
+    def of_kind(self, kind):
+        return [component for component in self.components if component.kind == kind]
+
+    def ask(self, api_name, *values):
+        """Call what a button calls, with as many values as it has inputs."""
+        function, inputs, outputs = self.calls[api_name]
+        assert len(values) == len(inputs)
+        answer = function(*values)
+        assert not isinstance(outputs, list) or len(answer) == len(outputs)
+        return answer
+
+
 SMALL = TokenizerConfig(
     image_size=16,
     channels=8,
@@ -134,6 +189,84 @@ def test_the_page_needs_its_extra(folder, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gradio", None)
     with pytest.raises(RuntimeError, match=r"pip install 'mergevq\[demo\]'"):
         app.build_page(folder / "tokenizer", generator=None, data=None, device="cpu")
+
+
+@pytest.fixture
+def page(monkeypatch):
+    """A page being made, on a machine without a network that would like to report."""
+    stand_in = Page()
+    monkeypatch.setitem(sys.modules, "gradio", stand_in)
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "True")
+    monkeypatch.setattr(socket, "socket", None)
+    return stand_in
+
+
+def test_every_tab_is_built_and_answers(folder, page):
+    app.build_page(
+        folder / "tokenizer",
+        generator=folder / "generator",
+        data=str(folder / "pictures"),
+        device="cpu",
+    )
+    tabs = [tab.values[0] for tab in page.of_kind("Tab")]
+    assert tabs == ["Reconstruct", "Sample", "Neighbours"]
+    assert set(page.calls) == {"reconstruct", "sample", "neighbours"}
+    picture = load_picture(folder / "pictures" / "cat" / "0.png")
+    *pictures, text = page.ask("reconstruct", picture, 5.0)
+    assert {shown.size for shown in pictures} == {(256, 256)}
+    assert text.startswith("5 of 16 tokens")
+    assert len(page.ask("sample", "dog", 2, 3, 0)) == 3
+    assert page.ask("sample", "all in turn", 1, 2, 0)[0].size == (256, 256)
+    assert page.ask("neighbours", picture, 2)[0][1] == "cat 1.000"
+
+
+def test_sliders_offer_what_is_legal(folder, page):
+    app.build_page(
+        folder / "tokenizer",
+        generator=folder / "generator",
+        data=str(folder / "pictures"),
+        device="cpu",
+    )
+    sliders = {slider.settings["label"]: slider.values for slider in page.of_kind("Slider")}
+    # Two layers leave at least 4 of 16 tokens; there are eight pictures.
+    assert (sliders["tokens"], sliders["neighbours"]) == ((4, 16), (1, 8))
+    (classes,) = page.of_kind("Dropdown")
+    assert classes.values == (["all in turn", "cat", "dog"],)
+
+
+def test_wrong_input_is_shown_on_the_page(folder, page):
+    app.build_page(folder / "tokenizer", generator=None, data=None, device="cpu")
+    assert set(page.calls) == {"reconstruct"}
+    with pytest.raises(page.Error, match="no picture was given"):
+        page.ask("reconstruct", None, 5)
+    picture = load_picture(folder / "pictures" / "cat" / "0.png")
+    with pytest.raises(page.Error, match="num_kept"):
+        page.ask("reconstruct", picture, 3)
+
+
+def test_the_page_reports_to_nobody(folder, page):
+    app.build_page(folder / "tokenizer", generator=None, data=None, device="cpu")
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+    assert page.of_kind("Blocks")[0].settings["analytics_enabled"] is False
+
+
+def test_the_page_of_the_package_has_every_tab_and_knows_its_digits(page):
+    pytest.importorskip("sklearn")
+    app.build_page(None, generator=None, data=None, device="cpu")
+    assert set(page.calls) == {"reconstruct", "sample", "neighbours"}
+    picture = open_images("digits").read(0)
+    found = page.ask("neighbours", picture, 8)
+    assert found[0][1] == "0 1.000"
+    assert {name.split()[0] for _, name in found} == {"0"}
+    assert page.ask("reconstruct", picture, 20)[-1].startswith("20 of 64 tokens")
+    assert len(page.ask("sample", "3", 2, 1, 0)) == 1
+
+
+def test_without_scikit_learn_the_page_of_the_package_has_no_neighbours(page, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    app.build_page(None, generator=None, data=None, device="cpu")
+    assert set(page.calls) == {"reconstruct", "sample"}
+    assert "pip install 'mergevq[quickstart]'" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -196,7 +196,7 @@ def test_the_wheel_contains_every_module_and_nothing_else(tmp_path):
         Path("mergevq", "toy", kind, name)
         for kind in ("tokenizer", "generator")
         for name in ("config.json", "model.safetensors")
-    }
+    } | {Path("mergevq", "toy", "README.md")}
     assert modules == {Path("mergevq", f"{module}.py") for module in MODULES} | toys | {
         Path("mergevq", "py.typed")
     }

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mergevq.cli import COMMANDS, EXTRAS, main
+from mergevq.cli import COMMANDS, EXTRAS, GROUPS, main
 from mergevq.config import TokenizerConfig
 from mergevq.recipes import RECIPES
 from mergevq.tokenizer import Tokenizer
@@ -184,6 +184,30 @@ def test_an_interrupt_ends_with_the_code_of_one(monkeypatch):
     assert main(["recipes"]) == 130
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["reconstruct", "sample", "finetune-source", "probe linear", "probe knn", "probe finetune"],
+)
+def test_what_one_process_does_is_not_done_by_several(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.chdir(tmp_path)
+    assert main([*words.split(), "--help"]) == 1
+    printed = capsys.readouterr().err
+    assert f"mergevq {words} runs in one process, and there are 2 (WORLD_SIZE)" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_several_processes_share_is_left_to_them(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for words in (["encode"], *(["evaluate", name] for name in GROUPS["evaluate"])):
+        if words[-1] == "selftest":
+            continue
+        with pytest.raises(SystemExit) as exit_:
+            main([*words, "--help"])
+        assert exit_.value.code == 0
+    assert "WORLD_SIZE" not in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------- reconstruct
 
 
@@ -198,12 +222,18 @@ def test_reconstruct_writes_a_picture_for_every_image(images, model, tmp_path, c
         assert wanted in printed
 
 
-def test_several_numbers_of_tokens_are_several_rows(images, model, tmp_path, capsys):
-    assert reconstruct([images / "0.png"], model, tmp_path, "--tokens", "16", "24", "40") == 0
+@pytest.mark.parametrize("tokens", [["16", "24", "40"], ["16,24", "40"], ["16,24,40"]])
+def test_several_numbers_of_tokens_are_several_rows(images, model, tmp_path, capsys, tokens):
+    assert reconstruct([images / "0.png"], model, tmp_path, "--tokens", *tokens) == 0
     printed = capsys.readouterr().out
     assert [f"{num_kept} of 64 tokens" in printed for num_kept in (16, 24, 40)] == [True] * 3
     with Image.open(tmp_path / "out" / "0.png") as figure:
         assert figure.height > 3 * 128
+
+
+def test_tokens_that_are_no_numbers_are_an_error(images, model, tmp_path, capsys):
+    assert reconstruct([images / "0.png"], model, tmp_path, "--tokens", "16,many") == 1
+    assert "tokens (16,many) must be whole numbers: --tokens 16,20" in capsys.readouterr().err
 
 
 def test_an_illegal_size_says_which_image_and_what_to_do(images, model, tmp_path, capsys):
@@ -293,12 +323,19 @@ def test_doctor_knows_every_extra_of_the_project():
 
 def test_convert_makes_a_model_of_an_official_checkpoint(shared, tmp_path, capsys):
     checkpoint = shared / "golden" / "official_hybrid.safetensors"
-    options = ["--image-size", "64", "--tokens", "144", "--num-heads", "4"]
+    options = ["--image-size", "64", "--tokens", "144"]
+    options += ["--num-heads", "4", "--num-decoder-heads", "4"]
     assert main(["convert", str(checkpoint), "--out", str(tmp_path / "model"), *options]) == 0
     tokenizer = Tokenizer.from_pretrained(tmp_path / "model")
     assert tokenizer.config.num_kept == 144
     assert tokenizer.config.num_bits == 18
     assert "untrained" in capsys.readouterr().out
+
+
+def test_convert_needs_what_shapes_cannot_tell(tmp_path, capsys):
+    (tmp_path / "theirs.ckpt").touch()
+    assert main(["convert", str(tmp_path / "theirs.ckpt"), "--out", str(tmp_path / "model")]) == 1
+    assert "--image-size, --tokens and --num-heads, or --lpips" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------ train

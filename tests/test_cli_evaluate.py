@@ -9,7 +9,11 @@ import pytest
 import tyro
 from evaluations import write_images, write_network, write_tokenizer
 
+from mergevq import evaluate_generation as evaluation
+from mergevq.cli import main
 from mergevq.cli_evaluate import COMMANDS
+from mergevq.config import SamplingSettings
+from mergevq.evaluate import Check
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:a (Frechet distance|reference) of:UserWarning",
@@ -77,10 +81,55 @@ def test_robustness_prints_a_row_for_each_fraction(tmp_path, folder, capsys):
     options = ("--tokens", 8, "--fractions", "0,0.5", "--radius", 2, "--seed", 3)
     run("robustness", *subject(folder, *options, "--out", tmp_path))
     printed = capsys.readouterr().out
-    assert "\n0.5 " in printed
+    assert "\n0.5          2 " in printed
     assert "at most 2 other bits, 62.500% of the codebook" in printed
+    assert "without the mean of the Frechet distances: it needs --extractor" in printed
     record = json.loads((tmp_path / "evaluation.json").read_text())
     assert record["settings"]["seed"] == 3
+
+
+def test_robustness_is_one_number_too(tmp_path, folder, capsys):
+    run("robustness", *subject(folder, "--extractor", folder / "colours.pt", "--out", tmp_path))
+    printed = capsys.readouterr().out
+    assert "25.000% of the codebook, for 200 and 280 and 360 of 4096" in printed
+    assert "\nperturbed_frechet_colours " in printed
+
+
+@pytest.mark.parametrize(
+    ("made", "wanted"), [("generation", "reconstruction"), ("reconstruction", "generation")]
+)
+def test_the_wrong_reference_ends_with_an_error_that_names_the_right_one(
+    tmp_path, folder, capsys, made, wanted
+):
+    path, network = str(tmp_path / "reference.npz"), ["--extractor", str(folder / "colours.pt")]
+    make = ["evaluate", "reference", "--data", str(folder / "images"), "--out", path, "--kind"]
+    options = ["--image-size", "16", "--device", "cpu", "--num-workers", "0"]
+    assert main([*make, made, *network, *options]) == 0
+    images = {
+        "reconstruction": [*map(str, subject(folder))],
+        "generation": ["--samples", str(folder / "images"), "--device", "cpu"],
+    }
+    command = ["evaluate", wanted, *images[wanted], *network, "--reference", path]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 1
+    printed = capsys.readouterr().err
+    assert f"is for {made}, and {wanted} is compared with" in printed
+    assert f"`mergevq evaluate reference --kind {wanted} --data" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_metrics_test_themselves(folder, monkeypatch, capsys):
+    command = ["evaluate", "selftest", "--extractor", str(folder / "colours.pt")]
+    assert main([*command, "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "\npsnr " in printed
+    assert "inf  infinite, and written as null  ok\n" in printed
+    assert "\nfrechet_colours " in printed
+    wrong = [Check("ssim", 0.5, "1", passed=False), Check("l1", 0.0, "0", passed=True)]
+    monkeypatch.setattr("mergevq.evaluate.check_metrics", lambda *_: wrong)
+    assert main(command) == 1
+    printed = capsys.readouterr()
+    assert "WRONG" in printed.out
+    assert "error: ssim: not what it must be" in printed.err
 
 
 def test_a_reference_is_written_and_the_wrong_kind_refused(tmp_path, folder, capsys):
@@ -118,9 +167,38 @@ def test_what_is_no_number_is_said(folder, options, message):
         run(options[0], *subject(folder, *options[1:]))
 
 
-def test_a_generator_needs_its_tokenizer():
-    with pytest.raises(ValueError, match="--model and --tokenizer must be given together"):
-        run("generation", "--model", "somewhere", "--reference", "r.npz", "--extractor", "e.pt")
+def test_a_tokenizer_needs_its_generator():
+    with pytest.raises(ValueError, match="--model is missing"):
+        run("generation", "--tokenizer", "somewhere", "--reference", "r.npz", "--extractor", "e.pt")
+
+
+def test_options_of_sampling_reach_the_run(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluation, "evaluate_generation", seen.append)
+    run(
+        "generation",
+        *("--model", "m", "--tokenizer", "t", "--reference", "r.npz", "--extractor", "e.pt"),
+        *("--out", tmp_path, "--num", 6, "--tokens", 5, "--seed", 7, "--weights", "int8"),
+        *("--guidance", 3, "--guidance-schedule", "power", "--guidance-power", 1.5),
+        *("--guidance-interval", 0.1, 0.9, "--temperature", 1, 0.8, "--top-k", 0, 4),
+        *("--top-p", 0.9, "--steps", 2, "--no-budget", "--batch-size", 3, "--device", "cpu"),
+    )
+    (settings,) = seen
+    sampled = settings.run
+    assert (sampled.num_images, sampled.num_kept, sampled.seed) == (6, 5, 7)
+    assert (sampled.weights, sampled.batch_size, sampled.device) == ("int8", 3, "cpu")
+    assert (settings.batch_size, settings.device) == (3, "cpu")
+    assert sampled.settings == SamplingSettings(
+        guidance_scale=3.0,
+        guidance_schedule="power",
+        guidance_power=1.5,
+        guidance_interval=(0.1, 0.9),
+        temperature=(1.0, 0.8),
+        top_k=(0, 4),
+        top_p=0.9,
+        budget=False,
+        num_steps=2,
+    )
 
 
 def test_torchrun_leaves_every_option_to_the_command():

@@ -43,12 +43,6 @@ def test_a_table_is_printed_for_every_number_of_tokens(folder, tmp_path, capsys,
     assert (tmp_path / "out/probe.json").is_file()
 
 
-def test_several_processes_are_refused(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="runs in one process, and there are 2"):
-        call("knn", folder, tmp_path / "out")
-
-
 def test_tokens_that_are_no_numbers_are_an_error(folder, tmp_path):
     with pytest.raises(ValueError, match=r"tokens \(9,many\) must be numbers, as in 36,144"):
         call("knn", folder, tmp_path / "out", "--tokens", "9,many")

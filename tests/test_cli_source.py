@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ def test_help_needs_no_torch():
 
 
 def test_the_command_passes_its_options_on_and_says_what_it_gained(material, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     seen = []
     from mergevq import train_source
 
@@ -43,6 +45,7 @@ def test_the_command_passes_its_options_on_and_says_what_it_gained(material, cap
         seed=5,
     )
     (run,) = seen
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
     assert run.optim.lr == 0.01
     assert {name: getattr(run, name) for name in SourceRun.__slots__ if name != "optim"} == {
         name: getattr(wanted, name) for name in SourceRun.__slots__ if name != "optim"

@@ -6,7 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from evaluations import write_tokenizer
 from PIL import Image
+from ranks import run_on_two_ranks
 from torch import nn
 
 from mergevq.checkpoint import tokens_hash
@@ -211,6 +213,18 @@ def test_two_ranks_write_what_one_writes(tmp_path, tokenizer, digits, record, co
         assert written == numbers
     finish(folder)
     assert content(folder) == content(complete.directory)
+
+
+def test_two_processes_write_what_one_writes(tmp_path):
+    # 1,797 digits are two shards of the command's size, one for each process.
+    write_tokenizer(tmp_path / "model")
+    command = ["encode", "--model", str(tmp_path / "model"), "--data", "digits", "--tokens", "8,12"]
+    command += ["--batch-size", "1024", "--num-workers", "0", "--device", "cpu", "--out"]
+    assert main([*command, str(tmp_path / "one")]) == 0
+    run_on_two_ranks([*command, str(tmp_path / "two")])
+    assert shards(tmp_path / "one") == shards(tmp_path / "two")
+    assert open_tokens(tmp_path / "one").record == open_tokens(tmp_path / "two").record
+    assert len(list((tmp_path / "two/k00012").glob("*.safetensors"))) == 2
 
 
 def test_tokens_of_two_tokenizers_do_not_share_a_folder(tokenizer, digits, record, complete):

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from evaluations import CONFIG, subject_of, write_images, write_network, write_tokenizer
+from records import assert_declared, problems
 
-from mergevq.config_evaluate import ReconstructionSettings, Subject
+from mergevq import evaluate
+from mergevq.config_evaluate import ReconstructionRecord, ReconstructionSettings, Subject
 from mergevq.evaluate import (
+    check_metrics,
     evaluate_reconstruction,
     json_numbers,
     measure_reconstructions,
@@ -20,6 +23,7 @@ from mergevq.evaluate import (
 from mergevq.metrics import psnr
 from mergevq.perceptual import Perceptual
 from mergevq.references import make_reference
+from mergevq.run import environment
 from mergevq.tokenizer import Tokenizer
 
 FEW = "ignore:a (Frechet distance|reference) of:UserWarning"
@@ -109,6 +113,33 @@ def test_psnr_is_the_mean_over_images_and_the_worst_come_first(folder):
     assert [extreme.position for extreme in found.best] == order[:-3:-1]
 
 
+def test_metrics_are_right_where_the_answer_is_known(folder, monkeypatch):
+    checks = {check.name: check for check in check_metrics(str(folder / "colours.pt"))}
+    assert list(checks) == [
+        *("psnr", "ssim", "l1", "frechet_colours"),
+        *("frechet, of Gaussians", "frechet, of a shift"),
+    ]
+    assert all(check.passed for check in checks.values())
+    assert checks["psnr"].found == float("inf")
+    assert checks["frechet, of a shift"].found == pytest.approx(1.5)
+    # A distance that forgot the means is found out; so would be any other.
+    whole = evaluate.frechet_distance
+    same = torch.zeros(6, dtype=torch.float64)
+    monkeypatch.setattr(
+        evaluate,
+        "frechet_distance",
+        lambda one, other: whole(one._replace(mean=same), other._replace(mean=same)),
+    )
+    wrong = [check.name for check in check_metrics() if not check.passed]
+    assert wrong == ["frechet, of Gaussians", "frechet, of a shift"]
+
+
+def test_lpips_of_the_same_image_is_nothing(shared):
+    (check,) = [c for c in check_metrics(lpips=str(shared / "weights")) if c.name == "lpips"]
+    assert check.passed
+    assert check.found == 0
+
+
 def test_every_token_is_counted_and_every_bit(folder):
     subject = subject_of(Tokenizer.from_pretrained(folder / "model"), folder / "images")
     (found,) = measure_reconstructions(subject, [8]).measured
@@ -174,25 +205,24 @@ def test_two_evaluations_agree_to_the_last_digit(tmp_path, folder):
 
 
 def test_the_record_says_all_that_the_numbers_depend_on(tmp_path, folder):
-    evaluate_reconstruction(settings(folder, tmp_path))
+    path = write_reference(folder, tmp_path / "reference.npz", "reconstruction")
+    evaluate_reconstruction(settings(folder, tmp_path, reference=path))
     record = json.loads((tmp_path / "evaluation.json").read_text())
-    assert record["kind"] == "reconstruction evaluation"
+    assert_declared(record, ReconstructionRecord)
+    assert record["environment"].keys() == environment(torch.device("cpu")).keys()
+    assert {"python", "torch", "mergevq", "git_commit"} <= record["environment"].keys()
+    assert record["environment"]["torch"] == torch.__version__
     assert record["data"]["num_images"] == 7
     for digest in (
         record["model"]["hash"],
         record["data"]["pixels_sha256"],
         record["extractor"]["sha256"],
+        record["reference"]["sha256"],
     ):
         assert len(digest) == 64
-    assert record["environment"]["torch"] == torch.__version__
     assert record["settings"]["subject"]["batch_size"] == 4
-    assert record["lpips"] is record["reference"] is None
+    assert record["lpips"] is None
     (result,) = record["results"]
-    assert set(result) == {
-        *("num_kept", "given", "recovered", "source_accuracy", "codebook", "bits"),
-        *("worst", "best", "images_per_second"),
-    }
-    assert set(result["bits"]) == {"tokens", "source", "total", "per_pixel"}
     assert result["bits"]["per_pixel"] == pytest.approx(result["bits"]["total"] / 256)
     assert (
         set(result["given"]["metrics"])
@@ -201,6 +231,14 @@ def test_the_record_says_all_that_the_numbers_depend_on(tmp_path, folder):
     )
     assert len(result["codebook"]["bit_probs"]) == 4
     assert {file["file_format"] for file in record["baselines"]} == {"JPEG", "WebP"}
+    del result["bits"]["total"]
+    result["worst"][0]["psnr"] = 1.0
+    record["model"]["config"]["num_bits"] = "4"
+    assert sorted(problems(record, ReconstructionRecord)) == [
+        "record.model.config.num_bits is '4'",
+        "record.results[0].bits.total is missing",
+        "record.results[0].worst[0].psnr is not declared",
+    ]
 
 
 def test_an_infinite_number_is_null_and_named():

@@ -1,24 +1,29 @@
 """Samples are the same however they are made, and are compared with what they should be."""
 
 import json
-from dataclasses import replace
+import warnings
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
 from evaluations import ALONE, write_images, write_network, write_tokenizer
+from ranks import run_on_two_ranks
+from records import assert_declared
+from torch import Tensor, nn
 
 from mergevq import distributed
 from mergevq.checkpoint import tokens_hash
-from mergevq.config import GeneratorConfig, SampleRun
-from mergevq.config_evaluate import GenerationSettings
+from mergevq.cli import main
+from mergevq.config import GeneratorConfig, SampleRun, SamplingSettings
+from mergevq.config_evaluate import GenerationRecord, GenerationSettings
 from mergevq.evaluate_generation import (
     evaluate_generation,
     nearest_neighbours,
     sample_missing,
 )
 from mergevq.extractor import FeatureExtractor
-from mergevq.generation import load_pair
+from mergevq.generation import class_labels, load_pair
 from mergevq.generator import Generator
 from mergevq.image_arrays import ImageArray
 from mergevq.images import open_images
@@ -27,6 +32,7 @@ from mergevq.references import make_reference
 pytestmark = pytest.mark.filterwarnings(
     "ignore:a (Frechet distance|reference) of:UserWarning",
     "ignore:.*is enlarged:UserWarning",
+    "ignore:.*images are not as many of each:UserWarning",
 )
 GENERATOR = GeneratorConfig(
     order="merge",
@@ -162,6 +168,13 @@ def test_a_generator_is_evaluated_and_everything_recorded(tmp_path, folder):
         )
     )
     assert json.loads((tmp_path / "evaluation.json").read_text()) == record
+    assert_declared(record, GenerationRecord)
+    sampling = record["settings"]["run"]["settings"]
+    assert sampling.keys() == {field.name for field in fields(SamplingSettings)}
+    assert {"guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p"} <= set(sampling)
+    assert record["reference"]["crop"] == "short side resized (bicubic), centre square"
+    assert record["world_size"] == 1
+    assert record["environment"]["torch"] == torch.__version__
     assert set(record["metrics"]) == {
         *("frechet_colours", "num_images", "class_score_colours", "class_score_colours_std"),
         *("kernel_colours", "kernel_colours_std", "precision_colours", "recall_colours"),
@@ -194,6 +207,8 @@ def test_the_training_set_itself_is_perfect_in_any_form(tmp_path, folder):
             ("array", tmp_path / "array.npz"),
         )
     ]
+    for record in records:
+        assert_declared(record, GenerationRecord)
     assert records[0]["metrics"] == records[1]["metrics"]
     assert records[0]["samples"]["pixels_sha256"] == records[1]["samples"]["pixels_sha256"]
     metrics = records[0]["metrics"]
@@ -229,6 +244,90 @@ def test_classes_come_in_turn(tmp_path, folder):
     chosen = extractor.probabilities(pixels.permute(0, 3, 1, 2)).argmax(1)
     expected = (chosen == torch.tensor([0, 1, 2, 0, 1, 2])).float().mean()
     assert record["metrics"]["class_accuracy"] == pytest.approx(float(expected))
+
+
+def test_as_many_images_of_each_class_and_a_warning_if_not(tmp_path, folder):
+    numbers = range(6)
+    labels = class_labels(sample_run(folder, num_images=6), 3, numbers)
+    assert labels.bincount().tolist() == [2, 2, 2]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        evaluate_generation(
+            settings(folder, tmp_path / "six", run=sample_run(folder, num_images=6))
+        )
+    assert not [each for each in caught if "of each of" in str(each.message)]
+    with pytest.warns(UserWarning, match=r"7 images are .* of 3 classes: 1 of .* --num 9"):
+        evaluate_generation(settings(folder, tmp_path / "seven", run=sample_run(folder)))
+
+
+class Logits(nn.Module):
+    """Gives no probabilities where classes are asked for."""
+
+    def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
+        features = torch.cat([images.mean([2, 3]), images.std([2, 3])], 1)
+        return features if return_features else features - 100
+
+
+class Unclassed(nn.Module):
+    """Refuses to give classes."""
+
+    def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
+        if not return_features:
+            raise NotImplementedError("there are no classes")
+        return torch.cat([images.mean([2, 3]), images.std([2, 3])], 1)
+
+
+@pytest.mark.parametrize(
+    ("network", "reason"),
+    [(Logits(), "these are logits or features"), (Unclassed(), "there are no classes")],
+)
+def test_an_extractor_without_classes_leaves_their_score_out(tmp_path, folder, network, reason):
+    torch.jit.script(network).save(tmp_path / "net.pt")
+    make_reference(
+        str(folder / "images"),
+        tmp_path / "reference.npz",
+        "generation",
+        extractor=tmp_path / "net.pt",
+        image_size=16,
+        batch_size=5,
+        device="cpu",
+    )
+    given = {"reference": str(tmp_path / "reference.npz"), "extractor": str(tmp_path / "net.pt")}
+    with pytest.warns(UserWarning, match=f"gives no class probabilities, .*{reason}"):
+        record = evaluate_generation(
+            settings(folder, tmp_path / "out", run=sample_run(folder, num_images=3), **given)
+        )
+    assert_declared(record, GenerationRecord)
+    assert "frechet_net" in record["metrics"]
+    assert not [name for name in record["metrics"] if name.startswith("class_score")]
+    assert record["left_out"][0].startswith("class_score_net: the extractor gives no class")
+
+
+def test_lighter_weights_sample_and_say_what_they_cost(tmp_path, folder):
+    run = sample_run(folder, num_images=6, weights="int8")
+    record = evaluate_generation(settings(folder, tmp_path / "int8", run=run))
+    assert 0 < record["logit_error"] < 0.2
+    (tmp_path / "int8/evaluation.json").unlink()
+    other = replace(run, weights="float32")
+    with pytest.raises(ValueError, match=r"weights \(int8, now float32\)"):
+        evaluate_generation(settings(folder, tmp_path / "int8", run=other))
+
+
+def test_two_processes_sample_and_measure_what_one_does(tmp_path, folder):
+    models = ["--model", str(folder / "generator"), "--tokenizer", str(folder / "tokenizer")]
+    networks = ["--extractor", str(folder / "colours.pt"), "--classifier"]
+    networks += [str(folder / "colours.pt"), "--reference", str(folder / "generation.npz")]
+    options = ["--num-images", "6", "--batch-size", "2", "--guidance", "2", "--device", "cpu"]
+    command = ["evaluate", "generation", *models, *networks, *options, "--out"]
+    assert main([*command, str(tmp_path / "one")]) == 0
+    run_on_two_ranks([*command, str(tmp_path / "two")])
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    one, two = (
+        json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two")
+    )
+    assert (one["world_size"], two["world_size"]) == (1, 2)
+    assert one["samples"] == two["samples"]
+    assert one["metrics"] == pytest.approx(two["metrics"], rel=1e-9)
 
 
 # ------------------------------------------------------------------------------ what is refused

@@ -1,20 +1,24 @@
 """Samples in a folder: decoded by their order, refused to strangers, and made again bit by bit."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from generators import ORDERS
 from PIL import Image
+from test_train_generator import small, small_tokenizer, write_tokens
 
-from mergevq.checkpoint import model_hash, tokens_hash
+from mergevq.checkpoint import load_model, model_hash, save_model, tokens_hash
 from mergevq.cli import main
 from mergevq.config import GeneratorConfig, SampleRun, SamplingSettings, TokenizerConfig
 from mergevq.generation import (
     class_labels,
     decode_sampled,
     generate,
+    known_tokenizer,
     load_pair,
     make_again,
     masked_origin,
@@ -24,6 +28,7 @@ from mergevq.generator import Generator
 from mergevq.merge import Source
 from mergevq.sampling import Sampled
 from mergevq.tokenizer import Tokenizer
+from mergevq.train_generator import train
 
 CPU = torch.device("cpu")
 
@@ -291,7 +296,8 @@ def test_in_painting_keeps_tokens_and_their_places(folder, picture):
 
 def test_the_command_writes_images_and_makes_one_again(folder, tmp_path, capsys):
     options = ["--classes", "3,7", "--num", "5", "--guidance", "4", "--batch-size", "2"]
-    options += ["--guidance-schedule", "linear", "--temperature", "1.0", "0.8", "--top-k", "3"]
+    options += ["--guidance-schedule", "power", "--guidance-power", "0.5"]
+    options += ["--temperature", "1.0", "0.8", "--top-k", "3"]
     assert sample(folder, tmp_path / "out", *options) == 0
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == [*(f"{k:06d}.png" for k in range(5)), "grid.png", "samples.json"]
@@ -301,6 +307,8 @@ def test_the_command_writes_images_and_makes_one_again(folder, tmp_path, capsys)
     assert main(again) == 0
     first, second = (read(tmp_path / name / "000003.png") for name in ("out", "again"))
     assert np.array_equal(first, second)
+    settings = json.loads((tmp_path / "out/samples.json").read_text())["run"]["settings"]
+    assert (settings["guidance_schedule"], settings["guidance_power"]) == ("power", 0.5)
     assert main(again) == 1
     assert "is there already" in capsys.readouterr().err
 
@@ -324,7 +332,7 @@ def test_the_command_prints_what_8_bits_cost(folder, tmp_path, capsys):
     ("options", "wanted"),
     [
         (["--classes", "3,12"], "class (12) must be between 0 and 9"),
-        (["--classes", "three"], "classes (three) must be numbers"),
+        (["--classes", "three"], "classes (three) must be whole numbers"),
         (["--tokens", "7"], "num_kept (7) must be one of those trained on"),
         (["--guidance", "-1"], "guidance_scale (-1.0) must be at least 0"),
     ],
@@ -345,6 +353,51 @@ def test_a_folder_with_something_in_it_is_left_alone(folder, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
-def test_both_directories_must_be_named(tmp_path, capsys):
-    assert main(["sample", "--out", str(tmp_path / "out"), "--model", "somewhere"]) == 1
-    assert "--tokenizer is missing" in capsys.readouterr().err
+def generator_of(folder, directory, path):
+    """A generator that says where its tokenizer was; None says nothing."""
+    extra = {"tokenizer": tokens_hash(folder / "tokenizer"), "class_names": []}
+    extra |= {} if path is None else {"tokenizer_path": str(path)}
+    saved = load_model(folder / "merge", kind="generator")
+    config = Generator.from_saved(saved).config
+    save_model(directory, saved.state, config, kind="generator", extra=extra)
+    return directory
+
+
+def test_the_tokenizer_is_found_where_training_had_it(folder, tmp_path, capsys):
+    shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    model = generator_of(folder, tmp_path / "model", tmp_path / "tokenizer")
+    command = ["sample", "--model", str(model), "--num", "2", "--device", "cpu"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    record = json.loads((tmp_path / "out/samples.json").read_text())
+    assert record["run"]["tokenizer"] == str(tmp_path / "tokenizer")
+    # Another tokenizer in its place, or none, is noticed, and the option named.
+    other = Tokenizer.from_pretrained(tmp_path / "tokenizer")
+    with torch.no_grad():
+        other.encoder.to_latents.weight[0] += 1
+    other.save_pretrained(tmp_path / "tokenizer")
+    for found in ("trained on tokens of tokenizer", "no directory"):
+        assert main([*command, "--out", str(tmp_path / "again")]) == 1
+        printed = capsys.readouterr().err
+        assert found in printed
+        assert "name it with --tokenizer" in printed
+        shutil.rmtree(tmp_path / "tokenizer", ignore_errors=True)
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_generator_that_does_not_know_its_tokenizer_says_so(folder, tmp_path):
+    model = generator_of(folder, tmp_path / "model", None)
+    with pytest.raises(ValueError, match=r"does not say where .* name it with --tokenizer"):
+        known_tokenizer(model)
+
+
+def test_training_leaves_word_of_the_tokenizer(tmp_path):
+    small_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    write_tokens(tmp_path / "tokens", tokens_hash(tmp_path / "tokenizer"))
+    run = small(tmp_path, num_steps=1, image_every=2)
+    model = train(replace(run, out=str(tmp_path / "run")))
+    assert known_tokenizer(model) == str(tmp_path / "tokenizer")
+
+
+def test_sampling_needs_a_generator(tmp_path, capsys):
+    assert main(["sample", "--out", str(tmp_path / "out")]) == 1
+    assert "--model is missing" in capsys.readouterr().err

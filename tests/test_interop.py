@@ -78,7 +78,11 @@ def golden(shared: Path, name: str) -> tuple[dict[str, torch.Tensor], dict[str, 
 def test_the_architecture_is_read_off_the_weights(shared, name, config):
     state, _ = golden(shared, name)
     read = official_config(
-        state, image_size=64, num_kept=config.num_kept, num_heads=config.num_heads
+        state,
+        image_size=64,
+        num_kept=config.num_kept,
+        num_heads=config.num_heads,
+        num_decoder_heads=config.num_decoder_heads,
     )
     # What the model has not, or the shapes of its stem do not tell, is as in the configuration.
     unknown = {field: getattr(config, field) for field in ("patch_dim",) if config.stem == "cnn"}

@@ -1,5 +1,6 @@
 """What the project asks of a user's machine."""
 
+import hashlib
 import re
 import tomllib
 from pathlib import Path
@@ -14,6 +15,10 @@ CONSTRAINTS = [
     for line in (REPOSITORY / "constraints.txt").read_text(encoding="ascii").splitlines()
     if line and not line.startswith("#")
 ]
+PACKAGE = REPOSITORY / "mergevq"
+# In any of the formats that weights come in.
+ENDINGS = {".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".npz", ".onnx"}
+WEIGHTS = sorted(path for path in PACKAGE.rglob("*") if path.suffix in ENDINGS)
 
 
 def normalized(requirement):
@@ -53,3 +58,43 @@ def test_constraints_name_a_version_and_no_place():
 def test_the_citation_carries_the_version_of_the_package():
     citation = (REPOSITORY / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\nversion: {PROJECT['version']}\n" in citation
+
+
+def card_of(weights):
+    """The nearest README.md above a file of weights, inside the package."""
+    folders = [folder for folder in weights.parents if folder.is_relative_to(PACKAGE)]
+    cards = [folder / "README.md" for folder in folders if (folder / "README.md").is_file()]
+    assert cards, f"{weights} has no card"
+    return cards[0].read_text(encoding="utf-8")
+
+
+def test_the_weights_of_the_package_are_the_two_of_the_demo():
+    assert [path.relative_to(PACKAGE).as_posix() for path in WEIGHTS] == [
+        "toy/generator/model.safetensors",
+        "toy/tokenizer/model.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=lambda path: path.parent.name)
+def test_shipped_weights_have_a_card_with_data_licence_and_teacher(weights):
+    card = card_of(weights)
+    for heading in ("Data", "Licence", "Teacher", "Command", "Numbers"):
+        assert re.search(rf"\*\*{heading}\b[^*]*\*\*[^*]{{20,}}", card), heading
+    assert f"`{weights.parent.name}/{weights.name}`" in card
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=lambda path: path.parent.name)
+def test_a_card_is_of_the_weights_that_are_there(weights):
+    """Weights that are made anew need new numbers on their card."""
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() in card_of(weights)
+
+
+@pytest.mark.parametrize("document", ["THIRD_PARTY.md", "CONTRIBUTING.md"])
+def test_what_is_said_of_weights_leads_to_those_that_are_shipped(document):
+    assert "mergevq/toy/" in (REPOSITORY / document).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["LPIPS", "VGG-16", "Inception-2015", "DINOv2"])
+def test_the_terms_of_weights_that_users_bring_are_listed(name):
+    third_party = (REPOSITORY / "THIRD_PARTY.md").read_text(encoding="utf-8")
+    assert re.search(rf"(?m)^\| {name}\b", third_party)

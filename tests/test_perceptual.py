@@ -1,6 +1,8 @@
 """LPIPS: published values, definition, precision, gradients, and where the weights come from."""
 
+import hashlib
 import socket
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from mergevq.perceptual import (
     Perceptual,
     cache_folder,
     convert_perceptual,
+    convert_perceptual_files,
     load_perceptual,
     missing_weights,
     weights_digest,
@@ -185,8 +188,10 @@ def test_without_weights_in_the_cache_there_is_no_network_and_a_notice_says_why(
     assert load_perceptual("vgg", None, cache=tmp_path) is None
     notice = missing_weights("vgg", cache=tmp_path)
     assert str(tmp_path) in notice
-    assert "vgg16-397923af.pth" in notice
+    assert "download.pytorch.org/models/vgg16-397923af.pth" in notice
     assert "v0.1/vgg.pth" in notice
+    command = "mergevq convert --lpips vgg16-397923af.pth vgg.pth --out lpips_vgg.safetensors"
+    assert command in notice
 
 
 def test_a_path_that_leads_nowhere_is_an_error_and_not_a_missing_weight(tmp_path):
@@ -244,6 +249,93 @@ def test_joining_the_two_files_the_wrong_way_round_is_an_error():
     trunk, heads = {"features.0.weight": torch.ones(1)}, {"lin0.model.1.weight": torch.ones(1)}
     with pytest.raises(ValueError, match=r"trunk_state \(0 names in features"):
         convert_perceptual(heads, trunk)
+
+
+read = partial(torch.load, weights_only=True)
+
+
+@pytest.fixture
+def published(tmp_path):
+    """Files as torchvision and LPIPS publish them, of a trunk with random weights."""
+
+    def write(trunk):
+        whole = Perceptual(trunk).state_dict()
+        parts = {
+            "trunk": {k: v for k, v in whole.items() if k.startswith("features")},
+            "heads": {k: v for k, v in whole.items() if k.startswith("lin")},
+        }
+        parts["trunk"]["classifier.6.bias"] = torch.zeros(1000)
+        for name, state in parts.items():
+            torch.save(state, tmp_path / f"{name}.pth")
+        return tmp_path / "trunk.pth", tmp_path / "heads.pth", whole
+
+    return write
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be compared")
+@pytest.mark.parametrize("trunk", NAMES)
+def test_two_published_files_become_the_one_that_training_reads(trunk, published, tmp_path):
+    trunk_file, heads_file, whole = published(trunk)
+    (tmp_path / "weights").mkdir()
+    file = convert_perceptual_files(trunk_file, heads_file, tmp_path / "weights", read=read)
+    assert file == tmp_path / "weights" / f"lpips_{trunk}.safetensors"
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    loaded = load_perceptual(trunk, str(file.parent))
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, whole[name])
+
+
+def test_the_published_trunk_is_known_by_its_hash(published, tmp_path, monkeypatch):
+    trunk_file, heads_file, _ = published("squeeze")
+    begins = hashlib.sha256(trunk_file.read_bytes()).hexdigest()[:8]
+    unmeasured = TRUNKS["squeeze"]._replace(torchvision_file=f"net-{begins}.pth", digest=None)
+    monkeypatch.setitem(TRUNKS, "squeeze", unmeasured)
+    out = tmp_path / "new" / "lpips.safetensors"
+    assert convert_perceptual_files(trunk_file, heads_file, out, read=read) == out
+
+
+@pytest.mark.parametrize("changes", [{}, {"digest": None}])
+def test_joining_other_weights_than_the_published_ones_warns(
+    changes, published, tmp_path, monkeypatch
+):
+    trunk_file, heads_file, _ = published("squeeze")
+    monkeypatch.setitem(TRUNKS, "squeeze", TRUNKS["squeeze"]._replace(**changes))
+    out = tmp_path / "lpips.safetensors"
+    with pytest.warns(UserWarning, match=r"are not squeezenet1_1-b8a52dc0\.pth and"):
+        convert_perceptual_files(trunk_file, heads_file, out, read=read)
+    assert out.is_file()
+
+
+def test_the_published_weights_are_joined_without_a_warning(shared, tmp_path):
+    whole = load_file(shared / "weights" / "lpips_squeeze.safetensors")
+    for name, prefix in (("trunk", "features"), ("heads", "lin")):
+        part = {k: v for k, v in whole.items() if k.startswith(prefix)}
+        save_file(part, tmp_path / f"{name}.safetensors")
+    files = tmp_path / "trunk.safetensors", tmp_path / "heads.safetensors"
+    file = convert_perceptual_files(*files, tmp_path, read=load_file)
+    assert weights_digest(load_file(file)) == TRUNKS["squeeze"].digest
+
+
+def test_files_that_do_not_belong_together_are_refused(published, tmp_path):
+    _, other_heads, _ = published("squeeze")
+    vgg_trunk = tmp_path / "vgg.pth"
+    torch.save({"features.0.weight": torch.ones(64, 3, 3, 3)}, vgg_trunk)
+    out = tmp_path / "lpips.safetensors"
+    with pytest.raises(ValueError, match=r"does not go with .* the heads of trunk 'squeeze'"):
+        convert_perceptual_files(vgg_trunk, other_heads, out, read=read)
+    torch.save({"lin0.model.1.weight": torch.ones(1, 7, 1, 1)}, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match=r"heads of \(7,\) channels must be those of vgg"):
+        convert_perceptual_files(vgg_trunk, tmp_path / "odd.pth", out, read=read)
+    assert not out.exists()
+
+
+def test_weights_that_are_not_finite_are_not_joined(published, tmp_path):
+    trunk_file, heads_file, whole = published("squeeze")
+    trunk = {k: v for k, v in whole.items() if k.startswith("features")}
+    trunk["features.0.bias"][0] = torch.inf
+    torch.save(trunk, trunk_file)
+    with pytest.raises(ValueError, match="not finite"):
+        convert_perceptual_files(trunk_file, heads_file, tmp_path / "lpips", read=read)
 
 
 def test_the_cache_is_in_the_home_folder_unless_set(monkeypatch, tmp_path):

@@ -185,7 +185,7 @@ def test_rows_of_a_confusion_matrix_sum_to_the_images_of_a_class():
 # ------------------------------------------------------------------------------------ comparison
 
 
-def test_tokens_are_compared_with_pixels_and_their_components(tmp_path):
+def test_tokens_are_compared_with_pixels_and_their_components(tmp_path, capsys):
     train, val = (
         list(
             eval_batches(
@@ -204,6 +204,10 @@ def test_tokens_are_compared_with_pixels_and_their_components(tmp_path):
         "knn": KnnConfig(num_neighbours=(5,)),
     }
     rows = probe_rows(model, train, val, (9,), **settings)
+    shown = capsys.readouterr().err
+    assert "image 42/42, " in shown
+    # Of 30 images 24 choose the rate, then all are learned from: 12 epochs each, 6 features.
+    assert f"probe step {12 * 2 * 6}/{12 * 2 * 6}, " in shown
     assert [(row.name, row.dim) for row in rows] == [
         ("9 tokens, merged, mean", 16),
         ("9 tokens, quantized, mean", 6),

@@ -8,14 +8,19 @@ import pytest
 import torch
 from PIL import Image
 from probes import COLOURS, tiny_tokenizer, write_colours
+from records import assert_declared, problems
 
 from mergevq.checkpoint import model_hash
 from mergevq.config import DataConfig
 from mergevq.config_probe import (
     FeatureConfig,
     FinetuneConfig,
+    FinetuneRow,
     KnnConfig,
+    KnnRow,
     LinearConfig,
+    LinearRow,
+    ProbeRecord,
     ProbeRun,
 )
 from mergevq.probing import probe, summary
@@ -49,6 +54,9 @@ def test_a_linear_probe_writes_its_settings_hashes_and_pictures(folder, tmp_path
     record = probe(run(folder, tmp_path / "out"))
     written = json.loads((tmp_path / "out/probe.json").read_text())
     assert written == record
+    assert_declared(written, ProbeRecord)
+    for row in written["rows"]:
+        assert_declared(row, LinearRow)
     assert written["method"] == "linear"
     assert written["run"]["method"]["rates"] == [1e-2, 1e-1]
     assert written["model"]["sha256"] == model_hash(folder / "model")
@@ -82,6 +90,9 @@ def test_a_linear_probe_writes_its_settings_hashes_and_pictures(folder, tmp_path
 
 def test_neighbours_are_pictured_and_every_k_is_reported(folder, tmp_path):
     record = probe(run(folder, tmp_path / "out", KnnConfig(num_neighbours=(3, 1))))
+    assert_declared(json.loads((tmp_path / "out/probe.json").read_text()), ProbeRecord)
+    for row in record["rows"]:
+        assert_declared(row, KnnRow)
     pixels = record["rows"][-2]
     assert [entry["k"] for entry in pixels["by_k"]] == [3, 1]
     assert pixels["accuracy"] == pixels["by_k"][0]["accuracy"] == 1
@@ -96,6 +107,8 @@ def test_leaving_one_out_uses_the_training_images_alone(folder, tmp_path):
     with pytest.raises(ValueError, match="leave out one of it and val_data"):
         probe(alone)
     record = probe(replace(alone, data=replace(alone.data, val_path=None)))
+    assert problems(json.loads((tmp_path / "out/probe.json").read_text()), ProbeRecord) == []
+    assert record["data"]["num_in_both"] is None
     assert record["data"]["val"] == record["data"]["train"]
     assert record["data"]["train"]["num_images"] == 36
     assert "36 images, each classified by the others" in summary(record)[0]
@@ -122,6 +135,9 @@ def test_fine_tuning_stands_beside_frozen_features_and_pixels(folder, tmp_path):
         "fine-tuned: 20 tokens, merged, mean",
         "fine-tuned: 64 tokens (no merging), mean",
     ]
+    assert_declared(json.loads((tmp_path / "out/probe.json").read_text()), ProbeRecord)
+    for row in record["rows"]:
+        assert_declared(row, FinetuneRow if row["name"].startswith("fine-tuned") else LinearRow)
     tuned = record["rows"][-1]
     assert tuned["num_steps"] == 6
     assert len(tuned["losses"]) == 2

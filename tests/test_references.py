@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 from evaluations import ALONE, write_images, write_network
+from records import assert_declared
 
+from mergevq.config_evaluate import ReferenceRecord
 from mergevq.extractor import FeatureExtractor
 from mergevq.frechet import load_features, load_reference
 from mergevq.image_arrays import ImageArray
@@ -65,6 +67,7 @@ def test_streamed_statistics_are_those_of_one_batch(folder, extractor, batch_siz
 def test_a_reference_says_what_it_is_of(tmp_path, folder, extractor):
     path = make(folder, tmp_path / "reference.npz", max_images=5, num_features=3)
     metadata = load_reference(path).metadata
+    assert_declared(metadata, ReferenceRecord)
     assert metadata["kind"] == "generation"
     assert metadata["extractor_sha256"] == extractor.sha256
     assert (metadata["num_images"], metadata["image_size"]) == (5, 16)
@@ -118,6 +121,7 @@ def test_images_in_a_file_are_described_on_reading(tmp_path, folder, extractor):
     expected = opened(path, "reconstruction", extractor)
     found = opened(tmp_path / "array.npz", "reconstruction", extractor)
     torch.testing.assert_close(found.statistics.mean, expected.statistics.mean)
+    assert_declared(found.metadata, ReferenceRecord)
     assert found.metadata["pixels_sha256"] == expected.metadata["pixels_sha256"]
     assert reference_features(path, extractor, 2) is None
     assert reference_features(tmp_path / "array.npz", extractor, 2).shape == (7, 5)

@@ -5,15 +5,18 @@ import json
 import pytest
 import torch
 from evaluations import subject_of, write_images, write_network, write_tokenizer
+from records import assert_declared
 
-from mergevq.config_evaluate import RobustnessSettings, Subject
+from mergevq.config_evaluate import RobustnessRecord, RobustnessSettings, Subject
 from mergevq.evaluate import measure_reconstructions
 from mergevq.quantize import codes_to_indices
 from mergevq.robustness import (
+    Point,
     ball_share,
-    default_radius,
+    default_radii,
     draw_flips,
     evaluate_robustness,
+    mean_distance,
     measure_robustness,
     perturb,
 )
@@ -39,9 +42,10 @@ def subject(folder):
 
 def test_a_fraction_of_zero_is_the_reconstruction_to_the_last_digit(subject):
     (found,) = measure_reconstructions(subject, [8]).measured
-    curves = measure_robustness(subject, 8, [0.0, 1.0], radius=2, seed=0)
+    curves = measure_robustness(subject, 8, [0.0, 1.0], radii=[2, 1], seed=0)
     assert curves.points[0].numbers == found.outcome.given
-    assert curves.points[1].numbers != found.outcome.given
+    assert [point.radius for point in curves.points] == [None, 1, 2]
+    assert found.outcome.given not in [point.numbers for point in curves.points[1:]]
     assert curves.num_images == 5
 
 
@@ -61,7 +65,7 @@ def test_wrong_tokens_change_the_image_more_the_more_there_are(subject):
 
 def test_two_curves_agree_to_the_last_digit_and_another_seed_does_not(subject):
     first, second, other = (
-        measure_robustness(subject, 8, [0.5], radius=2, seed=seed).points for seed in (0, 0, 1)
+        measure_robustness(subject, 8, [0.5], radii=[2], seed=seed).points for seed in (0, 0, 1)
     )
     assert first == second != other
 
@@ -95,40 +99,79 @@ def test_the_ball_is_a_share_of_the_codebook():
     assert ball_share(4, 2) == 10 / 16
     assert ball_share(4, 4) == 15 / 16
     # 12,615 of 262,144 codes differ in up to 5 of 18 bits: less than 200 of 4,096.
-    assert default_radius(18) == 6
-    assert default_radius(1) == 1
+    assert default_radii(18) == [6, 6, 6]
+    # Of 12 bits, 298 codes differ in up to 3, and 200/4096 and 280/4096 of all are fewer.
+    assert default_radii(12) == [3, 3, 4]
+    assert default_radii(1) == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"radius": 0}, r"radius \(0\) must be between 1 and the 4 bits"),
-        ({"radius": 5}, r"radius \(5\) must be between 1 and the 4 bits"),
+        ({"radii": [0]}, r"radius \(0\) must be between 1 and the 4 bits"),
+        ({"radii": [1, 5]}, r"radius \(5\) must be between 1 and the 4 bits"),
         ({"num_kept": 17}, "17"),
     ],
 )
 def test_what_cannot_be_is_refused(subject, change, message):
-    given = {"num_kept": 8, "fractions": [0.5], "radius": 1, "seed": 0}
+    given = {"num_kept": 8, "fractions": [0.5], "radii": [1], "seed": 0}
     with pytest.raises(ValueError, match=message):
         measure_robustness(subject, **given | change)
 
 
-def test_the_curve_is_written_and_drawn(tmp_path, folder):
+def test_the_mean_is_over_the_papers_fractions_and_balls():
+    # Of 12 bits the balls of 200 and 280 neighbours are one, which counts twice.
+    points = [
+        Point(
+            fraction, radius, 1, {"psnr": 0.0, "frechet_net": 10 * fraction + 100 * (radius == 4)}
+        )
+        for fraction in (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
+        for radius in (3, 4)
+    ]
+    assert mean_distance(points, 12) == {"perturbed_frechet_net": pytest.approx(7 + 100 / 3)}
+    inception = [point._replace(numbers={"fid": 2.0}) for point in points]
+    assert mean_distance(inception, 12) == {"perturbed_fid": pytest.approx(2)}
+
+
+def settings_of(folder, out, *, extractor=True, **changes):
     subject = Subject(
         model=str(folder / "model"),
         data=str(folder / "images"),
+        extractor=str(folder / "colours.pt") if extractor else None,
         device="cpu",
         batch_size=4,
         num_workers=0,
     )
-    evaluate_robustness(
-        RobustnessSettings(subject=subject, out=str(tmp_path), fractions=(0.9, 0.0, 0.5))
-    )
+    return RobustnessSettings(subject=subject, out=str(out), **changes)
+
+
+def test_the_curve_is_written_and_drawn(tmp_path, folder):
+    evaluate_robustness(settings_of(folder, tmp_path))
     record = json.loads((tmp_path / "evaluation.json").read_text())
-    assert record["kind"] == "robustness evaluation"
-    assert [result["fraction"] for result in record["results"]] == [0, 0.5, 0.9]
-    assert [result["num_replaced"] for result in record["results"]] == [0, 4, 7]
-    assert record["radius"] == 1
-    assert record["ball_share"] == 0.25
+    assert_declared(record, RobustnessRecord)
+    fractions = [0, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9]
+    assert [result["fraction"] for result in record["results"]] == fractions
+    assert [result["num_replaced"] for result in record["results"]] == [0, 1, 2, 4, 5, 6, 6, 7]
+    assert record["balls"] == [{"radius": 1, "share": 0.25, "neighbours": [200, 280, 360]}]
+    averaged = [result["metrics"]["frechet_colours"] for result in record["results"][3:]]
+    assert record["metrics"] == {"perturbed_frechet_colours": pytest.approx(sum(averaged) / 5)}
+    assert record["left_out"] == []
     assert len(record["model"]["hash"]) == len(record["data"]["pixels_sha256"]) == 64
     assert (tmp_path / "robustness.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "needed"),
+    [
+        ({"extractor": False}, "--extractor"),
+        ({"radius": 2}, "leave --radius out"),
+        ({"fractions": (0.9, 0.0, 0.5)}, "--fractions 0.5,0.6,0.7,0.8,0.9"),
+    ],
+)
+def test_the_mean_is_left_out_where_it_would_be_of_something_else(
+    tmp_path, folder, changes, needed
+):
+    record = evaluate_robustness(settings_of(folder, tmp_path, **changes))
+    assert record["metrics"] == {}
+    (text,) = record["left_out"]
+    assert needed in text

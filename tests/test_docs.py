@@ -1,0 +1,114 @@
+"""The documents name what is there: functions of equations, modules of deviations, commands."""
+
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from mergevq.cli import COMMANDS, GROUPS
+from mergevq.config import GENERATOR_SIZES
+from mergevq.recipes import RECIPES
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = {path.stem for path in (ROOT / "mergevq").glob("*.py")}
+
+
+def read(name):
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def tables(name):
+    """Each table of a document: its rows, as cells by the heading of their column."""
+    found = re.findall(r"(?m)(?:^\|.*\n)+", read(name) + "\n")
+    for table in found:
+        heading, _, *rows = [
+            [cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()
+        ]
+        yield [dict(zip(heading, row, strict=True)) for row in rows]
+
+
+def cells(name, column):
+    """All cells of one column, of those tables that have it."""
+    return [row[column] for table in tables(name) for row in table if column in row]
+
+
+def quoted(text):
+    return re.findall(r"`([^`]+)`", text)
+
+
+def is_there(dotted):
+    """Whether `module.name` or `module.Class.name` leads to something, a field included."""
+    module, *names = dotted.split(".")
+    place = importlib.import_module(f"mergevq.{module}") if module in MODULES else None
+    for name in names:
+        fields = getattr(place, "__annotations__", {})
+        if not hasattr(place, name) and name not in fields:
+            return False
+        place = getattr(place, name, None)
+    return module in MODULES and bool(names)
+
+
+def modules_that_differ():
+    """Modules whose docstring says what they do otherwise than the paper or the authors' code."""
+    for module in sorted(MODULES):
+        tree = ast.parse((ROOT / "mergevq" / f"{module}.py").read_text(encoding="utf-8"))
+        if "\nDiffers: " in (ast.get_docstring(tree) or ""):
+            yield module
+
+
+def test_every_equation_leads_to_functions_that_exist():
+    here = cells("method.md", "here")
+    assert len(here) > 30
+    for cell in here:
+        assert quoted(cell), f"{cell!r} names no function"
+        assert [name for name in quoted(cell) if not is_there(name)] == []
+
+
+@pytest.mark.parametrize("document", ["method.md", "deviations.md", "which.md"])
+def test_a_document_names_nothing_of_a_module_that_is_not_there(document):
+    names = re.findall(r"`(?:mergevq\.)?((\w+)(?:\.\w+)+)[(`]", read(document))
+    assert [name for name, module in names if module in MODULES and not is_there(name)] == []
+
+
+def test_every_module_that_differs_has_a_deviation():
+    assert set(modules_that_differ()) <= {
+        name for cell in cells("deviations.md", "in") for name in quoted(cell)
+    }
+
+
+def test_every_deviation_has_a_reason_and_modules_that_exist():
+    rows = [row for table in tables("deviations.md") for row in table]
+    assert len(rows) > 60
+    for row in rows:
+        assert row["here"] not in {"", "-"}, row["what"]
+        assert row["why"] not in {"", "-"}, row["what"]
+        assert set(quoted(row["in"])) <= MODULES, row["what"]
+        assert quoted(row["in"]), row["what"]
+
+
+def test_generation_is_in_both_documents():
+    for document in ("method.md", "deviations.md"):
+        assert "\n## Generation\n" in read(document)
+
+
+def test_sizes_are_those_of_the_config():
+    rows = [row for table in tables("method.md") for row in table if "LlamaGen's" in row]
+    assert [row["`config.GENERATOR_SIZES`"] for row in rows] == ["B", "L", "XL", "XXL"]
+    for row in rows:
+        size = GENERATOR_SIZES[row["`config.GENERATOR_SIZES`"]]
+        blocks = row["blocks + blocks of the head"]
+        assert (
+            blocks == f"{size['num_layers']} + {size['num_head_layers']} of width {size['dim']:,}"
+        )
+
+
+def test_commands_for_jobs_exist():
+    commands = [text for cell in cells("which.md", "command") for text in quoted(cell)]
+    words = [text.split() for text in commands if text.startswith("mergevq ")]
+    assert len(words) > 10
+    for _, name, *rest in words:
+        assert name in COMMANDS or rest[0] in GROUPS[name], name
+        if name == "train":
+            assert rest[0] in {*RECIPES, "RECIPE"}
