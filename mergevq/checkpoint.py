@@ -653,12 +653,15 @@ def _sha256(path: Path) -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what computes; None for a mergevq that runs without being installed."""
+    """Versions of what computes; None for a mergevq that runs without being installed.
+
+    Pillow is among them: it resizes what is measured, and writes the JPEG and WebP beside it.
+    """
     numbers: dict[str, str | None] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    for name in ("mergevq", "numpy", "safetensors"):
+    for name in ("mergevq", "numpy", "pillow", "safetensors"):
         try:
             numbers[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

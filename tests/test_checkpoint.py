@@ -7,6 +7,7 @@ import socket
 import sys
 from dataclasses import asdict, dataclass, replace
 
+import PIL
 import pytest
 import torch
 from torch import nn
@@ -155,6 +156,7 @@ def test_a_model_comes_back_exactly(tmp_path):
     assert record["extra"] == {"rfid": 1.5}
     assert record["format_version"] == FORMAT_VERSION
     assert record["versions"]["torch"] == str(torch.__version__)
+    assert record["versions"]["pillow"] == PIL.__version__
     assert sorted(path.name for path in tmp_path.rglob("*")) == [
         "config.json",
         "model",
