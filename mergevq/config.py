@@ -460,6 +460,10 @@ class TokenizerRun:
             self.train.parallel == "ddp",
             f"train.parallel ({self.train.parallel}) must be ddp: only generators are sharded",
         )
+        _require(
+            None in (self.init_from, self.init_vit),
+            f"init_from ({self.init_from}) would replace init_vit ({self.init_vit}): leave one out",
+        )
         for num_kept in (*self.kept.candidates, *self.train.eval_num_kept):
             replace(self.model, num_kept=num_kept)
 

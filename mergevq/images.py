@@ -81,6 +81,11 @@ class ImageDataset:
         """How many classes there are; 0 when the data are unlabelled."""
         return len(self.class_names)
 
+    @property
+    def num_unlabelled(self) -> int:
+        """How many of the images have no label."""
+        return int((self._labels[self._positions] < 0).sum())
+
     def __len__(self) -> int:
         return len(self._positions)
 

@@ -14,6 +14,7 @@ result over all ranks (`compute`, which every rank must call and which changes n
 """
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -313,6 +314,32 @@ class CodebookUsage:
             bit_probs=torch.tensor(ones, dtype=torch.float64) / num_tokens,
         )
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The windows of all ranks as one list of tokens, the oldest first; every rank must call.
+
+        In this order they say which one leaves next, and any number of ranks can go on from them.
+        """
+        by_age = self.window.roll(-(self.num_seen % len(self.window)))
+        tokens = distributed.gather(by_age[None]).T.flatten()
+        return {"tokens": tokens[tokens >= 0]}
+
+    def load_state_dict(
+        self, state: Mapping[str, Tensor], *, rank: int = 0, world_size: int = 1
+    ) -> None:
+        """Go on from a saved window; on as many ranks as saved it, each has its own again.
+
+        On other numbers of ranks the tokens are dealt out evenly, and the oldest leave where the
+        windows together hold fewer than were saved. A token outside the codebook is a ValueError.
+
+        Args:
+            state: what `state_dict` gave.
+            rank: of this process.
+            world_size: number of ranks.
+        """
+        self.window.fill_(-1)
+        self.num_seen = 0
+        self.update(state["tokens"][rank::world_size])
+
 
 class CollapseMonitor:
     """Says once that the codebook collapses, after several bad reports in a row.
@@ -324,6 +351,7 @@ class CollapseMonitor:
     def __init__(self, num_reports: int) -> None:
         self.num_reports = num_reports
         self.num_bad = 0
+        """Bad reports in a row so far; stays at `num_reports` once the warning is given."""
 
     def update(self, statistics: CodebookStatistics) -> str | None:
         """Take the next report; the text of the warning comes back the first time it is due."""
@@ -344,9 +372,16 @@ class CollapseMonitor:
             symptoms.append(f"bits {bits} are nearly constant")
         return (
             f"the codebook collapses: {' and '.join(symptoms)}, {self.num_reports} reports in a "
-            "row; raise the entropy weight (loss.entropy_weight), lower the learning rate "
-            "(optim.lr), or normalise the latents before the quantizer (pre-quantizer norm)"
+            "row; raise loss.entropy_weight or lower optim.lr"
         )
+
+    def state_dict(self) -> dict[str, int]:
+        """The count of bad reports."""
+        return {"num_bad": self.num_bad}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue counting; a warning that was given is not given again."""
+        self.num_bad = state["num_bad"]
 
 
 class _Pair(NamedTuple):

@@ -1,8 +1,8 @@
 """One run on one machine: its directory, its log, its device, its random numbers, its end.
 
-Only the main process writes and shows; `MetricsLog` and `Progress` are silent on other ranks. Every
-draw of random numbers is tied to what it is for, by `step_generator`, so a run that was stopped
-draws what it would have drawn.
+Only the main process writes and shows; `RunDirectory.open`, `MetricsLog` and `Progress` do nothing
+on other ranks. Every draw of random numbers is tied to what it is for, by `step_generator`, so a
+run that was stopped draws what it would have drawn.
 """
 
 import dataclasses
@@ -34,7 +34,8 @@ from mergevq.checkpoint import (
     versions,
     write_json,
 )
-from mergevq.config import FORMAT_VERSION, Precision
+from mergevq.config import FORMAT_VERSION, OptimConfig, Precision, TrainConfig
+from mergevq.optim import peak_learning_rate
 
 # ------------------------------------------------------------------------------- run directory
 
@@ -56,6 +57,11 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def curves(self) -> Path:
+        """`curves.png`: the numbers of `metrics.jsonl` over the steps."""
+        return self.path / "curves.png"
+
+    @property
     def checkpoints(self) -> Path:
         """Directory of the states a run can continue from."""
         return self.path / "checkpoints"
@@ -71,7 +77,7 @@ class RunDirectory:
         return self.path / "images"
 
     def open(self, run: object, *, device: torch.device, resume: bool) -> None:
-        """Claim the directory and write `run.json`; by the main process, before any work.
+        """Claim the directory and write `run.json`, before any work; on other ranks do nothing.
 
         Args:
             run: resolved settings, a dataclass.
@@ -82,6 +88,8 @@ class RunDirectory:
         Raises:
             ValueError: another run is there and is not to be resumed, or none is and it is.
         """
+        if not distributed.is_main():
+            return
         if resume and not self.record.is_file():
             raise ValueError(f"{self.path} holds no run to resume: there is no {self.record.name}")
         if not resume and self.path.exists() and any(self.path.iterdir()):
@@ -179,12 +187,46 @@ class MetricsLog:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
 
+    def note(self, text: str) -> None:
+        """Show a line that is no interval's; it is not in the file."""
+        if self._file is not None:
+            tqdm.write(text, file=sys.stderr)
+
     def close(self) -> None:
         """Nothing can be written after this."""
         if self._file is not None:
             self._file.close()
         if self._events is not None:
             self._events.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Every line that a `MetricsLog` wrote, also before the run was resumed."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def describe_batch(
+    train: TrainConfig, optim: OptimConfig, world: distributed.World, *, unit: str
+) -> str:
+    """What one optimizer step consists of and the learning rate that follows from it, in one line.
+
+    Args:
+        train: its batch is cut over ranks and accumulated parts.
+        optim: its rate may be scaled to the batch.
+        world: the ranks.
+        unit: what the batch is of, in the plural.
+
+    Raises:
+        ValueError: the batch cannot be cut evenly.
+    """
+    size = distributed.local_batch(train.batch_size, world, accumulation=train.accumulation)
+    rate = peak_learning_rate(optim, train.batch_size)
+    base = optim.base_batch_size or train.batch_size
+    return (
+        f"batch of {train.batch_size} {unit}: ranks {world.world_size} x accumulation "
+        f"{train.accumulation} x {size}; peak learning rate {rate:g} (optim.lr {optim.lr:g} at a "
+        f"batch of {base})"
+    )
 
 
 def format_line(step: int, values: Mapping[str, int | float]) -> str:

@@ -2,24 +2,23 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
 from PIL import Image
 
-from mergevq.config import TokenizerRun
 from mergevq.merge import source_bits
 from mergevq.pictures import contact_sheet
 from mergevq.report import (
     PLOT_SCALE,
-    Curve,
     Highlight,
-    Panel,
     Picture,
     Section,
     Table,
     bar_plot,
+    codebook_panels,
+    likelihood_panels,
     line_plot,
+    loss_panels,
+    psnr_panels,
 )
 from mergevq.trial import GeneratorTrial, Trial, training_seconds
 
@@ -165,34 +164,19 @@ def probe_section(trial: Trial) -> Section:
 
 def training_section(trial: Trial) -> Section:
     """How training went."""
-    terms = [name for name in _terms(trial.run) if any(line.get(name) for line in trial.log)]
-    panels = [
-        Panel(title=_words(name), curves=[_curve(trial.log, name)]) for name in ["loss", *terms]
-    ]
-    num_kepts = trial.run.train.eval_num_kept or (trial.run.model.num_kept,)
-    quality = [
-        Panel(
-            title=f"PSNR, {words} source (dB)",
-            curves=[
-                replace(_curve(trial.log, f"{name}@{k}"), label=f"K = {k}", colour=colour)
-                for colour, k in enumerate(num_kepts)
-            ],
-        )
-        for name, words in (("psnr", "given"), ("psnr_recovered", "recovered"))
-    ]
     return Section(
         title="Training",
         text="The loss is the weighted sum of its terms; the terms are shown before weighting.",
         pictures=[
             Picture(
                 name="losses",
-                image=line_plot(panels, x_label="step"),
+                image=line_plot(loss_panels(trial.run, trial.log), x_label="step"),
                 caption="Loss and its terms, each on one batch.",
                 scale=PLOT_SCALE,
             ),
             Picture(
                 name="psnr",
-                image=line_plot(quality, x_label="step", share_y=True),
+                image=line_plot(psnr_panels(trial.log), x_label="step", share_y=True),
                 caption="Held-out images, with the encoder's source and with the one recovered "
                 "from the codes.",
                 scale=PLOT_SCALE,
@@ -201,30 +185,9 @@ def training_section(trial: Trial) -> Section:
     )
 
 
-def _terms(run: TokenizerRun) -> list[str]:
-    """Names of the loss terms that have a weight."""
-    names = [name for name in run.loss.__slots__ if name.endswith("_weight")]
-    return [name.removesuffix("_weight") for name in names if getattr(run.loss, name) > 0]
-
-
-def _words(name: str) -> str:
-    """A field's name as a title."""
-    return name.replace("_", " ").capitalize()
-
-
-def _curve(log: Sequence[dict[str, Any]], name: str) -> Curve:
-    """One number over the steps at which it was logged."""
-    lines = [line for line in log if name in line]
-    return Curve(x=[line["step"] + 1 for line in lines], y=[line[name] for line in lines])
-
-
 def codebook_section(trial: Trial) -> Section:
     """Which codes the tokens take."""
     usage, num_bits = trial.usage, trial.run.model.num_bits
-    panels = [
-        Panel(title="Share of codes in use", curves=[_curve(trial.log, "codebook_usage")]),
-        Panel(title="Perplexity", curves=[_curve(trial.log, "perplexity")]),
-    ]
     return Section(
         title="Codes",
         text=(
@@ -249,7 +212,7 @@ def codebook_section(trial: Trial) -> Section:
             ),
             Picture(
                 name="codebook",
-                image=line_plot(panels, x_label="step"),
+                image=line_plot(codebook_panels(trial.log), x_label="step"),
                 caption="Over the latest tokens seen in training.",
                 scale=PLOT_SCALE,
             ),
@@ -301,10 +264,6 @@ def generator_sections(trial: GeneratorTrial) -> list[Section]:
     names = trial.class_names
     pairs = [[row[0] for row in trial.samples], trial.nearest]
     num_samples = sum(len(row) for row in trial.samples)
-    panels = [
-        Panel(title="Nats a token, training", curves=[_curve(trial.log, "nll")]),
-        Panel(title="Nats a token, held out", curves=_validation_curves(trial)),
-    ]
     table = Table(
         header=["", "real, held out", "sampled"],
         rows=[
@@ -348,22 +307,13 @@ def generator_sections(trial: GeneratorTrial) -> list[Section]:
                 ),
                 Picture(
                     name="likelihood",
-                    image=line_plot(panels, x_label="step", share_y=True),
+                    image=line_plot(likelihood_panels(trial.log), x_label="step", share_y=True),
                     caption=f"An even guess among {2**trial.run.model.num_bits:,} codes has "
                     f"{math.log(2**trial.run.model.num_bits):.2f} nats.",
                     scale=PLOT_SCALE,
                 ),
             ],
         )
-    ]
-
-
-def _validation_curves(trial: GeneratorTrial) -> list[Curve]:
-    """Held-out likelihood at every K that was looked at."""
-    names = sorted({name for line in trial.log for name in line if name.startswith("val_nll@")})
-    return [
-        replace(_curve(trial.log, name), label=f"K = {name.partition('@')[2]}", colour=colour)
-        for colour, name in enumerate(names)
     ]
 
 

@@ -97,8 +97,26 @@ def cosine_alignment(
 def label_alignment(
     logits: Float[Tensor, "b f"], label: Int64[Tensor, " b"], *, smoothing: float
 ) -> Float[Tensor, ""]:
-    """Cross-entropy against the label, of which a share is spread over all classes, in nats."""
+    """Cross-entropy against the label, of which a share is spread over all classes, in nats.
+
+    An image without a label, which is -1, is a ValueError.
+    """
+    require_labels(int((label < 0).sum()), len(label))
     return functional.cross_entropy(logits.float(), label, label_smoothing=smoothing)
+
+
+def require_labels(num_unlabelled: int, num_images: int) -> None:
+    """Check that every image has a label to be taught by.
+
+    Raises:
+        ValueError: some have none.
+    """
+    if num_unlabelled > 0:
+        raise ValueError(
+            f"{num_unlabelled} of {num_images} images have no label, and teacher.kind 'labels' "
+            "needs one of every image; leave these images out of the data, or choose teacher.kind "
+            "'self' or 'none'"
+        )
 
 
 # ------------------------------------------------------------------------------------ teachers

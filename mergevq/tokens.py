@@ -468,12 +468,12 @@ def token_batches(
     share = batch_size // world_size
     steps = range(start_step, num_steps)
     starts = (step * batch_size + rank * share for step in steps)
-    batches = _in_order(len(dataset), seed, (range(start, start + share) for start in starts))
+    batches = rows_in_order(len(dataset), seed, (range(start, start + share) for start in starts))
     kept = (None if num_kept is None else num_kept(step) for step in steps)
     return (dataset.batch(*arguments) for arguments in zip(batches, kept, strict=True))
 
 
-def _in_order(num_rows: int, seed: int, batches: Iterator[range]) -> Iterator[list[int]]:
+def rows_in_order(num_rows: int, seed: int, batches: Iterator[range]) -> Iterator[list[int]]:
     """Turn numbers of samples into rows, batch by batch."""
     epoch, order = -1, torch.empty(0, dtype=torch.int64)
     for batch in batches:

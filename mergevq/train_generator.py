@@ -47,12 +47,15 @@ from mergevq.optim import (
     set_learning_rate,
 )
 from mergevq.pictures import contact_sheet, to_pil
+from mergevq.report import generator_panels, has_plots, write_curves
 from mergevq.run import (
     MetricsLog,
     Progress,
     RunDirectory,
     autocast,
+    describe_batch,
     on_sigterm,
+    read_metrics,
     resolve_device,
     resolve_precision,
     step_generator,
@@ -65,6 +68,7 @@ from mergevq.tokens import (
     TokenRecord,
     open_tokens,
     require_tokenizer,
+    rows_in_order,
     token_batches,
 )
 
@@ -172,8 +176,7 @@ def _train(run: GeneratorRun, world: distributed.World, *, resume: bool) -> Path
     train_set, val_set = split(dataset, run.tokens.val_fraction)
     state, setting = build(run, world, dataset.record)
     directory = RunDirectory(run.out)
-    if distributed.is_main():
-        directory.open(run, device=world.device, resume=resume)
+    directory.open(run, device=world.device, resume=resume)
     manager = CheckpointManager(directory.checkpoints, keep_last=settings.keep_last)
     latest = distributed.broadcast_object(manager.latest()) if resume else None
     if latest is not None:
@@ -184,12 +187,15 @@ def _train(run: GeneratorRun, world: distributed.World, *, resume: bool) -> Path
         done=state.step * settings.batch_size,
         unit="sequence",
     )
+    log.note(describe_batch(settings, run.optim, world, unit="sequences"))
+    plotting = distributed.is_main() and has_plots(directory.curves)
     logged_at, logged_step = time.monotonic(), state.step
     with on_sigterm() as signal, contextlib.closing(bar), contextlib.closing(log):
         for batch in run_batches(run, world, train_set, state.step):
             step = state.step
             with distributed.located(world, step):
                 numbers = train_step(state, setting, batch)
+                _warn_of_skip(state, setting, train_set)
             state.step += 1
             bar.update(settings.batch_size)
             last = state.step == settings.num_steps
@@ -209,6 +215,9 @@ def _train(run: GeneratorRun, world: distributed.World, *, resume: bool) -> Path
             stopping = bool(distributed.sum(torch.tensor(int(signal.requested))) > 0)
             if state.step % settings.save_every == 0 or last or stopping:
                 _save(state, setting, manager, directory.model)
+            if plotting and (validating or stopping):
+                panels = generator_panels(read_metrics(directory.metrics))
+                write_curves(directory.curves, panels)
             if stopping and not last:
                 logger.warning("stopped after %d steps; go on with --resume", state.step)
                 break
@@ -423,8 +432,6 @@ def train_step(state: State, setting: Setting, batch: TokenBatch) -> dict[str, f
     if state.guard.check(state.step, sums | {"grad_norm": norm}):
         state.scaler.step(state.optimizer)
         state.ema.update()
-    else:
-        logger.warning("step %d is not finite and is skipped", state.step)
     state.scaler.update()
     numbers = {name: float(distributed.mean(value)) for name, value in sums.items()}
     return numbers | {
@@ -433,6 +440,23 @@ def train_step(state: State, setting: Setting, batch: TokenBatch) -> dict[str, f
         "lr": rate,
         "num_kept": num_kept,
     }
+
+
+def _warn_of_skip(state: State, setting: Setting, dataset: TokenDataset) -> None:
+    """Say which rows this rank's batch of the present step had, if the step was skipped."""
+    if state.guard.num_in_a_row == 0:
+        return
+    settings, world = setting.run.train, setting.world
+    share = settings.batch_size // world.world_size
+    first = state.step * settings.batch_size + world.rank * share
+    # Found again rather than kept: a step is hardly ever skipped.
+    (rows,) = rows_in_order(len(dataset), settings.seed, iter([range(first, first + share)]))
+    logger.warning(
+        "step %d is not finite and is skipped; rows %s of the training set, images %s of the data",
+        state.step,
+        rows,
+        dataset.origin(rows).position.tolist(),
+    )
 
 
 def _draw(state: State, setting: Setting, batch: TokenBatch) -> Sequences:
@@ -590,6 +614,7 @@ def _save(state: State, setting: Setting, manager: CheckpointManager, model: Pat
             extra={
                 "step": state.step,
                 "tokenizer": record.tokenizer,
+                "tokenizer_path": setting.run.tokens.tokenizer,
                 "class_names": list(record.class_names),
             },
         )

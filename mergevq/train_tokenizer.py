@@ -20,8 +20,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mergevq import distributed
-from mergevq.checkpoint import CheckpointManager, load_state, save_model, save_state
-from mergevq.config import TokenizerRun
+from mergevq.checkpoint import (
+    CheckpointManager,
+    from_json,
+    load_model,
+    load_state,
+    load_strict,
+    resolve,
+    save_model,
+    save_state,
+)
+from mergevq.config import TokenizerConfig, TokenizerRun
 from mergevq.data import Batch, ImageDataset, eval_batches, open_train_val, train_batches
 from mergevq.discriminator import Discriminator, fitting_num_layers
 from mergevq.interop import initialize_from_dinov2, read_vit
@@ -50,17 +59,20 @@ from mergevq.perceptual import Perceptual, load_perceptual, missing_weights
 from mergevq.pictures import contact_sheet, merge_map, to_pil
 from mergevq.quantize import quantize_losses
 from mergevq.reconstruction import measure
+from mergevq.report import has_plots, tokenizer_panels, write_curves
 from mergevq.run import (
     MetricsLog,
     Progress,
     RunDirectory,
     autocast,
+    describe_batch,
     on_sigterm,
+    read_metrics,
     resolve_device,
     resolve_precision,
     step_generator,
 )
-from mergevq.teachers import SelfTeacher, Teacher, build_teacher
+from mergevq.teachers import SelfTeacher, Teacher, build_teacher, require_labels
 from mergevq.tokenizer import Tokenizer, TokenizerOutput
 
 logger = logging.getLogger("mergevq")
@@ -69,6 +81,8 @@ _USAGE_WINDOW_BITS = 18
 """Codebook usage is counted over this power of two of tokens, or all codes when they are fewer."""
 _COLLAPSE_REPORTS = 20
 """Bad reports of codebook usage in a row before the run warns of a collapse."""
+_EVAL_BATCH = 64
+"""Images validated at once, over all ranks."""
 _NUM_PICTURED = 8
 """Images in a reconstruction grid."""
 
@@ -130,9 +144,12 @@ class State:
     discriminator_optimizer: torch.optim.Optimizer
     ema: Ema
     usage: CodebookUsage
+    monitor: CollapseMonitor
     guard: NonFiniteGuard
     discriminator_guard: NonFiniteGuard
     scaler: torch.amp.GradScaler
+    discriminator_scaler: torch.amp.GradScaler
+    """Its own: a loss scale that suits one side may overflow the other."""
     step: int = 0
 
     def _parts(self) -> dict[str, Any]:
@@ -146,23 +163,37 @@ class State:
             "optimizer": self.optimizer,
             "discriminator_optimizer": self.discriminator_optimizer,
             "ema": self.ema,
+            "monitor": self.monitor,
             "guard": self.guard,
             "discriminator_guard": self.discriminator_guard,
             "scaler": self.scaler,
+            "discriminator_scaler": self.discriminator_scaler,
         }
         return {name: part for name, part in parts.items() if part is not None}
 
     def state_dict(self) -> dict[str, Any]:
-        """Nested dict of tensors and plain values."""
+        """Nested dict of tensors and plain values, the same on every rank; every rank must call."""
         state = {name: part.state_dict() for name, part in self._parts().items()}
-        return state | {"step": self.step, "usage": self.usage.window}
+        return state | {"step": self.step, "usage": self.usage.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
-        for name, part in self._parts().items():
+    def load_state_dict(self, state: dict[str, Any], world: distributed.World) -> None:
+        """Inverse of `state_dict`, on any number of ranks.
+
+        Raises:
+            ValueError: it lacks a part of this run, or has one that this run has not.
+        """
+        parts = self._parts()
+        expected = {*parts, "step", "usage"}
+        if state.keys() != expected:
+            missing, unexpected = sorted(expected - state.keys()), sorted(state.keys() - expected)
+            raise ValueError(
+                f"the checkpoint does not fit this run: it lacks {missing} and has {unexpected} "
+                "besides; resume with the settings and the version of mergevq that wrote it"
+            )
+        for name, part in parts.items():
             part.load_state_dict(state[name])
         self.step = state["step"]
-        self.usage.update(state["usage"][state["usage"] >= 0])
+        self.usage.load_state_dict(state["usage"], rank=world.rank, world_size=world.world_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,20 +244,21 @@ def _train(run: TokenizerRun, world: distributed.World, *, resume: bool) -> Path
     distributed.local_batch(settings.batch_size, world, accumulation=settings.accumulation)
     train_set, val_set = open_train_val(run.data)
     state, setting = build(run, world, num_classes=train_set.num_classes)
+    _check_labels(run, train_set)
     directory = RunDirectory(run.out)
-    if distributed.is_main():
-        directory.open(run, device=world.device, resume=resume)
+    directory.open(run, device=world.device, resume=resume)
     manager = CheckpointManager(directory.checkpoints, keep_last=settings.keep_last)
     latest = distributed.broadcast_object(manager.latest()) if resume else None
     if latest is not None:
-        state.load_state_dict(load_state(latest / "state"))
+        state.load_state_dict(load_state(latest / "state"), world)
     log = MetricsLog(directory.metrics, first_step=state.step, tensorboard=settings.tensorboard)
     bar = Progress(
         settings.num_steps * settings.batch_size,
         done=state.step * settings.batch_size,
         unit="image",
     )
-    monitor = CollapseMonitor(_COLLAPSE_REPORTS)
+    log.note(describe_batch(settings, run.optim, world, unit="images"))
+    plotting = distributed.is_main() and has_plots(directory.curves)
     logged_at, logged_step = time.monotonic(), state.step
     with on_sigterm() as signal, contextlib.closing(bar), contextlib.closing(log):
         for batch in run_batches(run, world, train_set, state.step):
@@ -242,7 +274,7 @@ def _train(run: TokenizerRun, world: distributed.World, *, resume: bool) -> Path
                 num_images = (state.step - logged_step) * settings.batch_size
                 numbers["images_per_second"] = num_images / seconds
                 logged_step = state.step
-                numbers |= _usage_numbers(state.usage, monitor)
+                numbers |= _usage_numbers(state)
             if validating := state.step % settings.eval_every == 0 or last:
                 numbers |= _validate(state, setting, val_set)
             if logging_due or validating:
@@ -253,10 +285,19 @@ def _train(run: TokenizerRun, world: distributed.World, *, resume: bool) -> Path
             stopping = bool(distributed.sum(torch.tensor(int(signal.requested))) > 0)
             if state.step % settings.save_every == 0 or last or stopping:
                 _save(state, manager, directory.model)
+            if plotting and (validating or stopping):
+                panels = tokenizer_panels(run, read_metrics(directory.metrics))
+                write_curves(directory.curves, panels)
             if stopping and not last:
                 logger.warning("stopped after %d steps; go on with --resume", state.step)
                 break
     return directory.model
+
+
+def _check_labels(run: TokenizerRun, dataset: ImageDataset) -> None:
+    """Where labels teach, refuse images without one before a step meets them."""
+    if run.teacher.kind == "labels":
+        require_labels(dataset.num_unlabelled, len(dataset))
 
 
 def build(
@@ -300,9 +341,11 @@ def build(
         discriminator_optimizer=discriminator_optimizer,
         ema=Ema(tokenizer, run.optim.ema_decay),
         usage=CodebookUsage(run.model.num_bits, window=window, device=device),
+        monitor=CollapseMonitor(_COLLAPSE_REPORTS),
         guard=NonFiniteGuard(run.train.max_nonfinite),
         discriminator_guard=NonFiniteGuard(run.train.max_nonfinite),
         scaler=gradient_scaler(device, dtype),
+        discriminator_scaler=gradient_scaler(device, dtype),
     )
     setting = Setting(
         run=run,
@@ -321,7 +364,7 @@ def _initial_tokenizer(run: TokenizerRun) -> Tokenizer:
     if run.init_vit is not None:
         initialize_from_dinov2(tokenizer, read_vit(run.init_vit))
     if run.init_from is not None:
-        tokenizer.load_state_dict(Tokenizer.from_pretrained(run.init_from).state_dict())
+        initialize_from(tokenizer, run.init_from)
         if run.loss.adversarial_weight > 0:
             logger.warning(
                 "starting from %s with a fresh discriminator: it is trained from step %d, and its "
@@ -331,6 +374,31 @@ def _initial_tokenizer(run: TokenizerRun) -> Tokenizer:
                 run.loss.adversarial_start_step,
             )
     return tokenizer
+
+
+def initialize_from(tokenizer: Tokenizer, path: str | Path) -> None:
+    """Copy a trained tokenizer's weights; image size and K may be others.
+
+    Raises:
+        ValueError: it is not there, or is another architecture.
+    """
+    saved = load_model(resolve(path), kind="tokenizer")
+    other = from_json(TokenizerConfig, saved.record["config"])
+    mine = tokenizer.config
+    for name in (
+        "num_heads",
+        "num_decoder_heads",
+        "num_source_heads",
+        "merge_shape",
+        "position_embedding",
+    ):
+        # The shapes of weights do not tell these apart.
+        if getattr(other, name) != getattr(mine, name):
+            raise ValueError(
+                f"model.{name} ({getattr(mine, name)}) must be {getattr(other, name)}, as in the "
+                f"tokenizer of init_from, {path}"
+            )
+    load_strict(tokenizer, saved.state)
 
 
 def _kept_range(run: TokenizerRun) -> tuple[int, int]:
@@ -480,7 +548,7 @@ def update_discriminator(
     reconstructions: list[Float[Tensor, "b 3 h w"]],
 ) -> dict[str, float]:
     """One step of the discriminator on images and detached reconstructions."""
-    run, sums = setting.run, {}
+    run, sums, reals, fakes = setting.run, {}, [], []
     state.discriminator_optimizer.zero_grad(set_to_none=True)
     for position, (part, fake) in enumerate(zip(parts, reconstructions, strict=True)):
         syncs = position == len(parts) - 1
@@ -491,8 +559,9 @@ def update_discriminator(
             loss = discriminator_loss(real_logits, fake_logits)
             lecam = state.lecam(real_logits, fake_logits)
             total = loss + run.loss.lecam_weight * lecam
-            (total / len(parts)).backward()
-        state.lecam.update(real_logits, fake_logits)
+            state.discriminator_scaler.scale(total / len(parts)).backward()
+        reals.append(real_logits.detach())
+        fakes.append(fake_logits.detach())
         values = {
             "discriminator_loss": loss,
             "lecam": lecam,
@@ -501,9 +570,15 @@ def update_discriminator(
         }
         for name, value in values.items():
             sums[name] = sums.get(name, 0) + value.detach().float() / len(parts)
+    state.discriminator_scaler.unscale_(state.discriminator_optimizer)
     norm = clip(state.discriminator.parameters(), run.optim.clip_norm)
     if state.discriminator_guard.check(state.step, sums | {"grad_norm_discriminator": norm}):
-        state.discriminator_optimizer.step()
+        state.discriminator_scaler.step(state.discriminator_optimizer)
+        # Only of a step that is taken: averages that have seen a NaN stay NaN.
+        state.lecam.update(torch.cat(reals), torch.cat(fakes))
+    else:
+        logger.warning("step %d of the discriminator is not finite and is skipped", state.step)
+    state.discriminator_scaler.update()
     numbers = {name: float(distributed.mean(value)) for name, value in sums.items()}
     numbers["adversarial_weight"] = adversarial_weight(state.step, run.loss)
     return numbers | {"grad_norm_discriminator": float(norm)}
@@ -546,10 +621,10 @@ def _norm(module: nn.Module) -> float:
     return float(torch.nn.utils.get_total_norm(gradients))
 
 
-def _usage_numbers(usage: CodebookUsage, monitor: CollapseMonitor) -> dict[str, float]:
+def _usage_numbers(state: State) -> dict[str, float]:
     """Codebook use over the window, and a warning when it collapses."""
-    statistics = usage.compute()
-    warning = monitor.update(statistics)
+    statistics = state.usage.compute()
+    warning = state.monitor.update(statistics)
     if warning is not None:
         logger.warning(warning)
     return {
@@ -557,12 +632,16 @@ def _usage_numbers(usage: CodebookUsage, monitor: CollapseMonitor) -> dict[str, 
         "perplexity": statistics.perplexity,
         "num_dead_bits": statistics.num_dead_bits,
         "min_bit_entropy": float(statistics.bit_entropies.min()),
+        "min_bit_prob": float(statistics.bit_probs.min()),
+        "max_bit_prob": float(statistics.bit_probs.max()),
     }
 
 
 def _validate(state: State, setting: Setting, dataset: ImageDataset) -> dict[str, float]:
     """Reconstruct validation images with the averaged weights at every stated K."""
-    run = setting.run
+    run, num_ranks = setting.run, setting.world.world_size
+    # Up to the next number that the ranks can share evenly; the last batch may be short.
+    batch_size = -(-min(_EVAL_BATCH, run.train.num_eval_images) // num_ranks) * num_ranks
     numbers = {}
     state.tokenizer.eval()
     with state.ema.swap():
@@ -570,10 +649,10 @@ def _validate(state: State, setting: Setting, dataset: ImageDataset) -> dict[str
             batches = eval_batches(
                 dataset,
                 image_size=run.model.image_size,
-                batch_size=min(64, run.train.num_eval_images),
+                batch_size=batch_size,
                 max_images=run.train.num_eval_images,
                 rank=setting.world.rank,
-                world_size=setting.world.world_size,
+                world_size=num_ranks,
                 num_workers=0,
             )
             measured = measure(
@@ -626,17 +705,18 @@ def _picture(state: State, setting: Setting, dataset: ImageDataset, folder: Path
 
 def _save(state: State, manager: CheckpointManager, model: Path) -> None:
     """Write a checkpoint to resume from, and the averaged model to use."""
-    if not distributed.is_main():
-        distributed.barrier()
-        return
-    with state.ema.swap():
-        save_model(
-            model,
-            state.tokenizer.state_dict(),
-            state.tokenizer.config,
-            kind="tokenizer",
-            extra={"step": state.step},
-        )
-    # Last, so that whoever resumes from it finds a model at least as new.
-    manager.save(state.step, lambda path: save_state(path / "state", state.state_dict()))
+    if distributed.is_main():
+        with state.ema.swap():
+            save_model(
+                model,
+                state.tokenizer.state_dict(),
+                state.tokenizer.config,
+                kind="tokenizer",
+                extra={"step": state.step},
+            )
+    # Every rank takes part in the state, though one writes it.
+    everything = state.state_dict()
+    if distributed.is_main():
+        # Last, so that whoever resumes from it finds a model at least as new.
+        manager.save(state.step, lambda path: save_state(path / "state", everything))
     distributed.barrier()

@@ -297,3 +297,8 @@ def test_shards_are_for_generators_in_bf16_or_float32():
     fits = {"kept": KeptConfig(), "model": GeneratorConfig()}
     assert "(float16) must be bf16 or float32" in refused(GeneratorRun, train=half, **fits)
     assert GeneratorRun(train=cut, **fits).train.parallel == "fsdp"
+
+
+def test_a_tokenizer_starts_from_one_thing_only():
+    with pytest.raises(ValueError, match=r"init_from \(a\) would replace init_vit \(b\)"):
+        TokenizerRun(init_from="a", init_vit="b")

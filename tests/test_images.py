@@ -349,6 +349,8 @@ def test_parquet_class_names_and_missing_labels_are_kept(tmp_path):
     dataset = open_images(str(path))
     assert dataset.class_names == ("cat", "dog")
     assert labels(dataset) == [1, -1, -1]
+    assert dataset.num_unlabelled == 2
+    assert dataset.subset([0, 2]).num_unlabelled == 1
 
 
 def test_parquet_without_labels_has_no_classes(tmp_path):

@@ -19,14 +19,17 @@ from torch import distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mergevq.config import FORMAT_VERSION, OptimConfig, TokenizerRun, TrainConfig
+from mergevq.distributed import World
 from mergevq.run import (
     MetricsLog,
     Progress,
     RunDirectory,
     autocast,
+    describe_batch,
     environment,
     format_line,
     on_sigterm,
+    read_metrics,
     resolve_device,
     resolve_precision,
     step_generator,
@@ -101,6 +104,7 @@ def test_a_run_directory_has_a_place_for_everything(tmp_path):
     directory = RunDirectory(tmp_path)
     places = (directory.metrics, directory.checkpoints, directory.model, directory.images)
     assert [place.name for place in places] == ["metrics.jsonl", "checkpoints", "model", "images"]
+    assert directory.curves == tmp_path / "curves.png"
     assert {place.parent for place in places} == {tmp_path}
 
 
@@ -120,6 +124,27 @@ def test_a_log_line_is_the_same_numbers_for_people_and_programs(tmp_path, capsys
     ]
     log.close()
     assert capsys.readouterr().err == "step      20  loss    0.1235  images      1280\n"
+
+
+def test_a_note_is_shown_and_is_no_line_of_the_log(tmp_path, capsys):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.note("batch of 4 images")
+    log.write(3, {"loss": 0.5})
+    log.close()
+    assert capsys.readouterr().err.splitlines()[0] == "batch of 4 images"
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 3, "loss": 0.5}]
+
+
+def test_the_batch_is_described_as_it_is_cut_and_with_the_rate_that_is_used():
+    world = World(rank=1, world_size=4, local_rank=1, device=CPU)
+    train = TrainConfig(batch_size=48, accumulation=3)
+    optim = OptimConfig(lr=1e-3, base_batch_size=96)
+    assert describe_batch(train, optim, world, unit="images") == (
+        "batch of 48 images: ranks 4 x accumulation 3 x 4; peak learning rate 0.0005 "
+        "(optim.lr 0.001 at a batch of 96)"
+    )
+    unscaled = describe_batch(train, replace(optim, base_batch_size=None), world, unit="images")
+    assert unscaled.endswith("peak learning rate 0.001 (optim.lr 0.001 at a batch of 48)")
 
 
 def test_log_lines_are_aligned():
@@ -240,6 +265,8 @@ def second_rank():
 def test_other_ranks_write_and_show_nothing(tmp_path, capsys):
     with closing(MetricsLog(tmp_path / "metrics.jsonl", tensorboard=True)) as log:
         log.write(1, {"loss": 0.5})
+        log.note("batch of 4 images")
+    RunDirectory(tmp_path / "new").open(RUN, device=CPU, resume=False)
     with closing(Progress(1, interval_seconds=0.0)) as progress:
         progress.update()
     assert list(tmp_path.iterdir()) == []

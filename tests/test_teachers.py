@@ -373,6 +373,12 @@ def test_labels_teach_by_cross_entropy(generator):
     assert torch.equal(teacher.loss(token, label, None, None), expected)
 
 
+def test_images_without_a_label_are_counted_and_refused(generator):
+    logits = torch.randn(4, 5, generator=generator)
+    with pytest.raises(ValueError, match=r"2 of 4 images have no label.*teacher.kind 'self'"):
+        label_alignment(logits, torch.tensor([0, -1, 4, -1]), smoothing=0.1)
+
+
 def test_labels_that_the_data_does_not_have_are_an_error():
     with pytest.raises(ValueError, match=r"num_classes \(0\) must be at least 1 .* kind 'self'"):
         build_teacher(TeacherConfig(kind="labels"), dim=8, num_classes=0)

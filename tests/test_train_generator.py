@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -175,6 +176,26 @@ def test_the_loss_falls_and_everything_is_written(material, tmp_path, order):
     assert extra["step"] == 40
 
 
+def test_training_says_what_a_step_consists_of_and_draws_its_log(material, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    run = replace(small(material, num_steps=2, eval_every=1), out=str(tmp_path / "run"))
+    train(run)
+    line = "batch of 4 sequences: ranks 1 x accumulation 1 x 4; peak learning rate 0.01"
+    assert capsys.readouterr().err.count(line) == 1
+    first = (tmp_path / "run/curves.png").read_bytes()
+    train(replace(run, train=replace(run.train, num_steps=3)), resume=True)
+    assert (tmp_path / "run/curves.png").read_bytes() != first
+
+
+def test_without_matplotlib_training_goes_on_and_says_so_once(
+    material, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    train(replace(small(material, num_steps=2, eval_every=1), out=str(tmp_path / "run")))
+    assert not (tmp_path / "run/curves.png").exists()
+    assert caplog.text.count("pip install 'mergevq[") == 1
+
+
 def test_the_saved_model_has_the_averaged_weights(material, tmp_path):
     model = train(replace(small(material), out=str(tmp_path / "run")))
     state = load_state(tmp_path / "run/checkpoints/step-00000002/state")
@@ -231,6 +252,35 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(material):
     state.generator.head.norm.weight.data.copy_(healthy)
     train_step(state, setting, batch)
     assert state.guard.num_in_a_row == 0
+
+
+def test_a_step_that_is_skipped_names_its_rows(material, tmp_path, caplog):
+    run = small(material, num_steps=3, batch_size=3, max_nonfinite=2)
+    # A rate beyond float32 makes all steps after the first non-finite.
+    optim = replace(run.optim, lr=1e38, clip_norm=None)
+    with pytest.raises(RuntimeError, match="not finite"):
+        train(replace(run, optim=optim, out=str(tmp_path / "run")))
+    train_set, _ = split(open_tokens(run.tokens.path), run.tokens.val_fraction)
+    stream = token_batches(
+        train_set,
+        batch_size=3,
+        num_steps=2,
+        start_step=1,
+        seed=run.train.seed,
+        num_kept=lambda step: draw_num_kept(run, step),
+    )
+    batch = next(stream)
+    named = re.search(
+        r"step 1 is not finite and is skipped; rows (\[.*\]) of the training set, "
+        r"images (\[.*\]) of the data",
+        caplog.text,
+    )
+    assert named
+    rows, images = map(json.loads, named.groups())
+    again = train_set.batch(rows, batch.source.num_kept)
+    assert torch.equal(again.indices, batch.indices)
+    assert torch.equal(again.label, batch.label)
+    assert images == train_set.origin(rows).position.tolist()
 
 
 def test_dropout_leaves_torchs_own_generator_as_it_was(material):

@@ -9,18 +9,25 @@ import textwrap
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 from mergevq import distributed
 from mergevq.checkpoint import load_state
 from mergevq.config import TokenizerRun
-from mergevq.data import Batch
+from mergevq.data import Batch, open_train_val
+from mergevq.interop import select_weights
 from mergevq.recipes import digits32, shrink, tiny64_gr
 from mergevq.tokenizer import Tokenizer
 from mergevq.train_tokenizer import (
+    _usage_numbers,
+    _validate,
     build,
     draw_num_kept,
+    initialize_from,
     tokenizer_losses,
     train,
     train_step,
@@ -65,6 +72,16 @@ def equal(first: object, second: object) -> bool:
     if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
         return torch.equal(first, second)
     return first == second
+
+
+def copied(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The state of a module as it is now."""
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def read_log(folder: Path) -> list[dict]:
+    """Every line of a run's log."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -137,6 +154,68 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     assert not equal(before, dict(state.tokenizer.state_dict()))
 
 
+def test_one_image_that_is_not_finite_does_not_end_the_discriminators_training(caplog):
+    state, setting = build(small(), WORLD, num_classes=0)
+    train_step(state, setting, batch())
+    before = copied(state.discriminator), copied(state.lecam)
+    broken = batch()
+    broken.image[0, 0, 0, 0] = torch.nan
+    train_step(state, setting, broken)
+    assert equal(before, (copied(state.discriminator), copied(state.lecam)))
+    assert "step 0 of the discriminator is not finite and is skipped" in caplog.text
+    train_step(state, setting, batch())
+    assert state.discriminator_guard.num_skipped == 1
+    assert not equal(before[0], copied(state.discriminator))
+    assert not equal(before[1], copied(state.lecam))
+
+
+def test_verdicts_are_averaged_once_a_step_whatever_the_accumulation():
+    averages = []
+    whole = batch(4)
+    for accumulation in (1, 2):
+        state, setting = build(small(accumulation=accumulation), WORLD, num_classes=0)
+        state.lecam.real.fill_(1.0)
+        size = 4 // accumulation
+        parts = [
+            Batch(*(None if c is None else c[i : i + size] for c in whole))
+            for i in range(0, 4, size)
+        ]
+        update_discriminator(state, setting, parts, [part.image.flip(3) for part in parts])
+        averages.append(torch.stack([state.lecam.real, state.lecam.fake]))
+    torch.testing.assert_close(averages[0], averages[1])
+
+
+def test_in_float16_the_discriminators_small_gradients_are_not_lost():
+    run = small()
+    run = replace(run, train=replace(run.train, precision="float16"))
+    state, setting = build(run, WORLD, num_classes=0)
+    with torch.no_grad():
+        # So that what flows back through it is below 6e-8, the smallest number of float16.
+        state.discriminator.layers[-1].weight.mul_(1e-6)
+    part = batch()
+    update_discriminator(state, setting, [part], [part.image.flip(3)])
+    assert state.discriminator_guard.num_skipped == 0
+    gradient = state.discriminator.layers[-2 - 1].weight.grad
+    assert gradient is not None
+    assert 0 < gradient.abs().max() < 1e-5
+
+
+def test_a_loss_scale_that_overflows_is_lowered_for_the_side_it_overflowed_on():
+    run = small()
+    run = replace(run, train=replace(run.train, precision="float16"))
+    state, setting = build(run, WORLD, num_classes=0)
+    state.discriminator_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before, scale = copied(state.discriminator), state.scaler.get_scale()
+    part = batch()
+    update_discriminator(state, setting, [part], [part.image.flip(3)])
+    assert equal(before, copied(state.discriminator))
+    assert state.discriminator_scaler.get_scale() == 2.0**39
+    assert state.scaler.get_scale() == scale
+    saved, again = state.state_dict(), build(run, WORLD, num_classes=0)[0]
+    again.load_state_dict(saved, WORLD)
+    assert again.discriminator_scaler.get_scale() == 2.0**39
+
+
 def test_too_many_such_steps_stop_the_run_and_name_the_term():
     state, setting = build(small(max_nonfinite=2), WORLD, num_classes=0)
     broken = batch()
@@ -176,19 +255,178 @@ def test_k_is_drawn_from_the_distribution_and_again_after_a_resume():
 
 def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path):
     pytest.importorskip("sklearn")
-    whole = replace(small(num_steps=4, save_every=4), out=str(tmp_path / "whole"))
-    train(whole)
-    run = replace(small(num_steps=4, save_every=2), out=str(tmp_path / "cut"))
-    stopped = replace(run, train=replace(run.train, num_steps=2))
-    train(stopped)
-    train(run, resume=True)
+    run = small(num_steps=6, save_every=3, eval_every=6)
+    # A window of 256 tokens, of which a step replaces 64 to 128: it is full when the run is cut.
+    run = replace(run, model=replace(run.model, num_bits=8))
+    train(replace(run, out=str(tmp_path / "whole")))
+    cut = replace(run, out=str(tmp_path / "cut"))
+    train(replace(cut, train=replace(cut.train, num_steps=3)))
+    train(cut, resume=True)
     first, second = (
-        load_state(tmp_path / name / "checkpoints" / "step-00000004" / "state")
-        for name in ("whole", "cut")
+        load_state(tmp_path / name / "checkpoints/step-00000006/state") for name in ("whole", "cut")
     )
     assert equal(first, second)
-    lines = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3]
+    whole, resumed = (
+        [{n: v for n, v in line.items() if n != "images_per_second"} for line in read_log(folder)]
+        for folder in (tmp_path / "whole", tmp_path / "cut")
+    )
+    assert [line["step"] for line in whole] == list(range(6))
+    # At its last step the run that was cut validated, and the other did not.
+    assert {n: v for n, v in resumed[2].items() if "@" not in n} == whole[2]
+    assert resumed[3:] == whole[3:]
+
+
+def test_bad_reports_in_a_row_are_counted_over_a_resume():
+    state, _ = build(small(), WORLD, num_classes=0)
+    state.usage.update(torch.zeros(100, dtype=torch.int64))
+    for _ in range(19):
+        _usage_numbers(state)
+    again, _ = build(small(), WORLD, num_classes=0)
+    again.load_state_dict(state.state_dict(), WORLD)
+    assert again.monitor.num_bad == 19
+
+
+def test_a_checkpoint_with_other_parts_is_refused_by_name():
+    state, _ = build(small(), WORLD, num_classes=0)
+    saved = state.state_dict()
+    without = {name: part for name, part in saved.items() if name != "monitor"}
+    with pytest.raises(ValueError, match=r"lacks \['monitor'\] and has \[\] besides"):
+        state.load_state_dict(without, WORLD)
+    with pytest.raises(ValueError, match=r"lacks \[\] and has \['more'\] besides"):
+        state.load_state_dict(saved | {"more": 1}, WORLD)
+
+
+def test_the_log_tells_the_least_even_bits():
+    state, _ = build(small(), WORLD, num_classes=0)
+    num_bits = state.usage.num_bits
+    # Bit 0 is 1 in 3 of 4 tokens, bit 1 in 1 of 4, all others in 2 of 4.
+    high = (2**num_bits - 1) & ~3
+    state.usage.update(torch.tensor([high | 3, high | 1, 1, 0]))
+    numbers = _usage_numbers(state)
+    assert (numbers["min_bit_prob"], numbers["max_bit_prob"]) == (0.25, 0.75)
+
+
+@pytest.mark.parametrize(("num_images", "world_size"), [(5, 3), (4, 8), (64, 3)])
+def test_any_number_of_ranks_shares_out_the_validation_images(num_images, world_size):
+    pytest.importorskip("sklearn")
+    run = small(num_eval_images=num_images, eval_num_kept=(16,))
+    dataset = open_train_val(run.data)[1]
+    counts = []
+    for rank in range(world_size):
+        world = replace(WORLD, rank=rank, world_size=world_size)
+        state, setting = build(run, world, num_classes=0)
+        if rank < num_images:
+            counts.append(_validate(state, setting, dataset)["num_images@16"])
+    assert sum(counts) == num_images
+
+
+def test_training_says_what_a_step_consists_of_and_draws_its_log(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    run = small(num_steps=2, eval_every=1, accumulation=2)
+    run = replace(run, out=str(tmp_path / "run"))
+    run = replace(run, optim=replace(run.optim, lr=1e-3, base_batch_size=8))
+    train(run)
+    printed = capsys.readouterr().err
+    assert printed.count("batch of 4 images: ranks 1 x accumulation 2 x 2; peak learning ") == 1
+    assert "peak learning rate 0.0005 (optim.lr 0.001 at a batch of 8)" in printed
+    first = (tmp_path / "run/curves.png").read_bytes()
+    with Image.open(tmp_path / "run/curves.png") as picture:
+        assert min(picture.size) > 500
+    train(replace(run, train=replace(run.train, num_steps=3)), resume=True)
+    assert (tmp_path / "run/curves.png").read_bytes() != first
+
+
+def test_without_matplotlib_training_goes_on_and_says_so_once(tmp_path, monkeypatch, caplog):
+    pytest.importorskip("sklearn")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    train(replace(small(num_steps=2, eval_every=1), out=str(tmp_path / "run")))
+    assert not (tmp_path / "run/curves.png").exists()
+    assert len(read_log(tmp_path / "run")) == 2
+    assert caplog.text.count("pip install 'mergevq[") == 1
+    assert "curves.png" in caplog.text
+
+
+# ----------------------------------------------------------------------------- where it begins
+
+
+def test_a_run_starts_from_a_tokenizers_weights(tmp_path, caplog):
+    run = small()
+    # Another image size and other K are no other architecture.
+    other = Tokenizer(replace(run.model, image_size=64, num_kept=100, kept_range=(9, 200)))
+    other.save_pretrained(tmp_path / "other")
+    state, _ = build(replace(run, init_from=str(tmp_path / "other")), WORLD, num_classes=0)
+    assert equal(dict(state.tokenizer.state_dict()), dict(other.state_dict()))
+    assert equal(state.ema.shadow, dict(other.state_dict()))
+    assert state.tokenizer.config.kept_range == (16, 32)
+    assert "fresh discriminator" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "needed"),
+    [
+        ("num_heads", 4, 2),
+        ("num_decoder_heads", 4, 2),
+        ("num_source_heads", 4, 2),
+        ("merge_shape", "square", "linear"),
+        ("position_embedding", True, False),
+    ],
+)
+def test_starting_from_another_architecture_is_refused_where_shapes_agree(
+    tmp_path, name, value, needed
+):
+    run = small()
+    Tokenizer(run.model).save_pretrained(tmp_path)
+    mine = Tokenizer(replace(run.model, **{name: value}))
+    before = copied(mine)
+    with pytest.raises(ValueError, match=rf"model.{name} \({value}\) must be {needed}, as in"):
+        initialize_from(mine, tmp_path)
+    assert equal(before, copied(mine))
+
+
+def test_starting_from_another_width_is_refused_with_the_weights_that_do_not_fit(tmp_path):
+    run = small()
+    Tokenizer(replace(run.model, num_bits=7)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"do not fit Tokenizer:\n.*to_latents.weight: saved \(7"):
+        initialize_from(Tokenizer(run.model), tmp_path)
+
+
+def test_a_run_starts_from_a_larger_vit(tmp_path):
+    run = small()
+    larger = Tokenizer(replace(run.model, channels=16)).encoder.state_dict()
+    vit = {name: torch.randn_like(value) for name, value in larger.items() if "blocks." in name}
+    vit["cls_token"] = torch.randn(1, 1, 2 * run.model.dim)
+    save_file(vit, tmp_path / "model.safetensors")
+    state, _ = build(replace(run, init_vit=str(tmp_path)), WORLD, num_classes=0)
+    own = state.tokenizer.encoder.state_dict()
+    for name in (name for name in own if "blocks." in name):
+        assert torch.equal(own[name], select_weights(vit[name], tuple(own[name].shape))), name
+    assert torch.equal(own["class_token"], vit["cls_token"].flatten()[::2])
+
+
+def test_images_without_labels_are_refused_before_they_teach(tmp_path):
+    pytest.importorskip("pyarrow")
+    from pyarrow import parquet, table
+
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / f"{number}.png")
+    images = [{"bytes": (tmp_path / f"{number}.png").read_bytes()} for number in range(8)]
+    path = tmp_path / "images.parquet"
+    parquet.write_table(table({"image": images, "label": [0, 1, None, 0, 1, None, 0, 1]}), path)
+    run = small()
+    run = replace(
+        run,
+        data=replace(run.data, path=str(path), val_path=str(path), max_images=None),
+        teacher=replace(run.teacher, kind="labels"),
+        out=str(tmp_path / "run"),
+    )
+    with pytest.raises(ValueError, match=r"2 of 8 images have no label.*'self' or 'none'"):
+        train(run)
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------- in whole
 
 
 def test_training_reduces_the_loss_and_writes_everything(tmp_path):
