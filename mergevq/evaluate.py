@@ -10,8 +10,6 @@ Shape letters: B batch, N images, H and W pixels, F feature channels.
 """
 
 import math
-import shlex
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -62,6 +60,7 @@ from mergevq.report import Curve, Panel, line_plot, require_plots
 from mergevq.run import (
     Progress,
     autocast,
+    command_line,
     deterministic,
     environment,
     resolve_device,
@@ -436,7 +435,7 @@ def evaluation_record(world: distributed.World) -> EvaluationRecord:
     return {
         "format_version": FORMAT_VERSION,
         "world_size": world.world_size,
-        "command": shlex.join(sys.argv),
+        "command": command_line(),
         "environment": environment(world.device),
     }
 

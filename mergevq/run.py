@@ -99,7 +99,7 @@ class RunDirectory:
             )
         now = {
             "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": shlex.join(sys.argv),
+            "command": command_line(),
             "environment": environment(device),
         }
         record = {"format_version": FORMAT_VERSION, "run": to_json(run), **now, "resumed": []}
@@ -110,6 +110,14 @@ class RunDirectory:
             record["resumed"] = [*old["resumed"], now | {"changed": changed}]
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.record, record)
+
+
+def command_line() -> str:
+    """The command that runs, without the place where its program lies on this machine."""
+    program = Path(sys.argv[0])
+    # As `python -m mergevq` the program is the file `mergevq/__main__.py`.
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    return shlex.join([name, *sys.argv[1:]])
 
 
 def environment(device: torch.device) -> dict[str, Any]:

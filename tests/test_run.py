@@ -25,6 +25,7 @@ from mergevq.run import (
     Progress,
     RunDirectory,
     autocast,
+    command_line,
     describe_batch,
     environment,
     format_line,
@@ -415,3 +416,9 @@ def test_outside_the_main_thread_nothing_is_installed():
     thread.start()
     thread.join()
     assert seen == [False]
+
+
+@pytest.mark.parametrize("program", ["/opt/bin/mergevq", "/opt/lib/mergevq/__main__.py"])
+def test_a_command_does_not_say_where_its_program_lies(program, monkeypatch):
+    monkeypatch.setattr("sys.argv", [program, "train", "digits32", "--out", "a b"])
+    assert command_line() == "mergevq train digits32 --out 'a b'"
