@@ -44,8 +44,6 @@ LEARNS_FROM = {
     "imagenet256_g_randar": "imagenet256_g",
     "imagenet256_g_raster": "imagenet256_g",
 }
-# Hours in their docstrings are guesses; a name leaves this set when its run has been measured.
-GUESSED = {"tiny64_mergear", "tiny64_raster", "tiny64_anchored"}
 
 
 def statement(name, heading):
@@ -78,7 +76,7 @@ def test_a_recipe_says_hardware_and_time_or_how_much_there_is_to_do(name):
     said, run = statement(name, "Hardware and time"), RECIPES[name]()
     if "not measured" in said:
         assert f"{run.train.num_steps:,} steps of {run.train.batch_size} " in said
-    elif name not in GUESSED:
+    else:
         assert re.search(r"\b(measured|paper|README)\b", said)
         assert not re.search("minute|hour", said) or "(measured" in said
 
