@@ -429,7 +429,7 @@ class Generator(nn.Module):
         if not self.config.rotate_instruction:
             return vector
         heads = vector.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
-        turned = rotate(heads, rotation(positions, self.config.head_dim))
+        turned = rotate(heads, rotation(positions, self.config.head_dim)).to(vector.dtype)
         return turned.transpose(1, 2).flatten(2)
 
     def cell_positions(self) -> Float[Tensor, "l 2"]:
@@ -458,14 +458,14 @@ class Generator(nn.Module):
             mask: which keys each input sees; None is all up to itself.
             cache: keys and values of earlier inputs; those of these are added.
         """
-        angles = rotation(positions, self.config.head_dim)
+        turns = rotation(positions, self.config.head_dim)
         x = self.dropout(inputs)
         for layer, block in enumerate(self.blocks):
             if self.checkpointing and self.training:
-                x = checkpoint(block, x, angles, mask, use_reentrant=False)
+                x = checkpoint(block, x, turns, mask, use_reentrant=False)
                 continue
             remember = None if cache is None else functools.partial(cache.update, layer)
-            x = block(x, angles, mask, remember)
+            x = block(x, turns, mask, remember)
         return x
 
     def _layout(

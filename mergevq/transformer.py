@@ -5,15 +5,14 @@ Generation", section 2.2 (blocks, 2-D rotary embedding, arXiv:2406.06525); Li et
 "MergeVQ", equation 12 and figure 6 (visibility, arXiv:2504.00999).
 
 Shape letters: B batch, N inputs, M keys, T tokens of a sequence, C channels, H heads, G heads of
-keys and values, D channels of a head, R is B or 1.
+keys and values, D channels of a head, R and S are each B or 1.
 """
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Complex64, Float, Float32, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -26,32 +25,24 @@ ROTATION_BASE = 10000.0
 """Longest wavelength of the rotary embedding over 2 pi, in cells."""
 
 
-class Rotation(NamedTuple):
-    """Angles of the rotary embedding, one for each pair of a head's channels."""
+def rotation(positions: Float[Tensor, "r n 2"], head_dim: int) -> Complex64[Tensor, "r 1 n pairs"]:
+    """Turns for positions on a plane, one for each pair of a head's channels.
 
-    cos: Float[Tensor, "r 1 n pairs"]
-    """Cosines."""
-    sin: Float[Tensor, "r 1 n pairs"]
-    """Sines."""
-    swing: Float[Tensor, "r 1 n pairs 2"]
-    """Minus and plus the sine: what the other channel of a pair adds to each."""
-
-
-def rotation(positions: Float[Tensor, "r n 2"], head_dim: int) -> Rotation:
-    """Angles for positions on a plane: half of the channel pairs turn by row, half by column."""
+    Half of the pairs turn by row, half by column; each turn is a complex number of length 1.
+    """
     pairs = head_dim // 4
     frequencies = ROTATION_BASE ** (-torch.arange(pairs, device=positions.device) / pairs)
     angles = (positions.float()[..., None] * frequencies).flatten(-2)[:, None]
-    sin = angles.sin()
-    return Rotation(angles.cos(), sin, torch.stack([-sin, sin], dim=-1))
+    return torch.complex(angles.cos(), angles.sin())
 
 
-def rotate(x: Float[Tensor, "b h n d"], angles: Rotation) -> Float[Tensor, "b h n d"]:
-    """Turn each pair of neighbouring channels by its angle, in float32."""
-    pairs = x.unflatten(-1, (-1, 2))
-    # Few operators on small tensors: while decoding, each costs more than its arithmetic.
-    turned = torch.addcmul(pairs * angles.cos[..., None], pairs.flip(-1), angles.swing)
-    return turned.flatten(-2).to(x.dtype)
+def rotate(
+    x: Float[Tensor, "b h n d"], turns: Complex64[Tensor, "r 1 n pairs"]
+) -> Float32[Tensor, "b h n d"]:
+    """Turn each pair of neighbouring channels, in float32."""
+    # One complex product: while decoding, each operator costs more than its arithmetic.
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2)
 
 
 def leaders(groups: Int64[Tensor, "b t"]) -> Int64[Tensor, "b t"]:
@@ -124,13 +115,13 @@ class Attention(nn.Module):
         self.num_heads, self.key_heads, self.head_dim = num_heads, key_heads, dim // num_heads
         self.qkv = Projection(dim, (num_heads + 2 * key_heads) * self.head_dim)
         self.out = Projection(dim, dim)
-        self.query_norm = RmsNorm(self.head_dim) if qk_norm else nn.Identity()
-        self.key_norm = RmsNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.query_norm = RmsNorm(self.head_dim) if qk_norm else None
+        self.key_norm = RmsNorm(self.head_dim) if qk_norm else None
 
     def forward(
         self,
         x: Float[Tensor, "b n c"],
-        angles: Rotation | None,
+        turns: Complex64[Tensor, "s 1 n pairs"] | None,
         mask: Bool[Tensor, "r n m"] | BlockMask | None = None,
         remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> Float[Tensor, "b n c"]:
@@ -138,21 +129,25 @@ class Attention(nn.Module):
 
         Args:
             x: inputs.
-            angles: turned by these; None leaves queries and keys as they are.
+            turns: of queries and keys; None leaves them as they are.
             mask: which keys (last axis) each input sees; None is all up to itself.
             remember: given new keys and values, returns those to attend to.
         """
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        sizes = [self.num_heads, self.key_heads, self.key_heads]
-        query, key, value = heads.split(sizes, dim=1)
-        query, key = self.query_norm(query), self.key_norm(key)
-        if angles is not None:
-            query, key = rotate(torch.cat([query, key], dim=1), angles).split(sizes[:2], dim=1)
+        asking = self.num_heads + self.key_heads
+        # Queries and keys together, as far as they are treated alike.
+        turned, value = heads[:, :asking], heads[:, asking:]
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = turned[:, : self.num_heads], turned[:, self.num_heads :]
+            turned = torch.cat([self.query_norm(query), self.key_norm(key)], dim=1)
+        if turns is not None:
+            turned = rotate(turned, turns)
+        query, key = turned[:, : self.num_heads], turned[:, self.num_heads :]
         if remember is not None:
             key, value = remember(key, value)
-        # A cache may remember in another type.
-        attended = _attend(query.to(key.dtype), key, value, mask).to(query.dtype)
-        return self.out(attended.transpose(1, 2).flatten(2))
+        # Turned in float32; a cache may remember in another type than the layer's.
+        attended = _attend(query.to(value.dtype), key.to(value.dtype), value, mask)
+        return self.out(attended.to(heads.dtype).transpose(1, 2).flatten(2))
 
 
 def _attend(
@@ -221,10 +216,14 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b n c"],
-        angles: Rotation | None = None,
+        turns: Complex64[Tensor, "s 1 n pairs"] | None = None,
         mask: Bool[Tensor, "r n m"] | BlockMask | None = None,
         remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> Float[Tensor, "b n c"]:
         """Mix tokens, then channels; arguments are those of `Attention`."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), angles, mask, remember))
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+        x = x + self._drop(self.attention(self.attention_norm(x), turns, mask, remember))
+        return x + self._drop(self.ffn(self.ffn_norm(x)))
+
+    def _drop(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        """Dropout, which decoding need not even call."""
+        return self.dropout(x) if self.training else x

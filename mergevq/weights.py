@@ -75,21 +75,18 @@ class Int8Linear(nn.Module):
         scale = largest / 127
         self.register_buffer("weight", (weight / scale).round().to(torch.int8))
         self.register_buffer("scale", scale[:, 0].to(linear.weight.dtype))
+        self.fits = linear.in_features % _KERNEL_WIDTH == 0
 
     def forward(self, x: Float[Tensor, "*shape i"]) -> Float[Tensor, "*shape o"]:
         """Multiply; on a CPU in bf16 without ever expanding the weight."""
         rows = x.numel() // x.shape[-1]
-        if self._has_kernel(x) and rows <= _KERNEL_ROWS:
-            product = torch.ops.aten._weight_int8pack_mm(
-                x.reshape(rows, -1), self.weight, self.scale
-            )
-            return product.reshape(*x.shape[:-1], -1)
+        # In float32 PyTorch's kernel for 8 bits is the slower way.
+        has_kernel = self.fits and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+        if has_kernel and rows <= _KERNEL_ROWS:
+            flat = x.reshape(rows, -1)
+            product = torch.ops.aten._weight_int8pack_mm(flat, self.weight, self.scale)
+            return product.view(*x.shape[:-1], -1)
         return functional.linear(x, self.weight.to(x.dtype)) * self.scale
-
-    def _has_kernel(self, x: Tensor) -> bool:
-        """Whether PyTorch has a kernel that reads 8 bits; in float32 its own is slower."""
-        fits = x.shape[-1] % _KERNEL_WIDTH == 0
-        return fits and x.device.type == "cpu" and x.dtype == torch.bfloat16
 
 
 def as_weights(generator: Generator, weights: Weights) -> Generator:

@@ -70,18 +70,18 @@ def test_rotated_products_depend_on_the_difference_of_positions(generator):
 
 
 def test_half_of_the_pairs_turn_by_row_and_half_by_column():
-    angles = rotation(torch.tensor([[[2.0, 0.0], [0.0, 2.0]]]), head_dim=8)
-    still = angles.cos[0, 0] == 1
+    turns = rotation(torch.tensor([[[2.0, 0.0], [0.0, 2.0]]]), head_dim=8)
+    still = turns[0, 0] == 1
     assert still.tolist() == [[False, False, True, True], [True, True, False, False]]
 
 
 def test_an_input_sees_nothing_after_it(generator):
     attention = block(qk_norm=True)
     x = torch.randn(1, 5, 16, generator=generator)
-    angles = rotation(torch.arange(10.0).reshape(1, 5, 2), head_dim=4)
+    turns = rotation(torch.arange(10.0).reshape(1, 5, 2), head_dim=4)
     changed = x.clone()
     changed[:, 3] += 1
-    before, after = attention(x, angles), attention(changed, angles)
+    before, after = attention(x, turns), attention(changed, turns)
     assert torch.equal(before[:, :3], after[:, :3])
     assert not torch.isclose(before[:, 3:], after[:, 3:]).all()
 
@@ -89,11 +89,11 @@ def test_an_input_sees_nothing_after_it(generator):
 def test_an_input_is_untouched_by_what_is_masked(generator):
     x = torch.randn(1, 9, 16, generator=generator)
     mask = merge_mask(first_occurrence(CLUSTERS), window=2)
-    angles = rotation(torch.zeros(1, 9, 2), head_dim=4)
+    turns = rotation(torch.zeros(1, 9, 2), head_dim=4)
     changed = x.clone()
     changed[:, 1] += 1
     layer = block()
-    before, after = layer(x, angles, mask), layer(changed, angles, mask)
+    before, after = layer(x, turns, mask), layer(changed, turns, mask)
     differs = (before != after).any(-1)[0]
     assert differs.int().tolist() == [0, 1, 1, 1, 0, 0, 0, 0, 0]
 
