@@ -65,6 +65,9 @@ INITIAL_STD = 0.02
 class Cache(Protocol):
     """What remembers keys and values between forward passes (see `mergevq.cache`)."""
 
+    keys: Tensor
+    """Of all layers, in the type that is remembered."""
+
     def update(
         self, layer: int, keys: Float[Tensor, "b h n d"], values: Float[Tensor, "b h n d"]
     ) -> tuple[Float[Tensor, "b h m d"], Float[Tensor, "b h m d"]]:
@@ -459,6 +462,10 @@ class Generator(nn.Module):
             cache: keys and values of earlier inputs; those of these are added.
         """
         turns = rotation(positions, self.config.head_dim)
+        if cache is not None and isinstance(mask, Tensor):
+            # Once, and not in the attention of every layer.
+            hidden = torch.zeros(mask.shape, dtype=cache.keys.dtype, device=mask.device)
+            mask = hidden.masked_fill_(~mask, -torch.inf)
         x = self.dropout(inputs)
         for layer, block in enumerate(self.blocks):
             if self.checkpointing and self.training:

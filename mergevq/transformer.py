@@ -23,6 +23,8 @@ NORM_EPS = 1e-5
 """Of every normalisation, as in LlamaGen."""
 ROTATION_BASE = 10000.0
 """Longest wavelength of the rotary embedding over 2 pi, in cells."""
+Mask = Bool[Tensor, "r n m"] | Float[Tensor, "r n m"] | BlockMask
+"""Visibility: true where an input sees a key, or what is added to the logits, or in blocks."""
 
 
 def rotation(positions: Float[Tensor, "r n 2"], head_dim: int) -> Complex64[Tensor, "r 1 n pairs"]:
@@ -122,7 +124,7 @@ class Attention(nn.Module):
         self,
         x: Float[Tensor, "b n c"],
         turns: Complex64[Tensor, "s 1 n pairs"] | None,
-        mask: Bool[Tensor, "r n m"] | BlockMask | None = None,
+        mask: Mask | None = None,
         remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> Float[Tensor, "b n c"]:
         """Attend.
@@ -130,7 +132,8 @@ class Attention(nn.Module):
         Args:
             x: inputs.
             turns: of queries and keys; None leaves them as they are.
-            mask: which keys (last axis) each input sees; None is all up to itself.
+            mask: which keys (last axis) each input sees, or what is added to their logits; None is
+                all up to itself.
             remember: given new keys and values, returns those to attend to.
         """
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -154,7 +157,7 @@ def _attend(
     query: Float[Tensor, "b h n d"],
     key: Float[Tensor, "b g m d"],
     value: Float[Tensor, "b g m d"],
-    mask: Bool[Tensor, "r n m"] | BlockMask | None,
+    mask: Mask | None,
 ) -> Float[Tensor, "b h n d"]:
     """Scaled dot-product attention, by a block mask where there is one."""
     if isinstance(mask, BlockMask):
@@ -217,7 +220,7 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "b n c"],
         turns: Complex64[Tensor, "s 1 n pairs"] | None = None,
-        mask: Bool[Tensor, "r n m"] | BlockMask | None = None,
+        mask: Mask | None = None,
         remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> Float[Tensor, "b n c"]:
         """Mix tokens, then channels; arguments are those of `Attention`."""
