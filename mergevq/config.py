@@ -23,9 +23,9 @@ Weights = Literal["float32", "bf16", "int8"]
 SizePolicy = Literal["error", "resize", "tile"]
 """What to do with a picture the tokenizer was not trained on the size of.
 
-`error` takes it as it is if its sides are multiples of the patch size, and else says which are.
-`resize` keeps the aspect ratio and gives it about as many pixels as a training image has. `tile`
-cuts it into overlapping training-sized tiles, each with its own tokens, and blends them again.
+`error` takes only multiples of the patch size, and else names some. `resize` gives it about as many
+pixels as a training image has, in its own aspect ratio. `tile` cuts it into overlapping
+training-sized tiles, each with its own tokens, and blends them again.
 """
 
 
@@ -274,6 +274,8 @@ class LossConfig:
     source_gradient: float = 0.0
     """Share of that term's gradient that reaches the codes: 0 leaves them to the pixels, above 0
     teaches them to tell where they lie."""
+    recovered_share: float = 0.0
+    """Share of a batch decoded with the recovered source: decoder and codes learn its mistakes."""
     alignment_weight: float = 1.0
     """Class token against the teacher (0.1 for G, 1.0 for G+R and R)."""
 
@@ -282,10 +284,9 @@ class LossConfig:
         weights = {name: getattr(self, name) for name in self.__slots__ if name.endswith("_weight")}
         for name, weight in weights.items():
             _require(math.isfinite(weight) and weight >= 0, f"{name} ({weight}) must be at least 0")
-        _require(
-            0 <= self.source_gradient <= 1,
-            f"source_gradient ({self.source_gradient}) must be between 0 and 1",
-        )
+        for name in ("source_gradient", "recovered_share"):
+            share = getattr(self, name)
+            _require(0 <= share <= 1, f"{name} ({share}) must be between 0 and 1")
         _require(
             self.entropy_temperature > 0,
             f"entropy_temperature ({self.entropy_temperature}) must be above 0",
@@ -621,9 +622,8 @@ GENERATOR_SIZES: dict[str, dict[str, int]] = {
     "XL": {"dim": 1280, "num_layers": 36, "num_heads": 20, "num_head_layers": 2},
     "XXL": {"dim": 1536, "num_layers": 48, "num_heads": 24, "num_head_layers": 2},
 }
-"""Shapes by name, used as `replace(config, **GENERATOR_SIZES["L"])`. B, L, XL and XXL are as large
-as LlamaGen's 111M, 343M, 775M and 1.4B: what those spend on two tables of 16,384 codes goes into
-the head's blocks, and in B into two more layers."""
+"""Shapes for `replace(config, **GENERATOR_SIZES["L"])`. B to XXL have as many parameters as
+LlamaGen's; those of its two tables of codes are in the head's blocks, and in B in two layers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

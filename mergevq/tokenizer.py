@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -513,6 +513,7 @@ class Tokenizer(nn.Module):
         *,
         quantized: bool = True,
         source_gradient: float = 0.0,
+        recovers: Bool[Tensor, "b"] | None = None,
     ) -> TokenizerOutput:
         """One training pass, without checks: every parameter takes part in it.
 
@@ -522,14 +523,21 @@ class Tokenizer(nn.Module):
             view: a second view for alignment, merged in the same proportion to its own grid.
             quantized: False lets the decoder see the latents themselves (early training).
             source_gradient: share of the source predictor's gradient that reaches the codes.
+            recovers: images decoded with the recovered source instead of the given one; None is
+                none.
         """
         encoded = self._encode(image, num_kept)
-        # Until quantization starts, bounded latents keep the decoder's input on the codes' scale.
-        tokens = encoded.codes if quantized else encoded.latents.tanh()
-        reconstruction = self.decode(tokens, encoded.source, encoded.grid_shape)
         fixed = encoded.codes.detach()
         codes = fixed + source_gradient * (encoded.codes - fixed)
         logits = self.source_predictor(codes, encoded.grid_shape)
+        source = encoded.source
+        if recovers is not None:
+            recovered = most_likely_source(logits.detach().float())
+            index = torch.where(recovers[:, None], recovered.index, source.index)
+            source = Source(index, num_kept)
+        # Until quantization starts, bounded latents keep the decoder's input on the codes' scale.
+        tokens = encoded.codes if quantized else encoded.latents.tanh()
+        reconstruction = self.decode(tokens, source, encoded.grid_shape)
         view_class_token = None
         if view is not None:
             proportion = num_kept / math.prod(encoded.grid_shape)

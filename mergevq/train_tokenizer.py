@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mergevq import distributed
@@ -113,6 +113,7 @@ class Objective(nn.Module):
         *,
         quantized: bool,
         source_gradient: float,
+        recovers: Bool[Tensor, "b"] | None,
     ) -> Pass:
         """Run the tokenizer on the image, and its encoder on the student's view if there is one."""
         output = self.tokenizer(
@@ -121,6 +122,7 @@ class Objective(nn.Module):
             batch.student_view,
             quantized=quantized,
             source_gradient=source_gradient,
+            recovers=recovers,
         )
         if self.teacher is None:
             return Pass(output, output.reconstruction.new_zeros((), dtype=torch.float32))
@@ -477,9 +479,11 @@ def update_tokenizer(
     state.optimizer.zero_grad(set_to_none=True)
     for position, part in enumerate(parts):
         syncs = position == len(parts) - 1
+        place = setting.world.rank * len(parts) + position
+        recovers = recovering(run.loss.recovered_share, place, part.image)
         with distributed.no_sync(setting.objective, active=not syncs):
             with setting.autocast():
-                losses, output = tokenizer_losses(state, setting, part, num_kept)
+                losses, output = tokenizer_losses(state, setting, part, num_kept, recovers)
             total = losses.total(run.loss, adversarial_weight(state.step, run.loss))
             state.scaler.scale(total / len(parts)).backward()
         reconstructions.append(output.reconstruction.detach())
@@ -506,10 +510,33 @@ def update_tokenizer(
     )
 
 
+def recovering(
+    share: float, place: int, image: Float[Tensor, "b 3 h w"]
+) -> Bool[Tensor, "b"] | None:
+    """Which images of one part of a batch are decoded with the recovered source; None is none.
+
+    They are spread evenly over the whole batch, however it is cut.
+
+    Args:
+        share: of the whole batch.
+        place: parts before this one, those of ranks before included.
+        image: of this part; all parts have as many.
+    """
+    if share == 0:
+        return None
+    count = image.shape[0]
+    borders = torch.arange(place * count, (place + 1) * count + 1, dtype=torch.float64) * share
+    return (borders.floor().diff() > 0).to(image.device)
+
+
 def tokenizer_losses(
-    state: State, setting: Setting, batch: Batch, num_kept: int
+    state: State,
+    setting: Setting,
+    batch: Batch,
+    num_kept: int,
+    recovers: Bool[Tensor, "b"] | None = None,
 ) -> tuple[TokenizerLosses, TokenizerOutput]:
-    """Every term for one part of a batch."""
+    """Every term for one part of a batch, `recovers` of which have the recovered source."""
     run = setting.run
     teacher_token = None
     if state.teacher_encoder is not None:
@@ -521,6 +548,7 @@ def tokenizer_losses(
         teacher_token,
         quantized=state.step >= run.train.quantize_start_step,
         source_gradient=run.loss.source_gradient,
+        recovers=recovers,
     )
     zero = torch.zeros((), device=batch.image.device)
     quantizer = quantize_losses(output.encoded.latents, run.loss.entropy_temperature)

@@ -395,6 +395,22 @@ def test_the_asked_share_of_the_predictors_gradient_reaches_the_encoder():
     torch.testing.assert_close(gradients[1], 0.5 * gradients[2])
 
 
+def test_images_that_recover_are_decoded_with_the_recovered_source():
+    model, image = tokenizer(), images()
+    recovers = torch.arange(len(image)) % 2 == 1
+    # Latents: an untrained model's codes are all alike, and so are their sources' pictures.
+    plain = model(image, 20, quantized=False)
+    mixed = model(image, 20, quantized=False, recovers=recovers)
+    source = model.recover(mixed.encoded.codes)
+    recovered = model.decode(mixed.encoded.latents.tanh(), source)
+    assert (plain.reconstruction != recovered).flatten(1).any(1).all()
+    assert torch.equal(mixed.reconstruction[recovers], recovered[recovers])
+    assert torch.equal(mixed.reconstruction[~recovers], plain.reconstruction[~recovers])
+    # What the predictor is taught is the encoder's source, for all of them.
+    assert torch.equal(mixed.encoded.source.index, plain.encoded.source.index)
+    assert torch.equal(mixed.source_logits, plain.source_logits)
+
+
 def test_the_predictor_knows_cells_and_slots():
     predictor = tokenizer().source_predictor
     # All codes are equal, so only positions tell cells and slots apart.

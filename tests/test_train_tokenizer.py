@@ -28,6 +28,7 @@ from mergevq.train_tokenizer import (
     build,
     draw_num_kept,
     initialize_from,
+    recovering,
     tokenizer_losses,
     train,
     train_step,
@@ -84,6 +85,17 @@ def read_log(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_the_recovering_images_are_spread_over_the_batch_however_it_is_cut():
+    image = batch(12).image
+    whole = recovering(0.25, 0, image)
+    assert whole is not None
+    assert whole.tolist() == [False, False, False, True] * 3
+    parts = [recovering(0.25, place, image[:3]) for place in range(4)]
+    assert torch.cat([part for part in parts if part is not None]).tolist() == whole.tolist()
+    assert recovering(0.0, 0, image) is None
+    assert recovering(1.0, 5, image[:2]).tolist() == [True, True]
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_discriminators_gradient_is_its_own_losss(accumulation):
     state, setting = build(small(), WORLD, num_classes=0)
@@ -102,6 +114,24 @@ def test_the_discriminators_gradient_is_its_own_losss(accumulation):
     update_discriminator(state, setting, parts, fakes)
     again = [p.grad for p in state.discriminator.parameters() if p.grad is not None]
     assert equal(gradients, again)
+
+
+def test_a_step_decodes_the_asked_share_with_the_recovered_source(monkeypatch):
+    run = small(accumulation=2)
+    run = replace(run, loss=replace(run.loss, recovered_share=0.5))
+    state, setting = build(run, WORLD, num_classes=0)
+    seen = []
+    decode = state.tokenizer.decode
+
+    def look(codes, source, shape):
+        seen.append(torch.equal(source.index, state.tokenizer.recover(codes.detach()).index))
+        return decode(codes, source, shape)
+
+    monkeypatch.setattr(state.tokenizer, "decode", look)
+    # One image a part: the second of each pair recovers.
+    parts = [batch(1), batch(1)]
+    update_tokenizer(state, setting, parts, 16)
+    assert seen == [False, True]
 
 
 def test_the_tokenizers_gradient_does_not_reach_discriminator_or_teacher():
@@ -498,7 +528,7 @@ run = replace(run, data=replace(run.data, max_images=32), out=sys.argv[1],
     train=replace(run.train, precision="float32", batch_size=8, num_steps=3, save_every=3,
                   eval_every=3, image_every=3),
     loss=replace(run.loss, adversarial_weight=0.1, adversarial_start_step=0,
-                 adversarial_ramp_steps=1))
+                 adversarial_ramp_steps=1, recovered_share=0.3))
 train(run)
 """
 
