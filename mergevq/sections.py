@@ -107,6 +107,7 @@ def numbers_section(trial: Trial) -> Section:
             row("SSIM, given source", "ssim", 4),
             row("SSIM, recovered source", "ssim_recovered", 4),
             percent("Source accuracy", "source_accuracy"),
+            *_recognised_rows(trial),
             ["Bits per image: tokens", *(f"{k * num_bits}" for k in measured)],
             ["Bits per image: source", *(f"{maps[k]:.1f}" for k in measured)],
             row("Bits per image: total", "bits", 1),
@@ -123,9 +124,31 @@ def numbers_section(trial: Trial) -> Section:
             "PSNR and SSIM compare the image with its reconstruction; higher is better, and SSIM "
             "ends at 1. Source accuracy is the share of cells for which the token was inferred "
             "correctly from the codes. The recovered source needs the bits of the tokens only, the "
-            "given source the total."
+            f"given source the total.{_recognition(trial)}"
         ),
         tables=[table],
+    )
+
+
+def _recognised_rows(trial: Trial) -> list[list[str]]:
+    """Shares of recognised reconstructions at every K; none without classes."""
+    found = trial.recognised.values()
+    if not found:
+        return []
+    return [
+        ["Recognised, given source", *(f"{100 * share.given:.1f} %" for share in found)],
+        ["Recognised, recovered source", *(f"{100 * share.recovered:.1f} %" for share in found)],
+    ]
+
+
+def _recognition(trial: Trial) -> str:
+    """Who recognises, and how well; nothing without classes."""
+    if not trial.recognised:
+        return ""
+    real = next(iter(trial.recognised.values())).real
+    return (
+        " Recognised is the share that a classifier of real images takes for what they show; of "
+        f"the images themselves it knows {100 * real:.1f} %."
     )
 
 

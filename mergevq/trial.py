@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +34,8 @@ _SAMPLES_PER_CLASS = 20
 _SAMPLES_AT_ONCE = 50
 _CLASSIFIED_SIZE = 8
 """Side of the grey images a classifier sees, in pixels: that of the handwritten digits."""
+Classifier = Callable[[NDArray[np.float32]], NDArray[np.int64]]
+"""From rows of grey pixels to classes."""
 _PROBED_SIZE = 16
 """Side of the pixels that are probed beside the tokens."""
 _PROBE = LinearConfig(rates=(1e-3, 1e-2), num_epochs=30)
@@ -51,6 +53,17 @@ class Pictured(NamedTuple):
     """Reconstructions with the source inferred from the codes."""
 
 
+class Recognised(NamedTuple):
+    """Shares of held-out images that a classifier of real images takes for what they are."""
+
+    given: float
+    """Of reconstructions with the encoder's source."""
+    recovered: float
+    """Of reconstructions with the source inferred from the codes."""
+    real: float
+    """Of the images themselves."""
+
+
 class Trial(NamedTuple):
     """A finished training and what was measured of it."""
 
@@ -64,6 +77,8 @@ class Trial(NamedTuple):
     """Held-out images that were measured."""
     measured: dict[int, dict[str, float]]
     """By K, what `mergevq.reconstruction.measure` gives."""
+    recognised: dict[int, Recognised]
+    """Whether a classifier still knows them, by K; empty without classes."""
     probes: list[ProbeRow]
     """What the tokens know of classes, beside pixels; empty without classes."""
     usage: CodebookStatistics
@@ -121,8 +136,11 @@ def examine(run: TokenizerRun) -> Trial:
         bar.update(len(dataset))
     bar.close()
     train_set, _ = open_train_val(run.data)
-    probes = []
+    probes, recognised = [], {}
     if dataset.num_classes > 0:
+        batches = _batches(run, dataset)
+        classify = _classifier(_batches(run, train_set))
+        recognised = {k: _recognise(tokenizer, batches, k, classify) for k in num_kepts}
         probes = probe_rows(
             tokenizer,
             _batches(run, train_set),
@@ -140,6 +158,7 @@ def examine(run: TokenizerRun) -> Trial:
         num_parameters=sum(parameter.numel() for parameter in tokenizer.parameters()),
         num_images=int(measured[run.model.num_kept]["num_images"]),
         measured=measured,
+        recognised=recognised,
         probes=probes,
         usage=_count_codes(tokenizer, _batches(run, dataset), len(dataset)),
         originals=[to_pil(image) for image in images],
@@ -169,6 +188,28 @@ def _count_codes(
     for batch in batches:
         usage.update(tokenizer.encode(batch.image.to(device)).indices)
     return usage.compute()
+
+
+@torch.no_grad()
+def _recognise(
+    tokenizer: Tokenizer, batches: Sequence[Batch], num_kept: int, classify: Classifier
+) -> Recognised:
+    """What a classifier makes of images and of their reconstructions."""
+    device = next(tokenizer.parameters()).device
+    given, recovered = (
+        [
+            _grey(tokenizer.reconstruct(batch.image.to(device), num_kept, source).image.cpu())
+            for batch in batches
+        ]
+        for source in ("given", "recovered")
+    )
+    real, labels = _grey_rows(batches)
+    return Recognised(
+        *(
+            float((classify(rows) == labels).mean())
+            for rows in (np.concatenate(given), np.concatenate(recovered), real)
+        )
+    )
 
 
 def _examples(
@@ -206,8 +247,7 @@ def _picture(tokenizer: Tokenizer, images: Float[Tensor, "n 3 h w"], num_kept: i
 def examine_generator(run: GeneratorRun, data: TokenizerRun) -> GeneratorTrial:
     """Draw samples of every class and let a classifier of real images say what they are.
 
-    The classifier is scikit-learn's support vector machine on grey images of 8 x 8 pixels, fitted
-    to the tokenizer's training images.
+    The classifier is fitted to the tokenizer's training images.
 
     Args:
         run: of a generator with classes, finished.
@@ -236,10 +276,8 @@ def examine_generator(run: GeneratorRun, data: TokenizerRun) -> GeneratorTrial:
     images = torch.cat(parts)
     asked = class_labels(samples, num_classes, range(samples.num_images)).numpy()
     train_set, held_out = (list(_batches(data, part)) for part in open_train_val(data.data))
-    rows, labels = _grey_rows(train_set)
     real_rows, real_labels = _grey_rows(held_out)
-    classifier = importlib.import_module("sklearn.svm").SVC()
-    classifier.fit(rows, labels)
+    classify = _classifier(train_set)
     sampled = _grey(images)
     return GeneratorTrial(
         run=run,
@@ -250,10 +288,15 @@ def examine_generator(run: GeneratorRun, data: TokenizerRun) -> GeneratorTrial:
         class_names=list(pair.class_names),
         samples=[[to_pil(image) for image in images[asked == c]] for c in range(num_classes)],
         nearest=_nearest(images[:num_classes], train_set),
-        accuracy=float((classifier.predict(sampled) == asked).mean()),
-        real_accuracy=float((classifier.predict(real_rows) == real_labels).mean()),
+        accuracy=float((classify(sampled) == asked).mean()),
+        real_accuracy=float((classify(real_rows) == real_labels).mean()),
         num_real=len(real_labels),
     )
+
+
+def _classifier(batches: Sequence[Batch]) -> Classifier:
+    """scikit-learn's support vector machine, fitted to grey images of 8 x 8 pixels."""
+    return importlib.import_module("sklearn.svm").SVC().fit(*_grey_rows(batches)).predict
 
 
 def _grey(images: Float[Tensor, "n 3 h w"]) -> NDArray[np.float32]:

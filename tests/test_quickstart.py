@@ -114,6 +114,22 @@ def test_the_numbers_are_those_of_the_last_validation(trial):
     assert rows["Source accuracy"][1] == f"{100 * last['source_accuracy@24']:.1f} %"
 
 
+def test_a_classifier_says_how_many_digits_it_still_knows(trial):
+    rows = {name: values for name, *values in numbers_section(trial).tables[0].rows}
+    shares = [trial.recognised[k] for k in (16, 24)]
+    given, recovered = rows["Recognised, given source"], rows["Recognised, recovered source"]
+    assert given == [f"{100 * share.given:.1f} %" for share in shares]
+    assert recovered == [f"{100 * share.recovered:.1f} %" for share in shares]
+    # Twelve steps teach the tokenizer nothing, and real digits are real digits.
+    assert all(share.given < 0.6 < 0.95 < share.real for share in shares)
+
+
+def test_nobody_recognises_images_without_classes(trial):
+    alone = numbers_section(trial._replace(recognised={}))
+    assert not any(name.startswith("Recognised") for name, *_ in alone.tables[0].rows)
+    assert "ecognised" not in alone.text
+
+
 def test_bits_are_those_of_the_tokens_and_of_the_source(trial):
     table = numbers_section(trial).tables[0]
     rows = {name: values for name, *values in table.rows}

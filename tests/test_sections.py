@@ -22,6 +22,7 @@ TRIAL = Trial(
     num_parameters=1,
     num_images=40,
     measured={20: {"bits": 374.2, "bits_per_pixel": 0.3654, "psnr": 20.04, "psnr_recovered": 15.5}},
+    recognised={},
     probes=[ProbeRow("raw pixels", 256, 0.95, 0.9875)],
     usage=None,
     originals=[SQUARE],
