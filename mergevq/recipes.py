@@ -59,19 +59,20 @@ def digits32() -> TokenizerRun:
             alignment_weight=0.1,
             entropy_weight=0.05,
             source_weight=1.0,
-            source_gradient=0.3,
+            source_gradient=0.1,
+            recovered_share=0.5,
         ),
         teacher=TeacherConfig(kind="labels", num_head_layers=2),
         optim=OptimConfig(
-            lr=1e-3, betas=(0.9, 0.95), warmup_steps=50, schedule="cosine", ema_decay=0.99
+            lr=2e-3, betas=(0.9, 0.95), warmup_steps=50, schedule="cosine", ema_decay=0.99
         ),
         train=TrainConfig(
-            num_steps=320,
+            num_steps=640,
             batch_size=64,
-            image_every=160,
-            eval_every=80,
+            image_every=320,
+            eval_every=160,
             num_eval_images=64,
-            save_every=160,
+            save_every=320,
             log_every=10,
             eval_num_kept=(12, 20, 32),
         ),
