@@ -8,8 +8,6 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constrain
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# Waiting threads sleep instead of spinning: on a shared machine that is the faster choice.
-quickstart: export OMP_WAIT_POLICY := PASSIVE
 quickstart: .venv/installed-quickstart  ## train on handwritten digits and write a report
 	$(BIN)/mergevq quickstart
 

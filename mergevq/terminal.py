@@ -12,11 +12,10 @@ def print_table(title: str, rows: dict[str, str]) -> None:
 
 def let_threads_sleep() -> None:
     """Make OpenMP's idle threads sleep soon, unless the user chose; before torch is loaded."""
-    if "OMP_WAIT_POLICY" in os.environ:
-        return
     # By default they spin for a while after every operator, and a decoder is hundreds of small
     # ones. On two busy cores reconstructing was 3 to 7 times faster so, at a quarter of the work.
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    if os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE").upper() != "PASSIVE":
+        return
     # Waking one takes longer than many a product, so those of GNU's library (PyTorch's on Linux)
     # spin for the few microseconds until the next.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")

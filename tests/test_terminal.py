@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 from mergevq.terminal import let_threads_sleep, print_table
 
 
@@ -18,11 +20,14 @@ def test_the_users_choice_of_waiting_stays(monkeypatch):
     assert "GOMP_SPINCOUNT" not in os.environ
 
 
-def test_threads_sleep_soon_and_not_at_once(monkeypatch):
+@pytest.mark.parametrize("chosen", [None, "PASSIVE"])
+def test_threads_sleep_soon_and_not_at_once(monkeypatch, chosen):
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         # Set first, so that the test's own changes are taken back.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
+    if chosen is not None:
+        os.environ["OMP_WAIT_POLICY"] = chosen
     let_threads_sleep()
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
     assert os.environ["GOMP_SPINCOUNT"] == "2000"
