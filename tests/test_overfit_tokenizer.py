@@ -46,7 +46,7 @@ def run_of(tmp_path, *, num_images, **train_settings):
         kept=KeptConfig(candidates=(32,)),
         data=replace(run.data, path=path, val_path=path),
         teacher=TeacherConfig(kind="none"),
-        loss=replace(run.loss, source_gradient=0.0, alignment_weight=0.0),
+        loss=replace(run.loss, source_gradient=0.0, recovered_share=0.0, alignment_weight=0.0),
         train=replace(
             run.train,
             **train_settings,
