@@ -5,14 +5,15 @@ Generation", section 2.2 (blocks, 2-D rotary embedding, arXiv:2406.06525); Li et
 "MergeVQ", equation 12 and figure 6 (visibility, arXiv:2504.00999).
 
 Shape letters: B batch, N inputs, M keys, T tokens of a sequence, C channels, H heads, G heads of
-keys and values, D channels of a head, R and S are each B or 1.
+keys and values, D channels of a head, R is B or 1.
 """
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Complex64, Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -27,24 +28,32 @@ Mask = Bool[Tensor, "r n m"] | Float[Tensor, "r n m"] | BlockMask
 """Visibility: true where an input sees a key, or what is added to the logits, or in blocks."""
 
 
-def rotation(positions: Float[Tensor, "r n 2"], head_dim: int) -> Complex64[Tensor, "r 1 n pairs"]:
-    """Turns for positions on a plane, one for each pair of a head's channels.
+class Rotation(NamedTuple):
+    """Turns of the rotary embedding; both channels of a pair have the pair's."""
 
-    Half of the pairs turn by row, half by column; each turn is a complex number of length 1.
-    """
+    cos: Float32[Tensor, "r 1 n d"]
+    """Share of itself that each channel keeps."""
+    sin: Float32[Tensor, "r 1 n d"]
+    """Share of the other channel of its pair that each gets: minus and plus the sine."""
+
+
+def rotation(positions: Float[Tensor, "r n 2"], head_dim: int) -> Rotation:
+    """Turns for positions on a plane: half of the channel pairs turn by row, half by column."""
     pairs = head_dim // 4
     frequencies = ROTATION_BASE ** (-torch.arange(pairs, device=positions.device) / pairs)
     angles = (positions.float()[..., None] * frequencies).flatten(-2)[:, None]
-    return torch.complex(angles.cos(), angles.sin())
+    cos, sin = angles.cos(), angles.sin()
+    return Rotation(
+        torch.stack([cos, cos], dim=-1).flatten(-2), torch.stack([-sin, sin], dim=-1).flatten(-2)
+    )
 
 
-def rotate(
-    x: Float[Tensor, "b h n d"], turns: Complex64[Tensor, "r 1 n pairs"]
-) -> Float32[Tensor, "b h n d"]:
+def rotate(x: Float[Tensor, "b h n d"], turns: Rotation) -> Float32[Tensor, "b h n d"]:
     """Turn each pair of neighbouring channels, in float32."""
-    # One complex product: while decoding, each operator costs more than its arithmetic.
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns).flatten(-2)
+    # Few operators and one type: while decoding, each cast costs as much as a product.
+    x = x.float()
+    others = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * turns.cos, others, turns.sin)
 
 
 def leaders(groups: Int64[Tensor, "b t"]) -> Int64[Tensor, "b t"]:
@@ -123,7 +132,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b n c"],
-        turns: Complex64[Tensor, "s 1 n pairs"] | None,
+        turns: Rotation | None,
         mask: Mask | None = None,
         remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> Float[Tensor, "b n c"]:
@@ -219,7 +228,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b n c"],
-        turns: Complex64[Tensor, "s 1 n pairs"] | None = None,
+        turns: Rotation | None = None,
         mask: Mask | None = None,
         remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> Float[Tensor, "b n c"]:

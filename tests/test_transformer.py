@@ -71,8 +71,9 @@ def test_rotated_products_depend_on_the_difference_of_positions(generator):
 
 def test_half_of_the_pairs_turn_by_row_and_half_by_column():
     turns = rotation(torch.tensor([[[2.0, 0.0], [0.0, 2.0]]]), head_dim=8)
-    still = turns[0, 0] == 1
+    still = turns.cos[0, 0, :, ::2] == 1
     assert still.tolist() == [[False, False, True, True], [True, True, False, False]]
+    assert torch.equal(turns.cos[..., ::2], turns.cos[..., 1::2])
 
 
 def test_an_input_sees_nothing_after_it(generator):
