@@ -275,7 +275,7 @@ class LossConfig:
     """Share of that term's gradient that reaches the codes: 0 leaves them to the pixels, above 0
     teaches them to tell where they lie."""
     recovered_share: float = 0.0
-    """Share of a batch decoded with the recovered source: decoder and codes learn its mistakes."""
+    """Share of a batch decoded with the recovered source, so that training meets its mistakes."""
     alignment_weight: float = 1.0
     """Class token against the teacher (0.1 for G, 1.0 for G+R and R)."""
 
