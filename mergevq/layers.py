@@ -175,15 +175,11 @@ def _merge_all_but_first(
     """One merging step on the tokens behind the class token."""
     sizes = x.new_ones(x.shape[:2], dtype=torch.float32) if state.sizes is None else state.sizes
     destination = match(keys[:, 1:], num_merged)
-    num_remaining = x.shape[1] - 1 - num_merged
-    merged = merge_step(x[:, 1:], sizes[:, 1:], destination, num_remaining)
-    return (
-        torch.cat([x[:, :1], merged.tokens], dim=1),
-        MergeState(
-            index=destination.gather(1, state.index),
-            sizes=torch.cat([sizes[:, :1], merged.sizes], dim=1),
-        ),
-    )
+    # With the class token alone in the first group nothing has to be cut off and put back.
+    groups = functional.pad(destination + 1, (1, 0))
+    merged = merge_step(x, sizes, groups, x.shape[1] - num_merged)
+    index = destination.gather(1, state.index)
+    return merged.tokens, MergeState(index=index, sizes=merged.sizes)
 
 
 class GridBlock(nn.Module):

@@ -10,7 +10,6 @@ import torch
 from mergevq.layers import MergeBlock, MergeState
 from mergevq.merge import (
     Source,
-    _largest,
     canonicalize,
     match,
     merge,
@@ -242,6 +241,18 @@ def test_gradients_pass_through_merging_and_unmerging():
     assert kept.grad[0, :, 0].tolist() == [0, 1, 0]
 
 
+def test_gradients_of_a_step_are_those_of_its_values_and_have_gradients_themselves():
+    sizes = torch.tensor([[1.0, 2, 5, 1, 1], [3, 1, 1, 1, 2]], dtype=torch.float64)
+    destination = torch.tensor([[2, 0, 2, 1, 2], [1, 1, 0, 2, 0]])
+    tokens = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+
+    def step(tokens):
+        return merge_step(tokens, sizes, destination, 3).tokens
+
+    assert torch.autograd.gradcheck(step, tokens)
+    assert torch.autograd.gradgradcheck(step, tokens)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_large_groups_keep_their_mean_in_low_precision(dtype):
     # A bfloat16 sum of ones stops at 256, a float16 sum of 100s overflows.
@@ -370,14 +381,3 @@ def test_certain_logits_of_a_canonical_map_give_it_back(generator):
 def test_more_tokens_than_cells_have_no_source():
     with pytest.raises(ValueError, match=r"num_kept \(3\) must be at most the 2 cells"):
         most_likely_source(torch.zeros(1, 2, 3))
-
-
-def test_the_largest_are_those_of_a_stable_sort(generator):
-    values = torch.randn(5, 64, generator=generator)
-    values[1] = values[1].round()  # ties, of both signs
-    values[2] = 0.5
-    values[3, ::2] = -0.25
-    for count in (0, 1, 17, 64):
-        expected = values.argsort(dim=-1, descending=True, stable=True)[:, :count]
-        found = _largest(values, count)
-        assert torch.equal(found.sort(-1).values, expected.sort(-1).values)
