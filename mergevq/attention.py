@@ -56,6 +56,49 @@ def attend(
     return mixed.to(query.dtype)
 
 
+def attend_apart(
+    query: Shaped[Tensor, "b h 1 d"],
+    key: Shaped[Tensor, "b g m d"],
+    value: Shaped[Tensor, "b g m d"],
+    own_key: Shaped[Tensor, "b g 1 d"],
+    own_value: Shaped[Tensor, "b g 1 d"],
+    mask: Shaped[Tensor, "*mask m"] | None,
+) -> Shaped[Tensor, "b h 1 d"]:
+    """Attention of a lone query to its own key beside others that lie elsewhere; no gradient.
+
+    On CPUs without a copy of the others: torch's kernel there also says how much weight they had
+    together, and the own value is mixed in by its share.
+
+    Args:
+        query: what asks; it always sees its own key.
+        key: the others.
+        value: of the others.
+        own_key: of the query's input.
+        own_value: of the query's input.
+        mask: as in `attend`, of the others alone.
+    """
+    if query.device.type == "cpu" and query.shape[1] == key.shape[1]:
+        mask = None if mask is None else as_added(mask, query.dtype)
+        others, log_weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, attn_mask=mask
+        )
+        logit = (query * own_key).sum(-1, keepdim=True)
+        scale = 1 / math.sqrt(query.shape[3])
+        share = torch.sub(log_weight[..., None], logit, alpha=scale).sigmoid()
+        return torch.lerp(own_value, others, share)
+    if mask is not None:
+        mask = functional.pad(mask, (0, 1), value=mask.dtype == torch.bool)
+    key, value = torch.cat([key, own_key], dim=2), torch.cat([value, own_value], dim=2)
+    return attend(query, key, value, mask)
+
+
+def as_added(mask: Shaped[Tensor, "*mask m"], dtype: torch.dtype) -> Shaped[Tensor, "*mask m"]:
+    """A mask as what is added to logits: nothing or -inf where it is boolean, else itself."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+
+
 def trains_on_cpu(x: Tensor) -> bool:
     """Whether a backward pass on a CPU will follow, where some kernels are slow."""
     return x.device.type == "cpu" and x.requires_grad
@@ -76,8 +119,5 @@ def _written_out(
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
     logits = (query / math.sqrt(query.shape[3])) @ key.mT
     if mask is not None:
-        added = mask
-        if mask.dtype == torch.bool:
-            added = torch.zeros(mask.shape, dtype=logits.dtype).masked_fill(~mask, -torch.inf)
-        logits = logits + added.to(logits.dtype)
+        logits = logits + as_added(mask, logits.dtype)
     return logits.softmax(-1) @ value

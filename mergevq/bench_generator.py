@@ -35,6 +35,7 @@ from mergevq.generator import Generator
 from mergevq.quantize import indices_to_subindices
 from mergevq.run import Progress, environment, step_generator
 from mergevq.sampling import (
+    Restrictions,
     arccos_schedule,
     choose,
     decode,
@@ -43,7 +44,6 @@ from mergevq.sampling import (
     make_cache,
     make_random_cache,
     prefill,
-    restriction,
 )
 from mergevq.weights import as_weights, logit_error
 
@@ -352,10 +352,17 @@ class SequenceDecoder:
     def seek(self, step: int) -> None:
         """Put the prefix in and take the made-up tokens before as put in."""
         self.states = prefill(self.generator, self.cache, self.labels, self.num_kept)
+        self.restrictions = Restrictions(
+            self.generator,
+            self.cache,
+            _SETTINGS,
+            batch=len(self.labels),
+            num_kept=self.num_kept,
+        )
         if isinstance(self.cache, SlotCache):
             codes = self.generator.indices(self.history)
             for token in range(step):
-                self.cache.place(codes[:, token], token)
+                self.cache.place(codes[:, token])
         else:
             self.cache.advance(step)
         self.previous = None
@@ -366,8 +373,8 @@ class SequenceDecoder:
     @torch.inference_mode()
     def step(self) -> None:
         """Choose a token and put it in, as sampling does."""
-        token, size = self.token, (len(self.labels), self.num_kept)
-        restrict = restriction(self.generator, self.cache, self.previous, token, _SETTINGS, size)
+        token = self.token
+        restrict = self.restrictions.of(token, self.previous)
         uniforms = self.draws.uniforms[:, token]
         parts = choose(
             self.generator, self.states, uniforms, 1.0, _SETTINGS, restrict, self.previous

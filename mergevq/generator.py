@@ -36,6 +36,7 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
+from mergevq.attention import as_added, attend
 from mergevq.checkpoint import (
     SavedModel,
     from_json,
@@ -68,10 +69,15 @@ class Cache(Protocol):
     keys: Tensor
     """Of all layers, in the type that is remembered."""
 
-    def update(
-        self, layer: int, keys: Float[Tensor, "b h n d"], values: Float[Tensor, "b h n d"]
-    ) -> tuple[Float[Tensor, "b h m d"], Float[Tensor, "b h m d"]]:
-        """Store what is new and return all there is to attend to, new ones included."""
+    def attend(
+        self,
+        layer: int,
+        query: Float[Tensor, "b h n d"],
+        key: Float[Tensor, "b g n d"],
+        value: Float[Tensor, "b g n d"],
+        mask: Bool[Tensor, "r n m"] | Float[Tensor, "r n m"] | None,
+    ) -> Float[Tensor, "b h n d"]:
+        """Attend to these inputs and to older ones, and remember these."""
         ...
 
 
@@ -156,7 +162,7 @@ class Head(nn.Module):
         """
         x = x[:, None]
         for layer, block in enumerate(self.blocks):
-            x = block(x, remember=functools.partial(_append, memory, layer))
+            x = block(x, recall=functools.partial(_recall, memory, layer))
         return self.outputs[part](self.norm(x)[:, 0]).float()
 
 
@@ -462,17 +468,17 @@ class Generator(nn.Module):
             cache: keys and values of earlier inputs; those of these are added.
         """
         turns = rotation(positions, self.config.head_dim)
+        added = None
         if cache is not None and isinstance(mask, Tensor):
             # Once, and not in the attention of every layer.
-            hidden = torch.zeros(mask.shape, dtype=cache.keys.dtype, device=mask.device)
-            mask = hidden.masked_fill_(~mask, -torch.inf)
+            added = as_added(mask, cache.keys.dtype)
         x = self.dropout(inputs)
         for layer, block in enumerate(self.blocks):
             if self.checkpointing and self.training:
                 x = checkpoint(block, x, turns, mask, use_reentrant=False)
                 continue
-            remember = None if cache is None else functools.partial(cache.update, layer)
-            x = block(x, turns, mask, remember)
+            recall = None if cache is None else functools.partial(cache.attend, layer, mask=added)
+            x = block(x, turns, mask, recall)
         return x
 
     def _layout(
@@ -586,16 +592,20 @@ def random_orders(
     return uniform(shape, generator, device).argsort(-1)
 
 
-def _append(
-    memory: list[tuple[Tensor, Tensor]], layer: int, keys: Tensor, values: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Put keys and values after those of a layer, which are few, and return all."""
+def _recall(
+    memory: list[tuple[Tensor, Tensor]],
+    layer: int,
+    query: Float[Tensor, "n h 1 d"],
+    key: Float[Tensor, "n g 1 d"],
+    value: Float[Tensor, "n g 1 d"],
+) -> Float[Tensor, "n h 1 d"]:
+    """Put a part's key and value after those of a layer, which are few, and attend to all."""
     if layer == len(memory):
-        memory.append((keys, values))
+        memory.append((key, value))
     else:
-        old_keys, old_values = memory[layer]
-        memory[layer] = torch.cat([old_keys, keys], 2), torch.cat([old_values, values], 2)
-    return memory[layer]
+        keys, values = memory[layer]
+        memory[layer] = torch.cat([keys, key], 2), torch.cat([values, value], 2)
+    return attend(query, *memory[layer], None)
 
 
 def _block(config: GeneratorConfig) -> Block:

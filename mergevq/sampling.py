@@ -346,7 +346,7 @@ def decode(
     positions = positions[parts[:, :1]] if is_anchored else positions[None, token : token + 1]
     inputs = generator.embed(parts[:, None])
     if isinstance(cache, SlotCache):
-        visible = cache.place(generator.indices(parts), token)
+        visible = cache.place(generator.indices(parts))
         return generator.transform(inputs, positions, visible, cache)[:, 0]
     states = generator.transform(inputs, positions, None, cache)[:, 0]
     cache.advance(1)
@@ -447,11 +447,12 @@ def _sample_sequence(
     num_branches = len(rows) // batch
     cache = make_cache(generator, batch=len(rows), num_kept=num_kept, settings=settings)
     states = prefill(generator, cache, rows, num_kept)
+    restrictions = Restrictions(generator, cache, settings, batch=batch, num_kept=num_kept)
     previous = torch.zeros_like(labels) if config.order == "anchor" else None
     tokens, finite = [], []
     for token in range(length):
         finite.append(states.isfinite().all())
-        restrict = restriction(generator, cache, previous, token, settings, (batch, num_kept))
+        restrict = restrictions.of(token, previous)
         uniforms = draws.uniforms[:, token]
         parts = choose(generator, states, uniforms, scales[token], settings, restrict, previous)
         previous = None if previous is None else parts[:, 0]
@@ -521,63 +522,85 @@ def _sample_slots(
     return Sampled(generator.indices(parts), None, None, len(counts), cache.num_bytes)
 
 
-def restriction(
-    generator: Generator,
-    cache: FullCache | SlotCache,
-    previous: Int64[Tensor, "b"] | None,
-    token: int,
-    settings: SamplingSettings,
-    size: tuple[int, int],
-) -> Restriction | None:
-    """Which values the next token of each image may have; None is all.
+class Restrictions:
+    """Which values the tokens of one batch of sequences may have, one token after the other."""
 
-    Args:
-        generator: of any order but `random`.
-        cache: holding all tokens before.
-        previous: of order `anchor`, anchors of the tokens before; 0 before the first.
-        token: position of the token in the sequence, from 0.
-        settings: whether the budget holds.
-        size: images and K.
-    """
-    batch, num_kept = size
-    if previous is not None:
-        return _legal_gap(generator, previous, token, num_kept)
-    if isinstance(cache, SlotCache) and settings.budget:
-        return _within_budget(generator, cache, batch, num_kept)
-    return None
+    def __init__(
+        self,
+        generator: Generator,
+        cache: FullCache | SlotCache,
+        settings: SamplingSettings,
+        *,
+        batch: int,
+        num_kept: int,
+    ) -> None:
+        """Watch a sequence from its beginning.
 
+        Args:
+            generator: of any order but `random`.
+            cache: that holds all tokens before.
+            settings: whether the budget holds.
+            batch: images.
+            num_kept: K.
+        """
+        self._generator, self._batch, self._num_kept = generator, batch, num_kept
+        self._cache = cache if isinstance(cache, SlotCache) and settings.budget else None
+        self._num_distinct: list[int] = []
+        self._within_budget: Restriction | None = None
 
-def _legal_gap(
-    generator: Generator, previous: Int64[Tensor, "b"], token: int, num_kept: int
-) -> Restriction:
-    """Only gaps after which the tokens left still fit; codes are free."""
-    tokens = torch.tensor([token], device=previous.device)
-    legal = legal_gaps(previous[:, None], tokens, num_kept, generator.config.num_tokens)[:, 0]
-    return lambda part, chosen: legal if part == 0 else None  # noqa: ARG005
+    def of(self, token: int, previous: Int64[Tensor, "b"] | None) -> Restriction | None:
+        """Which values the next token of each image may have; None is all.
 
+        Args:
+            token: position of the token in the sequence, from 0.
+            previous: of order `anchor`, anchors of the tokens before; 0 before the first.
+        """
+        if previous is not None:
+            return self._legal_gap(token, previous)
+        if self._cache is None:
+            return None
+        num_distinct = self._cache.num_distinct[: self._batch]
+        # Once all budgets are spent nothing changes any more.
+        if num_distinct != self._num_distinct:
+            self._num_distinct = num_distinct
+            self._within_budget = self._budget(self._cache)
+        return self._within_budget
 
-def _within_budget(
-    generator: Generator, cache: SlotCache, batch: int, num_kept: int
-) -> Restriction | None:
-    """Only tokens that are there already, in images that have K distinct ones; None is all.
+    def _legal_gap(self, token: int, previous: Int64[Tensor, "b"]) -> Restriction:
+        """Only gaps after which the tokens left still fit; codes are free."""
+        tokens = torch.tensor([token], device=previous.device)
+        num_tokens = self._generator.config.num_tokens
+        legal = legal_gaps(previous[:, None], tokens, self._num_kept, num_tokens)[:, 0]
+        return lambda part, chosen: legal if part == 0 else None  # noqa: ARG005
 
-    Sub-indices are restricted in turn, each to those of present tokens that agree so far.
-    """
-    spent = cache.num_distinct[:batch] >= num_kept
-    if not spent.any():
-        return None
-    present = cache.first[:batch] & (cache.codes[:batch] >= 0)
-    codes = indices_to_subindices(cache.codes[:batch].clamp_min(0), generator.config.factor_bits)
+    def _budget(self, cache: SlotCache) -> Restriction | None:
+        """Only tokens that are there already, in images that have K distinct ones; None is all.
 
-    def restrict(part: int, chosen: list[Tensor]) -> Tensor:
-        agrees = present
-        for earlier, value in enumerate(chosen):
-            agrees = agrees & (codes[..., earlier] == value[:, None])
-        counts = agrees.new_zeros(batch, generator.config.part_sizes[part], dtype=torch.int64)
-        allowed = counts.scatter_add(1, codes[..., part], agrees.long()) > 0
-        return allowed | ~spent[:, None]
+        Sub-indices are restricted in turn, each to those of present tokens that agree so far.
+        """
+        is_spent = [count >= self._num_kept for count in self._num_distinct]
+        if not any(is_spent):
+            return None
+        config, codes = self._generator.config, cache.codes[: self._batch]
+        free = ~torch.tensor(is_spent, device=codes.device)[:, None]
+        present = codes >= 0
+        parts = indices_to_subindices(codes.clamp_min(0), config.factor_bits)
 
-    return restrict
+        def of_agreeing(part: int, agrees: Bool[Tensor, "b k"]) -> Bool[Tensor, "b v"]:
+            counts = agrees.new_zeros(self._batch, config.part_sizes[part], dtype=torch.int64)
+            return (counts.scatter_add(1, parts[..., part], agrees.long()) > 0) | free
+
+        of_first = of_agreeing(0, present)
+
+        def restrict(part: int, chosen: list[Tensor]) -> Tensor:
+            if part == 0:
+                return of_first
+            agrees = present
+            for earlier, value in enumerate(chosen):
+                agrees = agrees & (parts[..., earlier] == value[:, None])
+            return of_agreeing(part, agrees)
+
+        return restrict
 
 
 def _with_unconditional(

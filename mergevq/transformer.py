@@ -26,6 +26,8 @@ ROTATION_BASE = 10000.0
 """Longest wavelength of the rotary embedding over 2 pi, in cells."""
 Mask = Bool[Tensor, "r n m"] | Float[Tensor, "r n m"] | BlockMask
 """Visibility: true where an input sees a key, or what is added to the logits, or in blocks."""
+Recall = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Given queries, keys and values of new inputs, attends to these and to those it remembers."""
 
 
 class Rotation(NamedTuple):
@@ -134,7 +136,7 @@ class Attention(nn.Module):
         x: Float[Tensor, "b n c"],
         turns: Rotation | None,
         mask: Mask | None = None,
-        remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        recall: Recall | None = None,
     ) -> Float[Tensor, "b n c"]:
         """Attend.
 
@@ -143,7 +145,7 @@ class Attention(nn.Module):
             turns: of queries and keys; None leaves them as they are.
             mask: which keys (last axis) each input sees, or what is added to their logits; None is
                 all up to itself.
-            remember: given new keys and values, returns those to attend to.
+            recall: attends in the place of this layer, to older inputs too; it has its own mask.
         """
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         asking = self.num_heads + self.key_heads
@@ -155,10 +157,11 @@ class Attention(nn.Module):
         if turns is not None:
             turned = rotate(turned, turns)
         query, key = turned[:, : self.num_heads], turned[:, self.num_heads :]
-        if remember is not None:
-            key, value = remember(key, value)
-        # Turned in float32; a cache may remember in another type than the layer's.
-        attended = _attend(query.to(value.dtype), key.to(value.dtype), value, mask)
+        if recall is None:
+            attended = _attend(query.to(value.dtype), key.to(value.dtype), value, mask)
+        else:
+            # Turned in float32; a cache may remember in another type than the layer's.
+            attended = recall(query, key, value)
         return self.out(attended.to(heads.dtype).transpose(1, 2).flatten(2))
 
 
@@ -230,10 +233,10 @@ class Block(nn.Module):
         x: Float[Tensor, "b n c"],
         turns: Rotation | None = None,
         mask: Mask | None = None,
-        remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        recall: Recall | None = None,
     ) -> Float[Tensor, "b n c"]:
         """Mix tokens, then channels; arguments are those of `Attention`."""
-        x = x + self._drop(self.attention(self.attention_norm(x), turns, mask, remember))
+        x = x + self._drop(self.attention(self.attention_norm(x), turns, mask, recall))
         return x + self._drop(self.ffn(self.ffn_norm(x)))
 
     def _drop(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from mergevq import attention
-from mergevq.attention import attend
+from mergevq.attention import attend, attend_apart
 
 # Of bf16: 8 bits of mantissa, in logits and in weights.
 TOLERANCE = 2e-2
@@ -87,3 +87,31 @@ def test_without_a_gradient_the_kernel_is_used_as_it_is():
     query, key, value = (part.detach() for part in parts(torch.bfloat16, num_keys=5))
     kernel = functional.scaled_dot_product_attention(query, key, value)
     assert torch.equal(attend(query, key, value, None), kernel)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_a_key_that_lies_apart_counts_as_one_of_the_others(key_heads, dtype):
+    # Of four key heads the fused kernel is used, of fewer the keys are put together.
+    query, key, value = (
+        part.detach() for part in parts(dtype, key_heads=key_heads, num_queries=1, num_keys=6)
+    )
+    for seen in (slice(0, 6), slice(0, 1)):
+        others, own = (key[:, :, :5], value[:, :, :5]), (key[:, :, 5:], value[:, :, 5:])
+        mask = torch.zeros(2, 1, 1, 5, dtype=torch.bool)
+        mask[..., seen] = True
+        whole = functional.pad(mask, (0, 1), value=True)
+        expected = attend(query, key, value, whole)
+        for given in (mask, torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -torch.inf)):
+            torch.testing.assert_close(attend_apart(query, *others, *own, given), expected)
+    unmasked = attend_apart(query, *others, *own, None)
+    torch.testing.assert_close(unmasked, attend(query, key, value, None))
+
+
+def test_a_key_that_lies_apart_may_weigh_far_more_or_less():
+    query, key, value = (part.detach() for part in parts(torch.float32, num_queries=1, num_keys=6))
+    for length in (0.0, 100.0, -100.0):
+        own_key = query * length
+        mixed = attend_apart(query, key, value, own_key, value[:, :, :1], None)
+        whole = torch.cat([key, own_key], 2), torch.cat([value, value[:, :, :1]], 2)
+        torch.testing.assert_close(mixed, attend(query, *whole, None))

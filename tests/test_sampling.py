@@ -203,8 +203,8 @@ def test_the_compressed_cache_is_as_small_as_its_budget():
         make_cache(tiny_generator(order, grid_size=(8, 8)), batch=1, num_kept=5, settings=PLAIN)
         for order in ("merge", "raster")
     )
-    # Prefix, K, window and the token at hand, against the prefix and all inputs.
-    assert merged.num_bytes / full.num_bytes == (2 + 5 + 2 + 1) / (2 + 63)
+    # Prefix, K and window, against the prefix and all inputs.
+    assert merged.num_bytes / full.num_bytes == (2 + 5 + 2) / (2 + 63)
 
 
 # ------------------------------------------------------------------------------------ draws
@@ -538,7 +538,7 @@ from mergevq.sampling import make_cache, prefill
 model = tiny_generator(sys.argv[1])
 cache = make_cache(model, batch=2, num_kept=5, settings=SamplingSettings())
 prefill(model, cache, torch.zeros(2, dtype=torch.int64), 5)
-mask = cache.place(torch.zeros(2, dtype=torch.int64), 0) if sys.argv[1] == "merge" else None
+mask = cache.place(torch.zeros(2, dtype=torch.int64)) if sys.argv[1] == "merge" else None
 inputs, positions = torch.randn(2, 1, 32), torch.zeros(2, 1, 2)
 step = torch.compile(model.transform, fullgraph=True, backend="eager")
 with torch.no_grad():
