@@ -14,10 +14,11 @@ from torch import Tensor
 
 from mergevq.attention import attend, attend_apart
 from mergevq.config import GeneratorConfig
+from mergevq.transformer import cell_positions, rotation
 
 
-class FullCache:
-    """Keys and values of every input, in order; what is not filled is not read."""
+class _Memory:
+    """Keys and values of all layers in one tensor each."""
 
     def __init__(
         self,
@@ -28,16 +29,25 @@ class FullCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """Allocate room for `num_slots` inputs of `batch` rows."""
+        """Allocate `num_slots` slots for each of `batch` rows."""
         shape = (config.num_layers, batch, config.key_heads, num_slots, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
-        self.length = 0
+        positions = cell_positions(config.grid_size, device)[None]
+        self.turns = rotation(positions, config.head_dim)
+        """Of all cells, worked out once."""
 
     @property
     def num_bytes(self) -> int:
         """Memory of keys and values."""
         return 2 * self.keys.numel() * self.keys.element_size()
+
+
+class FullCache(_Memory):
+    """Keys and values of every input, in order; what is not filled is not read."""
+
+    length = 0
+    """Inputs that are old."""
 
     def reset(self) -> None:
         """Forget everything."""
@@ -88,7 +98,7 @@ class FullCache:
         self.length += count
 
 
-class SlotCache:
+class SlotCache(_Memory):
     """MergeAR's cache: a slot for each distinct token and for duplicates inside the window.
 
     Every row has its own table of what its slots hold. A token attends to the slots from outside,
@@ -107,10 +117,8 @@ class SlotCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """Allocate `num_slots` slots for each of `batch` rows."""
-        shape = (config.num_layers, batch, config.key_heads, num_slots, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros_like(self.keys)
+        """Allocate `num_slots` slots for each of `batch` rows; `slots_for` says how many."""
+        super().__init__(config, batch=batch, num_slots=num_slots, device=device, dtype=dtype)
         self.window, self.num_prefix = config.window, config.num_prefix
         self.rows = torch.arange(batch, device=device)[:, None]
         self.codes = torch.empty(batch, num_slots - self.num_prefix, dtype=torch.int64)
@@ -124,11 +132,6 @@ class SlotCache:
         most = config.num_tokens - 1  # The last token is never an input.
         # Without a window a duplicate is written where the next token will be.
         return config.num_prefix + min(num_distinct + max(config.window, 1), most)
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of keys and values."""
-        return 2 * self.keys.numel() * self.keys.element_size()
 
     @property
     def num_distinct(self) -> list[int]:

@@ -51,6 +51,8 @@ from mergevq.transformer import (
     Block,
     Projection,
     RmsNorm,
+    Rotation,
+    cell_positions,
     first_occurrence,
     merge_block_mask,
     merge_mask,
@@ -438,14 +440,16 @@ class Generator(nn.Module):
         if not self.config.rotate_instruction:
             return vector
         heads = vector.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
-        turned = rotate(heads, rotation(positions, self.config.head_dim)).to(vector.dtype)
+        turned = rotate(heads, self.turns(positions)).to(vector.dtype)
         return turned.transpose(1, 2).flatten(2)
 
     def cell_positions(self) -> Float[Tensor, "l 2"]:
         """Row and column of each cell, from (1, 1); (0, 0) is the prefix."""
-        cells = torch.arange(self.config.num_tokens, device=self.device)
-        width = self.config.grid_size[1]
-        return torch.stack([cells // width + 1, cells % width + 1], dim=-1).float()
+        return cell_positions(self.config.grid_size, self.device)
+
+    def turns(self, positions: Float[Tensor, "r n 2"]) -> Rotation:
+        """Turns of queries and keys at rows and columns."""
+        return rotation(positions, self.config.head_dim)
 
     def slot_positions(self, num_kept: int) -> Float[Tensor, "k 2"]:
         """Where slot k of K is: at the cell k L / K, near which it opens in canonical order."""
@@ -455,7 +459,7 @@ class Generator(nn.Module):
     def transform(
         self,
         inputs: Float[Tensor, "b n c"],
-        positions: Float[Tensor, "r n 2"],
+        turns: Rotation,
         mask: Bool[Tensor, "s n m"] | BlockMask | None = None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "b n c"]:
@@ -463,23 +467,23 @@ class Generator(nn.Module):
 
         Args:
             inputs: embedded tokens; with a cache only those it has not seen.
-            positions: row and column of each input.
+            turns: of each input.
             mask: which keys each input sees; None is all up to itself.
             cache: keys and values of earlier inputs; those of these are added.
         """
-        turns = rotation(positions, self.config.head_dim)
         added = None
         if cache is not None and isinstance(mask, Tensor):
             # Once, and not in the attention of every layer.
             added = as_added(mask, cache.keys.dtype)
-        x = self.dropout(inputs)
+        # Sums over many layers need more than bf16's 8 bits.
+        x = self.dropout(inputs).float()
         for layer, block in enumerate(self.blocks):
             if self.checkpointing and self.training:
                 x = checkpoint(block, x, turns, mask, use_reentrant=False)
                 continue
             recall = None if cache is None else functools.partial(cache.attend, layer, mask=added)
             x = block(x, turns, mask, recall)
-        return x
+        return x.to(inputs.dtype)
 
     def _layout(
         self,
@@ -552,7 +556,9 @@ class Generator(nn.Module):
 
     def _logits(self, layout: Layout, num_kept: int) -> list[Float[Tensor, "b t _"]]:
         """Logits of all parts, each given the true parts before it; illegal gaps are -inf."""
-        states = self.transform(layout.inputs, layout.positions, layout.mask)[:, layout.reads]
+        states = self.transform(layout.inputs, self.turns(layout.positions), layout.mask)[
+            :, layout.reads
+        ]
         batch, length, num_parts = layout.parts.shape
         known = [
             self.embed_part(part, layout.parts[..., part]).flatten(0, 1)

@@ -28,7 +28,7 @@ from mergevq.cache import FullCache, SlotCache
 from mergevq.config import SamplingSettings
 from mergevq.generator import Generator, legal_gaps
 from mergevq.quantize import indices_to_subindices
-from mergevq.transformer import first_occurrence, leaders
+from mergevq.transformer import Rotation, first_occurrence, leaders
 
 Number = TypeVar("Number", int, float)
 
@@ -242,7 +242,8 @@ def pick(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    if temperature != 1:
+        logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if 0 < top_k < logits.shape[-1]:
         least = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -320,7 +321,7 @@ def prefill(
     cache.reset()
     prefix = generator.embed_prefix(class_label, num_kept)
     positions = torch.zeros(1, prefix.shape[1], 2, device=prefix.device)
-    states = generator.transform(prefix, positions, None, cache)
+    states = generator.transform(prefix, generator.turns(positions), None, cache)
     if isinstance(cache, FullCache):
         cache.advance(prefix.shape[1])
     return states[:, -1]
@@ -341,14 +342,15 @@ def decode(
         parts: the token.
         token: its position in the sequence, from 0.
     """
-    positions = generator.cell_positions()
-    is_anchored = generator.config.order == "anchor"
-    positions = positions[parts[:, :1]] if is_anchored else positions[None, token : token + 1]
+    if generator.config.order == "anchor":
+        turns = Rotation(*(table[0, 0, parts[:, None, :1]] for table in cache.turns))
+    else:
+        turns = Rotation(*(table[:, :, token : token + 1] for table in cache.turns))
     inputs = generator.embed(parts[:, None])
     if isinstance(cache, SlotCache):
         visible = cache.place(generator.indices(parts))
-        return generator.transform(inputs, positions, visible, cache)[:, 0]
-    states = generator.transform(inputs, positions, None, cache)[:, 0]
+        return generator.transform(inputs, turns, visible, cache)[:, 0]
+    states = generator.transform(inputs, turns, None, cache)[:, 0]
     cache.advance(1)
     return states
 
@@ -378,8 +380,8 @@ def decode_slots(
     block[num_new:, num_new:] = torch.eye(num_wanted, device=inputs.device)
     mask = torch.nn.functional.pad(block.bool(), (cache.length, 0), value=True)[None]
     inputs = torch.cat([inputs, generator.embed_instruction(wanted)], dim=1)
-    positions = torch.cat([positions, wanted], dim=1)
-    states = generator.transform(inputs, positions, mask, cache)
+    turns = generator.turns(torch.cat([positions, wanted], dim=1))
+    states = generator.transform(inputs, turns, mask, cache)
     cache.advance(num_new)
     return states[:, num_new:]
 

@@ -22,6 +22,7 @@ from mergevq.attention import attend
 
 NORM_EPS = 1e-5
 """Of every normalisation, as in LlamaGen."""
+_EPS = torch.tensor(NORM_EPS)
 ROTATION_BASE = 10000.0
 """Longest wavelength of the rotary embedding over 2 pi, in cells."""
 Mask = Bool[Tensor, "r n m"] | Float[Tensor, "r n m"] | BlockMask
@@ -39,6 +40,15 @@ class Rotation(NamedTuple):
     """Share of the other channel of its pair that each gets: minus and plus the sine."""
 
 
+def cell_positions(
+    grid_size: tuple[int, int], device: torch.device | None = None
+) -> Float[Tensor, "l 2"]:
+    """Row and column of each cell of a (height, width) grid, from (1, 1); (0, 0) is the prefix."""
+    height, width = grid_size
+    cells = torch.arange(height * width, device=device)
+    return torch.stack([cells // width + 1, cells % width + 1], dim=-1).float()
+
+
 def rotation(positions: Float[Tensor, "r n 2"], head_dim: int) -> Rotation:
     """Turns for positions on a plane: half of the channel pairs turn by row, half by column."""
     pairs = head_dim // 4
@@ -54,7 +64,7 @@ def rotate(x: Float[Tensor, "b h n d"], turns: Rotation) -> Float32[Tensor, "b h
     """Turn each pair of neighbouring channels, in float32."""
     # Few operators and one type: while decoding, each cast costs as much as a product.
     x = x.float()
-    others = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    others = x.view(*x.shape[:-1], -1, 2).flip(-1).view(x.shape)
     return torch.addcmul(x * turns.cos, others, turns.sin)
 
 
@@ -99,7 +109,10 @@ def merge_block_mask(first: Bool[Tensor, "b n"], window: int) -> BlockMask:
 
 
 class RmsNorm(nn.Module):
-    """Root-mean-square normalisation that keeps the type of its input, also under autocast."""
+    """Root-mean-square normalisation that keeps the type of its input, also under autocast.
+
+    Of a gain in fewer bits the result has the type: what a layer of such weights multiplies.
+    """
 
     def __init__(self, dim: int) -> None:
         """Start with a gain of 1."""
@@ -108,7 +121,14 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*shape c"]) -> Float[Tensor, "*shape c"]:
         """Normalise the last axis, in float32 inside."""
-        return functional.rms_norm(x, x.shape[-1:], None, NORM_EPS) * self.weight.to(x.dtype)
+        dtype = x.dtype if self.weight.dtype == torch.float32 else self.weight.dtype
+        if torch.is_grad_enabled() or x.device.type != "cpu":
+            normed = functional.rms_norm(x, x.shape[-1:], None, NORM_EPS)
+            return normed.to(dtype) * self.weight.to(dtype)
+        # The same in half as many operators, of which decoding a token needs hundreds.
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.addcmul(_EPS, length, length, value=1 / x.shape[-1]).rsqrt_()
+        return (x * scale).mul_(self.weight).to(dtype)
 
 
 class Projection(nn.Linear):

@@ -59,9 +59,6 @@ class PackedLinear(nn.Module):
 class Int8Linear(nn.Module):
     """A linear layer without bias whose weight is stored in 8 bits."""
 
-    weight: Int8[Tensor, "o i"]
-    scale: Float[Tensor, "o"]
-
     def __init__(self, linear: nn.Linear) -> None:
         """Round the weight of `linear`, by one scale for each output.
 
@@ -73,17 +70,18 @@ class Int8Linear(nn.Module):
         weight = linear.weight.detach().float()
         largest = weight.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         scale = largest / 127
-        self.register_buffer("weight", (weight / scale).round().to(torch.int8))
-        self.register_buffer("scale", scale[:, 0].to(linear.weight.dtype))
-        self.fits = linear.in_features % _KERNEL_WIDTH == 0
+        # No buffers: nothing saves these, and a module finds its plain attributes sooner.
+        self.weight: Int8[Tensor, "o i"] = (weight / scale).round().to(torch.int8)
+        self.scale: Float[Tensor, "o"] = scale[:, 0].to(linear.weight.dtype)
+        # In float32 PyTorch's kernel for 8 bits is the slower way.
+        has_kernel = self.scale.dtype == torch.bfloat16 and weight.device.type == "cpu"
+        fits = linear.in_features % _KERNEL_WIDTH == 0
+        self.most = _KERNEL_ROWS * linear.in_features if has_kernel and fits else 0
 
     def forward(self, x: Float[Tensor, "*shape i"]) -> Float[Tensor, "*shape o"]:
         """Multiply; on a CPU in bf16 without ever expanding the weight."""
-        rows = x.numel() // x.shape[-1]
-        # In float32 PyTorch's kernel for 8 bits is the slower way.
-        has_kernel = self.fits and x.dtype == torch.bfloat16 and x.device.type == "cpu"
-        if has_kernel and rows <= _KERNEL_ROWS:
-            flat = x.reshape(rows, -1)
+        if 0 < x.numel() <= self.most and x.dtype == self.scale.dtype:
+            flat = x.reshape(-1, x.shape[-1])
             product = torch.ops.aten._weight_int8pack_mm(flat, self.weight, self.scale)
             return product.view(*x.shape[:-1], -1)
         return functional.linear(x, self.weight.to(x.dtype)) * self.scale

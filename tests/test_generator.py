@@ -297,7 +297,7 @@ def test_figure_6_holds_among_input_tokens_after_the_prefix():
     mask[2:, 2:] = FIGURE_6
     inputs = torch.cat([model.embed_prefix(label, 5), model.embed(model.parts(codes[:, :9]))], 1)
     positions = torch.cat([torch.zeros(2, 2), model.cell_positions()[:9]])
-    states = model.transform(inputs, positions[None], mask[None].bool())[0, 1:]
+    states = model.transform(inputs, model.turns(positions[None]), mask[None].bool())[0, 1:]
     expected = model.head(states, [])[0]
     torch.testing.assert_close(model.logits(codes, label, 5)[0][0], expected)
 

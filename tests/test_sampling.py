@@ -539,11 +539,11 @@ model = tiny_generator(sys.argv[1])
 cache = make_cache(model, batch=2, num_kept=5, settings=SamplingSettings())
 prefill(model, cache, torch.zeros(2, dtype=torch.int64), 5)
 mask = cache.place(torch.zeros(2, dtype=torch.int64)) if sys.argv[1] == "merge" else None
-inputs, positions = torch.randn(2, 1, 32), torch.zeros(2, 1, 2)
+inputs, turns = torch.randn(2, 1, 32), model.turns(torch.zeros(2, 1, 2))
 step = torch.compile(model.transform, fullgraph=True, backend="eager")
 with torch.no_grad():
-    expected = model.transform(inputs, positions, mask, cache)
-    torch.testing.assert_close(step(inputs, positions, mask, cache), expected)
+    expected = model.transform(inputs, turns, mask, cache)
+    torch.testing.assert_close(step(inputs, turns, mask, cache), expected)
 """
 
 

@@ -132,3 +132,14 @@ def test_the_norm_is_that_of_pytorch_in_any_type(generator):
     low = norm(x.to(torch.bfloat16))
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low.float(), reference(x), rtol=2e-2, atol=2e-2)
+    with torch.no_grad():
+        for scale in (1.0, 1e-3, 0.0):
+            torch.testing.assert_close(norm(scale * x), reference(scale * x))
+        assert norm(x.to(torch.bfloat16)).dtype == torch.bfloat16
+    # Weights in bf16 multiply numbers in bf16, whatever the sums before were kept in.
+    norm.to(torch.bfloat16)
+    with torch.set_grad_enabled(mode=False):
+        low = norm(x)
+    assert low.dtype == norm(x).dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), reference(x), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(norm(x).float(), reference(x), rtol=2e-2, atol=2e-2)
