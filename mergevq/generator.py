@@ -608,9 +608,11 @@ def _recall(
     """Put a part's key and value after those of a layer, which are few, and attend to all."""
     if layer == len(memory):
         memory.append((key, value))
-    else:
-        keys, values = memory[layer]
-        memory[layer] = torch.cat([keys, key], 2), torch.cat([values, value], 2)
+        # A lone key has all the weight.
+        times = query.shape[1] // value.shape[1]
+        return value if times == 1 else value.repeat_interleave(times, dim=1)
+    keys, values = memory[layer]
+    memory[layer] = torch.cat([keys, key], 2), torch.cat([values, value], 2)
     return attend(query, *memory[layer], None)
 
 
