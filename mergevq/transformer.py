@@ -108,6 +108,15 @@ def merge_block_mask(first: Bool[Tensor, "b n"], window: int) -> BlockMask:
     )
 
 
+def normalized(x: Float[Tensor, "*shape c"], dtype: torch.dtype) -> Float[Tensor, "*shape c"]:
+    """The last axis over its root mean square, computed in float32 and returned in a type."""
+    if torch.is_grad_enabled() or x.device.type != "cpu":
+        return functional.rms_norm(x, x.shape[-1:], None, NORM_EPS).to(dtype)
+    # The same in half as many operators, of which decoding a token needs hundreds.
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return (x * torch.addcmul(_EPS, length, length, value=1 / x.shape[-1]).rsqrt_()).to(dtype)
+
+
 class RmsNorm(nn.Module):
     """Root-mean-square normalisation that keeps the type of its input, also under autocast.
 
@@ -122,13 +131,7 @@ class RmsNorm(nn.Module):
     def forward(self, x: Float[Tensor, "*shape c"]) -> Float[Tensor, "*shape c"]:
         """Normalise the last axis, in float32 inside."""
         dtype = x.dtype if self.weight.dtype == torch.float32 else self.weight.dtype
-        if torch.is_grad_enabled() or x.device.type != "cpu":
-            normed = functional.rms_norm(x, x.shape[-1:], None, NORM_EPS)
-            return normed.to(dtype) * self.weight.to(dtype)
-        # The same in half as many operators, of which decoding a token needs hundreds.
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = torch.addcmul(_EPS, length, length, value=1 / x.shape[-1]).rsqrt_()
-        return (x * scale).mul_(self.weight).to(dtype)
+        return normalized(x, dtype) * self.weight.to(dtype)
 
 
 class Projection(nn.Linear):
@@ -167,7 +170,17 @@ class Attention(nn.Module):
                 all up to itself.
             recall: attends in the place of this layer, to older inputs too; it has its own mask.
         """
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return self.out(self.mix(self.qkv(x), turns, mask, recall))
+
+    def mix(
+        self,
+        qkv: Float[Tensor, "b n _"],
+        turns: Rotation | None,
+        mask: Mask | None,
+        recall: Recall | None,
+    ) -> Float[Tensor, "b n c"]:
+        """Everything between the two projections."""
+        heads = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         asking = self.num_heads + self.key_heads
         # Queries and keys together, as far as they are treated alike.
         turned, value = heads[:, :asking], heads[:, asking:]
@@ -182,7 +195,7 @@ class Attention(nn.Module):
         else:
             # Turned in float32; a cache may remember in another type than the layer's.
             attended = recall(query, key, value)
-        return self.out(attended.to(heads.dtype).transpose(1, 2).flatten(2))
+        return attended.to(qkv.dtype).transpose(1, 2).flatten(2)
 
 
 def _attend(
@@ -221,8 +234,13 @@ class SwiGlu(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         """Apply to each token alone."""
-        gate, value = self.up(x).chunk(2, dim=-1)
-        return self.down(functional.silu(gate) * value)
+        return self.down(gated(self.up(x)))
+
+
+def gated(x: Float[Tensor, "b n c2"]) -> Float[Tensor, "b n c"]:
+    """The second half of the channels times SiLU of the first."""
+    gate, value = x.chunk(2, dim=-1)
+    return functional.silu(gate) * value
 
 
 class Block(nn.Module):
