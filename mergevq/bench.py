@@ -102,8 +102,8 @@ class LfqSize(NamedTuple):
     num_tokens: int
 
 
-MERGE_SIZES = tuple(MergeSize(num_images=count) for count in (1, 8, 32))
-"""One image, where small operators count, and batches, where copying does."""
+MERGE_SIZES = tuple(MergeSize(num_images=count) for count in (1, 8, 64))
+"""One image, where small operators count, a small batch, and that of `tiny64_g`."""
 LFQ_SIZES = tuple(LfqSize(bits, tokens) for bits in (10, 14, 18) for tokens in (1024, 4096))
 """Codebooks of 1,024, 16,384 and 262,144 codes; tokens of a small and of a usual batch."""
 
