@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 _MAX_WRITTEN_OUT = 512
-"""Most keys for which the table of weights of every head is kept for the backward pass."""
+"""Most keys for which the table of weights of every head is made."""
+_HAS_MATRIX_UNITS = torch.cpu._is_amx_tile_supported()
+"""Whether products in bf16 have units of their own on this CPU; asked here, as compilers cannot."""
 
 
 def attend(
@@ -26,7 +28,7 @@ def attend(
 
     On CPUs torch's bf16 kernel has a backward pass that takes 2 to 8 times as long as the products
     written out do, at the sizes of the small recipes (docs/log.md), so training there writes them
-    out, or for many keys attends in float32.
+    out, or for many keys attends in float32. Without matrix units the kernel is slow in any case.
 
     Args:
         query: what asks.
@@ -36,12 +38,14 @@ def attend(
         is_causal: query i sees keys 0 to i; without a mask.
     """
     grouped = query.shape[1] != key.shape[1]
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        is_small = query.shape[2] > 1 and key.shape[2] <= _MAX_WRITTEN_OUT
+        if is_small and (query.requires_grad or not _HAS_MATRIX_UNITS):
+            return _written_out(query, key, value, mask, is_causal=is_causal)
     if not trains_on_cpu(query) or query.dtype == torch.float32:
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped
         )
-    if query.dtype == torch.bfloat16 and key.shape[2] <= _MAX_WRITTEN_OUT:
-        return _written_out(query, key, value, mask, is_causal=is_causal)
     with torch.autocast("cpu", enabled=False):
         if mask is not None and mask.is_floating_point():
             mask = mask.float()

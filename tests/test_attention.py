@@ -83,10 +83,14 @@ def test_half_precision_on_a_cpu_trains_in_float32():
         assert torch.equal(attend(query, key, value, bias), mixed)
 
 
-def test_without_a_gradient_the_kernel_is_used_as_it_is():
+@pytest.mark.parametrize("has_matrix_units", [False, True])
+def test_without_a_gradient_matrix_units_use_the_kernel_as_it_is(monkeypatch, has_matrix_units):
+    monkeypatch.setattr(attention, "_HAS_MATRIX_UNITS", has_matrix_units)
     query, key, value = (part.detach() for part in parts(torch.bfloat16, num_keys=5))
     kernel = functional.scaled_dot_product_attention(query, key, value)
-    assert torch.equal(attend(query, key, value, None), kernel)
+    mixed = attend(query, key, value, None)
+    assert torch.equal(mixed, kernel) == has_matrix_units
+    torch.testing.assert_close(mixed, kernel, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
