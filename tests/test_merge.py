@@ -143,6 +143,10 @@ def test_similarity_does_not_depend_on_the_length_of_keys():
 def test_equal_similarities_go_to_the_first():
     # Candidates 1 and 3 join, both destination 0; 5 stays and comes first.
     assert match(torch.ones(1, 6, 3), 2).tolist() == [[1, 1, 2, 1, 3, 0]]
+    # Sorts that keep no order begin to show with more numbers.
+    candidates = match(torch.ones(2, 4000, 1), 700)[:, 1::2]
+    expected = torch.cat([torch.full((700,), 1300), torch.arange(1300)])
+    assert torch.equal(candidates, expected.expand(2, -1))
 
 
 @pytest.mark.parametrize("num_tokens", [2, 3, 16, 31, 64])
