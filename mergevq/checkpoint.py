@@ -214,7 +214,7 @@ def load_model(directory: str | Path, kind: str) -> SavedModel:
         ValueError: no model, one of another kind or of a newer format, or damaged weights.
     """
     directory = _readable(Path(directory))
-    record = _read_record(directory)
+    record = read_record(directory)
     if record["kind"] != kind:
         raise ValueError(f"{directory} holds a {record['kind']}, and a {kind} is needed here")
     weights = directory / WEIGHTS
@@ -249,7 +249,7 @@ def _config_difference(weights: Path, config: Mapping[str, Any]) -> str:
 def model_hash(directory: str | Path) -> str:
     """SHA-256 over kind, settings and weights: another model has another hash."""
     directory = _readable(Path(directory))
-    record = _read_record(directory)
+    record = read_record(directory)
     identity = [record["kind"], record["config"], _sha256(directory / WEIGHTS)]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
@@ -261,7 +261,7 @@ def tokens_hash(directory: str | Path) -> str:
     of the same tokens, and leaves it as it is.
     """
     directory = _readable(Path(directory))
-    record = _read_record(directory)
+    record = read_record(directory)
     settings = {n: v for n, v in record["config"].items() if n not in _AFTER_THE_TOKENS}
     digest = hashlib.sha256(json.dumps([record["kind"], settings], sort_keys=True).encode())
     with safe_open(directory / WEIGHTS, framework="pt") as weights:
@@ -334,8 +334,8 @@ def resolve(path_or_id: str | Path) -> Path:
     return Path(snapshot_download(str(path_or_id), allow_patterns=[WEIGHTS, CONFIG]))
 
 
-def _read_record(directory: Path) -> dict[str, Any]:
-    """The `config.json` of a model.
+def read_record(directory: Path) -> dict[str, Any]:
+    """The `config.json` of a model: its kind, its settings and what was written beside them.
 
     Raises:
         ValueError: there is none.

@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from mergevq.checkpoint import (
-    CONFIG,
     from_json,
     load_model,
     model_hash,
     read_json,
+    read_record,
     resolve,
     to_json,
     tokens_hash,
@@ -113,10 +113,11 @@ def known_tokenizer(model: str | Path) -> str:
         model: directory of the generator, or its Hugging Face id.
 
     Raises:
-        ValueError: training wrote nothing, or the tokenizer is not there, or is another one now.
+        ValueError: there is no generator, training wrote nothing, or the tokenizer is not there, or
+            is another one now.
     """
     directory = resolve(model)
-    extra = read_json(directory / CONFIG).get("extra", {})
+    extra = read_record(directory).get("extra", {})
     path = extra.get("tokenizer_path")
     if path is None:
         raise ValueError(

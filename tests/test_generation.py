@@ -384,6 +384,12 @@ def test_the_tokenizer_is_found_where_training_had_it(folder, tmp_path, capsys):
     assert not (tmp_path / "again").exists()
 
 
+def test_the_directory_of_a_run_is_not_its_model(folder, tmp_path, capsys):
+    model = generator_of(folder, tmp_path / "run" / "model", None)
+    assert main(["sample", "--model", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 1
+    assert f"did you mean {model}?" in capsys.readouterr().err
+
+
 def test_a_generator_that_does_not_know_its_tokenizer_says_so(folder, tmp_path):
     model = generator_of(folder, tmp_path / "model", None)
     with pytest.raises(ValueError, match=r"does not say where .* name it with --tokenizer"):
