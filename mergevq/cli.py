@@ -28,7 +28,7 @@ from mergevq.cli_evaluate import (
 )
 from mergevq.config import Device, GeneratorRun, SizePolicy
 from mergevq.recipes import RECIPES
-from mergevq.terminal import let_products_repeat, let_threads_sleep, print_table
+from mergevq.terminal import let_products_repeat, prepare_to_compute, print_table
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name in {"-h", "--help"}:
             print(_listed(prog, commands))
             return 0
-        let_threads_sleep()
+        prepare_to_compute()
         let_products_repeat()
     if name not in commands:
         usage = _usage() if commands is COMMANDS else _listed(prog, commands)
@@ -140,7 +140,7 @@ def train(arguments: list[str]) -> int:
         description=inspect.getdoc(RECIPES[name]),
         config=(tyro.conf.AvoidSubcommands,),
     )
-    let_threads_sleep()
+    prepare_to_compute()
     if options.dry_run:
         from mergevq.estimate import describe, estimate
 
@@ -168,7 +168,7 @@ def quickstart(*, out: Path = Path("runs/quickstart"), num_steps: int | None = N
         out: where training, report and pictures go.
         num_steps: optimizer steps of the tokenizer, for a shorter or longer training of both.
     """
-    let_threads_sleep()
+    prepare_to_compute()
     from mergevq.quickstart import quickstart as run_quickstart
 
     report = run_quickstart(out, num_steps)
@@ -207,7 +207,7 @@ def reconstruct(
         device: where to compute.
     """
     outputs, num_kepts = _output_paths(images, out), whole_numbers("tokens", tokens)
-    let_threads_sleep()
+    prepare_to_compute()
     from mergevq.codec import load_picture, reconstruct_image, reconstruction_figure
     from mergevq.run import resolve_device
     from mergevq.tokenizer import Tokenizer
@@ -252,7 +252,7 @@ def encode(
         device: where to compute.
         num_workers: loader processes; 0 loads in this one.
     """
-    let_threads_sleep()
+    prepare_to_compute()
     let_products_repeat()
     from mergevq.encode import encode as encode_data
 
@@ -304,7 +304,7 @@ def sample(  # noqa: PLR0913 - each is an option
         again: `samples.json` of earlier images, which says all but `--out` and `--images`.
         images: numbers of the images to make again.
     """
-    let_threads_sleep()
+    prepare_to_compute()
     from mergevq.generation import make_again, write_samples
 
     if again is not None:
@@ -400,7 +400,7 @@ def demo(
         port: of this machine, where the page is; nobody else can reach it.
         device: where to compute.
     """
-    let_threads_sleep()
+    prepare_to_compute()
     from mergevq.app import build_page
 
     page = build_page(model, generator=generator, data=data, device=device)

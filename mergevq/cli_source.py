@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mergevq.config import Device, Precision
 from mergevq.config_source import SourceRun
-from mergevq.terminal import let_threads_sleep
+from mergevq.terminal import prepare_to_compute
 
 
 def finetune_source(  # noqa: PLR0913 - each is an option
@@ -55,7 +55,7 @@ def finetune_source(  # noqa: PLR0913 - each is an option
         device: where to compute.
         seed: of every random number.
     """
-    let_threads_sleep()
+    prepare_to_compute()
     from mergevq.train_source import finetune_source as finetune
 
     optim = replace(SourceRun().optim, lr=lr)

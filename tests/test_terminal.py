@@ -1,6 +1,8 @@
 """What all commands print and set."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -31,3 +33,36 @@ def test_threads_sleep_soon_and_not_at_once(monkeypatch, chosen):
     let_threads_sleep()
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
     assert os.environ["GOMP_SPINCOUNT"] == "2000"
+
+
+FREE_AND_TAKE = """
+import resource
+from mergevq.terminal import keep_freed_memory
+
+def take():
+    blocks = [bytes([1]) * 2**24 for _ in range(8)]
+
+keep_freed_memory()
+take(), take()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+take()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="page faults are counted on Linux")
+def test_freed_memory_is_kept_unless_the_user_chose():
+    def num_faults(**chosen):
+        plain = {n: v for n, v in os.environ.items() if not n.startswith(("MALLOC_", "GLIBC_"))}
+        printed = subprocess.run(
+            [sys.executable, "-c", FREE_AND_TAKE],
+            env=plain | chosen,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        return int(printed.stdout)
+
+    num_pages = 2**27 // os.sysconf("SC_PAGESIZE")
+    assert num_faults() < num_pages / 10
+    assert num_faults(MALLOC_MMAP_THRESHOLD_="4096") > num_pages / 2
