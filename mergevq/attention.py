@@ -70,8 +70,8 @@ def attend_apart(
 ) -> Shaped[Tensor, "b h 1 d"]:
     """Attention of a lone query to its own key beside others that lie elsewhere; no gradient.
 
-    On CPUs without a copy of the others: torch's kernel there also says how much weight they had
-    together, and the own value is mixed in by its share.
+    On CPUs without a copy of the others: torch's kernel there also returns the log-sum-exp of their
+    logits, and the own value is mixed in by its share.
 
     Args:
         query: what asks; it always sees its own key.
@@ -82,13 +82,13 @@ def attend_apart(
         mask: as in `attend`, of the others alone.
     """
     if query.device.type == "cpu" and query.shape[1] == key.shape[1]:
-        mask = None if mask is None else as_added(mask, query.dtype)
-        others, log_weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        mask = None if mask is None else additive_mask(mask, query.dtype)
+        others, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, attn_mask=mask
         )
         logit = (query * own_key).sum(-1, keepdim=True)
         scale = 1 / math.sqrt(query.shape[3])
-        share = torch.sub(log_weight[..., None], logit, alpha=scale).sigmoid()
+        share = torch.sub(log_sum_exp[..., None], logit, alpha=scale).sigmoid()
         return torch.lerp(own_value, others, share)
     if mask is not None:
         mask = functional.pad(mask, (0, 1), value=mask.dtype == torch.bool)
@@ -96,7 +96,7 @@ def attend_apart(
     return attend(query, key, value, mask)
 
 
-def as_added(mask: Shaped[Tensor, "*mask m"], dtype: torch.dtype) -> Shaped[Tensor, "*mask m"]:
+def additive_mask(mask: Shaped[Tensor, "*mask m"], dtype: torch.dtype) -> Shaped[Tensor, "*mask m"]:
     """A mask as what is added to logits: nothing or -inf where it is boolean, else itself."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
@@ -123,5 +123,5 @@ def _written_out(
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
     logits = (query / math.sqrt(query.shape[3])) @ key.mT
     if mask is not None:
-        logits = logits + as_added(mask, logits.dtype)
+        logits = logits + additive_mask(mask, logits.dtype)
     return logits.softmax(-1) @ value

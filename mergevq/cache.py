@@ -121,8 +121,8 @@ class SlotCache(_Memory):
         super().__init__(config, batch=batch, num_slots=num_slots, device=device, dtype=dtype)
         self.window, self.num_prefix = config.window, config.num_prefix
         self.rows = torch.arange(batch, device=device)[:, None]
-        self.codes = torch.empty(batch, num_slots - self.num_prefix, dtype=torch.int64)
-        self.codes = self.codes.to(device)
+        most = num_slots - self.num_prefix
+        self.codes = torch.empty(batch, most, dtype=torch.int64, device=device)
         """Distinct tokens of each row in the order in which they came, as indices; -1 is none."""
         self.reset()
 
@@ -147,8 +147,8 @@ class SlotCache(_Memory):
         self._known: list[dict[int, int]] = [{} for _ in range(batch)]
         self._lengths = [self.num_prefix] * batch
         self._recent: deque[list[int | None]] = deque(maxlen=self.window)
-        self._slot: int | None = 0
-        self._slots = self.rows
+        # Where the next token goes: one slot, or another in each row.
+        self._slot: int | Int64[Tensor, "b 1"] = 0
 
     def place(self, codes: Int64[Tensor, "b"]) -> Bool[Tensor, "b 1 m"] | None:
         """Give each row's next token a slot, and say which slots that token sees.
@@ -186,9 +186,8 @@ class SlotCache(_Memory):
             columns = torch.tensor(orders, device=codes.device)[:, None]
             self.codes.scatter_(1, columns, codes[:, None])
         self.filled = max(seen)
-        self._slot = slots[0] if len(set(slots)) == 1 else None
-        if self._slot is None:
-            self._slots = torch.tensor(slots, device=codes.device)[:, None]
+        is_same = len(set(slots)) == 1
+        self._slot = slots[0] if is_same else torch.tensor(slots, device=codes.device)[:, None]
         if min(seen) == self.filled:
             return None
         lengths = torch.tensor(seen, device=codes.device)[:, None, None]
@@ -228,10 +227,10 @@ class SlotCache(_Memory):
             value,
             None if mask is None else mask[:, None],
         )
-        if self._slot is not None:
+        if isinstance(self._slot, int):
             there = slice(self._slot, self._slot + 1)
             keys[:, :, there], values[:, :, there] = key, value
         else:
-            keys[self.rows, :, self._slots] = key.transpose(1, 2)
-            values[self.rows, :, self._slots] = value.transpose(1, 2)
+            keys[self.rows, :, self._slot] = key.transpose(1, 2)
+            values[self.rows, :, self._slot] = value.transpose(1, 2)
         return mixed

@@ -36,7 +36,7 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
-from mergevq.attention import as_added, attend
+from mergevq.attention import additive_mask, attend
 from mergevq.checkpoint import (
     SavedModel,
     from_json,
@@ -474,7 +474,7 @@ class Generator(nn.Module):
         added = None
         if cache is not None and isinstance(mask, Tensor):
             # Once, and not in the attention of every layer.
-            added = as_added(mask, cache.keys.dtype)
+            added = additive_mask(mask, cache.keys.dtype)
         # Sums over many layers need more than bf16's 8 bits.
         x = self.dropout(inputs).float()
         for layer, block in enumerate(self.blocks):

@@ -39,7 +39,7 @@ def keep_freed_memory() -> None:
     The process stays as large as it once was. Where there is no glibc, nothing changes.
     """
     # What is given back comes again in pages that the system fills with zeros first. On two cores
-    # decoding took a quarter longer so, and training on small images a tenth.
+    # decoding took a third longer so, and training on small images a tenth.
     chosen = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
     if sys.platform != "linux" or any(name in os.environ for name in chosen):
         return

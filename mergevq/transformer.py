@@ -22,7 +22,7 @@ from mergevq.attention import attend
 
 NORM_EPS = 1e-5
 """Of every normalisation, as in LlamaGen."""
-_EPS = torch.tensor(NORM_EPS)
+_EPS = torch.tensor(NORM_EPS)  # `addcmul` adds to nothing but a tensor.
 ROTATION_BASE = 10000.0
 """Longest wavelength of the rotary embedding over 2 pi, in cells."""
 Mask = Bool[Tensor, "r n m"] | Float[Tensor, "r n m"] | BlockMask
@@ -179,7 +179,11 @@ class Attention(nn.Module):
         mask: Mask | None,
         recall: Recall | None,
     ) -> Float[Tensor, "b n c"]:
-        """Everything between the two projections."""
+        """Everything between the two projections; the other arguments are those of `forward`.
+
+        Args:
+            qkv: what the first projection returns: heads of queries, then of keys, then of values.
+        """
         heads = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         asking = self.num_heads + self.key_heads
         # Queries and keys together, as far as they are treated alike.

@@ -6,7 +6,7 @@ changes no product and takes a half to a third of the time (docs/results.md). `I
 half as many bytes as bf16: each row of a matrix is stored as integers of -127 to 127 and one scale,
 activations keep their type, nothing is calibrated, and `logit_error` says what it costs in
 accuracy. With more than about six rows at a time, it is the slower of the two; guidance makes two
-rows of an image.
+rows of an image. `DecodingBlock` puts either into a block with fewer modules to call.
 
 Shape letters: O outputs, I inputs, B batch, T tokens.
 """
