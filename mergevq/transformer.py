@@ -179,10 +179,9 @@ class Attention(nn.Module):
         mask: Mask | None,
         recall: Recall | None,
     ) -> Float[Tensor, "b n c"]:
-        """Everything between the two projections; the other arguments are those of `forward`.
+        """Everything between the projections, on heads of queries, then of keys, then of values.
 
-        Args:
-            qkv: what the first projection returns: heads of queries, then of keys, then of values.
+        The other arguments are those of `forward`.
         """
         heads = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         asking = self.num_heads + self.key_heads
