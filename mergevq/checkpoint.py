@@ -1,10 +1,9 @@
-"""What is written to disk and read back: models, the state of a run, and their settings.
+"""Models on disk, and their settings.
 
-Two artefacts. A *model* is `model.safetensors` and `config.json`, all that using it needs; a
-*state* is `state.safetensors` and `state.json`, all that continuing a run needs. Neither holds a
-pickle, so reading a stranger's file runs none of their code. Every directory is written under
-another name and renamed when complete: a reader finds the old one or the new one, never half of
-one. A state of which every rank holds a part is `shards/` and `state.json`, written by all of them.
+A *model* is `model.safetensors` and `config.json`, all that using it needs; what continuing a run
+needs is in `mergevq.run_state`. Neither holds a pickle, so reading a stranger's file runs none of
+their code. Every directory is written under another name and renamed when complete: a reader finds
+the old one or the new one, never half of one.
 """
 
 import dataclasses
@@ -25,21 +24,31 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from mergevq import distributed
 from mergevq.config import FORMAT_VERSION
+from mergevq.files import (
+    broken_weights,
+    open_tensors,
+    parse_json,
+    read_json_file,
+    read_tensors,
+    require_weights,
+    sha256_of,
+)
 
 Config = TypeVar("Config")
+Module = TypeVar("Module", bound=nn.Module)
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
-STATE_TENSORS = "state.safetensors"
-STATE = "state.json"
-SHARDS = "shards"
+HUB_FORM = "a model on Hugging Face as owner/name@revision, such as owner/name@main"
+"""How a model on the hub is written, for messages."""
 
+_TOO_LARGE = {int: 2**63, float: math.inf}
+"""What the absolute value of a number must be below."""
 _ENCODER = "encoder."
 """Weights of a tokenizer that decide its tokens."""
 _AFTER_THE_TOKENS = (
@@ -75,7 +84,8 @@ def from_json(cls: type[Config], values: Mapping[str, Any], *, where: str = "") 
     """The dataclass that `to_json` wrote, every value checked against its field's type.
 
     Args:
-        cls: dataclass of bool, int, float, str, Literal, tuples and dataclasses of these, or None.
+        cls: dataclass of bool, int, float, str, Literal, None, and tuples, dataclasses and unions
+            of these. Of several dataclasses the one with these fields is meant.
         values: field values by name; a field with a default may be absent.
         where: dotted name of this object in messages; empty for the outermost.
 
@@ -108,9 +118,7 @@ def _from_json_value(expected: Any, value: Any, where: str) -> Any:  # noqa: ANN
     arguments = typing.get_args(expected)
     origin = typing.get_origin(expected)
     if origin in (types.UnionType, typing.Union):
-        # The only union a setting has is "or None".
-        (expected,) = (item for item in arguments if item is not types.NoneType)
-        return None if value is None else _from_json_value(expected, value, where)
+        return _from_json_value(_member(arguments, value, where), value, where)
     if origin is Literal:
         if not any(value == choice and type(value) is type(choice) for choice in arguments):
             raise ValueError(
@@ -124,12 +132,67 @@ def _from_json_value(expected: Any, value: Any, where: str) -> Any:  # noqa: ANN
             names = ", ".join(field.name for field in dataclasses.fields(expected))
             raise ValueError(f"{where} ({value!r}) must be an object with fields {names}")
         return from_json(typing.cast("type[Any]", expected), value, where=where)
+    if expected is types.NoneType and value is None:
+        return None
+    return _from_json_plain(expected, value, where)
+
+
+def _from_json_plain(expected: Any, value: Any, where: str) -> bool | int | float | str:  # noqa: ANN401
+    """A truth value, a number or a text.
+
+    Raises:
+        ValueError: it is of another type, or a number is too large.
+        TypeError: a config class has an annotation that JSON cannot carry.
+    """
     if expected not in (bool, int, float, str):
         raise TypeError(f"{where} has type {expected}, which cannot be kept as JSON")
     # bool is a subclass of int, so isinstance would let `true` pass for a number.
     if type(value) is not expected and not (expected is float and type(value) is int):
         raise ValueError(f"{where} ({value!r}) must be of type {expected.__name__}")
+    if type(value) in (int, float) and not abs(value) < _TOO_LARGE[expected]:
+        raise ValueError(f"{where} ({value:.6g}) must be a finite number of at most 64 bits")
     return expected(value)
+
+
+def _member(members: tuple[Any, ...], value: Any, where: str) -> Any:  # noqa: ANN401 - any field
+    """The member of a union that a JSON value is of.
+
+    Raises:
+        ValueError: it is of none.
+    """
+    given = [member for member in members if member is not types.NoneType]
+    if value is not None and len(given) == 1:
+        return given[0]
+    if isinstance(value, Mapping):
+        classes = [member for member in members if dataclasses.is_dataclass(member)]
+        fields = {item: {field.name for field in dataclasses.fields(item)} for item in classes}
+        # What was written has all fields; by hand some may be left out, if one class has the rest.
+        fitting = [item for item in classes if fields[item] == value.keys()]
+        fitting = fitting or [item for item in classes if fields[item] >= value.keys()]
+        if len(fitting) != 1:
+            names = "; ".join(f"{item.__name__}: {', '.join(fields[item])}" for item in classes)
+            raise ValueError(
+                f"{where} has the fields {', '.join(map(str, value))} and must have those of one "
+                f"class alone ({names})"
+            )
+        return fitting[0]
+    for member in members:
+        if _is_of(member, value):
+            return member
+    shown = " or ".join(getattr(member, "__name__", str(member)) for member in members)
+    raise ValueError(f"{where} ({value!r}) must be of type {shown}")
+
+
+def _is_of(member: Any, value: Any) -> bool:  # noqa: ANN401 - any field
+    """Whether a JSON value can be of a member of a union, by its kind alone."""
+    if value is None:
+        return member is types.NoneType
+    origin = typing.get_origin(member)
+    if isinstance(value, (list, tuple)):
+        return origin is tuple
+    if origin is Literal:
+        return any(type(value) is type(choice) for choice in typing.get_args(member))
+    return type(value) is member or (member is float and type(value) is int)
 
 
 def _from_json_tuple(items: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:  # noqa: ANN401
@@ -190,17 +253,25 @@ def save_model(
         config: dataclass that builds the module.
         kind: what it is: tokenizer or generator.
         extra: anything else JSON can hold, such as metrics.
+
+    Raises:
+        RuntimeError: a weight is not floating point or not finite; nothing is written.
     """
+    if problem := broken_weights(module_state):
+        raise RuntimeError(
+            f"the {kind} is broken and is not saved to {directory}, where nothing was changed: "
+            f"{problem}"
+        )
     with atomic_directory(Path(directory)) as partial:
         # With the settings, so that weights beside the settings of another model are recognised.
         settings = json.dumps(to_json(config), sort_keys=True)
-        save_file(_separate(module_state), partial / WEIGHTS, metadata={"config": settings})
+        save_file(separate(module_state), partial / WEIGHTS, metadata={"config": settings})
         record = {
             "format_version": FORMAT_VERSION,
             "kind": kind,
             "config": to_json(config),
             "extra": dict(extra or {}),
-            "weights_sha256": _sha256(partial / WEIGHTS),
+            "weights_sha256": sha256_of(partial / WEIGHTS),
             "versions": versions(),
             "git_commit": git_commit(),
         }
@@ -213,12 +284,12 @@ def load_model(directory: str | Path, kind: str) -> SavedModel:
     Raises:
         ValueError: no model, one of another kind or of a newer format, or damaged weights.
     """
-    directory = _readable(Path(directory))
+    directory = readable(Path(directory))
     record = read_record(directory)
     if record["kind"] != kind:
         raise ValueError(f"{directory} holds a {record['kind']}, and a {kind} is needed here")
     weights = directory / WEIGHTS
-    is_whole = _sha256(weights) == record["weights_sha256"]
+    is_whole = sha256_of(weights) == record["weights_sha256"]
     changed = _config_difference(weights, record["config"])
     if changed:
         raise ValueError(
@@ -230,17 +301,19 @@ def load_model(directory: str | Path, kind: str) -> SavedModel:
             f"{weights} is not the file that {CONFIG} beside it was written for: it is damaged or "
             "replaced; copy both again"
         )
-    return SavedModel(record=record, state=load_file(directory / WEIGHTS))
+    state = read_tensors(weights)
+    require_weights(state, where=weights)
+    return SavedModel(record=record, state=state)
 
 
 def _config_difference(weights: Path, config: Mapping[str, Any]) -> str:
     """Settings in which a file of weights and a configuration differ; empty if in none."""
     try:
-        with safe_open(weights, framework="pt") as opened:
-            saved = json.loads((opened.metadata() or {}).get("config", "null"))
-    except (SafetensorError, json.JSONDecodeError, OSError):
+        with open_tensors(weights) as opened:
+            saved = parse_json((opened.metadata() or {}).get("config", "null"), where=weights)
+    except ValueError:
         return ""  # Damaged, which its hash tells.
-    if saved is None:
+    if not isinstance(saved, dict):
         return ""
     changed = changed_settings(saved, config)
     return ", ".join(f"{name} is {a} there and {b} here" for name, (a, b) in changed.items())
@@ -248,9 +321,9 @@ def _config_difference(weights: Path, config: Mapping[str, Any]) -> str:
 
 def model_hash(directory: str | Path) -> str:
     """SHA-256 over kind, settings and weights: another model has another hash."""
-    directory = _readable(Path(directory))
+    directory = readable(Path(directory))
     record = read_record(directory)
-    identity = [record["kind"], record["config"], _sha256(directory / WEIGHTS)]
+    identity = [record["kind"], record["config"], sha256_of(directory / WEIGHTS)]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
@@ -260,17 +333,65 @@ def tokens_hash(directory: str | Path) -> str:
     Tokens and generators are checked by it. Another decoder or source predictor makes other images
     of the same tokens, and leaves it as it is.
     """
-    directory = _readable(Path(directory))
+    directory = readable(Path(directory))
     record = read_record(directory)
     settings = {n: v for n, v in record["config"].items() if n not in _AFTER_THE_TOKENS}
     digest = hashlib.sha256(json.dumps([record["kind"], settings], sort_keys=True).encode())
-    with safe_open(directory / WEIGHTS, framework="pt") as weights:
+    with open_tensors(directory / WEIGHTS) as weights:
         for name in sorted(weights.keys()):
             if name.startswith(_ENCODER):
                 tensor = weights.get_tensor(name).contiguous()
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+class _ShapesOnly(TorchFunctionMode):
+    """Inside, modules are built without memory and without drawing random numbers."""
+
+    def __torch_function__(self, func, _types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        """Leave out what fills tensors; on the meta device it would load torch's compiler."""
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.normal_:
+            return args[0]
+        if func is torch.randn:
+            func = torch.empty
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def build_for(
+    make: Callable[[], Module], state: Mapping[str, Tensor], *, layers: Mapping[str, int]
+) -> Module:
+    """Build a module for weights that were saved, and copy them into it.
+
+    Settings may be a stranger's. They are compared with the weights on the meta device before any
+    memory is taken, so what is built is as large as what was saved.
+
+    Args:
+        make: builds the module, with random weights.
+        state: its weights.
+        layers: settings that say how many parts the module has, each with weights of its own.
+
+    Raises:
+        ValueError: the weights are not those of such a module.
+    """
+    for name, count in layers.items():
+        if count > len(state):
+            raise ValueError(
+                f"{name} ({count}) must be at most {len(state)}, the number of weights that were "
+                "saved with it"
+            )
+    try:
+        with torch.device("meta"), _ShapesOnly():
+            shapes = make()
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise ValueError(f"a module of these settings cannot be built: {error}") from error
+    compare_states(shapes.state_dict(), state, name=type(shapes).__name__)
+    module = make()
+    load_strict(module, state)
+    return module
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -300,7 +421,7 @@ def compare_states(
         "unexpected": [key for key in found if key not in expected],
         "of another shape": shapes,
     }
-    lines = [f"  {what} ({len(keys)}): {_some(keys)}" for what, keys in lists.items() if keys]
+    lines = [f"  {what} ({len(keys)}): {some(keys)}" for what, keys in lists.items() if keys]
     if lines:
         raise ValueError("\n".join([f"the saved weights do not fit {name}:", *lines]))
 
@@ -308,21 +429,22 @@ def compare_states(
 def resolve(path_or_id: str | Path) -> Path:
     """The local directory of a model given by path or by Hugging Face id.
 
-    An existing directory is used as it is, without touching the network. Only `owner/name` that
-    cannot be a mistyped path, because there is no directory `owner` here, is looked up on the hub.
+    An existing directory is used as it is, without touching the network. An id names its revision,
+    `owner/name@revision`, so that a mistyped path is never asked for on the hub, and a model that
+    is changed there is not fetched unseen.
 
     Raises:
         ValueError: neither a directory nor an id.
         RuntimeError: an id, and the `hub` extra is not installed.
     """
-    path = _readable(Path(path_or_id))
+    path = readable(Path(path_or_id))
     if path.is_dir():
         return path
-    is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path_or_id)) is not None
-    if not is_id or path.parent.exists():
+    known = hub_id(path_or_id)
+    if known is None:
         raise ValueError(
             f"no directory {path.absolute()}; give the directory of a model ({WEIGHTS} and "
-            f"{CONFIG}), or a Hugging Face id of the form owner/name"
+            f"{CONFIG}), or {HUB_FORM}"
         )
     try:
         from huggingface_hub import snapshot_download
@@ -331,23 +453,56 @@ def resolve(path_or_id: str | Path) -> Path:
             f"no directory {path.absolute()}, and fetching {path_or_id} from Hugging Face needs "
             "the hub extra: pip install 'mergevq[hub]'"
         ) from error
-    return Path(snapshot_download(str(path_or_id), allow_patterns=[WEIGHTS, CONFIG]))
+    return Path(
+        snapshot_download(known.name, revision=known.revision, allow_patterns=[WEIGHTS, CONFIG])
+    )
+
+
+class HubId(NamedTuple):
+    """A model on the Hugging Face hub."""
+
+    name: str
+    """`owner/name`."""
+    revision: str
+    """Commit, tag or branch; only a commit is the same model for ever."""
+
+
+def hub_id(text: str | Path) -> HubId | None:
+    """The model that `owner/name@revision` stands for; None for anything else."""
+    match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)@(\w[\w./-]*)", str(text))
+    return None if match is None else HubId(match[1], match[2])
 
 
 def read_record(directory: Path) -> dict[str, Any]:
     """The `config.json` of a model: its kind, its settings and what was written beside them.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it lacks something.
     """
     if not (directory / CONFIG).is_file():
         inside = [str(path.parent) for path in sorted(directory.glob(f"*/{CONFIG}"))]
         hint = f"; did you mean {' or '.join(inside)}?" if inside else ""
         raise ValueError(f"{directory} holds no model: there is no {CONFIG}{hint}")
-    return read_json(directory / CONFIG)
+    record = read_json(directory / CONFIG)
+    needed = {"kind": str, "config": dict, "extra": dict, "weights_sha256": str}
+    require_entries(record, needed, where=directory / CONFIG)
+    return record
 
 
-def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def require_entries(record: Mapping[str, Any], needed: Mapping[str, type], where: Path) -> None:
+    """Check that a JSON object has entries of these types.
+
+    Raises:
+        ValueError: one is missing or of another type.
+    """
+    for name, kind in needed.items():
+        if not isinstance(record.get(name), kind):
+            raise ValueError(
+                f"{where} is damaged: {name} must be there, as JSON's form of {kind.__name__}"
+            )
+
+
+def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors as safetensors wants them: contiguous, on the CPU, no two sharing memory."""
     seen: set[int] = set()
     separate = {}
@@ -359,195 +514,10 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return separate
 
 
-def _some(names: list[str], limit: int = 12) -> str:
+def some(names: list[str], limit: int = 12) -> str:
     """A list short enough to read."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-# ----------------------------------------------------------------------------- state of a run
-
-
-def save_state(directory: str | Path, state: Mapping[str, Any]) -> None:
-    """Write the state of a run: nested dicts, lists and tuples of tensors and plain values.
-
-    Args:
-        directory: of `state.safetensors` and `state.json`; replaced if it exists.
-        state: `state_dict()`s, random number states, counters. Keys are strings or integers, values
-            tensors of any dtype, bool, int, float, str or None; anything else is a ValueError.
-    """
-    tensors: dict[str, Tensor] = {}
-    tree = _encode(dict(state), tensors, "state")
-    with atomic_directory(Path(directory)) as partial:
-        save_file(_separate(tensors), partial / STATE_TENSORS)
-        write_json(partial / STATE, {"format_version": FORMAT_VERSION, "state": tree})
-
-
-def save_sharded_state(directory: Path, state: Mapping[str, Any]) -> None:
-    """Write the state of a run of which every rank holds its shards; every rank calls it.
-
-    Args:
-        directory: in a file system that all ranks share; nothing is in it.
-        state: as for `save_state`, the same on every rank but for the shards.
-    """
-    tensors: dict[str, Tensor] = {}
-    tree = _encode(dict(state), tensors, "state")
-    if distributed.is_main():
-        (directory / SHARDS).mkdir(parents=True)
-    distributed.barrier()
-    distributed.save_shards(tensors, directory / SHARDS)
-    if distributed.is_main():
-        write_json(directory / STATE, {"format_version": FORMAT_VERSION, "state": tree})
-
-
-def load_state(directory: str | Path, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What was saved: equal bit for bit, dtypes, integer keys and tuples included.
-
-    Args:
-        directory: what `save_state` or `save_sharded_state` wrote, with any number of ranks.
-        like: a state of sharded tensors, to get tensors that are cut the same way; those of a
-            sharded state are filled with what was saved. Every rank calls. None gets whole tensors
-            on the CPU.
-
-    Raises:
-        ValueError: what was saved has other tensors than `like`.
-    """
-    directory = _readable(Path(directory))
-    tree = read_json(directory / STATE)["state"]
-    shards = directory / SHARDS
-    if not shards.is_dir():
-        # A clone is aligned as any other tensor is, and does not keep a file open that is deleted
-        # soon.
-        tensors = {n: t.clone() for n, t in load_file(directory / STATE_TENSORS).items()}
-    else:
-        tensors = distributed.saved_shards(shards)
-    if like is not None:
-        wanted: dict[str, Tensor] = {}
-        _encode(dict(like), wanted, "state")
-        compare_states(wanted, tensors, name="this run")
-        if not shards.is_dir():
-            wanted = {n: distributed.shard_like(tensors[n], t) for n, t in wanted.items()}
-        tensors = wanted
-    if shards.is_dir():
-        distributed.load_shards(tensors, shards)
-    return _decode(tree, tensors)
-
-
-def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:  # noqa: ANN401
-    """A value as JSON in which tensors are names; they are added to `tensors`.
-
-    Lists and plain values are themselves; every other type is an object of one entry, its name.
-
-    Raises:
-        ValueError: a type that cannot be kept exactly.
-    """
-    if isinstance(value, Tensor):
-        # Numbered, because joined paths need not be unique: {"a.b": x} and {"a": {"b": y}}.
-        name = f"{len(tensors)}:{where}"
-        tensors[name] = value
-        return {"tensor": name}
-    if isinstance(value, Mapping):
-        keys = [_encode_key(key, where) for key in value]
-        items = [_encode(item, tensors, f"{where}.{key}") for key, item in value.items()]
-        return {"dict": [list(pair) for pair in zip(keys, items, strict=True)]}
-    if type(value) in (list, tuple):
-        items = [_encode(item, tensors, f"{where}.{i}") for i, item in enumerate(value)]
-        return {"tuple": items} if type(value) is tuple else items
-    if type(value) is float and not math.isfinite(value):
-        return {"float": repr(value)}
-    if value is not None and type(value) not in (bool, int, float, str):
-        raise ValueError(
-            f"{where} ({type(value).__name__}) must be a tensor, bool, int, float, str, None, "
-            "list, tuple or dict to be saved"
-        )
-    return value
-
-
-def _encode_key(key: object, where: str) -> object:
-    """A dict key as it is.
-
-    Raises:
-        ValueError: JSON cannot keep it.
-    """
-    if type(key) not in (str, int):
-        raise ValueError(f"{where} has a key {key!r}; it must be a string or an integer")
-    return key
-
-
-def _decode(node: Any, tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401
-    """The value that `_encode` was given."""
-    if isinstance(node, list):
-        return [_decode(item, tensors) for item in node]
-    if not isinstance(node, dict):
-        return node
-    ((tag, content),) = node.items()
-    if tag == "tensor":
-        return tensors[content]
-    if tag == "float":
-        return float(content)
-    if tag == "tuple":
-        return tuple(_decode(item, tensors) for item in content)
-    return {key: _decode(item, tensors) for key, item in content}
-
-
-class CheckpointManager:
-    """The checkpoints of one run: `step-00001000`, `step-00002000`, .. in one directory.
-
-    The main process writes; any may read.
-    """
-
-    def __init__(self, directory: str | Path, *, keep_last: int) -> None:
-        if keep_last < 1:
-            raise ValueError(f"keep_last ({keep_last}) must be at least 1")
-        self.directory = Path(directory)
-        self.keep_last = keep_last
-
-    def save(self, step: int, writer: Callable[[Path], None]) -> Path:
-        """Write a checkpoint, then delete those beyond the newest `keep_last`.
-
-        Args:
-            step: optimizer steps done.
-            writer: fills the directory it is given; if it fails nothing has changed on disk.
-        """
-        path = self.directory / f"step-{step:08d}"
-        with atomic_directory(path) as partial:
-            writer(partial)
-        for old in list(self._complete().values())[: -self.keep_last]:
-            if old != path:
-                shutil.rmtree(old)
-        for leftover in self.directory.glob(".step-*.partial"):
-            shutil.rmtree(leftover)
-        return path
-
-    def save_sharded(self, step: int, state: Mapping[str, Any]) -> Path:
-        """Write a checkpoint's `state`, each rank its own shards of it; every rank calls it.
-
-        Args:
-            step: optimizer steps done.
-            state: as for `save_sharded_state`.
-        """
-        path = self.directory / f"step-{step:08d}"
-        if distributed.is_main():
-            self.save(step, lambda partial: save_sharded_state(partial / "state", state))
-        else:
-            # Where the main process fills it; it is there by the first barrier inside.
-            save_sharded_state(_sibling(path, "partial") / "state", state)
-        distributed.barrier()
-        return path
-
-    def latest(self) -> Path | None:
-        """The complete checkpoint of the highest step; None when there is none."""
-        return next(reversed(self._complete().values()), None)
-
-    def _complete(self) -> dict[int, Path]:
-        """Complete checkpoints, lowest step first; one may be on its way to being replaced."""
-        found = {}
-        # The name of a complete one sorts after that of its predecessor, so it is the one taken.
-        for path in sorted(self.directory.glob("*step-*")):
-            match = re.fullmatch(r"step-(\d+)|\.step-(\d+)\.previous", path.name)
-            if match is not None:
-                found[int(match[1] or match[2])] = path
-        return dict(sorted(found.items()))
 
 
 # ---------------------------------------------------------------------------------------- files
@@ -560,7 +530,7 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
     An existing directory of that name stays until then. Interrupted at any instant, even by a loss
     of power, the old or the new one is found again.
     """
-    partial, previous = _sibling(directory, "partial"), _sibling(directory, "previous")
+    partial, previous = sibling(directory, "partial"), sibling(directory, "previous")
     _settle(directory)
     if partial.exists():
         shutil.rmtree(partial)
@@ -581,7 +551,7 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - anything JSON can hold
     """Write a JSON file atomically; non-finite numbers are a ValueError."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    partial = _sibling(path, "partial")
+    partial = sibling(path, "partial")
     partial.write_text(text, encoding="utf-8")
     _sync(partial)
     partial.replace(path)
@@ -594,10 +564,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: not one of ours, or of a newer format.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    value = read_json_file(path)
     version = value.get("format_version") if isinstance(value, dict) else None
     if type(version) is not int:
         raise ValueError(f"{path} was not written by mergevq: it has no format_version")
@@ -609,21 +576,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _sibling(path: Path, state: str) -> Path:
+def sibling(path: Path, state: str) -> Path:
     """Where a path is while it is being written or replaced."""
     path = path.absolute()  # so that "." has a name
     return path.with_name(f".{path.name}.{state}")
 
 
-def _readable(directory: Path) -> Path:
+def readable(directory: Path) -> Path:
     """The directory, or its predecessor while, or if, replacing it is between its two renames."""
-    previous = _sibling(directory, "previous")
+    previous = sibling(directory, "previous")
     return previous if previous.exists() and not directory.exists() else directory
 
 
 def _settle(directory: Path) -> None:
     """Finish a replacement that was interrupted; for the writer only, it may be going on."""
-    previous = _sibling(directory, "previous")
+    previous = sibling(directory, "previous")
     if not previous.exists():
         return
     if directory.exists():
@@ -641,12 +608,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ----------------------------------------------------------------------------------- provenance

@@ -96,7 +96,7 @@ class TokenizerConfig:
             f"num_kept ({self.num_kept}) must be between 1 and the {self.num_tokens} tokens of a "
             f"{self.image_size}-pixel image with patch size {self.patch_size}",
         )
-        least = math.ceil(self.num_tokens / 2**self.num_layers)
+        least = -(-self.num_tokens >> self.num_layers)  # rounded up
         _require(
             self.num_kept >= least,
             f"num_kept ({self.num_kept}) must be at least {least}: each of num_layers "

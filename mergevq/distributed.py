@@ -320,6 +320,13 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if _is_shard(tensor) else tensor
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor, or the tensor where it is whole."""
+    if not _is_shard(tensor):
+        return tensor
+    return tensor.to_local()
+
+
 def shard_like(tensor: Tensor, model: Tensor) -> Tensor:
     """A whole tensor, the same on every rank, cut as another one is."""
     if not _is_shard(model):

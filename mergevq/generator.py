@@ -39,9 +39,9 @@ from torch.utils.checkpoint import checkpoint
 from mergevq.attention import additive_mask, attend
 from mergevq.checkpoint import (
     SavedModel,
+    build_for,
     from_json,
     load_model,
-    load_strict,
     resolve,
     save_model,
 )
@@ -223,9 +223,13 @@ class Generator(nn.Module):
         Raises:
             ValueError: its weights do not fit.
         """
-        generator = cls(from_json(GeneratorConfig, saved.record["config"]))
-        load_strict(generator, saved.state)
-        return generator.eval()
+        config = from_json(GeneratorConfig, saved.record["config"])
+        layers = {
+            "num_layers": config.num_layers,
+            "num_head_layers": config.num_head_layers,
+            "the number of parts of a token": len(config.part_names),
+        }
+        return build_for(lambda: cls(config), saved.state, layers=layers).eval()
 
     def save_pretrained(
         self, path: str | Path, *, tokenizer: str, class_names: Sequence[str] = ()

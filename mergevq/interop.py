@@ -4,18 +4,21 @@ Source: Li et al. 2025, "MergeVQ" (arXiv:2504.00999) and the authors' public cod
 "Initializing Models with Larger Ones" (weight selection, arXiv:2311.18823).
 """
 
+import pickle
 import re
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from mergevq.checkpoint import load_strict, resolve
+from mergevq.checkpoint import build_for, resolve
 from mergevq.config import TokenizerConfig
+from mergevq.files import mistaken_for_weights, read_tensors, require_regular, require_weights
 from mergevq.teachers import AlignmentHead
-from mergevq.tokenizer import Tokenizer
+from mergevq.tokenizer import SourcePredictor, Tokenizer
 
 State = dict[str, Tensor]
 
@@ -58,12 +61,11 @@ def load_official(state: State, config: TokenizerConfig) -> Official:
     Raises:
         ValueError: names or shapes do not fit the configuration.
     """
-    tokenizer = Tokenizer(config)
     converted = {f"encoder.{k}": v for k, v in _encoder(_part(state, "encoder"), config).items()}
     converted |= {f"decoder.{k}": v for k, v in _decoder(_part(state, "decoder"), config).items()}
-    predictor = tokenizer.source_predictor.state_dict()
+    predictor = SourcePredictor(config).state_dict()
     converted |= {f"source_predictor.{k}": v for k, v in predictor.items()}
-    load_strict(tokenizer, converted)
+    tokenizer = Tokenizer.from_weights(config, converted)
     return Official(tokenizer.eval(), _alignment_head(_part(state, "encoder.dist_head")))
 
 
@@ -79,25 +81,28 @@ def official_config(
         num_heads: of the encoder's attention; shapes do not tell. The authors' evaluation files
             for version R omit the head dimension and so load 8 heads for 12, silently.
         num_decoder_heads: of the decoder's; 8 in every version.
+
+    Raises:
+        ValueError: it is not a state of the authors' architecture.
     """
     encoder, decoder = _part(state, "encoder"), _part(state, "decoder")
-    levels = range(1 + max(int(name.split(".")[1]) for name in decoder if name[:3] == "up."))
-    channels = decoder["conv_out.weight"].shape[1]
-    widths = [decoder[f"up.{level}.block.0.conv1.weight"].shape[0] for level in levels]
+    levels = range(_count(decoder, r"^up\.(\d+)\."))
+    channels = _shape(decoder, "conv_out.weight", 4)[1]
+    widths = [_shape(decoder, f"up.{level}.block.0.conv1.weight", 4)[0] for level in levels]
     # The finest level's multiple may not be 1, so the base width comes from the encoder's stem.
     patch = "conv_in.0.weight" in encoder
-    channels = channels if patch else encoder["conv_in.weight"].shape[0]
+    channels = channels if patch else _shape(encoder, "conv_in.weight", 4)[0]
     config = TokenizerConfig(
         image_size=image_size,
         stem="patch" if patch else "cnn",
         channels=channels,
         channel_mult=tuple(width // channels for width in widths),
         num_res_blocks=_count(decoder, r"^up\.0\.block\.(\d+)\."),
-        patch_dim=encoder["conv_in.0.weight"].shape[0] if patch else 768,
+        patch_dim=_shape(encoder, "conv_in.0.weight", 4)[0] if patch else 768,
         num_layers=_count(encoder, r"^attn\.blocks\.(\d+)\."),
         num_heads=num_heads,
         num_kept=num_kept,
-        num_bits=encoder["conv_out.weight"].shape[0],
+        num_bits=_shape(encoder, "conv_out.weight")[0],
         num_decoder_layers=_count(decoder, r"^attn\.blocks\.(\d+)\."),
         num_decoder_heads=num_decoder_heads,
     )
@@ -111,10 +116,9 @@ def read_official(path: str | Path) -> State:
     weights (`model_ema.*`) they are taken, as the authors' evaluation does.
 
     Raises:
-        ValueError: the file holds no encoder.
+        ValueError: the file cannot be read, holds no encoder, or weights that are not finite.
     """
     state = read_state(path)
-    state = state.get("state_dict", state)
     averaged = _averaged(state)
     state = averaged or state
     if not any(name.startswith("encoder.") for name in state):
@@ -122,14 +126,73 @@ def read_official(path: str | Path) -> State:
             f"{path} holds no 'encoder.' weights but {sorted(state)[:5]}; it is not a checkpoint "
             "of the authors' tokenizer"
         )
+    require_weights(
+        {name: v for name, v in state.items() if name.startswith(("encoder.", "decoder."))},
+        where=path,
+    )
     return state
 
 
-def read_state(path: str | Path) -> dict[str, Any]:
-    """What a safetensors or torch file holds; no code in it can run."""
-    if Path(path).suffix == ".safetensors":
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+def read_state(path: str | Path) -> State:
+    """The tensors in a safetensors or torch file; no code in it can run.
+
+    Of a Lightning file they are its `state_dict`.
+
+    Raises:
+        ValueError: the file cannot be read, or holds no state dict of plain tensors.
+    """
+    path = Path(path)
+    require_regular(path)
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
+    if reason := mistaken_for_weights(path):
+        raise ValueError(f"{path} holds no weights: {reason}")
+    found = _unpickled(path)
+    found = found.get("state_dict", found) if isinstance(found, Mapping) else found
+    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"{path} holds no state dict, but a {type(found).__name__}")
+    state = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    for name, tensor in state.items():
+        if not _is_plain(tensor):
+            raise ValueError(f"{path} is damaged: {name} does not have its values in the file")
+    return state
+
+
+def _unpickled(path: Path) -> Any:  # noqa: ANN401 - whatever the file holds
+    """What a torch file holds.
+
+    Raises:
+        ValueError: it holds objects besides tensors, or is no torch file.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                claimed = sum(entry.file_size for entry in archive.infolist())
+            if claimed > path.stat().st_size:
+                raise ValueError(f"it would unpack to {claimed} bytes, and torch packs nothing")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if unsafe := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"{path} holds Python objects ({unsafe[1]}) besides weights, as files of Lightning "
+                "do; loading those could run code, so they are not loaded. If you trust the file, "
+                'take out its weights with: python -c "import torch; torch.save(torch.load('
+                f"'{path}', map_location='cpu', weights_only=False)['state_dict'], 'weights.pt')\""
+            ) from None
+        raise ValueError(f"{path} is not a torch file, or is damaged") from error
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is not a torch file, or is damaged: {reason}") from error
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's values are all in memory, each once: not sparse, expanded or missing."""
+    return (
+        tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_quantized
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )
 
 
 def select_weights(source: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -157,8 +220,15 @@ def select_weights(source: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def read_vit(path: str | Path) -> State:
-    """State dict of a ViT: a folder with `model.safetensors`, or its Hugging Face name."""
-    return load_file(resolve(path) / "model.safetensors")
+    """State dict of a ViT: a folder with `model.safetensors`, or a model on Hugging Face.
+
+    Raises:
+        ValueError: it is not there, cannot be read, or has weights that are not finite.
+    """
+    file = resolve(path) / "model.safetensors"
+    state = read_tensors(file)
+    require_weights(state, where=file)
+    return state
 
 
 def initialize_from_dinov2(tokenizer: Tokenizer, state: State) -> None:
@@ -190,8 +260,24 @@ def _part(state: State, prefix: str) -> State:
 
 
 def _count(state: State, pattern: str) -> int:
-    """One more than the largest number a pattern captures in the names."""
-    return 1 + max(int(m[1]) for m in (re.match(pattern, name) for name in state) if m)
+    """One more than the largest number a pattern captures in the names; 0 without any."""
+    matches = [re.match(pattern, name) for name in state]
+    return max((1 + int(match[1]) for match in matches if match), default=0)
+
+
+def _shape(state: State, name: str, ndim: int | None = None) -> tuple[int, ...]:
+    """Shape of a weight of the authors' architecture.
+
+    Raises:
+        ValueError: there is no such weight, or it has another number of dimensions.
+    """
+    shape = tuple(state[name].shape) if name in state else ()
+    if not shape or min(shape) < 1 or len(shape) != (ndim or len(shape)):
+        raise ValueError(
+            f"{name} has the shape {shape} and must have {ndim or 'two or four'} dimensions; it is "
+            "not a checkpoint of the authors' tokenizer"
+        )
+    return shape
 
 
 def _rename(name: str) -> str:
@@ -216,7 +302,7 @@ def _encoder(state: State, config: TokenizerConfig) -> State:
             new = name.replace("conv_in.", "stem." if config.stem == "patch" else "stem.0.")
         elif name.startswith("conv_out."):
             new = name.replace("conv_out.", "to_latents.")
-            tensor = tensor[:, :, 0, 0] if tensor.ndim == 4 else tensor
+            tensor = tensor.flatten(1) if tensor.shape[2:] == (1, 1) else tensor
         else:
             new = _rename(name).replace("norm_out.", "norm.")
         converted[new] = tensor.flatten() if new == "class_token" else tensor
@@ -234,7 +320,7 @@ def _decoder(state: State, config: TokenizerConfig) -> State:
             new = _rename(f"levels.{last - int(level)}.{part}.{rest}").replace(
                 "upsample.conv1", "upsample.conv"
             )
-            if part == "upsample":
+            if part == "upsample" and tensor.ndim > 0 and tensor.shape[0] % 4 == 0:
                 # Theirs has the 2x2 block outermost in the channels, pixel_shuffle innermost.
                 tensor = tensor.unflatten(0, (4, -1)).transpose(0, 1).flatten(0, 1)
         elif match := re.match(r"adaptive\.(\d+)\.(gamma|beta)\.(.*)", name):
@@ -248,15 +334,20 @@ def _decoder(state: State, config: TokenizerConfig) -> State:
 
 
 def _alignment_head(state: State) -> AlignmentHead | None:
-    """The head on the class token, from its 2 or 3 linear layers."""
+    """The head on the class token, from its 2 or 3 linear layers.
+
+    Raises:
+        ValueError: it is another architecture.
+    """
     if not state:
         return None
-    last = max(int(name.split(".")[0]) for name in state)
+    last = _count(state, r"^(\d+)\.") - 1
     num_layers = sum(name.endswith(".weight") and v.ndim == 2 for name, v in state.items())
-    head = AlignmentHead(
-        state["0.weight"].shape[1], state[f"{last}.weight"].shape[0], 3 if num_layers == 3 else 2
+    dim, out_dim = _shape(state, "0.weight", 2)[1], _shape(state, f"{last}.weight", 2)[0]
+    weights = {f"layers.{name}": tensor for name, tensor in state.items()}
+    head = build_for(
+        lambda: AlignmentHead(dim, out_dim, 3 if num_layers == 3 else 2), weights, layers={}
     )
-    load_strict(head, {f"layers.{name}": tensor for name, tensor in state.items()})
     return head.eval()
 
 
@@ -277,7 +368,8 @@ def _dinov2_blocks(state: State) -> State:
         converted[new] = tensor.flatten() if new == "class_token" else tensor
     for query in [name for name in converted if ".attn.q." in name]:
         names = [query.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
-        if all(name in converted for name in names):
+        parts = [converted[name] for name in names if name in converted]
+        if len(parts) == 3 and len({part.shape for part in parts}) == 1:
             joint = query.replace(".attn.q.", ".attn.qkv.")
             converted[joint] = torch.cat([converted.pop(name) for name in names])
     return converted

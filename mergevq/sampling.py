@@ -266,6 +266,8 @@ def choose(
     settings: SamplingSettings,
     restrict: Restriction | None = None,
     previous: Int64[Tensor, "b"] | None = None,
+    *,
+    finite: list[Tensor] | None = None,
 ) -> Int64[Tensor, "b p"]:
     """Choose the parts of one token for each image, in turn.
 
@@ -278,13 +280,20 @@ def choose(
         settings: temperature, top-k and top-p.
         restrict: which values are allowed.
         previous: anchors of the tokens before, when the first part is a gap from there.
+        finite: whether states and logits are finite is added to it, to be asked once in the end,
+            where asking waits for the device; None asks here.
+
+    Raises:
+        RuntimeError: without `finite`, a state or a logit is not finite.
     """
     batch, num_parts = uniforms.shape
     chosen: list[Tensor] = []
     memory: list[tuple[Tensor, Tensor]] = []
     inputs = states
+    found = [states.isfinite().all()]
     for part in range(num_parts):
         logits = generator.head.step(inputs, memory, part)
+        found.append(logits.isfinite().all())
         if states.shape[0] > batch:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + scale * (conditional - unconditional)
@@ -304,6 +313,10 @@ def choose(
         chosen.append(value)
         if part + 1 < num_parts:
             inputs = generator.embed_part(part, value.repeat(len(states) // batch))
+    if finite is None:
+        _check_finite(found)
+    else:
+        finite += found
     return torch.stack(chosen, dim=-1)
 
 
@@ -451,12 +464,14 @@ def _sample_sequence(
     states = prefill(generator, cache, rows, num_kept)
     restrictions = Restrictions(generator, cache, settings, batch=batch, num_kept=num_kept)
     previous = torch.zeros_like(labels) if config.order == "anchor" else None
-    tokens, finite = [], []
+    tokens: list[Tensor] = []
+    finite: list[Tensor] = []
     for token in range(length):
-        finite.append(states.isfinite().all())
         restrict = restrictions.of(token, previous)
         uniforms = draws.uniforms[:, token]
-        parts = choose(generator, states, uniforms, scales[token], settings, restrict, previous)
+        parts = choose(
+            generator, states, uniforms, scales[token], settings, restrict, previous, finite=finite
+        )
         previous = None if previous is None else parts[:, 0]
         tokens.append(parts)
         if token + 1 < length:
@@ -510,13 +525,13 @@ def _sample_slots(
         tokens = _at(parts.repeat(num_branches, 1, 1), first)
         more, where = generator.pairs(tokens, slots[first])
         inputs, positions = torch.cat([inputs, more], dim=1), torch.cat([positions, where], dim=1)
-    finite = []
+    finite: list[Tensor] = []
     for start, count, scale in zip(starts, counts, scales, strict=True):
         wanted = order[:, num_given + start : num_given + start + count]
         states = decode_slots(generator, cache, inputs, positions, slots[wanted])
-        finite.append(states.isfinite().all())
         uniforms = _at(draws.uniforms, wanted[:batch]).flatten(0, 1)
-        tokens = choose(generator, states.flatten(0, 1), uniforms, scale, settings)
+        flat = states.flatten(0, 1)
+        tokens = choose(generator, flat, uniforms, scale, settings, finite=finite)
         tokens = tokens.unflatten(0, (batch, count))
         parts.scatter_(1, wanted[:batch, :, None].expand_as(tokens), tokens)
         inputs, positions = generator.pairs(tokens.repeat(num_branches, 1, 1), slots[wanted])
@@ -631,9 +646,11 @@ def _of_part(setting: Number | tuple[Number, ...], part: int) -> Number:
 
 
 def _check_finite(finite: list[Tensor]) -> None:
-    """Raise `RuntimeError` unless all states of a run were finite; looked at once, at its end."""
+    """Raise `RuntimeError` unless all that was chosen from was finite; asked once, at the end."""
     if not torch.stack(finite).all():
-        raise RuntimeError("the generator's states are not finite: its weights are broken")
+        raise RuntimeError(
+            "the generator's states or logits are not finite: its weights are broken"
+        )
 
 
 def _check(

@@ -26,16 +26,19 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mergevq import distributed
+from mergevq.checkpoint import HUB_FORM, hub_id
 from mergevq.config import TeacherConfig
+from mergevq.files import broken_weights
 
 Alignment = Callable[[Tensor, Tensor], Tensor]
 """A loss of the student's output and the teacher's, both (B, F)."""
 
-DINOV2 = "facebook/dinov2-base"
+DINOV2 = "facebook/dinov2-base@f9e44c814b77203eaa57a6bdbbd535f21ede1415"
 """Model of teacher kind `dinov2` without a path: the authors' teacher, Apache-2.0."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Channel means, of values in [0, 1], for a model that comes without a preprocessor file."""
@@ -281,9 +284,10 @@ class HuggingFaceTeacher:
 
     Args:
         path: a folder in the Hugging Face layout, which is read without touching the network, or
-            the name of a model on the hub.
+            a model on the hub as `owner/name@revision`.
 
     Raises:
+        ValueError: neither a folder nor a model on the hub.
         RuntimeError: `transformers` is missing, or the model cannot be loaded or used.
     """
 
@@ -424,9 +428,13 @@ def _alignment(config: TeacherConfig) -> Alignment:
 def _load_vision_model(path: str) -> tuple[Any, bool]:
     """A frozen float32 model, and whether its pooled output was trained.
 
+    Code that a model brings along is never run.
+
     Raises:
-        RuntimeError: `transformers` or the model is missing, or weights are.
+        ValueError: neither a folder nor a model on the hub.
+        RuntimeError: `transformers` or the model is missing, or weights are or are broken.
     """
+    name, where = _located(path)
     try:
         from transformers import AutoModel  # an optional extra
     except ImportError as error:
@@ -434,12 +442,15 @@ def _load_vision_model(path: str) -> tuple[Any, bool]:
             "a frozen teacher needs transformers: pip install 'mergevq[teacher]', or choose "
             "teacher kind 'self', 'labels' or 'none'"
         ) from error
-    local = Path(path).is_dir()
     try:
         model, report = AutoModel.from_pretrained(
-            path, local_files_only=local, use_safetensors=True, output_loading_info=True
+            name,
+            **where,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise RuntimeError(
             f"teacher {path!r} could not be loaded ({error}); give the folder of a downloaded "
             "model, with its config.json and model.safetensors"
@@ -449,9 +460,27 @@ def _load_vision_model(path: str) -> tuple[Any, bool]:
     missing = sorted(set(report["missing_keys"]) - set(untrained_pooler))
     if missing:
         raise RuntimeError(f"teacher {path!r} lacks the weights {', '.join(missing)}")
+    if problem := broken_weights(model.state_dict()):
+        raise RuntimeError(f"the weights of teacher {path!r} are broken: {problem}")
     # Models of image and text, such as CLIP, hold their image half under this name.
     model = getattr(model, "vision_model", model)
     return model.float().requires_grad_(requires_grad=False).eval(), not untrained_pooler
+
+
+def _located(path: str) -> tuple[str, dict[str, Any]]:
+    """A model for `from_pretrained`: its name, and where that is looked up.
+
+    Raises:
+        ValueError: neither a folder nor a model on the hub.
+    """
+    if Path(path).is_dir():
+        return path, {"local_files_only": True}
+    known = hub_id(path)
+    if known is None:
+        raise ValueError(
+            f"teacher {path!r} is no folder; give the folder of a downloaded model, or {HUB_FORM}"
+        )
+    return known.name, {"revision": known.revision}
 
 
 def _normalisation(path: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -459,10 +488,9 @@ def _normalisation(path: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     # Reading the file alone: making the processor from it would need torchvision.
     from transformers.image_processing_base import ImageProcessingMixin
 
+    name, where = _located(path)
     try:
-        settings, _ = ImageProcessingMixin.get_image_processor_dict(
-            path, local_files_only=Path(path).is_dir()
-        )
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(name, **where)
     except OSError:
         settings = {}
     if not settings.get("do_normalize", True):

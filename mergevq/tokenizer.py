@@ -14,6 +14,7 @@ Shape letters: B batch, L grid tokens, K kept tokens, C channels, D bits, H and 
 import itertools
 import math
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from mergevq.checkpoint import from_json, load_model, load_strict, resolve, save_model
+from mergevq.checkpoint import build_for, from_json, load_model, resolve, save_model
 from mergevq.config import TokenizerConfig
 from mergevq.config_probe import Pool, Stage
 from mergevq.layers import (
@@ -275,8 +276,10 @@ class SourcePredictor(nn.Module):
 
         Raises:
             ValueError: there are more tokens than cells, so some could not open.
+            RuntimeError: a logit is not finite.
         """
         logits = self(codes, grid_shape).float()
+        _require_finite("the source predictor's logits", logits)
         if anchors is None:
             return most_likely_source(logits)
         cells = torch.arange(logits.shape[1], device=codes.device)[None, :, None]
@@ -320,9 +323,24 @@ class Tokenizer(nn.Module):
             ValueError: the artefact is of another kind or format, or its weights do not fit.
         """
         saved = load_model(resolve(path), kind="tokenizer")
-        tokenizer = cls(from_json(TokenizerConfig, saved.record["config"]))
-        load_strict(tokenizer, saved.state)
-        return tokenizer.eval()
+        config = from_json(TokenizerConfig, saved.record["config"])
+        return cls.from_weights(config, saved.state).eval()
+
+    @classmethod
+    def from_weights(cls, config: TokenizerConfig, state: Mapping[str, Tensor]) -> "Tokenizer":
+        """Build a tokenizer that has these weights, which may be a stranger's.
+
+        Raises:
+            ValueError: the weights are not those of such a tokenizer.
+        """
+        layers = {
+            "the number of levels in channel_mult": len(config.channel_mult),
+            "num_res_blocks": config.num_res_blocks,
+            "num_layers": config.num_layers,
+            "num_decoder_layers": config.num_decoder_layers,
+            "num_source_layers": config.num_source_layers,
+        }
+        return build_for(lambda: cls(config), state, layers=layers)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write `model.safetensors` and `config.json` into a directory."""
@@ -368,9 +386,12 @@ class Tokenizer(nn.Module):
 
         Raises:
             ValueError: wrong type, range, size or K.
+            RuntimeError: a latent is not finite, of which every sign would be a code.
         """
         self._check_image(image)
-        return self._encode(image, self._resolve_num_kept(self.grid_shape(image), num_kept))
+        encoded = self._encode(image, self._resolve_num_kept(self.grid_shape(image), num_kept))
+        _require_finite("latents", encoded.latents)
+        return encoded
 
     def decode(
         self,
@@ -596,6 +617,12 @@ class Tokenizer(nn.Module):
                 f"image values ({low:.4g} to {high:.4g}) must be finite and between -1 and 1; "
                 "for values in 0..1 use 2 * image - 1, for bytes image / 127.5 - 1"
             )
+
+
+def _require_finite(name: str, values: Tensor) -> None:
+    """Raise `RuntimeError` unless what a network gave is finite."""
+    if not torch.compiler.is_compiling() and not values.isfinite().all():
+        raise RuntimeError(f"{name} are not finite: the tokenizer's weights are broken")
 
 
 def _cnn_stem(config: TokenizerConfig) -> nn.Sequential:

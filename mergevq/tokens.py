@@ -23,18 +23,19 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
-from mergevq.checkpoint import from_json, read_json, to_json, write_json
+from mergevq.checkpoint import from_json, read_json, require_entries, to_json, write_json
 from mergevq.config import FORMAT_VERSION
+from mergevq.files import open_tensors, parse_json, sha256_of
 from mergevq.merge import Source
 
 RECORD = "tokens.json"
 
 # What the shards of one number have in common, whatever their K.
 _SHARED = ("label", "position", "mirrored")
+_INTEGERS = (torch.uint8, torch.uint16, torch.uint32, torch.int32, torch.int64)
 _AGAIN = "run the same `mergevq encode` again, it goes on where it stopped"
 
 
@@ -72,6 +73,14 @@ class TokenRecord:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
         if not self.num_kept or list(self.num_kept) != sorted(set(self.num_kept)):
             raise ValueError(f"num_kept {self.num_kept} must be different numbers in order")
+        if min(self.grid_shape) < 1:
+            raise ValueError(f"grid_shape {self.grid_shape} must have at least one cell")
+        if self.num_kept[0] < 1 or self.num_kept[-1] > self.num_tokens:
+            raise ValueError(
+                f"num_kept {self.num_kept} must be between 1 and the {self.num_tokens} cells"
+            )
+        if not 1 <= self.num_bits <= 63:
+            raise ValueError(f"num_bits ({self.num_bits}) must be between 1 and 63")
 
     @property
     def num_tokens(self) -> int:
@@ -160,7 +169,7 @@ def claim(directory: Path, record: TokenRecord, environment: Mapping[str, Any]) 
             )
         missing = missing_shards(directory, record, range(record.num_shards))
         if state["shards"] is not None:
-            for num_kept, shards in _sealed(state).items():
+            for num_kept, shards in _sealed(directory, record, state).items():
                 for number, shard in enumerate(shards):
                     if num_kept not in missing.get(number, ()):
                         # Or `finish` would seal whatever is there now.
@@ -252,12 +261,13 @@ def finish(directory: Path) -> None:
         first = _map_shard(paths[0])
         for num_kept, path in zip(record.num_kept, paths, strict=True):
             arrays = _map_shard(path).arrays
+            _check_rows(path, arrays, record, num_kept)
             if not all(np.array_equal(arrays[name], first.arrays[name]) for name in _SHARED):
                 raise RuntimeError(
                     f"{path} has other images than {paths[0]}: the data changed in between; "
                     f"delete both and {_AGAIN}"
                 )
-            shards[num_kept].append(_Shard(len(arrays["label"]), _sha256(path)))
+            shards[num_kept].append(_Shard(len(arrays["label"]), sha256_of(path)))
         broken += first.broken
     _write_state(
         directory, record, environments=state["environments"], shards=shards, broken=broken
@@ -407,8 +417,11 @@ class TokenDataset:
         """A shard's arrays in mapped memory; checked when they are first asked for."""
         if (num_kept, number) not in self._mapped:
             path = _shard_path(self.directory, num_kept, number)
-            _check_seal(path, self._shards[num_kept][number])
-            self._mapped[num_kept, number] = _map_shard(path).arrays
+            shard = self._shards[num_kept][number]
+            _check_seal(path, shard)
+            arrays = _map_shard(path).arrays
+            _check_rows(path, arrays, self.record, num_kept, shard.num_rows)
+            self._mapped[num_kept, number] = arrays
         return self._mapped[num_kept, number]
 
 
@@ -416,14 +429,14 @@ def open_tokens(directory: str | Path) -> TokenDataset:
     """Open a folder of tokens; no shard is read yet.
 
     Raises:
-        ValueError: there are no tokens, or not all of them.
+        ValueError: there are no tokens, or not all of them, or `tokens.json` is damaged.
     """
     directory = Path(directory)
     state = _read_state(directory)
     record = _record(directory, state)
     if state["shards"] is None:
         raise ValueError(f"{directory} is not complete; {_AGAIN}")
-    return TokenDataset(directory, record, _sealed(state), tuple(state["broken"]))
+    return TokenDataset(directory, record, _sealed(directory, record, state), _broken(state))
 
 
 def token_batches(
@@ -520,12 +533,65 @@ def _map_shard(path: Path) -> _Mapped:
         RuntimeError: it is damaged.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             # Through torch, which maps the file; the numpy side of the library copies it.
-            arrays = {name: file.get_tensor(name).numpy() for name in TokenRows._fields}
-            return _Mapped(arrays, json.loads(file.metadata()["broken"]))
-    except SafetensorError as error:
+            tensors = {name: file.get_tensor(name) for name in TokenRows._fields}
+            broken = parse_json((file.metadata() or {}).get("broken", "null"), where="broken")
+    except ValueError as error:
         raise RuntimeError(f"{path} is damaged ({error}); delete it and {_AGAIN}") from error
+    if not all(tensor.dtype in _INTEGERS for tensor in tensors.values()) or not _are_names(broken):
+        raise RuntimeError(
+            f"{path} is damaged (it must hold whole numbers and a list of names); delete it and "
+            f"{_AGAIN}"
+        )
+    return _Mapped({name: tensor.numpy() for name, tensor in tensors.items()}, broken)
+
+
+def _are_names(value: object) -> bool:
+    """Whether JSON is a list of texts."""
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _check_rows(
+    path: Path,
+    arrays: Mapping[str, NDArray[Any]],
+    record: TokenRecord,
+    num_kept: int,
+    num_rows: int | None = None,
+) -> None:
+    """Check that a shard's numbers are what its record says they are.
+
+    Args:
+        path: of the shard.
+        arrays: what it holds.
+        record: what the tokens are.
+        num_kept: its K.
+        num_rows: rows it must have; None where nothing says how many.
+
+    Raises:
+        RuntimeError: another shape, or a number outside its range.
+    """
+    num_rows = len(arrays["label"].reshape(-1)) if num_rows is None else num_rows
+    widths = {"indices": (num_kept,), "source": (record.num_tokens,)}
+    ranges = {
+        "indices": (0, 2**record.num_bits - 1),
+        "source": (0, num_kept - 1),
+        "label": (-1, max(record.num_classes - 1, -1)),
+        "position": (0, record.num_images - 1),
+        "mirrored": (0, 1),
+    }
+    for name, values in arrays.items():
+        shape, (low, high) = (num_rows, *widths.get(name, ())), ranges[name]
+        if values.shape != shape:
+            raise RuntimeError(
+                f"{path} is damaged: {name} has the shape {values.shape} and must have {shape}; "
+                f"delete it and {_AGAIN}"
+            )
+        if values.size and not (low <= int(values.min()) and int(values.max()) <= high):
+            raise RuntimeError(
+                f"{path} is damaged: {name} ({values.min()} to {values.max()}) must be between "
+                f"{low} and {high}; delete it and {_AGAIN}"
+            )
 
 
 def _check_seal(path: Path, shard: _Shard) -> None:
@@ -536,30 +602,29 @@ def _check_seal(path: Path, shard: _Shard) -> None:
     """
     if not path.is_file():
         raise RuntimeError(f"{path} is missing; {_AGAIN}")
-    if _sha256(path) != shard.sha256:
+    if sha256_of(path) != shard.sha256:
         raise RuntimeError(
             f"{path} is damaged or replaced: it is not the file that {RECORD} was written for; "
             f"delete it and {_AGAIN}"
         )
 
 
-def _sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _read_state(directory: Path) -> dict[str, Any]:
     """Content of `tokens.json`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it lacks something.
     """
     if not (directory / RECORD).is_file():
         raise ValueError(
             f"{directory} holds no tokens: there is no {RECORD}; `mergevq encode` writes them"
         )
-    return read_json(directory / RECORD)
+    state = read_json(directory / RECORD)
+    require_entries(state, {"record": dict, "environments": list}, where=directory / RECORD)
+    complete = state.get("shards") is not None
+    needed = {"shards": dict, "broken": list} if complete else {}
+    require_entries(state, needed, where=directory / RECORD)
+    return {"shards": None, "broken": None} | state
 
 
 def _record(directory: Path, state: Mapping[str, Any]) -> TokenRecord:
@@ -567,12 +632,38 @@ def _record(directory: Path, state: Mapping[str, Any]) -> TokenRecord:
     return from_json(TokenRecord, state["record"], where=str(directory / RECORD))
 
 
-def _sealed(state: Mapping[str, Any]) -> dict[int, list[_Shard]]:
-    """What a complete folder says of its shards, by K."""
-    return {
-        int(num_kept): [_Shard(**shard) for shard in shards]
-        for num_kept, shards in state["shards"].items()
-    }
+def _broken(state: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the images of a complete folder that could not be read."""
+    return tuple(map(str, state["broken"]))
+
+
+def _sealed(
+    directory: Path, record: TokenRecord, state: Mapping[str, Any]
+) -> dict[int, list[_Shard]]:
+    """What a complete folder says of its shards, by K.
+
+    Raises:
+        ValueError: it does not say it of every shard.
+    """
+    sealed: dict[int, list[_Shard]] = {}
+    for num_kept in record.num_kept:
+        shards = state["shards"].get(str(num_kept))
+        if not isinstance(shards, list) or len(shards) != record.num_shards:
+            raise ValueError(
+                f"{directory / RECORD} is damaged: it must list {record.num_shards} shards of "
+                f"{num_kept} tokens; encode the images again"
+            )
+        for shard in shards:
+            entry = shard if isinstance(shard, dict) else {}
+            require_entries(entry, {"num_rows": int, "sha256": str}, where=directory / RECORD)
+        sealed[num_kept] = [_Shard(shard["num_rows"], shard["sha256"]) for shard in shards]
+        counts = [shard.num_rows for shard in sealed[num_kept]]
+        if min(counts) < 0 or counts != [shard.num_rows for shard in sealed[record.num_kept[0]]]:
+            raise ValueError(
+                f"{directory / RECORD} is damaged: shards of {num_kept} tokens have {counts} rows, "
+                "and all K must have the same, at least 0"
+            )
+    return sealed
 
 
 def _write_state(

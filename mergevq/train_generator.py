@@ -24,13 +24,10 @@ from torch import Tensor, nn
 
 from mergevq import distributed
 from mergevq.checkpoint import (
-    CheckpointManager,
     load_model,
-    load_state,
     load_strict,
     resolve,
     save_model,
-    save_state,
     tokens_hash,
 )
 from mergevq.config import GeneratorConfig, GeneratorRun
@@ -60,6 +57,7 @@ from mergevq.run import (
     resolve_precision,
     step_generator,
 )
+from mergevq.run_state import CheckpointManager, load_state, save_state
 from mergevq.sampling import sample
 from mergevq.tokenizer import Tokenizer
 from mergevq.tokens import (
@@ -603,7 +601,12 @@ def _picture(state: State, setting: Setting, folder: Path) -> None:
 
 
 def _save(state: State, setting: Setting, manager: CheckpointManager, model: Path) -> None:
-    """Write a checkpoint to resume from, and the averaged model to use."""
+    """Write a checkpoint to resume from, and the averaged model to use.
+
+    Raises:
+        RuntimeError: a weight or an average is not finite; what was saved before stays.
+    """
+    manager.require_finite(state.state_dict())
     generator, record = averaged(state, setting.world.device), setting.record
     if generator is not None:
         save_model(
@@ -619,8 +622,13 @@ def _save(state: State, setting: Setting, manager: CheckpointManager, model: Pat
             },
         )
     # Last, so that whoever resumes from it finds a model at least as new.
+    is_sound = state.guard.num_in_a_row == 0
     if distributed.is_sharded(state.generator):
-        manager.save_sharded(state.step, state.state_dict())
+        manager.save_sharded(state.step, state.state_dict(), prune=is_sound)
     elif distributed.is_main():
-        manager.save(state.step, lambda path: save_state(path / "state", state.state_dict()))
+        manager.save(
+            state.step,
+            lambda path: save_state(path / "state", state.state_dict()),
+            prune=is_sound,
+        )
     distributed.barrier()

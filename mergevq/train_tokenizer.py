@@ -21,14 +21,11 @@ from torch import Tensor, nn
 
 from mergevq import distributed
 from mergevq.checkpoint import (
-    CheckpointManager,
     from_json,
     load_model,
-    load_state,
     load_strict,
     resolve,
     save_model,
-    save_state,
 )
 from mergevq.config import TokenizerConfig, TokenizerRun
 from mergevq.data import Batch, ImageDataset, eval_batches, open_train_val, train_batches
@@ -72,6 +69,7 @@ from mergevq.run import (
     resolve_precision,
     step_generator,
 )
+from mergevq.run_state import CheckpointManager, load_state, save_state
 from mergevq.teachers import SelfTeacher, Teacher, build_teacher, require_labels
 from mergevq.tokenizer import Tokenizer, TokenizerOutput
 
@@ -732,7 +730,14 @@ def _picture(state: State, setting: Setting, dataset: ImageDataset, folder: Path
 
 
 def _save(state: State, manager: CheckpointManager, model: Path) -> None:
-    """Write a checkpoint to resume from, and the averaged model to use."""
+    """Write a checkpoint to resume from, and the averaged model to use.
+
+    Raises:
+        RuntimeError: a weight or an average is not finite; what was saved before stays.
+    """
+    # Every rank takes part in the state, though one writes it.
+    everything = state.state_dict()
+    manager.require_finite(everything)
     if distributed.is_main():
         with state.ema.swap():
             save_model(
@@ -742,9 +747,11 @@ def _save(state: State, manager: CheckpointManager, model: Path) -> None:
                 kind="tokenizer",
                 extra={"step": state.step},
             )
-    # Every rank takes part in the state, though one writes it.
-    everything = state.state_dict()
     if distributed.is_main():
         # Last, so that whoever resumes from it finds a model at least as new.
-        manager.save(state.step, lambda path: save_state(path / "state", everything))
+        manager.save(
+            state.step,
+            lambda path: save_state(path / "state", everything),
+            prune=state.guard.num_in_a_row == state.discriminator_guard.num_in_a_row == 0,
+        )
     distributed.barrier()

@@ -109,11 +109,12 @@ def merge_block_mask(first: Bool[Tensor, "b n"], window: int) -> BlockMask:
 
 
 def normalized(x: Float[Tensor, "*shape c"], dtype: torch.dtype) -> Float[Tensor, "*shape c"]:
-    """The last axis over its root mean square, computed in float32 and returned in a type."""
+    """The last axis over its root mean square, computed in at least float32, as another type."""
     if torch.is_grad_enabled() or x.device.type != "cpu":
         return functional.rms_norm(x, x.shape[-1:], None, NORM_EPS).to(dtype)
     # The same in half as many operators, of which decoding a token needs hundreds.
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    exact = torch.promote_types(x.dtype, torch.float32)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
     return (x * torch.addcmul(_EPS, length, length, value=1 / x.shape[-1]).rsqrt_()).to(dtype)
 
 

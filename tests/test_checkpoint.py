@@ -1,8 +1,11 @@
 """What is written comes back bit for bit, whole or not at all, and nothing is guessed."""
 
+import hashlib
 import json
 import math
+import os
 import pickle
+import resource
 import socket
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -10,21 +13,20 @@ from dataclasses import asdict, dataclass, replace
 import PIL
 import pytest
 import torch
+from probes import CONFIG, tiny_tokenizer
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mergevq import checkpoint
 from mergevq.checkpoint import (
-    CheckpointManager,
     atomic_directory,
     changed_settings,
     from_json,
     load_model,
-    load_state,
     load_strict,
     model_hash,
     resolve,
     save_model,
-    save_state,
     to_json,
     tokens_hash,
 )
@@ -37,6 +39,7 @@ from mergevq.config import (
     TokenizerRun,
     TrainConfig,
 )
+from mergevq.tokenizer import Tokenizer
 
 SMALL = TokenizerConfig(image_size=32, num_kept=36, kept_range=(16, 64))
 
@@ -83,8 +86,18 @@ def layer(seed: int = 0) -> nn.Linear:
     return module
 
 
-def write_text(text: str):
-    return lambda directory: (directory / "text").write_text(text)
+def change_record(directory, **changes) -> None:
+    """Write other entries into the `config.json` of a model; None takes one out."""
+    record = json.loads((directory / "config.json").read_text()) | changes
+    record = {name: value for name, value in record.items() if value is not None}
+    (directory / "config.json").write_text(json.dumps(record))
+
+
+def replace_weights(directory, weights) -> None:
+    """Give a model other weights, as its own."""
+    save_file(weights, directory / "model.safetensors")
+    content = (directory / "model.safetensors").read_bytes()
+    change_record(directory, weights_sha256=hashlib.sha256(content).hexdigest())
 
 
 # ------------------------------------------------------------------------------------ settings
@@ -162,6 +175,107 @@ def test_a_model_comes_back_exactly(tmp_path):
         "model",
         "model.safetensors",
     ]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_model_with_a_weight_that_is_not_finite_is_not_saved(tmp_path, value):
+    good = layer().state_dict()
+    save_model(tmp_path, good, SMALL, kind="tokenizer")
+    broken = {name: tensor.clone() for name, tensor in good.items()}
+    broken["weight"][1, 2] = value
+    with pytest.raises(RuntimeError, match=r"weight has 1 of 6 values that are not finite"):
+        save_model(tmp_path, broken, SMALL, kind="tokenizer")
+    torch.testing.assert_close(load_model(tmp_path, "tokenizer").state, good, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.tensor([1.0, math.nan]), r"weight has 1 of 2 values that are not finite"),
+        (torch.tensor([1e300], dtype=torch.float64), r"weight has 1 of 1 values that are not"),
+        (torch.tensor([1, 2]), r"weight is of type torch.int64 and weights are floating point"),
+        (torch.tensor([1j]), r"weight is of type torch.complex64 and weights are"),
+    ],
+)
+def test_a_model_with_a_weight_that_is_no_finite_number_is_not_loaded(tmp_path, weight, message):
+    save_model(tmp_path, layer().state_dict(), SMALL, kind="tokenizer")
+    replace_weights(tmp_path, {"weight": weight})
+    with pytest.raises(ValueError, match=r"model\.safetensors are broken: " + message):
+        load_model(tmp_path, "tokenizer")
+
+
+@pytest.mark.parametrize("name", ["kind", "config", "extra", "weights_sha256"])
+@pytest.mark.parametrize("value", [None, [1], 3])
+def test_a_record_that_lacks_something_is_damaged(tmp_path, name, value):
+    save_model(tmp_path, {}, SMALL, kind="tokenizer")
+    change_record(tmp_path, **{name: value})
+    with pytest.raises(ValueError, match=rf"config.json is damaged: {name} must be there"):
+        load_model(tmp_path, "tokenizer")
+
+
+def test_weights_that_are_a_pipe_are_refused_and_not_waited_for(tmp_path):
+    save_model(tmp_path, {}, SMALL, kind="tokenizer")
+    (tmp_path / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / "model.safetensors")
+    for read in (lambda path: load_model(path, "tokenizer"), model_hash, tokens_hash):
+        with pytest.raises(ValueError, match="must be a regular file"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "it is empty"),
+        (b"<!DOCTYPE html><html>", "it is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer"),
+        (b"\xff" * 50, "is not a readable safetensors file"),
+    ],
+)
+def test_what_was_fetched_in_place_of_weights_is_named(tmp_path, content, message):
+    save_model(tmp_path, {}, SMALL, kind="tokenizer")
+    (tmp_path / "model.safetensors").write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    change_record(tmp_path, weights_sha256=digest)
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path, "tokenizer")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_layers": 10**9},
+        {"num_decoder_layers": 10**15},
+        {"num_source_layers": 10**9},
+        {"num_res_blocks": 10**9},
+        {"channels": 2**40},
+        {"source_dim": 2**40},
+        {"channels": 2**62},
+        {"num_bits": 12},
+    ],
+)
+def test_settings_that_are_not_the_weights_are_found_before_memory_is_taken(tmp_path, settings):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    record = json.loads((tmp_path / "config.json").read_text())
+    changed = record["config"] | settings
+    change_record(tmp_path, config=changed)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file(state, tmp_path / "model.safetensors", {"config": json.dumps(changed)})
+    sha256 = hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+    change_record(tmp_path, weights_sha256=sha256)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"must be at most|do not fit|cannot be built"):
+        Tokenizer.from_pretrained(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
+
+
+def test_a_model_that_is_loaded_draws_no_more_random_numbers_than_one_that_is_built(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    torch.manual_seed(5)
+    Tokenizer(CONFIG)
+    expected = torch.get_rng_state()
+    torch.manual_seed(5)
+    Tokenizer.from_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), expected)
 
 
 def test_tied_weights_are_saved_under_both_names(tmp_path):
@@ -292,11 +406,13 @@ def test_an_existing_directory_is_used_without_the_network(tmp_path, monkeypatch
 
 
 @pytest.mark.usefixtures("no_network")
-@pytest.mark.parametrize("path", ["runs/nothing", "nothing", "./a/b", "a/b/c", "/no/where"])
+@pytest.mark.parametrize(
+    "path", ["runs/nothing", "run/model", "owner/name", "nothing", "./a/b", "a/b/c", "/no/where"]
+)
 def test_a_path_that_is_not_there_is_not_looked_up(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    with pytest.raises(ValueError, match=r"no directory /.*; give the directory of a model"):
+    with pytest.raises(ValueError, match=r"no directory /.*; give the directory .*@revision"):
         resolve(path)
 
 
@@ -304,160 +420,24 @@ def test_an_id_without_the_extra_names_the_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(RuntimeError, match=r"pip install 'mergevq\[hub\]'"):
-        resolve("owner/name")
+        resolve("owner/name@main")
 
 
-def test_an_id_fetches_only_the_two_files_of_a_model(tmp_path, monkeypatch):
+def test_an_id_fetches_only_the_two_files_of_a_model_at_its_revision(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     calls = []
 
-    def fetch(repo_id: str, allow_patterns: list[str]) -> str:
-        calls.append((repo_id, allow_patterns))
+    def fetch(repo_id: str, revision: str, allow_patterns: list[str]) -> str:
+        calls.append((repo_id, revision, allow_patterns))
         return str(tmp_path)
 
     monkeypatch.setattr(hub, "snapshot_download", fetch)
     monkeypatch.chdir(tmp_path)
-    assert resolve("owner/name-1.0") == tmp_path
-    assert calls == [("owner/name-1.0", ["model.safetensors", "config.json"])]
-
-
-# ----------------------------------------------------------------------------- state of a run
-
-
-@pytest.mark.usefixtures("no_pickle")
-def test_plain_values_and_tensors_of_every_type_come_back_exactly(tmp_path, generator):
-    dtypes = (torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
-    tensors = {str(d): torch.randn(2, 3, generator=generator).mul(9).to(d) for d in dtypes}
-    state = {
-        "tensors": tensors,
-        "transposed": tensors["torch.float64"].T,
-        "empty": torch.zeros(0, 4),
-        "scalar": torch.tensor(-0.0),
-        "special": torch.tensor([math.nan, math.inf, 1e-45]),
-        "values": [True, 1, -(2**70), 0.1, -0.0, 1e300, None, "", "tensor", [], (), {}],
-        "tuple": (1, (2.5, [None, (False,)])),
-        "mixed keys": {0: "int", "0": "str", -3: {1: torch.ones(1)}},
-        "tensor": {"tensor": "a name, not a tensor"},
-        "a.b": torch.zeros(1),
-        "a": {"b": torch.ones(1)},
-        "infinite": -math.inf,
-        "generator": generator.get_state(),
-    }
-    save_state(tmp_path / "state", state)
-    loaded = load_state(tmp_path / "state")
-    assert str(loaded) == str(state)  # types, key types, order and signs
-    assert torch.equal(loaded["generator"], state["generator"])
-    assert torch.equal(loaded["special"].view(torch.int32), state["special"].view(torch.int32))
-    assert all(torch.equal(loaded["tensors"][d], tensors[d]) for d in tensors)
-    assert torch.signbit(loaded["scalar"])
-
-
-def test_not_a_number_comes_back(tmp_path):
-    save_state(tmp_path, {"loss": math.nan})
-    assert math.isnan(load_state(tmp_path)["loss"])
-
-
-@pytest.mark.usefixtures("no_pickle")
-def test_training_continues_to_the_same_bits(tmp_path):
-    def trained(module: nn.Module, optimizer: torch.optim.Optimizer, draws: torch.Generator):
-        for _ in range(3):
-            optimizer.zero_grad()
-            module(torch.randn(5, 3, generator=draws)).square().mean().backward()
-            optimizer.step()
-
-    module, draws = layer(), torch.Generator().manual_seed(1)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, betas=(0.5, 0.9))
-    trained(module, optimizer, draws)
-    state = {"optimizer": optimizer.state_dict(), "draws": draws.get_state()}
-    save_state(tmp_path, state | {"module": module.state_dict()})
-    trained(module, optimizer, draws)
-
-    loaded = load_state(tmp_path)
-    resumed, resumed_draws = layer(5), torch.Generator()
-    load_strict(resumed, loaded["module"])
-    resumed_optimizer = torch.optim.AdamW(resumed.parameters(), lr=9.0)
-    resumed_optimizer.load_state_dict(loaded["optimizer"])
-    resumed_draws.set_state(loaded["draws"])
-    trained(resumed, resumed_optimizer, resumed_draws)
-    assert torch.equal(resumed.weight, module.weight)
-    assert torch.equal(resumed.bias, module.bias)
-
-
-@pytest.mark.parametrize(
-    ("state", "message"),
-    [
-        ({"a": {"b": [{1}]}}, r"state\.a\.b\.0 \(set\) must be a tensor, bool, int"),
-        ({"a": {(1, 2): 3}}, r"state\.a has a key \(1, 2\); it must be a string or an integer"),
-    ],
-)
-def test_what_cannot_be_kept_exactly_is_refused(tmp_path, state, message):
-    with pytest.raises(ValueError, match=message):
-        save_state(tmp_path / "state", state)
-    assert not (tmp_path / "state").exists()
-
-
-def test_a_state_in_shards_comes_back_whole_and_exact(tmp_path):
-    state = {
-        "weights": {"a": torch.randn(3, 2), "b": torch.randn(5).bfloat16(), 7: torch.tensor(3.0)},
-        "plain": [1, 2.5, None, ("x", math.inf), True],
-    }
-    CheckpointManager(tmp_path, keep_last=1).save_sharded(4, state)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
-    directory = tmp_path / "step-00000004/state"
-    assert sorted(path.name for path in directory.iterdir()) == ["shards", "state.json"]
-    found = load_state(directory)
-    assert found["plain"] == state["plain"]
-    assert found["weights"].keys() == state["weights"].keys()
-    for name, tensor in state["weights"].items():
-        assert found["weights"][name].dtype == tensor.dtype
-        assert torch.equal(found["weights"][name], tensor)
-
-
-def test_shards_of_another_run_are_refused(tmp_path):
-    CheckpointManager(tmp_path, keep_last=1).save_sharded(4, {"a": torch.ones(3), "step": 1})
-    directory = tmp_path / "step-00000004/state"
-    with pytest.raises(ValueError, match=r"a: saved \(3,\), needed \(4,\)"):
-        load_state(directory, {"a": torch.ones(4), "step": 1})
-    mine = {"a": torch.zeros(3), "step": 0}
-    assert load_state(directory, mine)["a"] is mine["a"]
-    assert mine["a"].tolist() == [1, 1, 1]
-
-
-def test_an_interrupted_checkpoint_in_shards_leaves_the_one_before(tmp_path):
-    manager = CheckpointManager(tmp_path, keep_last=1)
-    manager.save_sharded(4, {"a": torch.ones(3)})
-    with pytest.raises(ValueError, match="must be a tensor"):
-        manager.save_sharded(8, {"a": torch.ones(3), "b": object()})
-    assert manager.latest() == tmp_path / "step-00000004"
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+    assert resolve("owner/name-1.0@refs/pr/1") == tmp_path
+    assert calls == [("owner/name-1.0", "refs/pr/1", ["model.safetensors", "config.json"])]
 
 
 # ------------------------------------------------------------------------------- interruptions
-
-
-def test_a_failing_writer_changes_nothing(tmp_path):
-    manager = CheckpointManager(tmp_path, keep_last=1)
-    manager.save(1, write_text("good"))
-
-    def fail(directory) -> None:
-        write_text("half")(directory)
-        raise KeyboardInterrupt
-
-    for step in (1, 2):
-        with pytest.raises(KeyboardInterrupt):
-            manager.save(step, fail)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-    assert (manager.latest() / "text").read_text() == "good"
-
-
-def test_a_killed_writer_leaves_nothing_that_counts_and_is_cleaned_up(tmp_path):
-    manager = CheckpointManager(tmp_path, keep_last=2)
-    manager.save(1, write_text("good"))
-    (tmp_path / ".step-00000002.partial").mkdir()
-    (tmp_path / ".step-00000002.partial/text").write_text("half")
-    assert manager.latest() == tmp_path / "step-00000001"
-    manager.save(3, write_text("next"))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
 
 
 def test_a_replacement_killed_between_its_renames_is_found_again(tmp_path):
@@ -474,17 +454,6 @@ def test_a_replacement_killed_between_its_renames_is_found_again(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_checkpoint_killed_while_replaced_is_found_again(tmp_path):
-    manager = CheckpointManager(tmp_path, keep_last=2)
-    for step in (4, 5):
-        manager.save(step, write_text(str(step)))
-    (tmp_path / "step-00000005").rename(tmp_path / ".step-00000005.previous")
-    assert (manager.latest() / "text").read_text() == "5"
-    manager.save(5, write_text("again"))
-    assert (manager.latest() / "text").read_text() == "again"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000004", "step-00000005"]
-
-
 def test_a_failed_replacement_leaves_the_old_one(tmp_path):
     save_model(tmp_path / "model", {}, SMALL, kind="tokenizer", extra={"which": "old"})
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -498,32 +467,6 @@ def test_replacing_a_directory_leaves_only_the_new_files(tmp_path):
         with atomic_directory(tmp_path / "here") as partial:
             (partial / name).write_text(name)
     assert [path.name for path in tmp_path.rglob("*")] == ["here", "new"]
-
-
-def test_the_newest_checkpoints_are_kept(tmp_path):
-    manager = CheckpointManager(tmp_path, keep_last=2)
-    for step in (10, 20, 30, 123456789):
-        manager.save(step, write_text(str(step)))
-    (tmp_path / "step-notes").mkdir()
-    assert manager.latest() == tmp_path / "step-123456789"
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "step-00000030",
-        "step-123456789",
-        "step-notes",
-    ]
-
-
-def test_a_checkpoint_just_written_is_never_deleted(tmp_path):
-    manager = CheckpointManager(tmp_path, keep_last=1)
-    manager.save(20, write_text("twenty"))
-    assert manager.save(10, write_text("ten")).is_dir()
-    assert manager.latest() == tmp_path / "step-00000020"
-
-
-def test_there_may_be_no_checkpoint(tmp_path):
-    assert CheckpointManager(tmp_path / "nothing", keep_last=1).latest() is None
-    with pytest.raises(ValueError, match=r"keep_last \(0\) must be at least 1"):
-        CheckpointManager(tmp_path, keep_last=0)
 
 
 # ----------------------------------------------------------------------------------- provenance

@@ -163,7 +163,7 @@ def test_imagenet_tokenizers_are_the_authors(name, width, num_heads, num_epochs,
 )
 def test_versions_that_generate_start_from_a_dinov2_that_is_wide_enough(name, vit):
     run = TOKENIZER_RUNS[name]()
-    assert run.init_vit == vit
+    assert (run.init_vit or "None").partition("@")[0] == str(vit)
     assert run.model.dim <= {"facebook/dinov2-base": 768, "facebook/dinov2-small": 384}.get(
         vit, 999
     )

@@ -389,7 +389,9 @@ def test_no_teacher_is_none():
 
 
 def test_the_default_model_is_dinov2():
-    assert DINOV2 == "facebook/dinov2-base"
+    name, _, commit = DINOV2.partition("@")
+    assert name == "facebook/dinov2-base"
+    assert len(bytes.fromhex(commit)) == 20
 
 
 def test_what_a_teacher_needs_and_does_not_get_is_an_error(dinov2_folder):

@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import load_file
 
 from mergevq import distributed
-from mergevq.checkpoint import load_model, load_state, tokens_hash
+from mergevq.checkpoint import load_model, tokens_hash
 from mergevq.cli import main
 from mergevq.config import GeneratorConfig, GeneratorRun, KeptConfig, TokenizerConfig, TokensConfig
 from mergevq.generator import Generator
 from mergevq.merge import Source, canonicalize
 from mergevq.optim import Ema
 from mergevq.recipes import GENERATOR_RECIPES, digits32_ar, shrink_generator
+from mergevq.run_state import load_state
 from mergevq.tokenizer import Tokenizer
 from mergevq.tokens import (
     TokenRecord,

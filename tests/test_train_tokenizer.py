@@ -16,11 +16,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from mergevq import distributed
-from mergevq.checkpoint import load_state
 from mergevq.config import TokenizerRun
 from mergevq.data import Batch, open_train_val
 from mergevq.interop import select_weights
 from mergevq.recipes import digits32, shrink, tiny64_gr
+from mergevq.run_state import load_state
 from mergevq.tokenizer import Tokenizer
 from mergevq.train_tokenizer import (
     _usage_numbers,
