@@ -149,8 +149,8 @@ def _from_json_plain(expected: Any, value: Any, where: str) -> bool | int | floa
     # bool is a subclass of int, so isinstance would let `true` pass for a number.
     if type(value) is not expected and not (expected is float and type(value) is int):
         raise ValueError(f"{where} ({value!r}) must be of type {expected.__name__}")
-    if type(value) in (int, float) and not abs(value) < _TOO_LARGE[expected]:
-        raise ValueError(f"{where} ({value:.6g}) must be a finite number of at most 64 bits")
+    if type(value) in _TOO_LARGE and not abs(value) < _TOO_LARGE[type(value)]:
+        raise ValueError(f"{where} must be a finite number of at most 64 bits")
     return expected(value)
 
 

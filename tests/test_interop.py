@@ -1,8 +1,12 @@
 """Weights from elsewhere: the authors' checkpoints and DINOv2."""
 
 import dataclasses
+import fractions
 import os
-import pickle
+import shlex
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -211,9 +215,78 @@ class Malicious:
 def test_code_in_a_file_is_refused_and_does_not_run(tmp_path):
     state = {"state_dict": STATE, "hyper_parameters": Malicious(tmp_path / "created")}
     torch.save(state, tmp_path / "bad.ckpt")
-    with pytest.raises(pickle.UnpicklingError, match=r"[Ww]eights.only"):
+    message = r"holds Python objects \(posix.mkdir\) besides weights.*take out its weights with"
+    with pytest.raises(ValueError, match=message) as caught:
         read_official(tmp_path / "bad.ckpt")
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "created").exists()
+
+
+def test_the_advice_for_a_file_of_objects_makes_one_that_is_read(tmp_path):
+    torch.save({"state_dict": STATE, "hparams": fractions.Fraction(1, 2)}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match="fractions") as caught:
+        read_official(tmp_path / "last.ckpt")
+    command = str(caught.value).partition("with: ")[2]
+    arguments = shlex.split(command)
+    subprocess.run([sys.executable, *arguments[1:]], cwd=tmp_path, check=True)
+    torch.testing.assert_close(read_official(tmp_path / "weights.pt"), STATE)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "it is empty"),
+        (b"\n<!DOCTYPE html><html>", "it is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer"),
+        (b"\x80\x02nothing", "is not a torch file, or is damaged"),
+        (b"PK\x03\x04nothing", "is not a torch file, or is damaged"),
+    ],
+)
+@pytest.mark.parametrize("name", ["last.ckpt", "model.safetensors"])
+def test_what_was_fetched_in_place_of_a_checkpoint_is_named_in_one_line(
+    tmp_path, content, message, name
+):
+    (tmp_path / name).write_bytes(content)
+    message = message if name == "last.ckpt" or "torch" not in message else "not a readable"
+    with pytest.raises(ValueError, match=message) as caught:
+        read_official(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match="must be a regular file"):
+        read_official(tmp_path / "last.ckpt")
+
+
+def test_a_checkpoint_with_weights_that_are_not_finite_is_refused(tmp_path):
+    torch.save(STATE | {"encoder.conv_in.weight": torch.tensor([1, torch.inf])}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"encoder\.conv_in\.weight has 1 of 2 values"):
+        read_official(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("content", [[1], 3, {1: torch.zeros(1)}])
+def test_a_torch_file_without_a_state_dict_says_what_it_holds(tmp_path, content):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="holds no state dict, but a"):
+        read_official(tmp_path / "a.pt")
+
+
+def test_a_tensor_that_is_larger_than_its_file_is_refused(tmp_path):
+    torch.save({"encoder.a": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"encoder\.a does not have its values in the file"):
+        read_official(tmp_path / "a.pt")
+
+
+def test_a_torch_file_that_would_unpack_to_more_than_it_is_is_refused(tmp_path):
+    torch.save({"encoder.a": torch.zeros(10**6)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as plain:
+        members = {name: plain.read(name) for name in plain.namelist()}
+    with zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, value in members.items():
+            packed.writestr(name, value)
+    with pytest.raises(ValueError, match="it would unpack to"):
+        read_official(tmp_path / "b.pt")
 
 
 def test_a_file_of_another_model_is_an_error_that_shows_its_names(tmp_path):

@@ -667,5 +667,34 @@ def test_broken_weights_do_not_sample(order):
     model = tiny_generator(order)
     with torch.no_grad():
         model.blocks[0].ffn.down.weight[0, 0] = torch.nan
-    with pytest.raises(RuntimeError, match="states are not finite"):
+    with pytest.raises(RuntimeError, match="states or logits are not finite"):
         run(model, [0, 1])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_logits_that_are_not_finite_are_an_error_though_the_states_are(order):
+    model = tiny_generator(order)
+    with torch.no_grad():
+        model.head.outputs[-1].weight[1, 0] = torch.nan
+    with pytest.raises(RuntimeError, match="logits are not finite"):
+        run(model, [0, 1])
+
+
+def test_a_choice_by_itself_is_checked_at_once():
+    model = tiny_generator("raster")
+    states = torch.full((1, TINY.dim), torch.nan)
+    with pytest.raises(RuntimeError, match="states or logits are not finite"):
+        choose(model, states, torch.zeros(1, 2), 1.0, PLAIN)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_generator_in_double_precision_works_with_and_without_gradients(order, gradients):
+    given = tiny_batch(order)
+    expected = torch.cat([part.flatten() for part in tiny_generator(order).logits(**given)])
+    model = tiny_generator(order).double()
+    with torch.set_grad_enabled(gradients):
+        found = torch.cat([part.flatten() for part in model.logits(**given)])
+    legal = expected > -torch.inf
+    torch.testing.assert_close(found[legal], expected[legal], rtol=1e-4, atol=1e-4)
+    assert run(model, [0, 1]).indices.shape == run(tiny_generator(order), [0, 1]).indices.shape

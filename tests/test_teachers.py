@@ -310,6 +310,58 @@ def test_a_pickled_model_is_refused(dinov2_folder, tmp_path):
         HuggingFaceTeacher(str(tmp_path))
 
 
+@pytest.mark.parametrize("path", ["facebook/dinov2-base", "run/dinov2", "./nothing"])
+def test_a_path_that_is_not_there_is_not_looked_up_on_the_hub(monkeypatch, path):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", None)
+    with pytest.raises(ValueError, match=r"is no folder; .*owner/name@revision"):
+        HuggingFaceTeacher(path)
+
+
+def test_a_model_on_the_hub_is_asked_for_at_its_revision_and_runs_no_code(monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    asked = {}
+
+    def fetch(name, **options):
+        asked.update(options, name=name)
+        raise OSError("no network")
+
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", fetch)
+    with pytest.raises(RuntimeError, match=r"'owner/name@v1' could not be loaded \(no network\)"):
+        HuggingFaceTeacher("owner/name@v1")
+    assert (asked["name"], asked["revision"]) == ("owner/name", "v1")
+    assert asked["trust_remote_code"] is False
+
+
+def test_a_model_that_brings_its_own_code_is_refused_without_a_question(dinov2_folder, tmp_path):
+    config = json.loads((dinov2_folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoModel": "mine.Mine", "AutoConfig": "mine.C"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match="could not be loaded"):
+        HuggingFaceTeacher(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_model_with_weights_that_are_not_finite_is_refused(dinov2_folder, tmp_path, value):
+    state = load_file(dinov2_folder / "model.safetensors")
+    state["layernorm.weight"][3] = value
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_bytes((dinov2_folder / "config.json").read_bytes())
+    with pytest.raises(RuntimeError, match=r"are broken: layernorm\.weight has 1 of"):
+        HuggingFaceTeacher(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"\xff" * 99])
+def test_a_model_whose_weights_are_none_is_refused(dinov2_folder, tmp_path, content):
+    (tmp_path / "config.json").write_bytes((dinov2_folder / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(RuntimeError, match="could not be loaded"):
+        HuggingFaceTeacher(str(tmp_path))
+
+
 def test_without_transformers_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(RuntimeError, match=r"pip install 'mergevq\[teacher\]'"):

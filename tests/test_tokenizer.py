@@ -693,3 +693,25 @@ def test_weights_of_another_architecture_are_an_error(tmp_path):
     safetensors.torch.save_file(other.state_dict(), weights)
     with pytest.raises(ValueError, match=r"damaged or replaced"):
         Tokenizer.from_pretrained(tmp_path / "model")
+
+
+# -------------------------------------------------------------------------------- broken weights
+
+
+@pytest.mark.parametrize("name", ["to_latents.bias", "blocks.0.mlp.fc1.weight"])
+def test_latents_that_are_not_finite_are_no_codes(name):
+    model = tokenizer()
+    with torch.no_grad():
+        model.encoder.get_parameter(name).view(-1)[0] = torch.nan
+    with pytest.raises(RuntimeError, match="latents are not finite: the tokenizer's weights"):
+        model.encode(images())
+
+
+def test_a_source_is_not_recovered_from_logits_that_are_not_finite():
+    model = tokenizer()
+    encoded = model.encode(images())
+    with torch.no_grad():
+        model.source_predictor.to_query.bias[0] = torch.nan
+    for anchors in (None, torch.arange(20).expand(2, -1)):
+        with pytest.raises(RuntimeError, match="source predictor's logits are not finite"):
+            model.recover(encoded.codes, anchors=anchors)

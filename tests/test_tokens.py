@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
 from mergevq.config import DataConfig
 from mergevq.data import open_images, train_batches
+from mergevq.files import sha256_of
 from mergevq.merge import Source
 from mergevq.tokens import (
     TokenRecord,
@@ -76,6 +79,27 @@ def damage(path):
     """Change one bit of the last value."""
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+def forge(directory, number=0, num_kept=3, **changes):
+    """Write other arrays into a shard, and seal it with them."""
+    path = directory / f"k{num_kept:05d}/tokens-{number:05d}.safetensors"
+    with safe_open(path, framework="np") as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        metadata = file.metadata()
+    arrays = {name: changes.get(name, array) for name, array in arrays.items()}
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    save_file(arrays, path, changes.get("metadata", metadata))
+    record = json.loads((directory / "tokens.json").read_text())
+    record["shards"][str(num_kept)][number]["sha256"] = sha256_of(path)
+    (directory / "tokens.json").write_text(json.dumps(record))
+
+
+def change_record(directory, change):
+    """Let a function change the content of `tokens.json`."""
+    record = json.loads((directory / "tokens.json").read_text())
+    change(record)
+    (directory / "tokens.json").write_text(json.dumps(record))
 
 
 @pytest.fixture
@@ -449,3 +473,67 @@ def test_a_stream_needs_a_row(tmp_path):
     tokens = write_all(tmp_path / "tokens", broken=range(10))
     with pytest.raises(ValueError, match="has no tokens: none of its images can be read"):
         token_batches(tokens, **STREAM)
+
+
+# -------------------------------------------------------------------------- a stranger's folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"indices": np.full((4, 3), 2**18, np.int64)}, r"indices .* must be between 0 and 262143"),
+        ({"indices": np.full((4, 3), -1, np.int64)}, r"indices \(-1 to -1\) must be between 0"),
+        ({"indices": np.zeros((4, 4), np.int64)}, r"indices has the shape \(4, 4\) and must have"),
+        ({"indices": np.zeros((4, 3), np.float32)}, "must hold whole numbers"),
+        ({"source": np.full((4, 6), 3, np.int64)}, r"source \(3 to 3\) must be between 0 and 2"),
+        ({"label": np.full(4, 2, np.int64)}, r"label \(2 to 2\) must be between -1 and 1"),
+        ({"label": np.zeros((), np.int64)}, r"label has the shape \(\) and must have \(4,\)"),
+        ({"position": np.full(4, 10, np.int64)}, r"position \(10 to 10\) must be between 0 and 9"),
+        ({"mirrored": np.full(4, 2, np.int64)}, r"mirrored \(2 to 2\) must be between 0 and 1"),
+        ({"mirrored": None}, "does not contain tensor mirrored"),
+        ({"metadata": {}}, "a list of names"),
+        ({"metadata": {"broken": "[1]"}}, "a list of names"),
+        ({"metadata": {"broken": "["}}, "broken is not JSON"),
+    ],
+)
+def test_a_shard_of_other_numbers_than_its_record_says_is_damaged(tokens, changes, message):
+    forge(tokens.directory, **changes)
+    with pytest.raises(RuntimeError, match=rf"is damaged.*{message}"):
+        open_tokens(tokens.directory).batch([0], 3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record.pop("record"),
+        lambda record: record.update(record=[]),
+        lambda record: record.update(environments=3),
+        lambda record: record.update(shards=[]),
+        lambda record: record.update(broken=3),
+        lambda record: record["shards"].pop("3"),
+        lambda record: record["shards"]["3"].pop(),
+        lambda record: record["shards"].update({"3": 5}),
+        lambda record: record["shards"]["3"].append(7),
+        lambda record: record["shards"]["3"].__setitem__(0, 7),
+        lambda record: record["shards"]["3"][0].update(num_rows="4"),
+        lambda record: record["shards"]["3"][0].update(num_rows=-4),
+        lambda record: record["shards"]["3"][0].update(num_rows=3),
+        lambda record: record["shards"]["3"][0].pop("sha256"),
+        lambda record: record["record"].update(grid_shape=[0, 3]),
+        lambda record: record["record"].update(num_bits=64),
+        lambda record: record["record"].update(num_kept=[3, 7]),
+        lambda record: record["record"].update(num_images=10**18),
+    ],
+)
+def test_a_record_that_is_not_one_is_a_clear_error(tokens, change):
+    change_record(tokens.directory, change)
+    with pytest.raises(ValueError, match=r"tokens.json is damaged|must be|must have"):
+        open_tokens(tokens.directory)
+
+
+def test_a_shard_that_is_a_pipe_is_not_waited_for(tokens):
+    path = tokens.directory / "k00003/tokens-00000.safetensors"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(RuntimeError, match="is missing"):
+        open_tokens(tokens.directory).batch([0], 3)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mergevq import distributed
+from mergevq import distributed, train_generator
 from mergevq.checkpoint import load_model, tokens_hash
 from mergevq.cli import main
 from mergevq.config import GeneratorConfig, GeneratorRun, KeptConfig, TokenizerConfig, TokensConfig
@@ -175,6 +175,39 @@ def test_the_loss_falls_and_everything_is_written(material, tmp_path, order):
     assert extra["tokenizer"] == tokens_hash(material / "tokenizer")
     assert extra["class_names"] == ["class 0", "class 1", "class 2"]
     assert extra["step"] == 40
+
+
+def test_a_run_that_is_broken_keeps_its_last_good_checkpoint_and_stops(
+    material, tmp_path, monkeypatch
+):
+    run = replace(small(material, num_steps=4, save_every=1, keep_last=1), out=str(tmp_path / "r"))
+
+    def breaking(state, setting, batch):
+        numbers = train_step(state, setting, batch)
+        if state.step == 2:
+            next(state.generator.parameters()).data.view(-1)[0] = torch.nan
+        return numbers
+
+    monkeypatch.setattr(train_generator, "train_step", breaking)
+    message = r"not finite are generator\..*step-00000002 is the last good one"
+    with pytest.raises(RuntimeError, match=message):
+        train(run)
+    assert [path.name for path in (tmp_path / "r/checkpoints").iterdir()] == ["step-00000002"]
+    assert load_model(tmp_path / "r/model", "generator").record["extra"]["step"] == 2
+
+
+def test_while_steps_are_skipped_older_checkpoints_stay(material, tmp_path, monkeypatch):
+    run = replace(small(material, num_steps=3, save_every=1, keep_last=1), out=str(tmp_path / "r"))
+
+    def skipping(state, setting, batch):
+        numbers = train_step(state, setting, batch)
+        state.guard.num_in_a_row = int(state.step >= 1)
+        return numbers
+
+    monkeypatch.setattr(train_generator, "train_step", skipping)
+    train(run)
+    names = sorted(path.name for path in (tmp_path / "r/checkpoints").iterdir())
+    assert names == ["step-00000001", "step-00000002", "step-00000003"]
 
 
 def test_training_says_what_a_step_consists_of_and_draws_its_log(material, tmp_path, capsys):

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from mergevq import distributed
+from mergevq import distributed, train_tokenizer
+from mergevq.checkpoint import load_model
 from mergevq.config import TokenizerRun
 from mergevq.data import Batch, open_train_val
 from mergevq.interop import select_weights
@@ -304,6 +305,25 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path):
     # At its last step the run that was cut validated, and the other did not.
     assert {n: v for n, v in resumed[2].items() if "@" not in n} == whole[2]
     assert resumed[3:] == whole[3:]
+
+
+def test_a_run_that_is_broken_keeps_its_last_good_checkpoint_and_stops(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    run = replace(small(num_steps=3, save_every=1, keep_last=1), out=str(tmp_path / "run"))
+
+    def breaking(state, setting, batch):
+        numbers = train_step(state, setting, batch)
+        if state.step == 1:
+            # Not even a part of the model that is saved beside the checkpoint.
+            next(state.discriminator.parameters()).data.view(-1)[0] = torch.nan
+        return numbers
+
+    monkeypatch.setattr(train_tokenizer, "train_step", breaking)
+    message = r"not finite are discriminator\..*step-00000001 is the last good one"
+    with pytest.raises(RuntimeError, match=message):
+        train(run)
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000001"]
+    assert load_model(tmp_path / "run/model", "tokenizer").record["extra"]["step"] == 1
 
 
 def test_bad_reports_in_a_row_are_counted_over_a_resume():
