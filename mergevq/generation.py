@@ -119,7 +119,7 @@ def known_tokenizer(model: str | Path) -> str:
     directory = resolve(model)
     extra = read_record(directory).get("extra", {})
     path = extra.get("tokenizer_path")
-    if path is None:
+    if not isinstance(path, str):
         raise ValueError(
             f"the generator in {directory} does not say where its tokenizer is; name it with "
             "--tokenizer"
@@ -146,13 +146,31 @@ def load_pair(model: str | Path, tokenizer: str | Path, device: torch.device) ->
     saved = load_model(model, kind="generator")
     extra = saved.record["extra"]
     require_same_tokenizer(extra.get("tokenizer"), tokens_hash(tokenizer), generator=model)
+    generator = Generator.from_saved(saved).to(device)
     return Pair(
-        generator=Generator.from_saved(saved).to(device),
+        generator=generator,
         tokenizer=Tokenizer.from_pretrained(tokenizer).to(device),
         generator_hash=model_hash(model),
         tokenizer_hash=model_hash(tokenizer),
-        class_names=tuple(extra.get("class_names", ())),
+        class_names=_class_names(extra, generator.config.num_classes, where=model),
     )
+
+
+def _class_names(extra: dict[str, Any], num_classes: int, *, where: Path) -> tuple[str, ...]:
+    """Names of the classes, as training wrote them down.
+
+    Raises:
+        ValueError: there are some, but not one for each class.
+    """
+    names = extra.get("class_names", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"class_names of the generator in {where} must be a list of names")
+    if len(names) not in (0, num_classes):
+        raise ValueError(
+            f"class_names of the generator in {where} has {len(names)} names and must have one for "
+            f"each of its {num_classes} classes"
+        )
+    return tuple(names)
 
 
 def load_run(run: SampleRun, device: torch.device) -> tuple[Pair, float | None]:

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int64
 from PIL import Image
 from torch import Tensor
 
-from mergevq.checkpoint import model_hash, read_json, resolve, to_json, write_json
+from mergevq.checkpoint import model_hash, resolve, to_json, write_json
 from mergevq.config import FORMAT_VERSION
 from mergevq.config_probe import (
     FeatureConfig,
@@ -56,7 +56,14 @@ from mergevq.probe import (
     with_pca,
 )
 from mergevq.probe_pictures import Example, confusion_picture, neighbours_picture
-from mergevq.run import Progress, RunDirectory, environment, resolve_device, step_generator
+from mergevq.run import (
+    Progress,
+    RunDirectory,
+    environment,
+    read_run_record,
+    resolve_device,
+    step_generator,
+)
 from mergevq.tokenizer import Tokenizer
 
 logger = logging.getLogger("mergevq")
@@ -133,7 +140,8 @@ def _teacher(directory: Path) -> str | None:
     record = RunDirectory(directory.parent).record
     if directory.name != RunDirectory("").model.name or not record.is_file():
         return None
-    return read_json(record)["run"].get("teacher", {}).get("kind")
+    teacher = read_run_record(record)["run"].get("teacher")
+    return teacher.get("kind") if isinstance(teacher, dict) else None
 
 
 # ----------------------------------------------------------------------------------------- data

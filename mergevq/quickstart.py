@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from mergevq.checkpoint import changed_settings, load_model, read_json, to_json
+from mergevq.checkpoint import changed_settings, load_model, to_json
 from mergevq.config import GeneratorRun, TokenizerRun
 from mergevq.encode import encode
 from mergevq.recipes import digits32, digits32_ar
 from mergevq.report import require_plots, write_report
-from mergevq.run import RunDirectory
+from mergevq.run import RunDirectory, read_run_record
 from mergevq.sections import (
     generator_sections,
     highlights,
@@ -147,7 +147,7 @@ def _check_directory(run: TokenizerRun, generator: GeneratorRun, out: Path) -> N
             # The directory may have been moved.
             new = json.loads(json.dumps(to_json(each)))
             places = {name: new[name] for name in ("out", "tokens") if name in new}
-            old = read_json(record)["run"]
+            old = read_run_record(record)["run"]
             if "tokens" in places:
                 places["tokens"] = old["tokens"] | {
                     name: new["tokens"][name] for name in ("path", "tokenizer")

@@ -30,6 +30,7 @@ from mergevq.checkpoint import (
     changed_settings,
     git_commit,
     read_json,
+    require_entries,
     to_json,
     versions,
     write_json,
@@ -104,12 +105,23 @@ class RunDirectory:
         }
         record = {"format_version": FORMAT_VERSION, "run": to_json(run), **now, "resumed": []}
         if resume:
-            old = read_json(self.record)
+            old = read_run_record(self.record)
             changed = changed_settings(old["run"], record["run"])
             record = old | {"run": record["run"]}
             record["resumed"] = [*old["resumed"], now | {"changed": changed}]
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.record, record)
+
+
+def read_run_record(path: Path) -> dict[str, Any]:
+    """Content of a `run.json`: at least the settings, `run`, and what was `resumed`.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    record = read_json(path)
+    require_entries(record, {"run": dict, "resumed": list}, where=path)
+    return record
 
 
 def command_line() -> str:

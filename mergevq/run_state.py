@@ -10,7 +10,8 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,27 @@ def load_state(directory: str | Path, like: Mapping[str, Any] | None = None) -> 
         tensors = wanted
     if shards.is_dir():
         distributed.load_shards(tensors, shards)
-    return _decode(tree, tensors)
+    try:
+        return _decode(tree, tensors)
+    except ValueError as error:
+        raise ValueError(f"{directory / STATE} is damaged: {error}") from error
+
+
+@contextmanager
+def restoring(directory: Path) -> Iterator[None]:
+    """Inside, what was saved is put into a run; what does not fit it is one `ValueError`.
+
+    Raises:
+        ValueError: a part of the run could not take what was saved for it.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{directory} is not a checkpoint of this run ({type(error).__name__}: {reason}); "
+            "resume with the settings and the version of mergevq that wrote it"
+        ) from error
 
 
 def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:  # noqa: ANN401
@@ -164,7 +185,7 @@ def _decode(node: Any, tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401
             return tuple(_decode(item, tensors) for item in items)
         case [("dict", list(pairs))] if all(map(_is_pair, pairs)):
             return {key: _decode(item, tensors) for key, item in pairs}
-    raise ValueError(f"{STATE} is damaged: {str(node)[:70]!r} stands for no value")
+    raise ValueError(f"{str(node)[:70]!r} stands for no value")
 
 
 def _is_pair(pair: object) -> bool:

@@ -57,7 +57,7 @@ from mergevq.run import (
     resolve_precision,
     step_generator,
 )
-from mergevq.run_state import CheckpointManager, load_state, save_state
+from mergevq.run_state import CheckpointManager, load_state, restoring, save_state
 from mergevq.sampling import sample
 from mergevq.tokenizer import Tokenizer
 from mergevq.tokens import (
@@ -178,7 +178,8 @@ def _train(run: GeneratorRun, world: distributed.World, *, resume: bool) -> Path
     manager = CheckpointManager(directory.checkpoints, keep_last=settings.keep_last)
     latest = distributed.broadcast_object(manager.latest()) if resume else None
     if latest is not None:
-        restore(state, latest / "state")
+        with restoring(latest):
+            restore(state, latest / "state")
     log = MetricsLog(directory.metrics, first_step=state.step, tensorboard=settings.tensorboard)
     bar = Progress(
         settings.num_steps * settings.batch_size,

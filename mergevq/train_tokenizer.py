@@ -69,7 +69,7 @@ from mergevq.run import (
     resolve_precision,
     step_generator,
 )
-from mergevq.run_state import CheckpointManager, load_state, save_state
+from mergevq.run_state import CheckpointManager, load_state, restoring, save_state
 from mergevq.teachers import SelfTeacher, Teacher, build_teacher, require_labels
 from mergevq.tokenizer import Tokenizer, TokenizerOutput
 
@@ -250,7 +250,8 @@ def _train(run: TokenizerRun, world: distributed.World, *, resume: bool) -> Path
     manager = CheckpointManager(directory.checkpoints, keep_last=settings.keep_last)
     latest = distributed.broadcast_object(manager.latest()) if resume else None
     if latest is not None:
-        state.load_state_dict(load_state(latest / "state"), world)
+        with restoring(latest):
+            state.load_state_dict(load_state(latest / "state"), world)
     log = MetricsLog(directory.metrics, first_step=state.step, tensorboard=settings.tensorboard)
     bar = Progress(
         settings.num_steps * settings.batch_size,

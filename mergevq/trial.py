@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from mergevq.checkpoint import read_json
 from mergevq.config import GeneratorRun, SampleRun, TokenizerRun
 from mergevq.config_probe import FeatureConfig, LinearConfig
 from mergevq.data import Batch, ImageDataset, eval_batches, open_train_val
@@ -21,7 +20,7 @@ from mergevq.metrics import CodebookStatistics, CodebookUsage
 from mergevq.pictures import merge_map, to_pil
 from mergevq.probe import ProbeRow, probe_rows
 from mergevq.reconstruction import measure
-from mergevq.run import Progress, RunDirectory, autocast, resolve_device
+from mergevq.run import Progress, RunDirectory, autocast, read_run_record, resolve_device
 from mergevq.tokenizer import Tokenizer
 from mergevq.weights import as_weights
 
@@ -153,7 +152,7 @@ def examine(run: TokenizerRun) -> Trial:
     images, labels = _examples(run, dataset)
     return Trial(
         run=run,
-        record=read_json(directory.record),
+        record=read_run_record(directory.record),
         log=[json.loads(line) for line in directory.metrics.read_text("utf-8").splitlines()],
         num_parameters=sum(parameter.numel() for parameter in tokenizer.parameters()),
         num_images=int(measured[run.model.num_kept]["num_images"]),
@@ -281,7 +280,7 @@ def examine_generator(run: GeneratorRun, data: TokenizerRun) -> GeneratorTrial:
     sampled = _grey(images)
     return GeneratorTrial(
         run=run,
-        record=read_json(directory.record),
+        record=read_run_record(directory.record),
         log=[json.loads(line) for line in directory.metrics.read_text("utf-8").splitlines()],
         num_parameters=sum(parameter.numel() for parameter in exact.generator.parameters()),
         guidance=float(run.sampling.guidance_scale),

@@ -407,3 +407,13 @@ def test_training_leaves_word_of_the_tokenizer(tmp_path):
 def test_sampling_needs_a_generator(tmp_path, capsys):
     assert main(["sample", "--out", str(tmp_path / "out")]) == 1
     assert "--model is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", [3, [1] * 10, ["one"], {"a": 1}])
+def test_class_names_that_are_not_one_for_each_class_are_refused(folder, tmp_path, names):
+    shutil.copytree(folder / "merge", tmp_path / "model")
+    record = json.loads((tmp_path / "model/config.json").read_text())
+    record["extra"]["class_names"] = names
+    (tmp_path / "model/config.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"class_names of the generator in .* (must be|has 1)"):
+        load_pair(tmp_path / "model", folder / "tokenizer", CPU)

@@ -168,7 +168,7 @@ def test_only_some_images_are_used_when_asked(folder, tmp_path):
 def test_the_teacher_of_labels_is_said(folder, tmp_path):
     (tmp_path / "run").mkdir()
     tiny_tokenizer().save_pretrained(tmp_path / "run/model")
-    text = '{"format_version": 1, "run": {"teacher": {"kind": "labels"}}}'
+    text = '{"format_version": 1, "run": {"teacher": {"kind": "labels"}}, "resumed": []}'
     (tmp_path / "run/run.json").write_text(text)
     settings = run(folder, tmp_path / "out", KnnConfig(num_neighbours=(1,)))
     record = probe(replace(settings, model=str(tmp_path / "run/model")))

@@ -424,3 +424,14 @@ def test_outside_the_main_thread_nothing_is_installed():
 def test_a_command_does_not_say_where_its_program_lies(program, monkeypatch):
     monkeypatch.setattr("sys.argv", [program, "train", "digits32", "--out", "a b"])
     assert command_line() == "mergevq train digits32 --out 'a b'"
+
+
+@pytest.mark.parametrize("name", ["run", "resumed"])
+@pytest.mark.parametrize("value", [3, None])
+def test_a_record_of_a_run_that_lacks_something_is_not_resumed(tmp_path, name, value):
+    directory = RunDirectory(tmp_path / "run")
+    directory.open(TokenizerRun(), device=torch.device("cpu"), resume=False)
+    record = json.loads(directory.record.read_text()) | {name: value}
+    directory.record.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=rf"run.json is damaged: {name} must be there"):
+        directory.open(TokenizerRun(), device=torch.device("cpu"), resume=True)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from mergevq import run_state
 from mergevq.checkpoint import load_strict
-from mergevq.run_state import CheckpointManager, load_state, save_state
+from mergevq.run_state import CheckpointManager, load_state, restoring, save_state
 
 
 @pytest.fixture
@@ -243,6 +244,29 @@ def test_while_steps_are_skipped_nothing_is_deleted(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
     manager.save(4, write_text("good"))
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+
+
+def test_a_forged_record_that_stands_for_no_value_is_named(tmp_path):
+    save_state(tmp_path, {"step": torch.ones(1)})
+    record = json.loads((tmp_path / "state.json").read_text()) | {"state": {"tensor": "another"}}
+    record["digest"] = run_state._digest({n: v for n, v in record.items() if n != "digest"})
+    (tmp_path / "state.json").write_text(json.dumps(record))
+    with pytest.raises(
+        ValueError, match=r"state\.json is damaged: .*another.* stands for no value"
+    ):
+        load_state(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("a"), TypeError("a"), RuntimeError("x\n\ty"), IndexError()]
+)
+def test_a_state_that_a_run_cannot_take_is_one_line(tmp_path, error):
+    with (
+        pytest.raises(ValueError, match="is not a checkpoint of this run") as caught,
+        restoring(tmp_path),
+    ):
+        raise error
+    assert "\n" not in str(caught.value)
 
 
 # ------------------------------------------------------------------------------- interruptions

@@ -464,10 +464,10 @@ def test_what_is_not_mutated_is_used(material, tmp_path):
 
 @needs_linux
 def test_mutated_files_are_used_or_refused_in_one_message(material, tmp_path):
-    assert failures(material, tmp_path, range(140)) == []
+    assert failures(material, tmp_path, range(56)) == []
 
 
 @needs_linux
 @pytest.mark.slow
 def test_a_thousand_mutated_files_are_used_or_refused_in_one_message(material, tmp_path):
-    assert failures(material, tmp_path, range(140, 1140)) == []
+    assert failures(material, tmp_path, range(56, 1056)) == []
