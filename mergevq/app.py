@@ -165,8 +165,8 @@ def build_page(
     """The page, not yet served: call `launch` of what is returned.
 
     Args:
-        model: a tokenizer's directory or Hugging Face id; None is the quickstart's, which comes
-            with the package, its generator and its digits.
+        model: a tokenizer's directory, or owner/name@revision on Hugging Face; None is the
+            quickstart's, which comes with the package, its generator and its digits.
         generator: the same of a generator trained on its tokens; None leaves that tab out.
         data: images to find neighbours among; None leaves that tab out. The quickstart's digits
             are left out, and a warning says so, where scikit-learn is not installed.

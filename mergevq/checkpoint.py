@@ -47,7 +47,7 @@ CONFIG = "config.json"
 HUB_FORM = "a model on Hugging Face as owner/name@revision, such as owner/name@main"
 """How a model on the hub is written, for messages."""
 
-_TOO_LARGE = {int: 2**63, float: math.inf}
+_TOO_LARGE = {bool: 2, int: 2**63, float: math.inf}
 """What the absolute value of a number must be below."""
 _ENCODER = "encoder."
 """Weights of a tokenizer that decide its tokens."""
@@ -149,7 +149,7 @@ def _from_json_plain(expected: Any, value: Any, where: str) -> bool | int | floa
     # bool is a subclass of int, so isinstance would let `true` pass for a number.
     if type(value) is not expected and not (expected is float and type(value) is int):
         raise ValueError(f"{where} ({value!r}) must be of type {expected.__name__}")
-    if type(value) in _TOO_LARGE and not abs(value) < _TOO_LARGE[type(value)]:
+    if isinstance(value, int | float) and not abs(value) < _TOO_LARGE[type(value)]:
         raise ValueError(f"{where} must be a finite number of at most 64 bits")
     return expected(value)
 
@@ -170,7 +170,7 @@ def _member(members: tuple[Any, ...], value: Any, where: str) -> Any:  # noqa: A
         fitting = [item for item in classes if fields[item] == value.keys()]
         fitting = fitting or [item for item in classes if fields[item] >= value.keys()]
         if len(fitting) != 1:
-            names = "; ".join(f"{item.__name__}: {', '.join(fields[item])}" for item in classes)
+            names = "; ".join(f"{_name(item)}: {', '.join(fields[item])}" for item in classes)
             raise ValueError(
                 f"{where} has the fields {', '.join(map(str, value))} and must have those of one "
                 f"class alone ({names})"
@@ -179,8 +179,13 @@ def _member(members: tuple[Any, ...], value: Any, where: str) -> Any:  # noqa: A
     for member in members:
         if _is_of(member, value):
             return member
-    shown = " or ".join(getattr(member, "__name__", str(member)) for member in members)
+    shown = " or ".join(map(_name, members))
     raise ValueError(f"{where} ({value!r}) must be of type {shown}")
+
+
+def _name(kind: Any) -> str:  # noqa: ANN401 - any annotation
+    """A type for a message."""
+    return getattr(kind, "__name__", str(kind))
 
 
 def _is_of(member: Any, value: Any) -> bool:  # noqa: ANN401 - any field

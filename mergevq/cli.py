@@ -198,7 +198,7 @@ def reconstruct(
 
     Args:
         images: files of any format and mode that Pillow reads.
-        model: directory of a tokenizer, or its Hugging Face id.
+        model: directory of a tokenizer, or owner/name@revision on Hugging Face.
         tokens: K, one or several (16,20); the tokenizer's own if there are none.
         out: where the pictures go.
         size_policy: for images of another size than trained: `error` takes multiples of the patch
@@ -243,7 +243,7 @@ def encode(
     processes share the work.
 
     Args:
-        model: directory of a tokenizer, or its Hugging Face id.
+        model: directory of a tokenizer, or owner/name@revision on Hugging Face.
         data: a folder of images, parquet files, WebDataset shards, or `digits`.
         out: folder of the tokens.
         tokens: K, one or several (16,20); the tokenizer's own if there are none.
@@ -392,8 +392,8 @@ def demo(
     """Serve a web page to try a model on: reconstruct pictures, draw samples, find neighbours.
 
     Args:
-        model: a tokenizer's directory, or its Hugging Face id; without one, the tokenizer and the
-            generator of handwritten digits that come with the package.
+        model: a tokenizer's directory, or owner/name@revision on Hugging Face; without one,
+            the tokenizer and the generator of handwritten digits that come with the package.
         generator: a generator trained on its tokens; samples are left out without.
         data: images to find neighbours among, in any form that training reads; the digits when
             there is no model.

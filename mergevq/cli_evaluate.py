@@ -47,10 +47,10 @@ class SamplingOptions:
     """What samples, and how: options of `mergevq sample` and of `mergevq evaluate generation`."""
 
     model: str = ""
-    """directory of the generator, or its Hugging Face id."""
+    """directory of the generator, or owner/name@revision on Hugging Face."""
     tokenizer: str = ""
-    """directory of the tokenizer of its tokens, or its Hugging Face id; by default where it was
-    when the generator was trained."""
+    """directory of the tokenizer of its tokens, or owner/name@revision on Hugging Face; by default
+    where it was when the generator was trained."""
     tokens: int | None = None
     """K, one of those trained on; the generator's own by default."""
     guidance: float = _PLAIN.guidance_scale

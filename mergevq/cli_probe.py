@@ -32,7 +32,7 @@ class SubjectOptions:
     """What is probed, on which images: options of every probe."""
 
     model: str
-    """directory of a tokenizer, or its Hugging Face id."""
+    """directory of a tokenizer, or owner/name@revision on Hugging Face."""
     data: str
     """labelled images: a folder with a sub-folder per class, parquet files, WebDataset shards, or
     `digits`."""

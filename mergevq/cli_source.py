@@ -38,9 +38,9 @@ def finetune_source(  # noqa: PLR0913 - each is an option
     tokens and generators of the tokenizer go with the result too.
 
     Args:
-        tokenizer: directory of the tokenizer, or its Hugging Face id.
+        tokenizer: directory of the tokenizer, or owner/name@revision on Hugging Face.
         tokens: folder of its tokens (`mergevq encode`).
-        generator: directory of the generator, or its Hugging Face id.
+        generator: directory of the generator, or owner/name@revision on Hugging Face.
         out: where the tokenizer with the new predictor goes.
         num_kept: each K to train on; all that tokens and generator have if there are none.
         max_replaced: largest share of an image's tokens that is made anew.

@@ -307,7 +307,7 @@ class TeacherConfig:
     """`dinov2` and `huggingface` are frozen vision models, `self` is an EMA of the encoder,
     `labels` the data's classes."""
     path: str | None = None
-    """Name or local folder of the model; None means facebook/dinov2-base for `dinov2`."""
+    """Local folder, or owner/name@revision on Hugging Face; None is ViT-B of DINOv2 for `dinov2`."""
     loss: Literal["kl", "dino", "cosine"] = "kl"
     """Against a frozen model: `kl` at `temperature` over its features (authors' code), `dino` the
     cross-entropy of the paper's equation 10, `cosine` one minus the cosine."""
@@ -334,7 +334,7 @@ class TeacherConfig:
         """Reject a frozen model without a name and temperatures that are not positive."""
         _require(
             self.kind != "huggingface" or self.path is not None,
-            "teacher kind 'huggingface' needs path: a model name or a local folder",
+            "teacher kind 'huggingface' needs path: a local folder, or owner/name@revision",
         )
         for name in ("temperature", "student_temperature", "teacher_temperature"):
             _require(getattr(self, name) > 0, f"{name} ({getattr(self, name)}) must be above 0")
@@ -690,7 +690,7 @@ class TokensConfig:
     path: str = "runs/tokens"
     """Folder that `mergevq encode` wrote, with tokens for every K of `kept`."""
     tokenizer: str = "runs/tokenizer/model"
-    """Directory of the tokenizer, or its Hugging Face id; tokens of another one are refused."""
+    """Directory of the tokens' own tokenizer, or owner/name@revision on Hugging Face."""
     val_fraction: float = 0.05
     """Share of the images held out for validation, mirror images with them; always the same."""
 
@@ -761,9 +761,9 @@ class SampleRun:
     """One run of `mergevq sample`: all that its images depend on."""
 
     model: str = "runs/generator/model"
-    """Directory of the generator, or its Hugging Face id."""
+    """Directory of the generator, or owner/name@revision on Hugging Face."""
     tokenizer: str = "runs/tokenizer/model"
-    """Directory of the tokenizer of its tokens, or its Hugging Face id."""
+    """Directory of the tokenizer of its tokens, or owner/name@revision on Hugging Face."""
     classes: tuple[int, ...] = ()
     """Class ids, one for each image in turn; none is every class there is."""
     num_images: int = 16

@@ -24,7 +24,7 @@ class Subject:
     """A tokenizer, images, and the networks that compare them."""
 
     model: str
-    """Directory of a tokenizer, or its Hugging Face id."""
+    """Directory of a tokenizer, or owner/name@revision on Hugging Face."""
     data: str
     """A folder of images, a parquet file, WebDataset shards, or `digits`."""
     lpips: str | None = None

@@ -175,7 +175,7 @@ class ProbeRun:
     """One probe: of which model, on which images, how."""
 
     model: str
-    """Directory of a tokenizer, or its Hugging Face id."""
+    """Directory of a tokenizer, or owner/name@revision on Hugging Face."""
     out: str
     """Directory of the record and the pictures."""
     method: LinearConfig | KnnConfig | FinetuneConfig

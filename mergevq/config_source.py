@@ -13,7 +13,7 @@ class SourceRun:
     """One run of `mergevq finetune-source`: all that its result depends on."""
 
     tokenizer: str = "runs/tokenizer/model"
-    """Directory of the tokenizer, or its Hugging Face id."""
+    """Directory of the tokenizer, or owner/name@revision on Hugging Face."""
     tokens: str = "runs/tokens"
     """Folder of its tokens, with their source maps."""
     generator: str = "runs/generator/model"

@@ -50,7 +50,7 @@ def encode(
     """Write the tokens of all images of a data set; on every rank, under `torchrun`.
 
     Args:
-        model: directory of a tokenizer, or its Hugging Face id.
+        model: directory of a tokenizer, or owner/name@revision on Hugging Face.
         data: see `DataConfig.path`.
         out: folder of tokens; one that was begun is gone on with.
         num_kept: each K to encode with; none is the tokenizer's own.

@@ -110,7 +110,7 @@ def known_tokenizer(model: str | Path) -> str:
     """Where the tokenizer of a generator's tokens is, as training wrote it down.
 
     Args:
-        model: directory of the generator, or its Hugging Face id.
+        model: directory of the generator, or owner/name@revision on Hugging Face.
 
     Raises:
         ValueError: there is no generator, training wrote nothing, or the tokenizer is not there, or

@@ -207,9 +207,10 @@ class Generator(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Generator":
-        """Load from a directory written by `save_pretrained` or training, or from a hub name.
+        """Load from a directory that `save_pretrained` or training wrote, or from the hub.
 
-        A directory never touches the network. The generator comes back in evaluation mode.
+        A directory never touches the network; on the hub, a model is `owner/name@revision`.
+        The generator comes back in evaluation mode.
 
         Raises:
             ValueError: the artefact is of another kind or format, or its weights do not fit.
