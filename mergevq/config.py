@@ -307,7 +307,7 @@ class TeacherConfig:
     """`dinov2` and `huggingface` are frozen vision models, `self` is an EMA of the encoder,
     `labels` the data's classes."""
     path: str | None = None
-    """Local folder, or owner/name@revision on Hugging Face; None is ViT-B of DINOv2 for `dinov2`."""
+    """Local folder, or owner/name@revision on Hugging Face; None is DINOv2 ViT-B for `dinov2`."""
     loss: Literal["kl", "dino", "cosine"] = "kl"
     """Against a frozen model: `kl` at `temperature` over its features (authors' code), `dino` the
     cross-entropy of the paper's equation 10, `cosine` one minus the cosine."""

@@ -22,9 +22,10 @@ from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from mergevq.files import broken_weights, read_tensors
 
 TrunkName = Literal["vgg", "alex", "squeeze"]
 
@@ -241,16 +242,16 @@ def load_perceptual(
             + _how_to_get(trunk)
         )
     try:
-        state = load_file(file)
-    except SafetensorError as error:
-        raise RuntimeError(f"{file} is not a readable safetensors file: {error}") from error
+        state = read_tensors(file)
+    except ValueError as error:
+        raise RuntimeError(str(error)) from error
     perceptual = Perceptual(trunk)
     try:
         perceptual.load_state_dict(state)
     except RuntimeError as error:
         raise RuntimeError(f"{file} does not hold LPIPS with trunk {trunk!r}: {error}") from error
-    if not all(value.isfinite().all() for value in state.values()):
-        raise RuntimeError(f"{file} holds values that are not finite; fetch it again")
+    if problem := broken_weights(state):
+        raise RuntimeError(f"the weights in {file} are broken: {problem}; fetch it again")
     published = TRUNKS[trunk].digest
     if published is not None and weights_digest(state) != published:
         warnings.warn(
@@ -317,8 +318,8 @@ def convert_perceptual_files(
         raise ValueError(
             f"{trunk_file} does not go with {heads_file}, the heads of trunk {trunk!r}: {error}"
         ) from error
-    if not all(value.isfinite().all() for value in state.values()):
-        raise ValueError(f"{trunk_file} or {heads_file} holds values that are not finite")
+    if problem := broken_weights(state):
+        raise ValueError(f"the weights in {trunk_file} or {heads_file} are broken: {problem}")
     published = TRUNKS[trunk]
     if published.digest is None:
         begins = Path(published.torchvision_file).stem.rpartition("-")[2]

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from mergevq.generator import Generator
 from mergevq.merge import Source, canonicalize
 from mergevq.optim import Ema
 from mergevq.recipes import GENERATOR_RECIPES, digits32_ar, shrink_generator
-from mergevq.run_state import load_state
+from mergevq.run_state import load_state, save_state
 from mergevq.tokenizer import Tokenizer
 from mergevq.tokens import (
     TokenRecord,
@@ -194,6 +195,35 @@ def test_a_run_that_is_broken_keeps_its_last_good_checkpoint_and_stops(
         train(run)
     assert [path.name for path in (tmp_path / "r/checkpoints").iterdir()] == ["step-00000002"]
     assert load_model(tmp_path / "r/model", "generator").record["extra"]["step"] == 2
+
+
+def test_a_damaged_newest_checkpoint_is_named_with_the_one_to_go_on_from(material, tmp_path):
+    run = replace(small(material, num_steps=2, save_every=1, keep_last=2), out=str(tmp_path / "r"))
+    train(run)
+    newest = tmp_path / "r/checkpoints/step-00000002"
+    file = newest / "state/state.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    longer = replace(run, train=replace(run.train, num_steps=3))
+    with pytest.raises(ValueError, match=r"newest good checkpoint is .*step-00000001: delete"):
+        train(longer, resume=True)
+    shutil.rmtree(newest)
+    train(longer, resume=True)
+    assert load_model(tmp_path / "r/model", "generator").record["extra"]["step"] == 3
+
+
+def test_a_checkpoint_of_another_form_is_one_line(material, tmp_path):
+    run = replace(small(material, num_steps=1), out=str(tmp_path / "r"))
+    train(run)
+    directory = tmp_path / "r/checkpoints/step-00000001/state"
+    state = load_state(directory)
+    longer = replace(run, train=replace(run.train, num_steps=2))
+    for name, value in (("ema", {}), ("guard", 3), ("generator", {}), ("optimizer", [1])):
+        save_state(directory, state | {name: value})
+        with pytest.raises(ValueError, match="is not a checkpoint of this run") as caught:
+            train(longer, resume=True)
+        assert "\n" not in str(caught.value)
 
 
 def test_while_steps_are_skipped_older_checkpoints_stay(material, tmp_path, monkeypatch):
