@@ -248,6 +248,7 @@ def test_what_was_fetched_in_place_of_weights_is_named(tmp_path, content, messag
         {"num_source_layers": 10**9},
         {"num_res_blocks": 10**9},
         {"channels": 2**40},
+        {"source_dim": 2**11},
         {"source_dim": 2**40},
         {"channels": 2**62},
         {"num_bits": 12},

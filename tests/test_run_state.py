@@ -178,7 +178,7 @@ def some_tensor_file(directory):
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("place", [0, 60, -1])
 def test_a_flipped_bit_of_the_newest_checkpoint_names_the_newest_good_one(tmp_path, place, sharded):
-    latest = save_steps(tmp_path, 10, 20, 30, sharded=sharded).latest()
+    latest = save_steps(tmp_path, 5, 10, 20, 30, sharded=sharded).latest()
     flip(some_tensor_file(tmp_path / "step-00000020"), -1)
     flip(some_tensor_file(latest), place)
     message = r"is damaged: its digest .*good checkpoint is .*step-00000010: delete .*30 .*--resume"
