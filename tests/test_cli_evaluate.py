@@ -217,3 +217,11 @@ def test_the_number_of_images_has_two_names(tmp_path):
                 *("--model", "m", "--tokenizer", "t", name, 0, "--out", tmp_path),
                 *("--reference", "r.npz", "--extractor", "e.pt"),
             )
+
+
+def test_neighbours_is_the_number_of_samples_that_are_looked_up(monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluation, "evaluate_generation", seen.append)
+    files = ["--reference", "r.safetensors", "--extractor", "e.pt", "--samples", "s"]
+    assert main(["evaluate", "generation", *files, "--neighbours", "3"]) == 0
+    assert seen[0].num_looked_up == 3

@@ -1,5 +1,7 @@
 """What is measured is what it says, and a short last batch is weighted right."""
 
+import math
+
 import pytest
 import torch
 
@@ -62,5 +64,25 @@ def test_both_sources_and_all_bits_are_reported(tokenizer):
     numbers = run(tokenizer, torch.zeros(1, 3, 32, 32), 1)
     assert {"psnr", "psnr_recovered", "ssim", "ssim_recovered", "source_accuracy"} <= set(numbers)
     # 16 tokens of 8 bits and the map of 64 cells onto 16 tokens.
-    assert numbers["bits"] > 16 * 8
+    signed = [(-1) ** j * math.comb(16, j) * (16 - j) ** 64 for j in range(16)]
+    maps = sum(signed) // math.factorial(16)
+    assert numbers["bits"] == pytest.approx(16 * 8 + math.log2(maps))
     assert numbers["bits_per_pixel"] == pytest.approx(numbers["bits"] / 1024)
+
+
+def test_a_predictor_known_to_be_wrong_is_what_the_recovered_numbers_are_of(tokenizer, monkeypatch):
+    image = torch.rand(3, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        given = tokenizer.reconstruct(image, 16)
+        index = torch.zeros_like(given.source.index)
+        wrong = type(given.source)(index, 16)
+        monkeypatch.setattr(tokenizer, "recover", lambda *_: wrong)
+        encoded = given.encoded
+        decoded = tokenizer.decode(encoded.codes, wrong, encoded.grid_shape).clamp(-1, 1)
+    numbers = run(tokenizer, image, 3)
+    by_hand = sum(cell == 0 for row in given.source.index.tolist() for cell in row) / index.numel()
+    assert numbers["source_accuracy"] == pytest.approx(by_hand)
+    assert by_hand < 1
+    expected = psnr(image, decoded).mean().item()
+    assert numbers["psnr_recovered"] == pytest.approx(expected, rel=1e-5)
+    assert numbers["psnr_recovered"] != numbers["psnr"]

@@ -264,10 +264,12 @@ def test_the_global_generator_is_left_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_no_two_images_share_a_seed():
-    seeds = {image_seed(seed, image) for seed in range(100) for image in range(100)}
-    assert len(seeds) == 100 * 100
-    assert all(0 <= seed < 2**63 for seed in seeds)
+def test_no_two_images_of_a_run_share_their_draws():
+    shared = draw(50, [6897, 12847], 8, 1, torch.device("cpu")).uniforms
+    assert not torch.equal(shared[0], shared[1])
+    seeds = {image_seed(50, image) for image in range(100_000)}
+    assert len(seeds) == 100_000
+    assert all(0 <= seed < 2**32 for seed in seeds)
 
 
 @pytest.mark.parametrize("order", ORDERS)
