@@ -6,6 +6,7 @@ heavy is imported inside, so that help, recipes and mistyped options never wait 
 
 import difflib
 import inspect
+import io
 import logging
 import os
 import platform
@@ -35,9 +36,12 @@ if TYPE_CHECKING:
     import torch
 
     from mergevq.codec import ImageReconstruction
+    from mergevq.config import TokenizerConfig
 
 Run = TypeVar("Run")
 
+_LARGE = 8
+"""Times the trained number of pixels from which a picture passed whole gets a warning."""
 _TRAIN_USAGE = "usage: mergevq train RECIPE [--section.field VALUE ..]"
 
 EXTRAS = {
@@ -89,6 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _call(command: Callable[..., object], arguments: list[str], *, prog: str) -> int:
     """Run a command, and say what went wrong; see `main`."""
     logging.basicConfig(format="mergevq: %(message)s")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name that the console cannot show is escaped, and ends nothing.
+            stream.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
@@ -227,6 +235,8 @@ def reconstruct(
     for path, output in zip(images, outputs, strict=True):
         try:
             picture = load_picture(path)
+            if size_policy == "error":
+                _warn_if_large(path, picture.size, tokenizer.config)
             with _naming(path):
                 results = [
                     reconstruct_image(tokenizer, picture, count, size_policy=size_policy)
@@ -587,6 +597,19 @@ def _output_paths(images: Sequence[Path], out: Path) -> list[Path]:
     if overwritten:
         raise ValueError(f"out ({out}) would overwrite {overwritten.pop()}; choose another folder")
     return outputs
+
+
+def _warn_if_large(path: Path, size: tuple[int, int], config: "TokenizerConfig") -> None:
+    """Say how much more a picture of (width, height) takes than one of the trained size."""
+    times = size[0] * size[1] / config.image_size**2
+    if times >= _LARGE:
+        cells = size[0] * size[1] // config.patch_size**2
+        print(
+            f"mergevq: {path}: {size[0]} x {size[1]} pixels are {cells} tokens at once, "
+            f"{times:.0f} times the {config.grid_size**2} trained on, which may take minutes and much memory; "
+            "--size-policy tile or resize takes less",
+            file=sys.stderr,
+        )
 
 
 def _unused(path: Path) -> Path:

@@ -46,7 +46,7 @@ _PLAIN = SamplingSettings()
 class SamplingOptions:
     """What samples, and how: options of `mergevq sample` and of `mergevq evaluate generation`."""
 
-    model: str = ""
+    generator: str = ""
     """directory of the generator, or its Hugging Face id."""
     tokenizer: str = ""
     """directory of the tokenizer of its tokens, or its Hugging Face id; by default where it was
@@ -85,15 +85,15 @@ class SamplingOptions:
         Raises:
             ValueError: there is no generator, its tokenizer is not known, or a setting is wrong.
         """
-        if not self.model:
-            raise ValueError("--model is missing: the directory of the generator")
+        if not self.generator:
+            raise ValueError("--generator is missing: the directory of the generator")
         tokenizer = self.tokenizer
         if not tokenizer:
             from mergevq.generation import known_tokenizer
 
-            tokenizer = known_tokenizer(self.model)
+            tokenizer = known_tokenizer(self.generator)
         return SampleRun(
-            model=self.model,
+            model=self.generator,
             tokenizer=tokenizer,
             num_images=num_images,
             num_kept=self.num_kept,
@@ -297,7 +297,7 @@ def generation(  # noqa: PLR0913 - each is an option
         batch_size: images at once.
     """
     run = None
-    if sampling.model or sampling.tokenizer:
+    if sampling.generator or sampling.tokenizer:
         run = sampling.run(num_images=num, batch_size=batch_size)
     settings = GenerationSettings(
         reference=str(reference),

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from mergevq.config import RecoverySource, SizePolicy, TokenizerConfig, check_choice
+from mergevq.choices import RecoverySource, check_choice
+from mergevq.config import SizePolicy, TokenizerConfig
 from mergevq.data import to_tensor
 from mergevq.images import to_rgb
 from mergevq.merge import Bits, Source

@@ -8,10 +8,9 @@ Rules: a count is `num_*`, `None` means off, a derived quantity is a property an
 `__post_init__` only validates.
 """
 
-import difflib
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Literal
 
 FORMAT_VERSION = 1
 """Version of `config.json`; raised when a field changes its meaning."""
@@ -21,8 +20,6 @@ MergeShape = Literal["linear", "square", "constant"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 GuidanceSchedule = Literal["constant", "linear", "cosine", "power"]
 Weights = Literal["float32", "bf16", "int8"]
-RecoverySource = Literal["given", "recovered"]
-"""Source map that a decoder is given: the encoder's, or the one inferred from the tokens."""
 SizePolicy = Literal["error", "resize", "tile"]
 """What to do with a picture the tokenizer was not trained on the size of.
 
@@ -801,13 +798,3 @@ class SampleRun:
 def _each(setting: float | int | tuple[float | int, ...]) -> tuple[float | int, ...]:
     """The numbers of a setting that may be one or several."""
     return setting if isinstance(setting, tuple) else (setting,)
-
-
-def check_choice(name: str, value: object, choices: Any) -> None:  # noqa: ANN401 - a Literal
-    """Raise `ValueError` unless a value is one of a `Literal`'s; a near one is suggested."""
-    allowed = get_args(choices)
-    if value in allowed:
-        return
-    near = difflib.get_close_matches(str(value), allowed, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{name} ({value!r}) must be one of {', '.join(map(repr, allowed))}{hint}")

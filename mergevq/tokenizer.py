@@ -24,7 +24,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from mergevq.checkpoint import from_json, load_model, load_strict, resolve, save_model
-from mergevq.config import RecoverySource, TokenizerConfig, check_choice
+from mergevq.choices import RecoverySource, check_choice
+from mergevq.config import TokenizerConfig
 from mergevq.config_probe import Pool, Stage
 from mergevq.layers import (
     NORM_EPS,
@@ -290,7 +291,7 @@ class Tokenizer(nn.Module):
     """Images to discrete tokens and back.
 
     Example:
-        >>> from mergevq.config import RecoverySource, TokenizerConfig, check_choice
+        >>> from mergevq.config import RecoverySource, TokenizerConfig
         >>> config = TokenizerConfig(
         ...     image_size=32, channels=16, channel_mult=(1, 2, 2), num_kept=16, num_layers=3,
         ...     num_decoder_layers=1, num_heads=4, num_decoder_heads=4, source_dim=32)

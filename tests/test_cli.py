@@ -180,6 +180,14 @@ def test_the_version_is_printed(capsys):
     assert capsys.readouterr().out.startswith("mergevq ")
 
 
+def test_a_large_picture_is_told_what_takes_less(model, capsys, tmp_path):
+    Image.new("RGB", (48, 48)).save(tmp_path / "large.png")
+    reconstruct([tmp_path / "large.png"], model, tmp_path)
+    printed = capsys.readouterr().err
+    assert "48 x 48 pixels are 576 tokens at once" in printed
+    assert "--size-policy tile" in printed
+
+
 def test_an_unreadable_picture_does_not_end_a_list(model, capsys, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     Image.new("RGB", (16, 16)).save(tmp_path / "good.png")
