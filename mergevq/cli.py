@@ -606,7 +606,8 @@ def _warn_if_large(path: Path, size: tuple[int, int], config: "TokenizerConfig")
         cells = size[0] * size[1] // config.patch_size**2
         print(
             f"mergevq: {path}: {size[0]} x {size[1]} pixels are {cells} tokens at once, "
-            f"{times:.0f} times the {config.grid_size**2} trained on, which may take minutes and much memory; "
+            f"{times:.0f} times the {config.grid_size**2} trained on, "
+            "which may take minutes and much memory; "
             "--size-policy tile or resize takes less",
             file=sys.stderr,
         )
