@@ -4,13 +4,15 @@ Each command is a function whose signature is its options and whose docstring is
 heavy is imported inside, so that help, recipes and mistyped options never wait for torch.
 """
 
+import difflib
 import inspect
+import io
 import logging
 import os
 import platform
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -34,9 +36,12 @@ if TYPE_CHECKING:
     import torch
 
     from mergevq.codec import ImageReconstruction
+    from mergevq.config import TokenizerConfig
 
 Run = TypeVar("Run")
 
+_LARGE = 8
+"""Times the trained number of pixels from which a picture passed whole gets a warning."""
 _TRAIN_USAGE = "usage: mergevq train RECIPE [--section.field VALUE ..]"
 
 EXTRAS = {
@@ -63,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe, 130 when interrupted.
     """
     name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name == "--version":
+        print(f"mergevq {_version('mergevq') or 'not installed'}")
+        return 0
     if name in {"-h", "--help"}:
         print(_usage())
         return 0
@@ -77,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         let_products_repeat()
     if name not in commands:
         usage = _usage() if commands is COMMANDS else _listed(prog, commands)
-        print(f"{prog}: no command {name!r}\n\n{usage}", file=sys.stderr)
+        print(f"{prog}: no command {name!r}{_near(name, commands)}\n\n{usage}", file=sys.stderr)
         return 2
     return _call(commands[name], arguments, prog=f"{prog} {name}")
 
@@ -85,6 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _call(command: Callable[..., object], arguments: list[str], *, prog: str) -> int:
     """Run a command, and say what went wrong; see `main`."""
     logging.basicConfig(format="mergevq: %(message)s")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name that the console cannot show is escaped, and ends nothing.
+            stream.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
@@ -128,7 +140,9 @@ def train(arguments: list[str]) -> int:
         print(f"{_TRAIN_USAGE}\n\n{_recipe_list()}")
         return 0
     if name not in RECIPES:
-        problem = f"mergevq train: no recipe {name!r}" if name else _TRAIN_USAGE
+        problem = _TRAIN_USAGE
+        if name:
+            problem = f"mergevq train: no recipe {name!r}{_near(name, RECIPES)}"
         print(f"{problem}\n\n{_recipe_list()}", file=sys.stderr)
         return 2
     run = RECIPES[name]()
@@ -186,7 +200,7 @@ def reconstruct(
     images: tyro.conf.Positional[tuple[Path, ...]],
     *,
     model: str,
-    tokens: Counts = (),
+    num_kept: Counts = (),
     out: Path = Path("reconstructions"),
     size_policy: SizePolicy = "error",
     device: Device = "auto",
@@ -199,14 +213,17 @@ def reconstruct(
     Args:
         images: files of any format and mode that Pillow reads.
         model: directory of a tokenizer, or owner/name@revision on Hugging Face.
-        tokens: K, one or several (16,20); the tokenizer's own if there are none.
+        num_kept: K, one or several (16,20); the tokenizer's own if there are none.
         out: where the pictures go.
         size_policy: for images of another size than trained: `error` takes multiples of the patch
             size as they are, `resize` keeps the aspect ratio and about the trained number of
             pixels, `tile` blends overlapping tiles of the trained size.
         device: where to compute.
+
+    Raises:
+        ValueError: an image could not be done; all others are.
     """
-    outputs, num_kepts = _output_paths(images, out), whole_numbers("tokens", tokens)
+    outputs, num_kepts = _output_paths(images, out), whole_numbers("num_kept", num_kept)
     prepare_to_compute()
     from mergevq.codec import load_picture, reconstruct_image, reconstruction_figure
     from mergevq.run import resolve_device
@@ -214,16 +231,30 @@ def reconstruct(
 
     tokenizer = Tokenizer.from_pretrained(model).to(resolve_device(device))
     out.mkdir(parents=True, exist_ok=True)
+    failed: list[ValueError] = []
     for path, output in zip(images, outputs, strict=True):
-        picture = load_picture(path)
-        results = []
-        for num_kept in num_kepts or (None,):
+        try:
+            picture = load_picture(path)
+            if size_policy == "error":
+                _warn_if_large(path, picture.size, tokenizer.config)
             with _naming(path):
-                result = reconstruct_image(tokenizer, picture, num_kept, size_policy=size_policy)
-            print(f"{path}: {_result_line(result)}")
-            results.append(result)
+                results = [
+                    reconstruct_image(tokenizer, picture, count, size_policy=size_policy)
+                    for count in num_kepts or (None,)
+                ]
+        except ValueError as error:
+            failed.append(error)
+            continue
+        # Saved first: a console that cannot show a name must not cost the picture.
         reconstruction_figure(results).save(output)
+        for result in results:
+            print(f"{path}: {_result_line(result)}")
         print(f"{path}: -> {output}")
+    if len(images) == 1 and failed:
+        raise failed[0]
+    if failed:
+        problems = "; ".join(map(str, failed))
+        raise ValueError(f"{len(failed)} of {len(images)} images could not be done: {problems}")
 
 
 def encode(
@@ -231,7 +262,7 @@ def encode(
     model: str,
     data: str,
     out: Path,
-    tokens: Counts = (),
+    num_kept: Counts = (),
     flip: tyro.conf.FlagCreatePairsOff[bool] = False,
     batch_size: int = 64,
     device: Device = "auto",
@@ -246,7 +277,7 @@ def encode(
         model: directory of a tokenizer, or owner/name@revision on Hugging Face.
         data: a folder of images, parquet files, WebDataset shards, or `digits`.
         out: folder of the tokens.
-        tokens: K, one or several (16,20); the tokenizer's own if there are none.
+        num_kept: K, one or several (16,20); the tokenizer's own if there are none.
         flip: also encode the mirror image of each image.
         batch_size: images encoded at once, a divisor of the 1024 of a shard.
         device: where to compute.
@@ -260,7 +291,7 @@ def encode(
         model,
         data,
         out,
-        num_kept=whole_numbers("tokens", tokens),
+        num_kept=whole_numbers("num_kept", num_kept),
         flip=flip,
         batch_size=batch_size,
         device=device,
@@ -332,7 +363,7 @@ def convert(
     *,
     out: Path,
     image_size: int | None = None,
-    tokens: int | None = None,
+    num_kept: int | None = None,
     num_heads: int | None = None,
     num_decoder_heads: int = 8,
     lpips: tuple[Path, Path] | None = None,
@@ -346,7 +377,7 @@ def convert(
         checkpoint: their `.ckpt`, a torch state dict or safetensors.
         out: directory to write; of LPIPS, the safetensors file.
         image_size: side of the training images in pixels.
-        tokens: K the model was trained for.
+        num_kept: K the model was trained for.
         num_heads: attention heads of the encoder.
         num_decoder_heads: attention heads of the decoder.
         lpips: instead of a checkpoint, torchvision's file of a VGG-16, AlexNet or SqueezeNet and
@@ -361,15 +392,16 @@ def convert(
     if lpips is not None:
         print(f"LPIPS: {convert_perceptual_files(*lpips, out, read=read_state)}")
         return
-    if checkpoint is None or image_size is None or tokens is None or num_heads is None:
+    if checkpoint is None or image_size is None or num_kept is None or num_heads is None:
         raise ValueError(
-            "name a checkpoint with --image-size, --tokens and --num-heads, or --lpips TRUNK HEADS"
+            "name a checkpoint with --image-size, --num-kept and --num-heads, "
+            "or --lpips TRUNK HEADS"
         )
     state = read_official(checkpoint)
     config = official_config(
         state,
         image_size=image_size,
-        num_kept=tokens,
+        num_kept=num_kept,
         num_heads=num_heads,
         num_decoder_heads=num_decoder_heads,
     )
@@ -471,6 +503,12 @@ def _usage() -> str:
     return _listed("mergevq", commands)
 
 
+def _near(name: str, known: Iterable[str]) -> str:
+    """The known name that a mistyped one is nearest to, as the end of a message."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
 def _listed(prog: str, commands: Mapping[str, Callable[..., object]]) -> str:
     """Some commands, one line each."""
     width = max(map(len, commands))
@@ -559,6 +597,20 @@ def _output_paths(images: Sequence[Path], out: Path) -> list[Path]:
     if overwritten:
         raise ValueError(f"out ({out}) would overwrite {overwritten.pop()}; choose another folder")
     return outputs
+
+
+def _warn_if_large(path: Path, size: tuple[int, int], config: "TokenizerConfig") -> None:
+    """Say how much more a picture of (width, height) takes than one of the trained size."""
+    times = size[0] * size[1] / config.image_size**2
+    if times >= _LARGE:
+        cells = size[0] * size[1] // config.patch_size**2
+        print(
+            f"mergevq: {path}: {size[0]} x {size[1]} pixels are {cells} tokens at once, "
+            f"{times:.0f} times the {config.grid_size**2} trained on, "
+            "which may take minutes and much memory; "
+            "--size-policy tile or resize takes less",
+            file=sys.stderr,
+        )
 
 
 def _unused(path: Path) -> Path:

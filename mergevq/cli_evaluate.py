@@ -46,12 +46,12 @@ _PLAIN = SamplingSettings()
 class SamplingOptions:
     """What samples, and how: options of `mergevq sample` and of `mergevq evaluate generation`."""
 
-    model: str = ""
+    generator: str = ""
     """directory of the generator, or owner/name@revision on Hugging Face."""
     tokenizer: str = ""
     """directory of the tokenizer of its tokens, or owner/name@revision on Hugging Face; by default
     where it was when the generator was trained."""
-    tokens: int | None = None
+    num_kept: int | None = None
     """K, one of those trained on; the generator's own by default."""
     guidance: float = _PLAIN.guidance_scale
     """scale of classifier-free guidance; 1 is none."""
@@ -85,18 +85,18 @@ class SamplingOptions:
         Raises:
             ValueError: there is no generator, its tokenizer is not known, or a setting is wrong.
         """
-        if not self.model:
-            raise ValueError("--model is missing: the directory of the generator")
+        if not self.generator:
+            raise ValueError("--generator is missing: the directory of the generator")
         tokenizer = self.tokenizer
         if not tokenizer:
             from mergevq.generation import known_tokenizer
 
-            tokenizer = known_tokenizer(self.model)
+            tokenizer = known_tokenizer(self.generator)
         return SampleRun(
-            model=self.model,
+            model=self.generator,
             tokenizer=tokenizer,
             num_images=num_images,
-            num_kept=self.tokens,
+            num_kept=self.num_kept,
             seed=self.seed,
             batch_size=batch_size,
             weights=self.weights,
@@ -121,7 +121,7 @@ Sampling = Annotated[SamplingOptions, tyro.conf.arg(name="")]
 def reconstruction(
     *,
     subject: SubjectOptions,
-    tokens: Counts = (),
+    num_kept: Counts = (),
     out: Path = Path("evaluations/reconstruction"),
     reference: Path | None = None,
     show: int = 4,
@@ -135,7 +135,7 @@ def reconstruction(
 
     Args:
         subject: what is evaluated, and by what.
-        tokens: K, one or several (36,64,144); the tokenizer's own if there are none.
+        num_kept: K, one or several (36,64,144); the tokenizer's own if there are none.
         out: where the results go.
         reference: statistics of the very images (`mergevq evaluate reference --kind
             reconstruction`); taken on the way without.
@@ -145,7 +145,7 @@ def reconstruction(
     settings = ReconstructionSettings(
         subject=subject,
         out=str(out),
-        num_kept=whole_numbers("tokens", tokens),
+        num_kept=whole_numbers("num_kept", num_kept),
         reference=_text(reference),
         num_shown=show,
         num_baseline_images=baseline_images,
@@ -162,7 +162,7 @@ def reconstruction(
 def robustness(
     *,
     subject: SubjectOptions,
-    tokens: int | None = None,
+    num_kept: int | None = None,
     fractions: tuple[str, ...] = tuple(map(str, FRACTIONS)),
     radius: int | None = None,
     seed: int = 0,
@@ -176,7 +176,7 @@ def robustness(
 
     Args:
         subject: what is evaluated, and by what.
-        tokens: K; the tokenizer's own by default.
+        num_kept: K; the tokenizer's own by default.
         fractions: shares of the tokens that are replaced (0,0.5,0.9).
         radius: most bits in which a replacement differs; by default the three of pFID, which are
             the smallest with at least 200, 280 and 360 of 4096 codes within them, and may be one.
@@ -186,7 +186,7 @@ def robustness(
     settings = RobustnessSettings(
         subject=subject,
         out=str(out),
-        num_kept=tokens,
+        num_kept=num_kept,
         fractions=_fractions(fractions),
         radius=radius,
         seed=seed,
@@ -297,7 +297,7 @@ def generation(  # noqa: PLR0913 - each is an option
         batch_size: images at once.
     """
     run = None
-    if sampling.model or sampling.tokenizer:
+    if sampling.generator or sampling.tokenizer:
         run = sampling.run(num_images=num, batch_size=batch_size)
     settings = GenerationSettings(
         reference=str(reference),

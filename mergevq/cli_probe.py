@@ -42,7 +42,7 @@ class SubjectOptions:
     """share of `data` to test on, without `val_data`; by default as the small recipes hold out."""
     max_images: int | None = None
     """use only so many training and so many test images, evenly spaced."""
-    tokens: Counts = ()
+    num_kept: Counts = ()
     """K, one or several, as in 36,144; the tokenizer's own if there are none. Merging off is always
     added."""
     seed: int = 0
@@ -141,7 +141,7 @@ def linear(
         batch_size=batch_size,
         weight_decay=weight_decay,
     )
-    _run(subject.run(method, features.config(subject.tokens), out))
+    _run(subject.run(method, features.config(subject.num_kept), out))
 
 
 def knn(
@@ -167,7 +167,7 @@ def knn(
         leave_one_out: classify each image of `data` by all others, instead of testing on others.
     """
     method = KnnConfig(num_neighbours=k, temperature=temperature, leave_one_out=leave_one_out)
-    _run(subject.run(method, features.config(subject.tokens), out))
+    _run(subject.run(method, features.config(subject.num_kept), out))
 
 
 def finetune(  # noqa: PLR0913 - each is an option
@@ -227,7 +227,7 @@ def finetune(  # noqa: PLR0913 - each is an option
         precision=precision,
         linear=LinearConfig(num_epochs=linear_epochs),
     )
-    _run(subject.run(method, FeatureConfig(num_kept=_counts(subject.tokens)), out))
+    _run(subject.run(method, FeatureConfig(num_kept=_counts(subject.num_kept)), out))
 
 
 COMMANDS: dict[str, Callable[..., object]] = {

@@ -7,13 +7,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from mergevq.choices import RecoverySource, check_choice
 from mergevq.config import SizePolicy, TokenizerConfig
 from mergevq.data import to_tensor
 from mergevq.images import to_rgb
@@ -142,7 +143,7 @@ def decode_image(
     tokenizer: Tokenizer,
     image: EncodedImage,
     *,
-    source: Literal["given", "recovered"] = "given",
+    source: RecoverySource = "given",
 ) -> Image.Image:
     """Turn tokens back into a picture of the size that was encoded.
 
@@ -151,6 +152,7 @@ def decode_image(
         image: from `encode_image`.
         source: the source map that was stored, or the one inferred from the tokens.
     """
+    check_choice("source", source, RecoverySource)
     return to_pil(_decode(tokenizer, image, source))
 
 
@@ -266,6 +268,12 @@ def _starts(length: int, tile_side: int) -> tuple[int, ...]:
 
 def _fit(image: Image.Image, config: TokenizerConfig, size_policy: SizePolicy) -> Image.Image:
     """RGB, and resized if that is the policy."""
+    check_choice("size_policy", size_policy, SizePolicy)
+    if not isinstance(image, Image.Image):
+        raise ValueError(
+            f"image is {type(image).__name__} and must be a PIL image; for a file use "
+            "load_picture, for an array PIL.Image.fromarray"
+        )
     # A copy, because turning upright changes the image it is given.
     picture = to_rgb(image.copy())
     if size_policy != "resize":
@@ -312,7 +320,7 @@ def _encode(
 
 @torch.no_grad()
 def _decode(
-    tokenizer: Tokenizer, image: EncodedImage, source: Literal["given", "recovered"]
+    tokenizer: Tokenizer, image: EncodedImage, source: RecoverySource
 ) -> Float[Tensor, "3 H W"]:
     """Decode all tiles, a few at a time, and blend them, in float32 on the CPU."""
     encoded, parts = image.encoded, []

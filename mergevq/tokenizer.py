@@ -16,7 +16,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -25,6 +25,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from mergevq.checkpoint import build_for, from_json, load_model, resolve, save_model
+from mergevq.choices import RecoverySource, check_choice
 from mergevq.config import TokenizerConfig
 from mergevq.config_probe import Pool, Stage
 from mergevq.layers import (
@@ -293,7 +294,7 @@ class Tokenizer(nn.Module):
     """Images to discrete tokens and back.
 
     Example:
-        >>> from mergevq.config import TokenizerConfig
+        >>> from mergevq.config import RecoverySource, TokenizerConfig
         >>> config = TokenizerConfig(
         ...     image_size=32, channels=16, channel_mult=(1, 2, 2), num_kept=16, num_layers=3,
         ...     num_decoder_layers=1, num_heads=4, num_decoder_heads=4, source_dim=32)
@@ -419,6 +420,11 @@ class Tokenizer(nn.Module):
                 f"grid_shape {grid_shape} must have the {num_tokens} cells of the source; pass "
                 "the grid_shape that encode returned"
             )
+        if tokens.shape[1] != source.num_kept:
+            raise ValueError(
+                f"tokens ({tokens.shape[1]}) must be as many as the source keeps "
+                f"({source.num_kept})"
+            )
         if not tokens.is_floating_point():
             tokens = indices_to_codes(tokens, self.config.num_bits, self._dtype)
         return self.decoder(unmerge(tokens, source), grid_shape)
@@ -439,9 +445,10 @@ class Tokenizer(nn.Module):
         self,
         image: Float[Tensor, "b 3 h w"],
         num_kept: int | None = None,
-        source: Literal["given", "recovered"] = "given",
+        source: RecoverySource = "given",
     ) -> Reconstruction:
         """Encode and decode, with the encoder's source or the one inferred from the codes."""
+        check_choice("source", source, RecoverySource)
         encoded = self.encode(image, num_kept)
         used = encoded.source
         if source == "recovered":
@@ -473,6 +480,8 @@ class Tokenizer(nn.Module):
         Raises:
             ValueError: the layer does not exist, or is not the last of a stage that needs it.
         """
+        check_choice("stage", stage, Stage)
+        check_choice("pool", pool, Pool)
         num_layers = self.config.num_layers if layer is None else layer
         self._check_stage(stage, num_layers)
         if stage == "pre_merge":
@@ -604,6 +613,16 @@ class Tokenizer(nn.Module):
 
     def _check_image(self, image: Tensor) -> None:
         """Raise `ValueError` unless the image is floating point in [-1, 1]."""
+        if not isinstance(image, Tensor):
+            raise ValueError(
+                f"image is {type(image).__name__} and must be a tensor of shape (b, 3, h, w); for "
+                "a picture use mergevq.codec.encode_image, for a file load_picture before it"
+            )
+        if image.ndim != 4:
+            raise ValueError(
+                f"image has {image.ndim} dimensions and must have 4 (b, 3, h, w); "
+                "for a single image use image[None]"
+            )
         if not image.is_floating_point():
             raise ValueError(
                 f"image has dtype {image.dtype} and must be floating point in [-1, 1]; "

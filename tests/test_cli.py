@@ -104,7 +104,7 @@ def test_help_lists_the_commands(arguments, capsys):
 def test_an_unknown_command_lists_those_there_are(capsys):
     assert main(["trian"]) == 2
     printed = capsys.readouterr().err
-    assert "no command 'trian'" in printed
+    assert "no command 'trian'; did you mean 'train'?" in printed
     for name in COMMANDS:
         assert f"\n  {name} " in printed
 
@@ -168,6 +168,35 @@ def test_an_error_with_a_way_out_is_one_line(capsys, tmp_path):
     printed = capsys.readouterr().err
     assert printed.startswith("mergevq: error: no directory ")
     assert printed.count("\n") == 1
+
+
+def test_a_mistyped_recipe_is_told_the_nearest(capsys):
+    assert main(["train", "digits33"]) == 2
+    assert "did you mean 'digits32'" in capsys.readouterr().err
+
+
+def test_the_version_is_printed(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("mergevq ")
+
+
+def test_a_large_picture_is_told_what_takes_less(model, capsys, tmp_path):
+    Image.new("RGB", (48, 48)).save(tmp_path / "large.png")
+    reconstruct([tmp_path / "large.png"], model, tmp_path)
+    printed = capsys.readouterr().err
+    assert "48 x 48 pixels are 576 tokens at once" in printed
+    assert "--size-policy tile" in printed
+
+
+def test_an_unreadable_picture_does_not_end_a_list(model, capsys, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    Image.new("RGB", (16, 16)).save(tmp_path / "good.png")
+    pictures = [tmp_path / "bad.png", tmp_path / "good.png"]
+    assert reconstruct(pictures, model, tmp_path, "--size-policy", "resize") == 1
+    assert (tmp_path / "out" / "good.png").is_file()
+    printed = capsys.readouterr().err
+    assert "1 of 2 images could not be done" in printed
+    assert "bad.png" in printed
 
 
 def test_an_error_that_is_not_ours_keeps_its_traceback(monkeypatch):

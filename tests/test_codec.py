@@ -3,6 +3,7 @@ import io
 import itertools
 import math
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -305,3 +306,41 @@ def test_a_file_that_is_no_image_is_named(tmp_path, name):
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:500])
     with pytest.raises(ValueError, match=f"{name} cannot be read"):
         load_picture(tmp_path / name)
+
+
+# --------------------------------------------------------------------------- typing errors
+
+
+@pytest.fixture
+def untyped():
+    """Without the checks of types that only tests have, as a user calls."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda t, x: t.reconstruct(x, 20, "recoverd"), "did you mean 'recovered'"),
+        (lambda t, x: t.features(x, pool="avg"), "pool .'avg'. must be one of"),
+        (lambda t, x: t.features(x, stage="merge"), "did you mean 'merged'"),
+        (lambda t, _: encode_image(t, noise(16, 16), size_policy="resise"), "mean 'resize'"),
+        (
+            lambda t, _: decode_image(t, encode_image(t, noise(16, 16)), source="recoverd"),
+            "mean 'recovered'",
+        ),
+        (lambda t, _: encode_image(t, "a.png"), "image is str and must be a PIL image"),
+        (lambda t, _: t.encode(noise(16, 16)), "image is Image and must be a tensor"),
+        (lambda t, x: t.encode(x.numpy()), "image is ndarray and must be a tensor"),
+        (lambda t, x: t.encode(x[0]), "image has 3 dimensions and must have 4"),
+        (
+            lambda t, x: t.decode((e := t.encode(x, 20)).indices[:, :9], e.source),
+            "tokens .9. must be as many as the source keeps .20.",
+        ),
+    ],
+)
+def test_a_wrong_argument_gets_a_sentence(tokenizer, call, message, untyped):
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        call(tokenizer, to_tensor(noise(16, 16))[None])
