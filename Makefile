@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: help quickstart test slow check fix
+.PHONY: help quickstart test slow check ledger fix
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -12,7 +12,7 @@ quickstart: .venv/installed-quickstart  ## train on handwritten digits and write
 	$(BIN)/mergevq quickstart
 
 # One thread: the tests' tensors are too small to share.
-test slow check: export OMP_NUM_THREADS := 1
+test slow check ledger: export OMP_NUM_THREADS := 1
 test: .venv/installed-dev  ## run the default tests
 	$(BIN)/python -m pytest -q -n auto
 
@@ -25,6 +25,9 @@ check: .venv/installed-dev  ## lint, types, layers, default tests
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m pytest -q -n auto
+
+ledger: .venv/installed-dev  ## losses of every recipe equal those of BASE, by default where the branch began
+	$(BIN)/python benchmarks/ledger.py $(BASE)
 
 fix: .venv/installed-dev  ## format, and repair what the linter can
 	$(BIN)/ruff check --fix
