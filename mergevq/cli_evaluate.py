@@ -498,8 +498,9 @@ def whole_numbers(name: str, texts: Sequence[str]) -> tuple[int, ...]:
     try:
         return tuple(int(part) for text in texts for part in text.split(",") if part.strip())
     except ValueError:
+        option = name.replace("_", "-")
         raise ValueError(
-            f"{name} ({' '.join(texts)}) must be whole numbers: --{name} 16,20"
+            f"{name} ({' '.join(texts)}) must be whole numbers: --{option} 16,20"
         ) from None
 
 

@@ -346,10 +346,10 @@ def imagenet256_gr_d96() -> TokenizerRun:
 def digits32_ar() -> GeneratorRun:
     """MergeAR on the tokens of `digits32`, 16 to 24 distinct ones on a grid of 64: the quickstart.
 
-    Tokens: `mergevq encode --model runs/digits32/model --data digits --tokens 16 20 24 --out
-    runs/digits32/tokens`. Hardware and time: 2 CPU cores, 45 seconds at 879 sequences a second
-    (measured). Expected: 96.5 % of 200 samples at guidance 2 are taken for the class that was asked
-    for (measured, docs/results.md).
+    Tokens: `mergevq encode --model runs/digits32/model --data digits --num-kept 16 20 24
+    --out runs/digits32/tokens`. Hardware and time: 2 CPU cores, 45 seconds at 879 sequences a
+    second (measured). Expected: 96.5 % of 200 samples at guidance 2 are taken for the class that
+    was asked for (measured, docs/results.md).
     """
     return GeneratorRun(
         model=GeneratorConfig(
@@ -392,7 +392,7 @@ def digits32_ar() -> GeneratorRun:
 def tiny64_mergear() -> GeneratorRun:
     """MergeAR on the tokens of `tiny64_gr`: 256 cells in raster order, 144 to 256 distinct tokens.
 
-    Tokens: `mergevq encode --tokens 144 169 196 225 256 --out runs/tiny64_gr/tokens ..`. Hardware
+    Tokens: `mergevq encode --num-kept 144 169 196 225 256 --out runs/tiny64_gr/tokens ..`. Hardware
     and time: not measured, 20,000 steps of 64 sequences. Expected: not measured at this size; a
     narrower one, 19 minutes of one CPU core, is in docs/results.md.
     """
@@ -428,7 +428,7 @@ def tiny64_mergear() -> GeneratorRun:
 def tiny64_randar() -> GeneratorRun:
     """RandAR on the tokens of `tiny64_gr`: 144 kept tokens in random order, then their source.
 
-    Tokens: `mergevq encode --tokens 144 --out runs/tiny64_gr/tokens ..`. Hardware and time: not
+    Tokens: `mergevq encode --num-kept 144 --out runs/tiny64_gr/tokens ..`. Hardware and time: not
     measured, 20,000 steps of 64 sequences. Expected: not measured.
     """
     run = tiny64_mergear()
@@ -444,7 +444,7 @@ def tiny64_randar() -> GeneratorRun:
 def tiny64_raster() -> GeneratorRun:
     """Plain raster order on all 256 tokens of `tiny64_gr`: the baseline, as LlamaGen.
 
-    Tokens: `mergevq encode --tokens 256 --out runs/tiny64_gr/tokens ..`. Hardware and time: not
+    Tokens: `mergevq encode --num-kept 256 --out runs/tiny64_gr/tokens ..`. Hardware and time: not
     measured, 20,000 steps of 64 sequences. Expected: not measured at this size; a narrower one is
     in docs/results.md.
     """
@@ -460,7 +460,7 @@ def tiny64_raster() -> GeneratorRun:
 def tiny64_anchored() -> GeneratorRun:
     """Anchored order on the tokens of `tiny64_gr`: 144 kept tokens and the cells they open at.
 
-    Tokens: `mergevq encode --tokens 144 --out runs/tiny64_gr/tokens ..`. Hardware and time: not
+    Tokens: `mergevq encode --num-kept 144 --out runs/tiny64_gr/tokens ..`. Hardware and time: not
     measured, 20,000 steps of 64 sequences. Expected: not measured at this size; a narrower one is
     in docs/results.md.
     """
@@ -476,7 +476,7 @@ def tiny64_anchored() -> GeneratorRun:
 def imagenet256_gr_mergear() -> GeneratorRun:
     """MergeAR-L on the tokens of `imagenet256_gr`: 256 cells, 144 to 256 distinct tokens.
 
-    Tokens: `mergevq encode --flip --tokens 144 169 196 225 256 --out runs/imagenet256_gr/tokens
+    Tokens: `mergevq encode --flip --num-kept 144 169 196 225 256 --out runs/imagenet256_gr/tokens
     ..`. Hardware and time: not stated in the paper; 300 epochs. Expected: gFID 3.25, IS 253.8
     (paper, Table 3), by its text without guidance.
     """
@@ -524,7 +524,7 @@ def imagenet256_gr_mergear() -> GeneratorRun:
 def imagenet256_gr_randar() -> GeneratorRun:
     """RandAR-L on the tokens of `imagenet256_gr`: 144 kept tokens in random order, 64 steps.
 
-    Tokens: `mergevq encode --flip --tokens 144 --out runs/imagenet256_gr/tokens ..`. Hardware and
+    Tokens: `mergevq encode --flip --num-kept 144 --out runs/imagenet256_gr/tokens ..`. Hardware and
     time: not stated in the paper; 300 epochs. Expected: gFID 2.63, IS 279.5 (paper, Table 3).
     """
     run = imagenet256_gr_mergear()
@@ -541,7 +541,7 @@ def imagenet256_gr_randar() -> GeneratorRun:
 def imagenet256_g_mergear() -> GeneratorRun:
     """MergeAR-L on the tokens of `imagenet256_g`: 1,024 cells, 256 to 1,024 distinct tokens.
 
-    Tokens: `mergevq encode --flip --tokens 256 324 400 529 1024 --out runs/imagenet256_g/tokens
+    Tokens: `mergevq encode --flip --num-kept 256 324 400 529 1024 --out runs/imagenet256_g/tokens
     ..`. Hardware and time: not stated in the paper; 300 epochs. Expected: gFID 3.05, IS 260.9
     (paper, Table 3), by its text without guidance.
     """
@@ -561,7 +561,7 @@ def imagenet256_g_mergear() -> GeneratorRun:
 def imagenet256_g_randar() -> GeneratorRun:
     """RandAR-L on the tokens of `imagenet256_g`: 256 kept tokens in random order, 88 steps.
 
-    Tokens: `mergevq encode --flip --tokens 256 --out runs/imagenet256_g/tokens ..`. Hardware and
+    Tokens: `mergevq encode --flip --num-kept 256 --out runs/imagenet256_g/tokens ..`. Hardware and
     time: not stated in the paper; 300 epochs. Expected: gFID 2.24, IS 320.4 (paper, Table 3).
     """
     run = imagenet256_gr_randar()
@@ -580,7 +580,7 @@ def imagenet256_g_randar() -> GeneratorRun:
 def imagenet256_gr_raster() -> GeneratorRun:
     """Plain raster order (LlamaGen-L) on all 256 tokens of `imagenet256_gr`: the baseline.
 
-    Tokens: `mergevq encode --flip --tokens 256 --out runs/imagenet256_gr/tokens ..`. Hardware and
+    Tokens: `mergevq encode --flip --num-kept 256 --out runs/imagenet256_gr/tokens ..`. Hardware and
     time: not stated in the paper; 300 epochs. Expected: gFID 3.28, IS 251.6 (paper, Table 3).
     """
     run = imagenet256_gr_mergear()
@@ -597,7 +597,7 @@ def imagenet256_gr_raster() -> GeneratorRun:
 def imagenet256_g_raster() -> GeneratorRun:
     """Plain raster order (LlamaGen-L) on all 1,024 tokens of `imagenet256_g`: the baseline.
 
-    Tokens: `mergevq encode --flip --tokens 1024 --out runs/imagenet256_g/tokens ..`. Hardware and
+    Tokens: `mergevq encode --flip --num-kept 1024 --out runs/imagenet256_g/tokens ..`. Hardware and
     time: not stated in the paper; 300 epochs. Expected: gFID 3.14 (paper, Table 5).
     """
     run, merged = imagenet256_gr_raster(), imagenet256_g_mergear()

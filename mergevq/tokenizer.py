@@ -294,7 +294,8 @@ class Tokenizer(nn.Module):
     """Images to discrete tokens and back.
 
     Example:
-        >>> from mergevq.config import RecoverySource, TokenizerConfig
+        >>> from mergevq.choices import RecoverySource
+        >>> from mergevq.config import TokenizerConfig
         >>> config = TokenizerConfig(
         ...     image_size=32, channels=16, channel_mult=(1, 2, 2), num_kept=16, num_layers=3,
         ...     num_decoder_layers=1, num_heads=4, num_decoder_heads=4, source_dim=32)
@@ -616,7 +617,8 @@ class Tokenizer(nn.Module):
         if not isinstance(image, Tensor):
             raise ValueError(
                 f"image is {type(image).__name__} and must be a tensor of shape (b, 3, h, w); for "
-                "a picture use mergevq.codec.encode_image, for a file load_picture before it"
+                "a picture use mergevq.codec.encode_image, "
+                "for a file load_picture before it"
             )
         if image.ndim != 4:
             raise ValueError(

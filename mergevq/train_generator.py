@@ -293,7 +293,7 @@ def fitted_config(run: GeneratorRun, record: TokenRecord) -> GeneratorConfig:
         there = ", ".join(map(str, record.num_kept))
         raise ValueError(
             f"kept.candidates {missing} must be among the K of the tokens in {run.tokens.path} "
-            f"({there}); encode the images with --tokens {' '.join(map(str, missing))} too, into "
+            f"({there}); encode the images with --num-kept {' '.join(map(str, missing))} too, into "
             "another folder"
         )
     return replace(model, num_classes=record.num_classes)

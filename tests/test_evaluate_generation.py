@@ -314,7 +314,7 @@ def test_lighter_weights_sample_and_say_what_they_cost(tmp_path, folder):
 
 
 def test_two_processes_sample_and_measure_what_one_does(tmp_path, folder):
-    models = ["--model", str(folder / "generator"), "--tokenizer", str(folder / "tokenizer")]
+    models = ["--generator", str(folder / "generator"), "--tokenizer", str(folder / "tokenizer")]
     networks = ["--extractor", str(folder / "colours.pt"), "--classifier"]
     networks += [str(folder / "colours.pt"), "--reference", str(folder / "generation.npz")]
     options = ["--num-images", "6", "--batch-size", "2", "--guidance", "2", "--device", "cpu"]

@@ -221,7 +221,7 @@ def test_a_generator_fits_the_tokens_of_its_tokenizer(name, tokenizer):
 def test_the_docstring_names_every_k_to_encode(name, tokenizer):
     run = GENERATOR_RECIPES[name]()
     text = " ".join((GENERATOR_RECIPES[name].__doc__ or "").split())
-    assert f"--tokens {' '.join(map(str, run.kept.candidates))} --out {run.tokens.path}" in text
+    assert f"--num-kept {' '.join(map(str, run.kept.candidates))} --out {run.tokens.path}" in text
     assert tokenizer in text
 
 

@@ -435,7 +435,7 @@ def test_tokens_must_fit_the_architecture(material):
         fitted_config(run, replace(record, num_bits=8))
     with pytest.raises(ValueError, match=r"model.grid_size \(\(8, 8\)\) must be \(4, 16\)"):
         fitted_config(run, replace(record, grid_shape=(4, 16)))
-    with pytest.raises(ValueError, match=r"--tokens 24"):
+    with pytest.raises(ValueError, match=r"--num-kept 24"):
         fitted_config(run, replace(record, num_kept=(16,)))
     wrong = replace(run, model=replace(run.model, num_classes=10))
     with pytest.raises(ValueError, match=r"model.num_classes \(10\) must be 3"):
@@ -565,7 +565,7 @@ def test_the_command_trains_and_samples(material, tmp_path, capsys):
     assert main(command) == 0
     model = capsys.readouterr().out.removeprefix("trained generator: ").strip()
     assert model == str(tmp_path / "run/model")
-    models = ["--model", model, "--tokenizer", str(material / "tokenizer"), "--device", "cpu"]
+    models = ["--generator", model, "--tokenizer", str(material / "tokenizer"), "--device", "cpu"]
     command = ["sample", *models, "--classes", "2", "--num", "3", "--out", str(tmp_path / "out")]
     assert main(command) == 0
     assert (tmp_path / "out/000002.png").is_file()
