@@ -15,6 +15,7 @@ from mergevq.train_tokenizer import train
 
 TOKENIZER_RECIPES = (
     "digits32",
+    "photos64",
     "tiny64_g",
     "tiny64_gr",
     "tiny64_r",
@@ -33,6 +34,7 @@ SHRUNK_APART = [name for name in TOKENIZER_RECIPES if not name.endswith("_d96")]
 # Each generator recipe, and the tokenizer recipe whose tokens it learns.
 LEARNS_FROM = {
     "digits32_ar": "digits32",
+    "photos64_mergear": "photos64",
     "tiny64_mergear": "tiny64_gr",
     "tiny64_randar": "tiny64_gr",
     "tiny64_raster": "tiny64_gr",
