@@ -28,7 +28,8 @@ from mergevq.cli_evaluate import (
     logit_error_line,
     whole_numbers,
 )
-from mergevq.config import Device, GeneratorRun, SizePolicy
+from mergevq.config import Device, SizePolicy
+from mergevq.config_generator import GeneratorRun
 from mergevq.recipes import RECIPES
 from mergevq.terminal import let_products_repeat, prepare_to_compute, print_table
 

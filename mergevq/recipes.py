@@ -10,19 +10,21 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mergevq.config import (
-    GENERATOR_SIZES,
     DataConfig,
-    GeneratorConfig,
-    GeneratorRun,
     KeptConfig,
     LossConfig,
     OptimConfig,
-    SamplingSettings,
     TeacherConfig,
     TokenizerConfig,
     TokenizerRun,
-    TokensConfig,
     TrainConfig,
+)
+from mergevq.config_generator import (
+    GENERATOR_SIZES,
+    GeneratorConfig,
+    GeneratorRun,
+    SamplingSettings,
+    TokensConfig,
 )
 
 _DINOV2_BASE = "facebook/dinov2-base@f9e44c814b77203eaa57a6bdbbd535f21ede1415"

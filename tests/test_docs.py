@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mergevq.cli import COMMANDS, GROUPS
-from mergevq.config import GENERATOR_SIZES
+from mergevq.config_generator import GENERATOR_SIZES
 from mergevq.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
