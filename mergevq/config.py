@@ -57,6 +57,11 @@ class TokenizerConfig:
     """Add fixed sine and cosine features of the cell, for any grid; a patch stem needs them."""
     layer_scale: float = 1e-5
     """Initial gain of residual branches; 1e-5 suits long runs, short ones want 0.1 or more."""
+    transformer_norm_eps: float = 1e-6
+    """Added to the variance in the layer norms of the encoder's and the decoder's blocks; the
+    authors' code has 1e-5."""
+    patch_norm_eps: float = 1e-5
+    """Added to the variance in the norm of a patch stem; the authors' code has 1e-6."""
     merge_shape: MergeShape = "linear"
     """How merging is spread over blocks: `linear` is the authors' code, `square` the paper's."""
     num_kept: int = 144
@@ -100,6 +105,9 @@ class TokenizerConfig:
             f"num_kept ({self.num_kept}) must be at least {least}: each of num_layers "
             f"({self.num_layers}) can merge half of its tokens and the first has {self.num_tokens}",
         )
+        for name in ("transformer_norm_eps", "patch_norm_eps"):
+            eps = getattr(self, name)
+            _require(0 < eps < 1, f"{name} ({eps}) must be above 0 and below 1")
         low, high = self.kept_range or (1, 1)
         _require(
             1 <= low <= high, f"kept_range {self.kept_range} must be a smallest and a largest K"

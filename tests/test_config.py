@@ -124,6 +124,8 @@ def test_groups_of_normalisation_are_32_where_the_width_has_them():
         ({"num_kept": 257}, "num_kept (257) must be between 1 and the 256 tokens"),
         ({"num_kept": 0}, "num_kept (0) must be between 1 and the 256 tokens"),
         ({"num_kept": 63, "num_layers": 2}, "num_kept (63) must be at least 64: each of"),
+        ({"transformer_norm_eps": 0.0}, "transformer_norm_eps (0.0) must be above 0 and below 1"),
+        ({"patch_norm_eps": float("nan")}, "patch_norm_eps (nan) must be above 0 and below 1"),
         ({"kept_range": (200, 100)}, "kept_range (200, 100) must be a smallest and a largest K"),
         ({"num_bits": 0}, "num_bits (0) must be between 1 and 63"),
         ({"num_bits": 64}, "num_bits (64) must be between 1 and 63"),
