@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from mergevq.codec import reconstruct_image
-from mergevq.config import SampleRun, SamplingSettings
+from mergevq.config_generator import SampleRun, SamplingSettings
 from mergevq.data import eval_batches, load_square
 from mergevq.generation import Pair, generate, load_pair
 from mergevq.images import ImageDataset, open_images, to_rgb

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mergevq.cache import FullCache, SlotCache
 from mergevq.checkpoint import to_json
-from mergevq.config import GENERATOR_SIZES, GeneratorConfig, SamplingSettings, Weights
+from mergevq.config_generator import GENERATOR_SIZES, GeneratorConfig, SamplingSettings, Weights
 from mergevq.generator import Generator
 from mergevq.quantize import indices_to_subindices
 from mergevq.run import Progress, environment, step_generator

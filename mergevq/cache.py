@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from mergevq.attention import attend, attend_apart
-from mergevq.config import GeneratorConfig
+from mergevq.config_generator import GeneratorConfig
 from mergevq.transformer import cell_positions, rotation
 
 

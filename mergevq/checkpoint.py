@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mergevq.config import FORMAT_VERSION
+from mergevq.config import FORMAT_VERSION, TokenizerConfig
 from mergevq.files import (
     broken_weights,
     open_tensors,
@@ -61,6 +61,8 @@ _AFTER_THE_TOKENS = (
     "num_source_heads",
 )
 """Settings of a tokenizer that decide none: each token file says its own K."""
+_LATER_SETTINGS = ("transformer_norm_eps", "patch_norm_eps")
+"""Settings that the records of older tokenizers lack; those tokenizers have their defaults."""
 
 # ------------------------------------------------------------------------------------ settings
 
@@ -341,6 +343,11 @@ def tokens_hash(directory: str | Path) -> str:
     directory = readable(Path(directory))
     record = read_record(directory)
     settings = {n: v for n, v in record["config"].items() if n not in _AFTER_THE_TOKENS}
+    defaults = {field.name: field.default for field in dataclasses.fields(TokenizerConfig)}
+    for name in _LATER_SETTINGS:
+        # An older tokenizer keeps its hash when it is saved anew.
+        if settings.get(name) == defaults[name]:
+            del settings[name]
     digest = hashlib.sha256(json.dumps([record["kind"], settings], sort_keys=True).encode())
     with open_tensors(directory / WEIGHTS) as weights:
         for name in sorted(weights.keys()):

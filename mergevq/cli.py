@@ -28,7 +28,8 @@ from mergevq.cli_evaluate import (
     logit_error_line,
     whole_numbers,
 )
-from mergevq.config import Device, GeneratorRun, SizePolicy
+from mergevq.config import Device, SizePolicy
+from mergevq.config_generator import GeneratorRun
 from mergevq.recipes import RECIPES
 from mergevq.terminal import let_products_repeat, prepare_to_compute, print_table
 
@@ -365,7 +366,7 @@ def convert(
     image_size: int | None = None,
     num_kept: int | None = None,
     num_heads: int | None = None,
-    num_decoder_heads: int = 8,
+    num_decoder_heads: int | None = None,
     lpips: tuple[Path, Path] | None = None,
 ) -> None:
     """Turn a checkpoint of the authors' code into a model directory of this one, or LPIPS weights.
@@ -379,7 +380,8 @@ def convert(
         image_size: side of the training images in pixels.
         num_kept: K the model was trained for.
         num_heads: attention heads of the encoder.
-        num_decoder_heads: attention heads of the decoder.
+        num_decoder_heads: attention heads of the decoder; none is 12 where it is 768 wide (d96),
+            else 8.
         lpips: instead of a checkpoint, torchvision's file of a VGG-16, AlexNet or SqueezeNet and
             the LPIPS authors' file of its heads.
 

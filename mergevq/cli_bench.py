@@ -12,7 +12,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mergevq.config import Device, Weights
+from mergevq.config import Device
+from mergevq.config_generator import Weights
 from mergevq.recipes import GENERATOR_RECIPES, TOKENIZER_RECIPES
 from mergevq.terminal import print_table
 

@@ -12,13 +12,7 @@ from typing import Annotated, TypeVar
 
 import tyro
 
-from mergevq.config import (
-    Device,
-    GuidanceSchedule,
-    SampleRun,
-    SamplingSettings,
-    Weights,
-)
+from mergevq.config import Device
 from mergevq.config_evaluate import (
     FRACTIONS,
     BaselineRecord,
@@ -33,6 +27,7 @@ from mergevq.config_evaluate import (
     Subject,
     TrunkName,
 )
+from mergevq.config_generator import GuidanceSchedule, SampleRun, SamplingSettings, Weights
 
 Number = TypeVar("Number", int, float)
 

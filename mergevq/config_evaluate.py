@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypedDict
 
-from mergevq.config import Device, Precision, SampleRun, TokenizerConfig
+from mergevq.config import Device, Precision, TokenizerConfig
+from mergevq.config_generator import SampleRun
 
 TrunkName = Literal["vgg", "alex", "squeeze"]
 """Networks of LPIPS."""

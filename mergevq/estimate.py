@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mergevq import distributed, train_generator, train_tokenizer
-from mergevq.config import GeneratorConfig, GeneratorRun, KeptConfig, TokenizerRun
+from mergevq.config import KeptConfig, TokenizerRun
+from mergevq.config_generator import GeneratorConfig, GeneratorRun
 from mergevq.data import Batch, open_train_val
 from mergevq.run import resolve_device
 from mergevq.tokens import open_tokens

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from mergevq import distributed
 from mergevq.checkpoint import read_json, to_json, write_json
-from mergevq.config import FORMAT_VERSION, SampleRun
+from mergevq.config import FORMAT_VERSION
 from mergevq.config_evaluate import GenerationRecord, GenerationSettings
+from mergevq.config_generator import SampleRun
 from mergevq.data import eval_batches
 from mergevq.evaluate import (
     RECORD,

@@ -32,7 +32,8 @@ from mergevq.checkpoint import (
     write_json,
 )
 from mergevq.codec import load_picture
-from mergevq.config import FORMAT_VERSION, SampleRun, SamplingSettings
+from mergevq.config import FORMAT_VERSION
+from mergevq.config_generator import SampleRun, SamplingSettings
 from mergevq.data import crop_square, load_square, to_tensor
 from mergevq.generator import Generator, random_orders
 from mergevq.merge import Source

@@ -45,7 +45,7 @@ from mergevq.checkpoint import (
     resolve,
     save_model,
 )
-from mergevq.config import GeneratorConfig
+from mergevq.config_generator import GeneratorConfig
 from mergevq.quantize import indices_to_subindices, subindices_to_indices
 from mergevq.transformer import (
     Block,

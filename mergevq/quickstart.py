@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from mergevq.checkpoint import changed_settings, load_model, to_json
-from mergevq.config import GeneratorRun, TokenizerRun
+from mergevq.config import TokenizerRun
+from mergevq.config_generator import GeneratorRun
 from mergevq.encode import encode
 from mergevq.recipes import digits32, digits32_ar
 from mergevq.report import require_plots, write_report

@@ -10,19 +10,21 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mergevq.config import (
-    GENERATOR_SIZES,
     DataConfig,
-    GeneratorConfig,
-    GeneratorRun,
     KeptConfig,
     LossConfig,
     OptimConfig,
-    SamplingSettings,
     TeacherConfig,
     TokenizerConfig,
     TokenizerRun,
-    TokensConfig,
     TrainConfig,
+)
+from mergevq.config_generator import (
+    GENERATOR_SIZES,
+    GeneratorConfig,
+    GeneratorRun,
+    SamplingSettings,
+    TokensConfig,
 )
 
 _DINOV2_BASE = "facebook/dinov2-base@f9e44c814b77203eaa57a6bdbbd535f21ede1415"
@@ -335,7 +337,12 @@ def imagenet256_g_d96() -> TokenizerRun:
     run, wide = imagenet256_g(), imagenet256_gr_d96()
     return replace(
         run,
-        model=replace(run.model, channels=wide.model.channels, num_heads=wide.model.num_heads),
+        model=replace(
+            run.model,
+            channels=wide.model.channels,
+            num_heads=wide.model.num_heads,
+            num_decoder_heads=wide.model.num_decoder_heads,
+        ),
         optim=wide.optim,
         train=replace(run.train, num_steps=wide.train.num_steps),
         out="runs/imagenet256_g_d96",
@@ -366,7 +373,7 @@ def imagenet256_gr_d96() -> TokenizerRun:
     run = imagenet256_gr()
     return replace(
         run,
-        model=replace(run.model, channels=96, num_heads=12),
+        model=replace(run.model, channels=96, num_heads=12, num_decoder_heads=12),
         optim=replace(run.optim, clip_norm=5.0),
         # 200 epochs of 1,281,167 images at batch 256.
         train=replace(run.train, num_steps=1_001_000),

@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from mergevq.cache import FullCache, SlotCache
-from mergevq.config import SamplingSettings
+from mergevq.config_generator import SamplingSettings
 from mergevq.generator import Generator, legal_gaps
 from mergevq.quantize import indices_to_subindices
 from mergevq.transformer import Rotation, first_occurrence, leaders

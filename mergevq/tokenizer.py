@@ -117,7 +117,9 @@ class Encoder(nn.Module):
         self.stem = _cnn_stem(config) if config.stem == "cnn" else _patch_stem(config)
         self.class_token = nn.Parameter(torch.randn(config.dim) * 1e-6)
         self.blocks = nn.ModuleList(
-            MergeBlock(config.dim, config.num_heads, config.layer_scale)
+            MergeBlock(
+                config.dim, config.num_heads, config.layer_scale, config.transformer_norm_eps
+            )
             for _ in range(config.num_layers)
         )
         self.norm = nn.GroupNorm(config.num_groups, config.dim, eps=NORM_EPS)
@@ -166,7 +168,9 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.num_bits, dim, 3, padding=1)
         self.position = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.blocks = nn.ModuleList(
-            GridBlock(dim, config.num_decoder_heads, config.layer_scale)
+            GridBlock(
+                dim, config.num_decoder_heads, config.layer_scale, config.transformer_norm_eps
+            )
             for _ in range(config.num_decoder_layers)
         )
         self.levels = nn.ModuleList()
@@ -665,7 +669,7 @@ def _patch_stem(config: TokenizerConfig) -> nn.Sequential:
     """One convolution per patch, each channel normalised over the image."""
     return nn.Sequential(
         nn.Conv2d(3, config.patch_dim, config.patch_size, stride=config.patch_size),
-        nn.GroupNorm(config.patch_dim, config.patch_dim),
+        nn.GroupNorm(config.patch_dim, config.patch_dim, eps=config.patch_norm_eps),
     )
 
 

@@ -30,7 +30,7 @@ from mergevq.checkpoint import (
     save_model,
     tokens_hash,
 )
-from mergevq.config import GeneratorConfig, GeneratorRun
+from mergevq.config_generator import GeneratorConfig, GeneratorRun
 from mergevq.generation import decode_sampled
 from mergevq.generator import Generator, GeneratorLoss, random_orders, uniform
 from mergevq.optim import (

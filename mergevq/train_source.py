@@ -30,7 +30,7 @@ from mergevq.checkpoint import (
     to_json,
     tokens_hash,
 )
-from mergevq.config import SamplingSettings
+from mergevq.config_generator import SamplingSettings
 from mergevq.config_source import SourceRun
 from mergevq.generation import Pair, load_pair
 from mergevq.losses import source_loss

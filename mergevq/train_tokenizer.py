@@ -392,6 +392,8 @@ def initialize_from(tokenizer: Tokenizer, path: str | Path) -> None:
         "num_source_heads",
         "merge_shape",
         "position_embedding",
+        "transformer_norm_eps",
+        "patch_norm_eps",
     ):
         # The shapes of weights do not tell these apart.
         if getattr(other, name) != getattr(mine, name):

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from mergevq.config import GeneratorRun, SampleRun, TokenizerRun
+from mergevq.config import TokenizerRun
+from mergevq.config_generator import GeneratorRun, SampleRun
 from mergevq.config_probe import FeatureConfig, LinearConfig
 from mergevq.data import Batch, ImageDataset, eval_batches, open_train_val
 from mergevq.generation import class_labels, generate, load_pair

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int8, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mergevq.config import Weights
+from mergevq.config_generator import Weights
 from mergevq.generator import Generator
 from mergevq.transformer import Block, Mask, Recall, Rotation, gated, normalized
 

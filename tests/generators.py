@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from mergevq.config import GeneratorConfig
+from mergevq.config_generator import GeneratorConfig
 from mergevq.generator import Generator
 
 ORDERS = ("raster", "merge", "random", "anchor")

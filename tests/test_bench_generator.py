@@ -8,7 +8,7 @@ from generators import ORDERS, TINY, tiny_generator
 from mergevq import bench_generator
 from mergevq.bench import load_reference
 from mergevq.bench_generator import grid_config, spread_steps
-from mergevq.config import SamplingSettings
+from mergevq.config_generator import SamplingSettings
 from mergevq.sampling import arccos_schedule, draw, sample
 
 REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_generator.py"

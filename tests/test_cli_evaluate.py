@@ -12,7 +12,7 @@ from evaluations import write_images, write_network, write_tokenizer
 from mergevq import evaluate_generation as evaluation
 from mergevq.cli import main
 from mergevq.cli_evaluate import COMMANDS
-from mergevq.config import SamplingSettings
+from mergevq.config_generator import SamplingSettings
 from mergevq.evaluate import Check
 
 pytestmark = pytest.mark.filterwarnings(

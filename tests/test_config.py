@@ -4,29 +4,33 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import sys
 
 import pytest
 
-from mergevq import config
+from mergevq import config, config_generator
 from mergevq.config import (
-    GENERATOR_SIZES,
     DataConfig,
-    GeneratorConfig,
-    GeneratorRun,
     KeptConfig,
     LossConfig,
     OptimConfig,
-    SamplingSettings,
     TeacherConfig,
     TokenizerConfig,
     TokenizerRun,
     TrainConfig,
 )
+from mergevq.config_generator import (
+    GENERATOR_SIZES,
+    GeneratorConfig,
+    GeneratorRun,
+    SamplingSettings,
+)
 
 CLASSES = [
     value
-    for _, value in inspect.getmembers(config, inspect.isclass)
-    if dataclasses.is_dataclass(value)
+    for module in (config, config_generator)
+    for _, value in inspect.getmembers(module, inspect.isclass)
+    if dataclasses.is_dataclass(value) and value.__module__ == module.__name__
 ]
 PATCH = {"stem": "patch", "position_embedding": True}
 
@@ -60,7 +64,7 @@ def test_every_setting_says_what_it_is(settings):
     # The command line shows these texts.
     (body,) = [
         node.body
-        for node in ast.parse(inspect.getsource(config)).body
+        for node in ast.parse(inspect.getsource(sys.modules[settings.__module__])).body
         if isinstance(node, ast.ClassDef) and node.name == settings.__name__
     ]
     documented = [
@@ -120,6 +124,8 @@ def test_groups_of_normalisation_are_32_where_the_width_has_them():
         ({"num_kept": 257}, "num_kept (257) must be between 1 and the 256 tokens"),
         ({"num_kept": 0}, "num_kept (0) must be between 1 and the 256 tokens"),
         ({"num_kept": 63, "num_layers": 2}, "num_kept (63) must be at least 64: each of"),
+        ({"transformer_norm_eps": 0.0}, "transformer_norm_eps (0.0) must be above 0 and below 1"),
+        ({"patch_norm_eps": float("nan")}, "patch_norm_eps (nan) must be above 0 and below 1"),
         ({"kept_range": (200, 100)}, "kept_range (200, 100) must be a smallest and a largest K"),
         ({"num_bits": 0}, "num_bits (0) must be between 1 and 63"),
         ({"num_bits": 64}, "num_bits (64) must be between 1 and 63"),

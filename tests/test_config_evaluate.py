@@ -4,13 +4,13 @@ from dataclasses import fields
 
 import pytest
 
-from mergevq.config import SampleRun
 from mergevq.config_evaluate import (
     GenerationSettings,
     ReconstructionSettings,
     RobustnessSettings,
     Subject,
 )
+from mergevq.config_generator import SampleRun
 
 SUBJECT = Subject(model="model", data="data")
 PATHS = {"reference": "r.npz", "extractor": "e.pt", "out": "out"}

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from mergevq import distributed
 from mergevq.checkpoint import tokens_hash
 from mergevq.cli import main
-from mergevq.config import GeneratorConfig, SampleRun, SamplingSettings
 from mergevq.config_evaluate import GenerationRecord, GenerationSettings
+from mergevq.config_generator import GeneratorConfig, SampleRun, SamplingSettings
 from mergevq.evaluate_generation import (
     evaluate_generation,
     nearest_neighbours,

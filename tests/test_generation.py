@@ -13,7 +13,8 @@ from test_train_generator import small, small_tokenizer, write_tokens
 
 from mergevq.checkpoint import load_model, model_hash, save_model, tokens_hash
 from mergevq.cli import main
-from mergevq.config import GeneratorConfig, SampleRun, SamplingSettings, TokenizerConfig
+from mergevq.config import TokenizerConfig
+from mergevq.config_generator import GeneratorConfig, SampleRun, SamplingSettings
 from mergevq.generation import (
     class_labels,
     decode_sampled,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from generators import FIGURE_6, ORDERS, TINY, tiny_batch, tiny_generator
 
-from mergevq.config import GENERATOR_SIZES, GeneratorConfig
+from mergevq.config_generator import GENERATOR_SIZES, GeneratorConfig
 from mergevq.generator import Generator, legal_gaps
 
 IMAGENET = GeneratorConfig(num_classes=1000, num_kept=144, kept_candidates=(144, 196, 256))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from generators import ORDERS, TINY
 
-from mergevq.config import SamplingSettings
+from mergevq.config_generator import SamplingSettings
 from mergevq.generator import Generator, random_orders
 from mergevq.merge import Source, canonicalize
 from mergevq.sampling import sample

@@ -150,6 +150,12 @@ def test_imagenet_tokenizers_are_the_authors(name, width, num_heads, num_epochs,
     assert num_images / 1_281_167 == pytest.approx(num_epochs, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", [name for name in TOKENIZER_RECIPES if "imagenet" in name])
+def test_a_decoder_768_wide_has_12_heads_and_others_8(name):
+    model = TOKENIZER_RUNS[name]().model
+    assert model.num_decoder_heads == (12 if model.decoder_dim == 768 else 8)
+
+
 @pytest.mark.parametrize(
     ("name", "vit"),
     [

@@ -12,8 +12,9 @@ from evaluations import write_images, write_network, write_tokenizer
 from probes import tiny_tokenizer, write_colours
 
 from mergevq.checkpoint import model_hash, tokens_hash
-from mergevq.config import DataConfig, GeneratorConfig, SampleRun
+from mergevq.config import DataConfig
 from mergevq.config_evaluate import GenerationSettings, ReconstructionSettings, Subject
+from mergevq.config_generator import GeneratorConfig, SampleRun
 from mergevq.config_probe import FeatureConfig, KnnConfig, LinearConfig, ProbeRun
 from mergevq.evaluate import evaluate_reconstruction
 from mergevq.evaluate_generation import evaluate_generation

@@ -9,7 +9,7 @@ import pytest
 import torch
 from generators import ORDERS, TINY, tiny_batch, tiny_generator
 
-from mergevq.config import SamplingSettings
+from mergevq.config_generator import SamplingSettings
 from mergevq.generator import Generator
 from mergevq.merge import Source, canonicalize
 from mergevq.sampling import (

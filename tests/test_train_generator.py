@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from mergevq import distributed, train_generator
 from mergevq.checkpoint import load_model, tokens_hash
 from mergevq.cli import main
-from mergevq.config import GeneratorConfig, GeneratorRun, KeptConfig, TokenizerConfig, TokensConfig
+from mergevq.config import KeptConfig, TokenizerConfig
+from mergevq.config_generator import GeneratorConfig, GeneratorRun, TokensConfig
 from mergevq.generator import Generator
 from mergevq.merge import Source, canonicalize
 from mergevq.optim import Ema

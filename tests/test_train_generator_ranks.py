@@ -13,7 +13,7 @@ import torch
 from test_train_generator import equal, small, small_tokenizer, write_tokens
 
 from mergevq.checkpoint import load_model, tokens_hash
-from mergevq.config import GeneratorRun
+from mergevq.config_generator import GeneratorRun
 from mergevq.run_state import load_state
 from mergevq.train_generator import train
 

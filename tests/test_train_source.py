@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from test_train_generator import NUM_BITS, small_tokenizer
 
 from mergevq.checkpoint import load_model, model_hash, tokens_hash
-from mergevq.config import GeneratorConfig, OptimConfig
+from mergevq.config import OptimConfig
+from mergevq.config_generator import GeneratorConfig
 from mergevq.config_source import SourceRun
 from mergevq.generation import load_pair
 from mergevq.generator import Generator

@@ -420,6 +420,8 @@ def test_a_run_starts_from_a_tokenizers_weights(tmp_path, caplog):
         ("num_source_heads", 4, 2),
         ("merge_shape", "square", "linear"),
         ("position_embedding", True, False),
+        ("transformer_norm_eps", 1e-05, 1e-06),
+        ("patch_norm_eps", 1e-06, 1e-05),
     ],
 )
 def test_starting_from_another_architecture_is_refused_where_shapes_agree(
