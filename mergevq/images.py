@@ -23,6 +23,8 @@ from jaxtyping import Shaped, UInt8
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from mergevq.identity import Identity, identify
+
 _IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # What Pillow may open: it would hand PostScript found in a shard to an interpreter.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
@@ -114,6 +116,15 @@ class ImageDataset:
     def name(self, index: int) -> str:
         """Path below the opened folder, `file.parquet:row` or `shard.tar:key`."""
         return self._store.name(int(self._positions[index]))
+
+    def identity(self) -> Identity:
+        """Classes, and digests of names and labels in order; reads no image."""
+        indices = range(len(self))
+        return identify(
+            (self.name(index) for index in indices),
+            self._labels[self._positions].tolist(),
+            self.class_names,
+        )
 
     def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> "ImageDataset":
         """A view of some images, with the same names, labels and classes."""

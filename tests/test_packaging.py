@@ -29,7 +29,8 @@ def normalized(requirement):
 
 def test_the_core_is_small():
     core = {normalized(requirement) for requirement in PROJECT["dependencies"]}
-    assert core == {"jaxtyping", "numpy", "pillow", "safetensors", "torch", "tqdm", "tyro"}
+    needed = {"filelock", "jaxtyping", "numpy", "pillow", "safetensors", "torch", "tqdm", "tyro"}
+    assert core == needed
 
 
 def test_extras_are_the_documented_ones():

@@ -478,6 +478,32 @@ def test_images_without_labels_are_refused_before_they_teach(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_class_folder_that_is_renamed_does_not_move_the_labels_of_a_run(tmp_path):
+    numbers = np.random.default_rng(0)
+    for name in ("ant", "bee", "cow"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(4):
+            pixels = numbers.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"data/{name}/{number}.png")
+    run = small(num_steps=1, num_eval_images=1)
+    run = replace(
+        run,
+        data=replace(run.data, path=str(tmp_path / "data"), max_images=None),
+        teacher=replace(run.teacher, kind="labels"),
+        out=str(tmp_path / "run"),
+    )
+    model = train(run)
+    made_from = load_model(model, "tokenizer").record["extra"]["made_from"]
+    assert made_from["class_names"] == ["ant", "bee", "cow"]
+    longer = replace(run, train=replace(run.train, num_steps=2))
+    (tmp_path / "data/ant").rename(tmp_path / "data/yak")
+    message = r"number 0 on are ant, bee, cow \(of 3\) there and bee, cow, yak \(of 3\) here"
+    with pytest.raises(ValueError, match=message):
+        train(longer, resume=True)
+    (tmp_path / "data/yak").rename(tmp_path / "data/ant")
+    train(longer, resume=True)
+
+
 # ------------------------------------------------------------------------------------- in whole
 
 
