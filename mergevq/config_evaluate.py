@@ -254,6 +254,9 @@ class BitsRecord(TypedDict):
     source: float
     total: float
     per_pixel: float
+    """With the given source: tokens and map."""
+    per_pixel_recovered: float
+    """With the recovered source, which needs tokens only."""
 
 
 class ExtremeRecord(Numbers):

@@ -409,7 +409,7 @@ def test_training_leaves_word_of_the_tokenizer(tmp_path):
 
 def test_sampling_needs_a_generator(tmp_path, capsys):
     assert main(["sample", "--out", str(tmp_path / "out")]) == 1
-    assert "--model is missing" in capsys.readouterr().err
+    assert "--generator is missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("names", [3, [1] * 10, ["one"], {"a": 1}])
