@@ -9,7 +9,7 @@ Rules: a count is `num_*`, `None` means off, a derived quantity is a property an
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Literal
 
 FORMAT_VERSION = 1
@@ -31,6 +31,26 @@ def _require(condition: bool, message: str) -> None:  # noqa: FBT001 - reads as 
     """Raise `ValueError(message)` unless the condition holds."""
     if not condition:
         raise ValueError(message)
+
+
+def check_numbers(settings: object, where: str = "") -> None:
+    """Check every number of a dataclass of settings, and of those inside it.
+
+    Args:
+        settings: the dataclass; every run is checked when it is made.
+        where: dotted name of this object in messages; empty for the outermost.
+
+    Raises:
+        ValueError: a number is infinite, NaN or beyond 64 bits, which no record could keep.
+    """
+    for item in fields(settings):  # pyright: ignore[reportArgumentType]
+        name, value = f"{where}{item.name}", getattr(settings, item.name)
+        if is_dataclass(value):
+            check_numbers(value, f"{name}.")
+        for number in value if isinstance(value, tuple) else (value,):
+            too_large = isinstance(number, int) and abs(number) >= 2**63
+            if too_large or (isinstance(number, float) and not math.isfinite(number)):
+                raise ValueError(f"{name} ({value}) must be a finite number of at most 64 bits")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -463,6 +483,7 @@ class TokenizerRun:
 
     def __post_init__(self) -> None:
         """Reject a K that the image does not have or the layers do not reach, and sharding."""
+        check_numbers(self)
         _require(
             self.train.parallel == "ddp",
             f"train.parallel ({self.train.parallel}) must be ddp: only generators are sharded",

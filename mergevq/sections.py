@@ -111,7 +111,11 @@ def numbers_section(trial: Trial) -> Section:
             ["Bits per image: tokens", *(f"{k * num_bits}" for k in measured)],
             ["Bits per image: source", *(f"{maps[k]:.1f}" for k in measured)],
             row("Bits per image: total", "bits", 1),
-            row("Bits per pixel", "bits_per_pixel", 3),
+            row("Bits per pixel, given source", "bits_per_pixel", 3),
+            [
+                "Bits per pixel, recovered source",
+                *(f"{k * num_bits / run.model.image_size**2:.3f}" for k in measured),
+            ],
             percent("Codebook usage", "codebook_usage"),
             row("Perplexity", "perplexity", 1),
         ],
@@ -215,8 +219,9 @@ def codebook_section(trial: Trial) -> Section:
         title="Codes",
         text=(
             f"A token is {num_bits} bits, one of {2**num_bits:,} codes. The {usage.num_tokens:,} "
-            f"tokens of the held-out images at K = {trial.run.model.num_kept} take "
-            f"{usage.num_distinct:,} different ones; the perplexity, {usage.perplexity:.1f}, is "
+            f"tokens of the held-out images at K = {trial.run.model.num_kept} use "
+            f"{usage.num_distinct:,} of them, {100 * usage.usage:.1f} %; the perplexity, "
+            f"{usage.perplexity:.1f}, is "
             "how many equally frequent codes would be as varied. A bit that is nearly always 0 or "
             f"always 1 carries nothing: {usage.num_dead_bits} of {num_bits} are constant."
         ),

@@ -67,6 +67,8 @@ def test_reconstruction_prints_a_column_for_each_k(tmp_path, folder, capsys):
     assert "K = 16" in printed
     for name in ("psnr, given", "frechet_colours, recovered", "bits, source", "images per second"):
         assert f"\n{name} " in printed
+    for name in ("codebook usage", "bits per pixel, given", "bits per pixel, recovered"):
+        assert f"\n{name} " in printed
     assert "4 images of 16 pixels" in printed
     assert "\nWebP " in printed
     assert "give its weights with --lpips" in printed

@@ -284,11 +284,11 @@ def test_every_named_size_is_accepted(name):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"guidance_scale": -1.0}, "guidance_scale (-1.0) must be at least 0"),
+        ({"guidance_scale": -1.0}, "guidance_scale (-1.0) must be between 0 and 1000"),
         ({"guidance_interval": (0.5, 0.2)}, "guidance_interval (0.5, 0.2) must be two shares"),
-        ({"temperature": (1.0, -1.0)}, "temperature (-1.0) must be at least 0"),
+        ({"temperature": (1.0, -1.0)}, "temperature (-1.0) must be between 0.001 and 1000"),
         ({"top_k": -1}, "top_k (-1) must be at least 0"),
-        ({"top_p": 0.0}, "top_p (0.0) must be in (0, 1]"),
+        ({"top_p": 0.0}, "top_p (0.0) must be between 1e-06 and 1"),
         ({"num_steps": 0}, "num_steps (0) must be at least 1"),
     ],
 )
