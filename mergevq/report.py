@@ -6,7 +6,7 @@ sections; this file knows how they look, on a phone or a screen, by day or by ni
 
 import base64
 import html
-import importlib.util
+import importlib
 import io
 import logging
 import math
@@ -19,6 +19,7 @@ from typing import Any
 from PIL import Image
 
 from mergevq.config import TokenizerRun
+from mergevq.extras import needing
 
 logger = logging.getLogger("mergevq")
 
@@ -334,10 +335,10 @@ def require_plots() -> None:
     """Check that plots can be drawn, before the work that would be plotted.
 
     Raises:
-        RuntimeError: matplotlib is not installed.
+        RuntimeError: matplotlib is missing or does not import.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise RuntimeError("plots need matplotlib: pip install 'mergevq[quickstart]'")
+    with needing("eval", "drawing plots"):
+        importlib.import_module("matplotlib")
 
 
 def line_plot(
