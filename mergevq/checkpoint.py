@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mergevq.config import FORMAT_VERSION, TokenizerConfig
+from mergevq.extras import needing
 from mergevq.files import (
     broken_weights,
     open_tensors,
@@ -458,13 +459,9 @@ def resolve(path_or_id: str | Path) -> Path:
             f"no directory {path.absolute()}; give the directory of a model ({WEIGHTS} and "
             f"{CONFIG}), or {HUB_FORM}"
         )
-    try:
+    purpose = f"no directory {path.absolute()}, and fetching {path_or_id} from Hugging Face"
+    with needing("hub", purpose):
         from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise RuntimeError(
-            f"no directory {path.absolute()}, and fetching {path_or_id} from Hugging Face needs "
-            "the hub extra: pip install 'mergevq[hub]'"
-        ) from error
     return Path(
         snapshot_download(known.name, revision=known.revision, allow_patterns=[WEIGHTS, CONFIG])
     )

@@ -23,6 +23,7 @@ from jaxtyping import Shaped, UInt8
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from mergevq.extras import needing
 from mergevq.identity import Identity, identify
 
 _IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -295,18 +296,10 @@ def _ending(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _import_extra(module: str, extra: str, purpose: str) -> ModuleType:
-    """Import an optional package.
-
-    Raises:
-        RuntimeError: it is not installed; the message says how to install it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise RuntimeError(
-            f"{purpose} needs another package: pip install 'mergevq[{extra}]' ({error})"
-        ) from error
+def _parquet() -> ModuleType:
+    """The part of pyarrow that reads parquet files."""
+    with needing("data", "reading parquet files"):
+        return importlib.import_module("pyarrow.parquet")
 
 
 def _number_classes(labels: NDArray[np.int64], origin: str) -> tuple[str, ...]:
@@ -435,7 +428,7 @@ def _read_row_group(group: _RowGroup) -> Any:  # noqa: ANN401 - pyarrow is an op
     Raises:
         RuntimeError: the file is damaged.
     """
-    parquet = _import_extra("pyarrow.parquet", "data", "reading parquet files")
+    parquet = _parquet()
     pyarrow = importlib.import_module("pyarrow")
     try:
         with parquet.ParquetFile(group.path) as file:
@@ -462,7 +455,7 @@ def _read_parquet_head(path: str) -> _ParquetHead:
     Raises:
         ValueError: the file is damaged or has no image column.
     """
-    parquet = _import_extra("pyarrow.parquet", "data", "reading parquet files")
+    parquet = _parquet()
     pyarrow = importlib.import_module("pyarrow")
     try:
         with parquet.ParquetFile(path) as file:
@@ -663,7 +656,8 @@ class _DigitStore:
 
 def _open_digits() -> ImageDataset:
     """1,797 handwritten digits of 8 x 8 pixels and 17 grey levels, enlarged to 32 x 32."""
-    datasets = _import_extra("sklearn.datasets", "quickstart", "the data set 'digits'")
+    with needing("quickstart", "the data set 'digits'"):
+        datasets = importlib.import_module("sklearn.datasets")
     digits = datasets.load_digits()
     small = (
         Image.fromarray(np.rint(image * (255 / 16)).astype(np.uint8)) for image in digits.images

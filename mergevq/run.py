@@ -39,6 +39,7 @@ from mergevq.checkpoint import (
     write_json,
 )
 from mergevq.config import FORMAT_VERSION, OptimConfig, Precision, TrainConfig
+from mergevq.extras import needing
 from mergevq.identity import Identity, require_same_classes
 from mergevq.optim import peak_learning_rate
 
@@ -409,12 +410,8 @@ def _event_writer(directory: Path, first_step: int) -> Any:  # noqa: ANN401 - of
     Raises:
         RuntimeError: the `log` extra is not installed.
     """
-    try:
+    with needing("log", "train.tensorboard"):
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise RuntimeError(
-            "train.tensorboard needs the log extra: pip install 'mergevq[log]'"
-        ) from error
     return SummaryWriter(str(directory), purge_step=first_step)
 
 

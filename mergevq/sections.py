@@ -28,14 +28,14 @@ _SAMPLES_PICTURED = 8
 """Samples of each class in the picture."""
 
 
-def tokenizer_sections(trial: Trial) -> list[Section]:
-    """What there is to say about a tokenizer."""
+def tokenizer_sections(trial: Trial, *, plots: bool = True) -> list[Section]:
+    """What there is to say about a tokenizer; with `plots`, drawn too, which takes matplotlib."""
     return [
         reconstruction_section(trial),
         numbers_section(trial),
         *([probe_section(trial)] if trial.probes else []),
-        training_section(trial),
-        codebook_section(trial),
+        *([training_section(trial)] if plots else []),
+        codebook_section(trial, plots=plots),
     ]
 
 
@@ -212,8 +212,8 @@ def training_section(trial: Trial) -> Section:
     )
 
 
-def codebook_section(trial: Trial) -> Section:
-    """Which codes the tokens take."""
+def codebook_section(trial: Trial, *, plots: bool = True) -> Section:
+    """Which codes the tokens take; with `plots`, drawn too."""
     usage, num_bits = trial.usage, trial.run.model.num_bits
     return Section(
         title="Codes",
@@ -244,7 +244,9 @@ def codebook_section(trial: Trial) -> Section:
                 caption="Over the latest tokens seen in training.",
                 scale=PLOT_SCALE,
             ),
-        ],
+        ]
+        if plots
+        else [],
     )
 
 
@@ -286,8 +288,8 @@ def _training_rows(trial: Trial | GeneratorTrial, what: str, name: str) -> list[
     ]
 
 
-def generator_sections(trial: GeneratorTrial) -> list[Section]:
-    """What there is to say about a generator."""
+def generator_sections(trial: GeneratorTrial, *, plots: bool = True) -> list[Section]:
+    """What there is to say about a generator; with `plots`, drawn too."""
     columns = [row[:_SAMPLES_PICTURED] for row in trial.samples]
     names = trial.class_names
     pairs = [[row[0] for row in trial.samples], trial.nearest]
@@ -333,16 +335,21 @@ def generator_sections(trial: GeneratorTrial) -> list[Section]:
                     "closest pixels: a copy would show here.",
                     scale=_SHEET_SCALE,
                 ),
-                Picture(
-                    name="likelihood",
-                    image=line_plot(likelihood_panels(trial.log), x_label="step", share_y=True),
-                    caption=f"An even guess among {2**trial.run.model.num_bits:,} codes has "
-                    f"{math.log(2**trial.run.model.num_bits):.2f} nats.",
-                    scale=PLOT_SCALE,
-                ),
+                *([likelihood_picture(trial)] if plots else []),
             ],
         )
     ]
+
+
+def likelihood_picture(trial: GeneratorTrial) -> Picture:
+    """Likelihood of the codes during training."""
+    return Picture(
+        name="likelihood",
+        image=line_plot(likelihood_panels(trial.log), x_label="step", share_y=True),
+        caption=f"An even guess among {2**trial.run.model.num_bits:,} codes has "
+        f"{math.log(2**trial.run.model.num_bits):.2f} nats.",
+        scale=PLOT_SCALE,
+    )
 
 
 def duration(seconds: float | int) -> str:

@@ -219,6 +219,17 @@ def test_each_source_is_drawn_at_the_price_that_it_has(folder):
     assert len(files) == 2
 
 
+def test_without_matplotlib_the_numbers_are_written_after_one_warning(
+    tmp_path, folder, monkeypatch, caplog
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    record = evaluate_reconstruction(settings(folder, tmp_path))
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == record
+    assert not (tmp_path / "rate_distortion.png").exists()
+    (warning,) = caplog.messages
+    assert warning.startswith(f"everything but {tmp_path}/rate_distortion.png is written: ")
+
+
 def test_the_record_says_all_that_the_numbers_depend_on(tmp_path, folder):
     path = write_reference(folder, tmp_path / "reference.npz", "reconstruction")
     evaluate_reconstruction(settings(folder, tmp_path, reference=path))
