@@ -292,7 +292,6 @@ def test_the_same_images_at_another_path_are_the_same_tokens(tokens):
         ("num_kept", (3,)),
         ("num_bits", 16),
         ("grid_shape", (3, 2)),
-        ("data", "letters"),
         ("images", "c" * 64),
         ("num_images", 11),
         ("class_names", ("cat",)),
