@@ -3,6 +3,7 @@
 Nothing is copied or converted when a collection is opened, and an image is decoded when it is read.
 """
 
+import hashlib
 import importlib
 import io
 import json
@@ -56,6 +57,10 @@ class _Store(Protocol):
 
     def name(self, position: int) -> str:
         """A name that is unique and does not change when the data move."""
+        ...
+
+    def file(self, position: int) -> str | None:
+        """Path of the file that holds an image; None where no file does."""
         ...
 
 
@@ -127,6 +132,28 @@ class ImageDataset:
             self.class_names,
         )
 
+    def stamp(self) -> str:
+        """SHA-256 over size and time of the file of each image; equal where none was touched."""
+        digest = hashlib.sha256()
+        stamps: dict[str | None, bytes] = {}
+        for position in self._positions.tolist():
+            file = self._store.file(position)
+            if file not in stamps:
+                stamps[file] = b"-" if file is None else _stamp(file)
+            digest.update(stamps[file] + b"\n")
+        return digest.hexdigest()
+
+    def content(self, indices: range) -> str:
+        """SHA-256 over the bytes of some images' files, in order; reads them."""
+        digest = hashlib.sha256()
+        for index in indices:
+            try:
+                data = self._store.read_bytes(int(self._positions[index]))
+            except BrokenImageError:
+                data = b""
+            digest.update(len(data).to_bytes(8, "little") + data)
+        return digest.hexdigest()
+
     def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> "ImageDataset":
         """A view of some images, with the same names, labels and classes."""
         return ImageDataset(
@@ -153,6 +180,15 @@ class ImageDataset:
             if name not in self.broken:
                 self.broken[name] = error
                 _logger.warning("%s (%d broken so far)", error, len(self.broken))
+
+
+def _stamp(file: str) -> bytes:
+    """Size and time of a file."""
+    try:
+        status = os.stat(file)
+    except OSError:
+        return b"missing"
+    return f"{status.st_size} {status.st_mtime_ns}".encode()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -338,6 +374,9 @@ class _FolderStore:
     def name(self, position: int) -> str:
         return os.fsdecode(self.names[position])
 
+    def file(self, position: int) -> str:
+        return os.path.join(self.root, self.name(position))
+
 
 def _open_folder(root: str, names: list[str]) -> ImageDataset:
     """Images below a folder, labelled by its sub-folders if no image lies outside them.
@@ -394,8 +433,15 @@ class _ParquetStore:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "cached": OrderedDict()}
 
+    def file(self, position: int) -> str:
+        return self.groups[self._group_of(position)].path
+
+    def _group_of(self, position: int) -> int:
+        """Number of the row group that a row is in."""
+        return int(np.searchsorted(self.first_group_rows, position, side="right")) - 1
+
     def read_bytes(self, position: int) -> bytes:
-        group = int(np.searchsorted(self.first_group_rows, position, side="right")) - 1
+        group = self._group_of(position)
         row = self._column(group)[position - int(self.first_group_rows[group])].as_py()
         data = row["bytes"] if isinstance(row, dict) else row
         if data is None:
@@ -561,6 +607,9 @@ class _TarStore:
     def name(self, position: int) -> str:
         return f"{self.names[self.shards[position]]}:{os.fsdecode(self.keys[position])}"
 
+    def file(self, position: int) -> str:
+        return self.files[self.shards[position]]
+
 
 @dataclass(slots=True)
 class _TarSample:
@@ -652,6 +701,9 @@ class _DigitStore:
 
     def name(self, position: int) -> str:
         return f"digits:{position}"
+
+    def file(self, position: int) -> None:  # noqa: ARG002 - none has one
+        return None
 
 
 def _open_digits() -> ImageDataset:
