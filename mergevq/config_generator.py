@@ -194,7 +194,8 @@ class SamplingSettings:
     """Classifier-free guidance, where the schedule ends; 1 is none and runs one forward, 0 samples
     without the class."""
     guidance_schedule: GuidanceSchedule = "constant"
-    """How the scale rises from 1 as the sequence grows; `constant` does not."""
+    """How the scale rises from 1 as the sequence grows; `constant` does not. After t of L tokens it
+    is t / L of the way, so it ends just after the last token."""
     guidance_power: float = 2.0
     """Exponent of `power`."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
