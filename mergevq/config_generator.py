@@ -355,8 +355,9 @@ class SampleRun:
     def __post_init__(self) -> None:
         """Reject counts below 1, and an image without a mask."""
         check_numbers(self)
-        for name in ("num_images", "batch_size"):
-            _require(getattr(self, name) >= 1, f"{name} ({getattr(self, name)}) must be at least 1")
+        for name, most in (("num_images", 2**32), ("batch_size", 2**16)):
+            value = getattr(self, name)
+            _require(1 <= value <= most, f"{name} ({value}) must be between 1 and {most}")
         _require(
             (self.keep_from is None) == (self.mask is None),
             f"keep_from ({self.keep_from}) and mask ({self.mask}) must be given together",

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import IO, cast
+from typing import IO
 
 import numpy as np
 import torch
@@ -22,7 +22,12 @@ from jaxtyping import UInt8
 from numpy.lib import format as npy
 from torch import Tensor
 
-MEMBER = "arr_0.npy"
+from mergevq.npz import OpenArray, array_names, open_array
+
+MEMBER = "arr_0"
+"""Name of the array."""
+MAX_SIDE = 4096
+"""Largest side of an image that is read, in pixels: a batch of them has to fit into memory."""
 
 
 class ImageArrayWriter:
@@ -38,7 +43,7 @@ class ImageArrayWriter:
         self.path, self.num_missing = path, num_images
         self._unfinished = path.with_name(path.name + ".unfinished")
         self._archive = zipfile.ZipFile(self._unfinished, "w", zipfile.ZIP_STORED, allowZip64=True)
-        self._file: IO[bytes] = self._archive.open(MEMBER, "w", force_zip64=True)
+        self._file: IO[bytes] = self._archive.open(f"{MEMBER}.npy", "w", force_zip64=True)
         header = {"descr": "|u1", "fortran_order": False, "shape": (num_images, *size, 3)}
         npy.write_array_header_1_0(self._file, header)
 
@@ -80,8 +85,7 @@ class ImageArray:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with self._open() as file:
-            shape = _header(file, path)
+        shape = self._open().shape
         self.num_images: int = shape[0]
         self.size: tuple[int, int] = (shape[1], shape[2])
         """Height and width in pixels."""
@@ -96,45 +100,34 @@ class ImageArray:
             ValueError: the file ends too early.
         """
         image_bytes = math.prod(self.size) * 3
-        with self._open() as file:
-            _header(file, self.path)
+        array = self._open()
+        with array.file:
             for first in range(0, self.num_images, batch_size):
                 count = min(batch_size, self.num_images - first)
-                data = file.read(count * image_bytes)
+                data = array.read(count * image_bytes)
                 if len(data) != count * image_bytes:
                     raise ValueError(f"{self.path} ends within image {first}; copy it again")
                 images = np.frombuffer(data, dtype=np.uint8).reshape(count, *self.size, 3)
                 yield torch.from_numpy(images.copy()).permute(0, 3, 1, 2)
 
-    def _open(self) -> zipfile.ZipExtFile:
+    def _open(self) -> OpenArray:
         """The array inside the archive.
 
         Raises:
-            ValueError: there is no such file, or no such array.
+            ValueError: there is no such file or array, or it is no array of 8-bit colour images.
         """
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                # Reading goes on when the archive is closed; for reading it is always this type.
-                return cast("zipfile.ZipExtFile", archive.open(MEMBER))
-        except FileNotFoundError as error:
-            raise ValueError(f"no file {self.path}") from error
-        except (zipfile.BadZipFile, KeyError) as error:
+        if MEMBER not in array_names(self.path):
+            raise ValueError(f"{self.path} holds no images: an .npz with arr_0 is needed")
+        array = open_array(self.path, MEMBER)
+        shape, dtype = array.shape, array.dtype
+        if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8 or array.is_fortran:
             raise ValueError(
-                f"{self.path} holds no images: an .npz with arr_0 is needed ({error})"
-            ) from error
-
-
-def _header(file: zipfile.ZipExtFile, path: Path) -> tuple[int, ...]:
-    """Shape of the array, whose pixels come next.
-
-    Raises:
-        ValueError: it is no array of 8-bit colour images.
-    """
-    version = npy.read_magic(file)
-    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, is_fortran, dtype = read(file)
-    if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8 or is_fortran:
-        raise ValueError(
-            f"{path}: arr_0 is {dtype} of shape {shape} and must be uint8 of (N, height, width, 3)"
-        )
-    return shape
+                f"{self.path}: arr_0 is {dtype} of shape {shape} and must be uint8 of "
+                "(N, height, width, 3)"
+            )
+        if 0 in shape or max(shape[1:]) > MAX_SIDE:
+            raise ValueError(
+                f"{self.path}: arr_0 has the shape {shape} and must hold images, each of at most "
+                f"{MAX_SIDE} x {MAX_SIDE} pixels"
+            )
+        return array

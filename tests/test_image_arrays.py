@@ -58,7 +58,7 @@ def test_what_holds_no_images_is_named(tmp_path):
         ImageArray(tmp_path / "mu.npz")
     with pytest.raises(ValueError, match=r"float64 of shape \(2, 4, 6, 3\) and must be uint8"):
         ImageArray(tmp_path / "floats.npz")
-    with pytest.raises(ValueError, match=r"text\.npz holds no images"):
+    with pytest.raises(ValueError, match=r"text\.npz is not an .npz file"):
         ImageArray(tmp_path / "text.npz")
     with pytest.raises(ValueError, match=r"no file .*nowhere"):
         ImageArray(tmp_path / "nowhere.npz")
