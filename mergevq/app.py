@@ -21,9 +21,10 @@ from torch import Tensor
 from mergevq.codec import reconstruct_image
 from mergevq.config_generator import SampleRun, SamplingSettings
 from mergevq.data import eval_batches, load_square
+from mergevq.decoding import to_rgb
 from mergevq.extras import needing
 from mergevq.generation import Pair, generate, load_pair
-from mergevq.images import ImageDataset, open_images, to_rgb
+from mergevq.images import ImageDataset, open_images
 from mergevq.pictures import to_pil
 from mergevq.run import Progress, resolve_device
 from mergevq.tokenizer import Tokenizer

@@ -214,7 +214,8 @@ def reconstruct(
     """
     outputs, num_kepts = _output_paths(images, out), whole_numbers("num_kept", num_kept)
     prepare_to_compute()
-    from mergevq.codec import load_picture, reconstruct_image, reconstruction_figure
+    from mergevq.codec import reconstruct_image, reconstruction_figure
+    from mergevq.decoding import load_picture
     from mergevq.run import resolve_device
     from mergevq.tokenizer import Tokenizer
 

@@ -6,7 +6,6 @@ Shape letters: T tiles, H and W pixels of the picture, h and w of a tile, K kept
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from mergevq.choices import RecoverySource, check_choice
 from mergevq.config import SizePolicy, TokenizerConfig
 from mergevq.data import to_tensor
-from mergevq.images import to_rgb
+from mergevq.decoding import to_rgb
 from mergevq.merge import Bits, Source
 from mergevq.metrics import psnr
 from mergevq.pictures import contact_sheet, merge_map, to_pil
@@ -95,20 +94,6 @@ class ImageReconstruction:
 
 
 # ----------------------------------------------------------------------------------- pictures
-
-
-def load_picture(path: str | Path) -> Image.Image:
-    """Read an image file of any format and mode Pillow knows, as upright RGB.
-
-    Raises:
-        ValueError: it is missing or not an image.
-    """
-    try:
-        with Image.open(path) as image:
-            return to_rgb(image)
-    except Exception as error:
-        # Damaged files make Pillow raise from a dozen unrelated types.
-        raise ValueError(f"image {path} cannot be read: {error}") from error
 
 
 def encode_image(
@@ -274,8 +259,7 @@ def _fit(image: Image.Image, config: TokenizerConfig, size_policy: SizePolicy) -
             f"image is {type(image).__name__} and must be a PIL image; for a file use "
             "load_picture, for an array PIL.Image.fromarray"
         )
-    # A copy, because turning upright changes the image it is given.
-    picture = to_rgb(image.copy())
+    picture = to_rgb(image)
     if size_policy != "resize":
         return picture
     scale = config.image_size / math.sqrt(picture.width * picture.height)

@@ -15,6 +15,9 @@ from typing import Literal
 FORMAT_VERSION = 1
 """Version of `config.json`; raised when a field changes its meaning."""
 
+MAX_PIXELS = 89_478_485
+"""Largest picture that is read by default, as width times height: 256 MiB in 8-bit RGB."""
+
 Precision = Literal["auto", "bf16", "float32", "float16"]
 MergeShape = Literal["linear", "square", "constant"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -251,7 +254,9 @@ class DataConfig:
     val_fraction: float = 0.05
     """Share of `path` held out for validation, chosen by a fixed hash; used without `val_path`."""
     max_images: int | None = None
-    """Use only the first so many training images."""
+    """Use at most this many training images, evenly spaced over the data."""
+    max_pixels: int = MAX_PIXELS
+    """Largest picture that is read, as width times height; larger ones count as unreadable."""
     crop: Literal["center", "random"] = "center"
     """After the short side is resized to the image size: which square is kept in training."""
     flip: bool = False
@@ -260,8 +265,12 @@ class DataConfig:
     """Loader processes; 0 loads in the training process."""
 
     def __post_init__(self) -> None:
-        """Reject a validation share outside (0, 1)."""
+        """Reject a validation share outside (0, 1), and counts below what is possible."""
         _require(0 < self.val_fraction < 1, f"val_fraction ({self.val_fraction}) must be in (0, 1)")
+        _require(
+            1 <= self.max_pixels <= 2 * MAX_PIXELS,
+            f"max_pixels ({self.max_pixels}) must be between 1 and {2 * MAX_PIXELS}",
+        )
         _require(self.num_workers >= 0, f"num_workers ({self.num_workers}) must be at least 0")
 
 

@@ -12,6 +12,7 @@ Shape letters: B batch, S image side, V student view side, T teacher view side.
 import hashlib
 import math
 import signal
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,7 +25,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mergevq.config import DataConfig
-from mergevq.images import BrokenImageError, ImageDataset, open_images, read_nearest
+from mergevq.decoding import BrokenImageError
+from mergevq.images import ImageDataset, open_images, read_nearest, spread
+from mergevq.seeds import DataPurpose, data_seed
 
 # A 1 x 60,000 strip would become 64 x 3,840,000: from this ratio on it is cut before it is resized.
 _LONGEST_ASPECT = 16
@@ -39,18 +42,18 @@ def open_train_val(data: DataConfig) -> tuple[ImageDataset, ImageDataset]:
     Raises:
         ValueError: the two number their classes differently.
     """
-    train = open_images(data.path)
+    train = open_images(data.path, max_pixels=data.max_pixels)
     if data.val_path is None:
         train, val = split(train, data.val_fraction)
     else:
-        val = open_images(data.val_path)
+        val = open_images(data.val_path, max_pixels=data.max_pixels)
     if val.class_names != train.class_names[: val.num_classes]:
         raise ValueError(
             f"val_path {data.val_path!r} has the classes {_abridge(val.class_names)}, which are "
             f"not those of {data.path!r}: {_abridge(train.class_names)}"
         )
     if data.max_images is not None:
-        train = train.first(data.max_images)
+        train = train.spread(data.max_images)
     return train, val
 
 
@@ -85,15 +88,15 @@ def split(dataset: ImageDataset, val_fraction: float) -> tuple[ImageDataset, Ima
     return dataset.subset(np.flatnonzero(~held_out)), dataset.subset(np.flatnonzero(held_out))
 
 
-def _hash(*values: int | str) -> int:
-    """64 bits that depend on every value, the same on every machine."""
-    data = "/".join(str(value) for value in values).encode(errors="surrogateescape")
+def _hash(name: str) -> int:
+    """64 bits of a name, the same on every machine and in both forms of its accents."""
+    data = unicodedata.normalize("NFC", name).encode(errors="surrogateescape")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-def _generator(*values: int | str) -> torch.Generator:
-    """Random numbers that depend only on the values."""
-    return torch.Generator().manual_seed(_hash(*values))
+def _generator(purpose: DataPurpose, seed: int, number: int) -> torch.Generator:
+    """Random numbers of an epoch or of a training sample."""
+    return torch.Generator().manual_seed(data_seed(purpose, seed, number))
 
 
 # Preparation
@@ -112,7 +115,7 @@ def to_tensor(image: Image.Image) -> Float[Tensor, "3 h w"]:
         ValueError: the image has another mode.
     """
     if image.mode != "RGB":
-        raise ValueError(f"image mode ({image.mode}) must be RGB; images.to_rgb converts it")
+        raise ValueError(f"image mode ({image.mode}) must be RGB; decoding.to_rgb converts it")
     return to_float(torch.from_numpy(np.array(image)).permute(2, 0, 1))
 
 
@@ -405,10 +408,9 @@ def eval_batches(
     """
     share = _rank_share(batch_size, rank, world_size)
     _check_sizes(dataset, image=image_size)
-    if max_images is not None and max_images < 1:
-        raise ValueError(f"max_images ({max_images}) must be at least 1, or None for all")
-    count = len(dataset) if max_images is None else min(max_images, len(dataset))
-    indices = [position * len(dataset) // count for position in range(count)]
+    count = len(dataset)
+    indices = spread(count, count if max_images is None else max_images)
+    count = len(indices)
     batches = (indices[first : first + batch_size][share] for first in range(0, count, batch_size))
     return _load(_EvalFetcher(dataset, image_size), filter(None, batches), num_workers)
 

@@ -32,10 +32,10 @@ from mergevq.checkpoint import (
     tokens_hash,
     write_json,
 )
-from mergevq.codec import load_picture
 from mergevq.config import FORMAT_VERSION
 from mergevq.config_generator import SampleRun, SamplingSettings
 from mergevq.data import crop_square, load_square, to_tensor
+from mergevq.decoding import load_picture
 from mergevq.generator import Generator, random_orders
 from mergevq.merge import Source
 from mergevq.pictures import contact_sheet, to_pil

@@ -5,63 +5,26 @@ Nothing is copied or converted when a collection is opened, and an image is deco
 
 import hashlib
 import importlib
-import io
-import json
 import logging
 import os
-import re
-import tarfile
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from glob import glob
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Shaped, UInt8
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from mergevq.config import MAX_PIXELS
+from mergevq.decoding import BrokenImageError, decode, most_bytes, read_bounded
 from mergevq.extras import needing
 from mergevq.identity import Identity, identify
-
-_IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-# What Pillow may open: it would hand PostScript found in a shard to an interpreter.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
-_ENDINGS = frozenset({*_IMAGE_ENDINGS, ".parquet", ".tar"})
-_SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test"})
-_MAX_CLASSES = 2**20
-# Row groups kept in memory per process; a parquet data set below this is read once.
-_CACHED_BYTES = 2**30
+from mergevq.listing import Listing, Unused, list_files, split_of
+from mergevq.shards import Content, Store, open_parquet, open_tar
 
 _logger = logging.getLogger("mergevq")
-
-
-class BrokenImageError(RuntimeError):
-    """One image cannot be read; the others of its data set may be fine."""
-
-
-@runtime_checkable
-class _Store(Protocol):
-    """Encoded images by position; picklable, with no open file, so worker processes share none."""
-
-    def read_bytes(self, position: int) -> bytes:
-        """Content of an image file.
-
-        A missing image is a `BrokenImageError`; a file of many images that is damaged is any other
-        `RuntimeError`.
-        """
-        ...
-
-    def name(self, position: int) -> str:
-        """A name that is unique and does not change when the data move."""
-        ...
-
-    def file(self, position: int) -> str | None:
-        """Path of the file that holds an image; None where no file does."""
-        ...
 
 
 class ImageDataset:
@@ -69,20 +32,26 @@ class ImageDataset:
 
     def __init__(
         self,
-        store: _Store,
+        store: Store,
         labels: NDArray[np.int64],
         class_names: tuple[str, ...],
         *,
         positions: NDArray[np.int64] | None = None,
         broken: dict[str, str] | None = None,
+        unused: Unused | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self._store = store
         self._labels = labels
         self._positions = np.arange(len(labels)) if positions is None else positions
-        self.class_names = class_names
+        self.class_names = tuple(unicodedata.normalize("NFC", name) for name in class_names)
         """One name per class, in label order; empty when the data are unlabelled."""
         self.broken: dict[str, str] = {} if broken is None else broken
         """Error by name of the images that could not be read so far; shared with every subset."""
+        self.unused = Unused() if unused is None else unused
+        """Pictures that lie there and are not among the images."""
+        self.max_pixels = max_pixels
+        """Largest width times height that is decoded."""
 
     @property
     def num_classes(self) -> int:
@@ -105,14 +74,10 @@ class ImageDataset:
         Raises:
             BrokenImageError: this image cannot be read.
         """
-        data = self._store.read_bytes(int(self._positions[index]))
         try:
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                return to_rgb(image)
-        except UnidentifiedImageError as error:
-            raise BrokenImageError(f"cannot read {self.name(index)}: no image format") from error
-        except Exception as error:
-            # Damaged files make Pillow raise from a dozen unrelated types.
+            data = self._store.read_bytes(int(self._positions[index]), most_bytes(self.max_pixels))
+            return decode(data, max_pixels=self.max_pixels)
+        except (OSError, ValueError) as error:
             raise BrokenImageError(f"cannot read {self.name(index)}: {error}") from error
 
     def label(self, index: int) -> int:
@@ -148,8 +113,9 @@ class ImageDataset:
         digest = hashlib.sha256()
         for index in indices:
             try:
-                data = self._store.read_bytes(int(self._positions[index]))
-            except BrokenImageError:
+                most = most_bytes(self.max_pixels)
+                data = self._store.read_bytes(int(self._positions[index]), most)
+            except (OSError, ValueError):
                 data = b""
             digest.update(len(data).to_bytes(8, "little") + data)
         return digest.hexdigest()
@@ -162,17 +128,17 @@ class ImageDataset:
             self.class_names,
             positions=self._positions[np.asarray(indices, dtype=np.int64)],
             broken=self.broken,
+            unused=self.unused,
+            max_pixels=self.max_pixels,
         )
 
-    def first(self, count: int) -> "ImageDataset":
-        """A view of the first so many images, or of all if there are fewer.
+    def spread(self, count: int) -> "ImageDataset":
+        """A view of some images, evenly spaced, or of all if there are fewer.
 
         Raises:
             ValueError: the count is below 1.
         """
-        if count < 1:
-            raise ValueError(f"max_images ({count}) must be at least 1, or None for all")
-        return self.subset(range(min(count, len(self))))
+        return self.subset(spread(len(self), count))
 
     def record_broken(self, broken: dict[str, str]) -> None:
         """Count images found broken, elsewhere or here, and warn of each the first time."""
@@ -191,51 +157,56 @@ def _stamp(file: str) -> bytes:
     return f"{status.st_size} {status.st_mtime_ns}".encode()
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Turn any mode into upright 8-bit RGB, transparent parts on white.
+def spread(total: int, count: int) -> list[int]:
+    """Positions in [0, total), evenly spaced: the first ones of sorted data would be of one class.
 
     Raises:
-        ValueError: the mode has no defined range.
+        ValueError: the count is below 1.
     """
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode == "F":
-        raise ValueError("a float image has no defined range; save it with 8 bits per channel")
-    if image.mode.startswith("I"):
-        # 16 bits, which Pillow opens as 16 or 32; 65535 / 257 is 255.
-        pixels = np.rint(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8)
-        return Image.fromarray(pixels).convert("RGB")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+    if count < 1:
+        raise ValueError(f"max_images ({count}) must be at least 1, or None for all")
+    count = min(count, total)
+    return [number * total // count for number in range(count)]
 
 
 # Opening
 
 
-def open_images(path: str, *, max_images: int | None = None) -> ImageDataset:
+def open_images(
+    path: str, *, max_images: int | None = None, max_pixels: int = MAX_PIXELS
+) -> ImageDataset:
     """Open images where they lie; at least one of them is read to see that it can be.
 
-    Parquet files and digits need a package that is optional: a `RuntimeError` says which.
+    Parquet files and digits need a package that is optional: a `RuntimeError` says which. Whatever
+    looks like a picture and is not used is counted and warned of.
 
     Args:
         path: a folder of images (its sub-folders are the classes if no image lies outside them),
             a parquet file or WebDataset shard, a folder of either, a comma-separated list with
             `*` and `{000..009}` patterns, or `digits`.
-        max_images: use only the first so many.
+        max_images: use at most so many, evenly spaced.
+        max_pixels: largest width times height that is decoded.
 
     Raises:
-        ValueError: the path is missing, mixes kinds of files or holds no usable image.
+        ValueError: the path is missing, mixes kinds of files or splits, or holds no usable image.
     """
-    dataset = _open_digits() if path == "digits" else _open_files(path)
-    if max_images is not None:
-        dataset = dataset.first(max_images)
+    content, unused = (_open_digits(), Unused()) if path == "digits" else _open_files(path)
+    dataset = ImageDataset(*content, unused=unused, max_pixels=max_pixels)
+    for line in unused.lines():
+        _logger.warning("data path %r: %s", path, line)
     if len(dataset) == 0:
-        raise ValueError(f"data path {path!r} holds no images")
+        raise ValueError(f"data path {path!r} holds no images{_reasons(unused)}")
+    if max_images is not None:
+        dataset = dataset.spread(max_images)
     broken: dict[str, str] = {}
     read_nearest(dataset, 0, broken)
     dataset.record_broken(broken)
     return dataset
+
+
+def _reasons(unused: Unused) -> str:
+    """End of a sentence about pictures that are not used."""
+    return "".join(f"; {line}" for line in unused.lines())
 
 
 def read_nearest(
@@ -258,99 +229,15 @@ def read_nearest(
     raise ValueError(f"none of the {len(dataset)} images can be read: {reason}")
 
 
-def _open_files(path: str) -> ImageDataset:
-    """Find out what kind of files a path means, and open them.
+def _open_files(path: str) -> tuple[Content, Unused]:
+    """Find the files that a path means, and open them.
 
     Raises:
-        ValueError: there are none, or more than one kind.
+        ValueError: there are none, they do not belong together, or one is damaged.
     """
-    entries = _expand(path)
-    found = {file for entry in entries for file in _walk(entry)}
-    files = sorted(found, key=lambda file: file.replace(os.sep, "/"))
-    endings = {_ending(file) for file in files}
-    kinds = sorted({"images" if ending in _IMAGE_ENDINGS else ending for ending in endings})
-    if not kinds:
-        raise ValueError(
-            f"data path {path!r} holds no images: no file ends in {', '.join(sorted(_ENDINGS))}"
-        )
-    if len(kinds) > 1:
-        raise ValueError(
-            f"data path {path!r} mixes {' and '.join(kinds)}; choose one kind, as in 'DIR/*.tar'"
-        )
-    folders = [entry if os.path.isdir(entry) else os.path.dirname(entry) for entry in entries]
-    root = os.path.commonpath(folders)
-    names = [os.path.relpath(file, root).replace(os.sep, "/") for file in files]
-    if kinds == [".parquet"]:
-        return _open_parquet(files, names)
-    if kinds == [".tar"]:
-        return _open_tar(files, names)
-    return _open_folder(root, names)
-
-
-def _expand(path: str) -> list[str]:
-    """Absolute files and folders that a path, list or pattern names.
-
-    Raises:
-        ValueError: one of them does not exist.
-    """
-    if os.path.exists(path):
-        return [os.path.abspath(path)]
-    entries: list[str] = []
-    for part in path.split(","):
-        for pattern in _expand_braces(os.path.expanduser(part.strip())):
-            found = sorted(glob(pattern))
-            if not found:
-                raise ValueError(f"data path {pattern!r} does not exist")
-            entries += [os.path.abspath(entry) for entry in found]
-    return entries
-
-
-def _expand_braces(pattern: str) -> list[str]:
-    """Write out each `{000..009}` as its numbers, with the same zeros in front."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if match is None:
-        return [pattern]
-    first, last = match.groups()
-    numbers = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
-    heads = (pattern[: match.start()] + number for number in numbers)
-    return [head + tail for head in heads for tail in _expand_braces(pattern[match.end() :])]
-
-
-def _walk(entry: str) -> Iterator[str]:
-    """Data files at or below a path; hidden ones are no data."""
-    if _ending(entry) in _ENDINGS and os.path.isfile(entry):
-        yield entry
-    for parent, folders, names in os.walk(entry, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if _ending(name) in _ENDINGS and not name.startswith("."):
-                yield os.path.join(parent, name)
-
-
-def _ending(name: str) -> str:
-    """Of a file name, in lower case, with its dot."""
-    return os.path.splitext(name)[1].lower()
-
-
-def _parquet() -> ModuleType:
-    """The part of pyarrow that reads parquet files."""
-    with needing("data", "reading parquet files"):
-        return importlib.import_module("pyarrow.parquet")
-
-
-def _number_classes(labels: NDArray[np.int64], origin: str) -> tuple[str, ...]:
-    """Names for classes that have only numbers.
-
-    Raises:
-        ValueError: the labels cannot be class numbers.
-    """
-    highest = int(labels.max(initial=-1))
-    if int(labels.min(initial=-1)) < -1 or highest >= _MAX_CLASSES:
-        raise ValueError(
-            f"labels of {origin} must be class numbers from 0, or -1 for none; they run from "
-            f"{labels.min()} to {highest}"
-        )
-    return tuple(str(label) for label in range(highest + 1))
+    listing = list_files(path)
+    openers = {"images": _open_folder, ".parquet": open_parquet, ".tar": open_tar}
+    return openers[listing.kind](listing), listing.unused
 
 
 # Folders
@@ -364,12 +251,8 @@ class _FolderStore:
     # An array of bytes: a list of a million strings is copied page by page into forked workers.
     names: Shaped[np.ndarray, "n"]
 
-    def read_bytes(self, position: int) -> bytes:
-        name = self.name(position)
-        try:
-            return Path(self.root, name).read_bytes()
-        except OSError as error:
-            raise BrokenImageError(f"cannot read {name}: {error}") from error
+    def read_bytes(self, position: int, most: int) -> bytes:
+        return read_bounded(Path(self.root, self.name(position)), most)
 
     def name(self, position: int) -> str:
         return os.fsdecode(self.names[position])
@@ -378,313 +261,56 @@ class _FolderStore:
         return os.path.join(self.root, self.name(position))
 
 
-def _open_folder(root: str, names: list[str]) -> ImageDataset:
+def _open_folder(listing: Listing) -> Content:
     """Images below a folder, labelled by its sub-folders if no image lies outside them.
 
+    A folder with nothing but one split in it, such as `train`, stands for that split.
+
     Raises:
-        ValueError: the sub-folders are splits, not classes.
+        ValueError: two classes have one name.
     """
+    root, names = listing.root, listing.names
     tops = [name.partition("/")[0] if "/" in name else "" for name in names]
-    class_names = tuple(sorted(set(tops) - {""}))
-    if len(class_names) > 1 and _SPLIT_NAMES.issuperset(name.lower() for name in class_names):
-        raise ValueError(
-            f"data path {root!r} holds splits ({', '.join(class_names)}), not classes; name one "
-            "as the path and another as val_path"
-        )
-    if class_names and "" in tops:
+    while len(set(tops)) == 1 and split_of(tops[0]) is not None:
+        _logger.info("%s holds nothing but %s, and its sub-folders are the classes", root, tops[0])
+        root = os.path.join(root, tops[0])
+        names = [name.partition("/")[2] for name in names]
+        tops = [name.partition("/")[0] if "/" in name else "" for name in names]
+    folders = sorted(set(tops) - {""}, key=lambda top: unicodedata.normalize("NFC", top))
+    if folders and "" in tops:
         _logger.warning(
             "%d images lie directly in %s: its sub-folders are not used as classes",
             tops.count(""),
             root,
         )
-        class_names = ()
-    numbers = {name: number for number, name in enumerate(class_names)}
+        folders = []
+    if len(folders) == 1 and all(name.count("/") > 1 for name in names):
+        _logger.warning(
+            "all images are of one class, %r; if its sub-folders are the classes, give %s",
+            folders[0],
+            os.path.join(root, folders[0]),
+        )
+    _require_different(folders, root)
+    numbers = {name: number for number, name in enumerate(folders)}
     labels = np.array([numbers.get(top, -1) for top in tops], dtype=np.int64)
     store = _FolderStore(root, np.array([os.fsencode(name) for name in names], dtype=np.bytes_))
-    return ImageDataset(store, labels, class_names)
+    return Content(store, labels, tuple(folders))
 
 
-# Parquet
-
-
-@dataclass(frozen=True, slots=True)
-class _RowGroup:
-    """A part of a parquet file that is read and decompressed as a whole."""
-
-    path: str
-    number: int
-    column: str
-    num_bytes: int
-
-
-@dataclass(frozen=True)
-class _ParquetStore:
-    """Rows of parquet files; row groups are read when touched and kept within a budget."""
-
-    names: list[str]
-    first_rows: NDArray[np.int64]
-    """Position of each file's first row."""
-    groups: list[_RowGroup]
-    first_group_rows: NDArray[np.int64]
-    """Position of each row group's first row."""
-    cached: OrderedDict[int, Any] = field(default_factory=OrderedDict)
-    """Arrow columns by row group, the least recently used first."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "cached": OrderedDict()}
-
-    def file(self, position: int) -> str:
-        return self.groups[self._group_of(position)].path
-
-    def _group_of(self, position: int) -> int:
-        """Number of the row group that a row is in."""
-        return int(np.searchsorted(self.first_group_rows, position, side="right")) - 1
-
-    def read_bytes(self, position: int) -> bytes:
-        group = self._group_of(position)
-        row = self._column(group)[position - int(self.first_group_rows[group])].as_py()
-        data = row["bytes"] if isinstance(row, dict) else row
-        if data is None:
-            raise BrokenImageError(f"cannot read {self.name(position)}: the row has no image bytes")
-        return data
-
-    def name(self, position: int) -> str:
-        file = int(np.searchsorted(self.first_rows, position, side="right")) - 1
-        return f"{self.names[file]}:{position - int(self.first_rows[file])}"
-
-    def _column(self, number: int) -> Any:  # noqa: ANN401 - pyarrow is an optional import
-        """The image column of a row group."""
-        if number in self.cached:
-            self.cached.move_to_end(number)
-            return self.cached[number]
-        group = self.groups[number]
-        while self.cached and self._cached_bytes() + group.num_bytes > _CACHED_BYTES:
-            self.cached.popitem(last=False)
-        self.cached[number] = _read_row_group(group)
-        return self.cached[number]
-
-    def _cached_bytes(self) -> int:
-        """Size of the row groups in memory."""
-        return sum(self.groups[number].num_bytes for number in self.cached)
-
-
-def _read_row_group(group: _RowGroup) -> Any:  # noqa: ANN401 - pyarrow is an optional import
-    """Read the image column of a row group.
+def _require_different(folders: list[str], root: str) -> None:
+    """Check that names differ in more than the form of their accents.
 
     Raises:
-        RuntimeError: the file is damaged.
+        ValueError: two do not; they would be two classes that look the same.
     """
-    parquet = _parquet()
-    pyarrow = importlib.import_module("pyarrow")
-    try:
-        with parquet.ParquetFile(group.path) as file:
-            table = file.read_row_group(group.number, columns=[group.column], use_threads=False)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise RuntimeError(
-            f"row group {group.number} of {group.path} is damaged: {error}"
-        ) from error
-    return table.column(0)
-
-
-class _ParquetHead(NamedTuple):
-    """What is read of a parquet file when it is opened: everything but the images."""
-
-    groups: list[_RowGroup]
-    group_rows: list[int]
-    labels: NDArray[np.int64]
-    class_names: tuple[str, ...]
-
-
-def _read_parquet_head(path: str) -> _ParquetHead:
-    """Read the layout, the labels and the names of the classes.
-
-    Raises:
-        ValueError: the file is damaged or has no image column.
-    """
-    parquet = _parquet()
-    pyarrow = importlib.import_module("pyarrow")
-    try:
-        with parquet.ParquetFile(path) as file:
-            schema, metadata = file.schema_arrow, file.metadata
-            labels = np.full(metadata.num_rows, -1, dtype=np.int64)
-            if "label" in schema.names:
-                labels = _to_labels(file.read(columns=["label"], use_threads=False).column(0), path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path} is not a readable parquet file: {error}") from error
-    image = next((name for name in ("image", "img") if name in schema.names), None)
-    if image is None:
-        raise ValueError(
-            f"{path} has the columns {schema.names}; it needs 'image' with the bytes of an image "
-            "file, and may have 'label' with its class number"
-        )
-    layout = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    column = f"{image}.bytes" if pyarrow.types.is_struct(schema.field(image).type) else image
-    groups = [
-        _RowGroup(path, number, column, group.total_byte_size)
-        for number, group in enumerate(layout)
-    ]
-    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    label = features.get("info", {}).get("features", {}).get("label", {})
-    return _ParquetHead(
-        groups, [group.num_rows for group in layout], labels, tuple(label.get("names") or ())
-    )
-
-
-def _to_labels(column: Any, path: str) -> NDArray[np.int64]:  # noqa: ANN401 - an arrow array
-    """Class numbers; -1 where there is none."""
-    if importlib.import_module("pyarrow").types.is_integer(column.type):
-        return column.cast("int64").fill_null(-1).to_numpy()
-    _logger.warning("%s: label is %s, no class number; the images get none", path, column.type)
-    return np.full(len(column), -1, dtype=np.int64)
-
-
-def _open_parquet(files: list[str], names: list[str]) -> ImageDataset:
-    """Rows of parquet files in the Hugging Face layout.
-
-    Raises:
-        ValueError: the files disagree about the classes.
-    """
-    heads = [_read_parquet_head(file) for file in files]
-    for file, head in zip(files, heads, strict=True):
-        if head.class_names != heads[0].class_names:
-            raise ValueError(f"{file} and {files[0]} name different classes; open them separately")
-    groups = [group for head in heads for group in head.groups]
-    total = sum(group.num_bytes for group in groups)
-    if total > _CACHED_BYTES:
-        _logger.warning(
-            "the parquet files hold %.1f GiB, more than the %.1f GiB kept per process: each image "
-            "read in random order costs a row group (%.1f MiB); tar shards or a folder are faster",
-            total / 2**30,
-            _CACHED_BYTES / 2**30,
-            total / len(groups) / 2**20,
-        )
-    labels = np.concatenate([head.labels for head in heads])
-    numbers = _number_classes(labels, names[0])
-    class_names = heads[0].class_names or numbers
-    if len(numbers) > len(class_names):
-        raise ValueError(f"label ({len(numbers) - 1}) must be below {len(class_names)} classes")
-    store = _ParquetStore(
-        names=names,
-        first_rows=_starts([len(head.labels) for head in heads]),
-        groups=groups,
-        first_group_rows=_starts([rows for head in heads for rows in head.group_rows]),
-    )
-    return ImageDataset(store, labels, class_names)
-
-
-def _starts(lengths: list[int]) -> NDArray[np.int64]:
-    """Where each of several parts laid end to end begins."""
-    return np.cumsum([0, *lengths], dtype=np.int64)[:-1]
-
-
-# Tar shards
-
-
-@dataclass(frozen=True, slots=True)
-class _TarStore:
-    """Members of tar files by offset."""
-
-    files: list[str]
-    names: list[str]
-    shards: NDArray[np.int32]
-    offsets: NDArray[np.int64]
-    sizes: NDArray[np.int64]
-    keys: Shaped[np.ndarray, "n"]
-
-    def read_bytes(self, position: int) -> bytes:
-        path = self.files[self.shards[position]]
-        size = int(self.sizes[position])
-        try:
-            with open(path, "rb") as file:
-                file.seek(int(self.offsets[position]))
-                data = file.read(size)
-        except OSError as error:
-            raise RuntimeError(f"cannot read shard {path}: {error}") from error
-        if len(data) < size:
-            raise RuntimeError(f"shard {path} has become shorter since it was opened")
-        return data
-
-    def name(self, position: int) -> str:
-        return f"{self.names[self.shards[position]]}:{os.fsdecode(self.keys[position])}"
-
-    def file(self, position: int) -> str:
-        return self.files[self.shards[position]]
-
-
-@dataclass(slots=True)
-class _TarSample:
-    """The members of a shard that share a key."""
-
-    offset: int = -1
-    size: int = 0
-    label: int = -1
-
-
-def _index_shard(path: str) -> dict[str, _TarSample]:
-    """Find the images of a shard, by key, and read their labels.
-
-    Raises:
-        ValueError: the shard is damaged.
-    """
-    samples: dict[str, _TarSample] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, slash, file_name = member.name.rpartition("/")
-                key, _, ending = file_name.partition(".")
-                if member.isfile() and key:
-                    sample = samples.setdefault(folder + slash + key, _TarSample())
-                    _add_member(tar, member, ending.lower(), sample)
-            end = tar.offset
-        with open(path, "rb") as file:
-            file.seek(end)
-            complete = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-    except (OSError, tarfile.TarError) as error:
-        raise ValueError(f"shard {path} is damaged or no uncompressed tar file: {error}") from error
-    if not complete:
-        # To tarfile a damaged header is just the end.
-        raise ValueError(f"shard {path} is damaged: it breaks off at byte {end}")
-    return {key: sample for key, sample in samples.items() if sample.offset >= 0}
-
-
-def _add_member(
-    tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, sample: _TarSample
-) -> None:
-    """Note an image's place, or read a label.
-
-    Raises:
-        ValueError: the label is no class number.
-    """
-    if f".{ending}" in _IMAGE_ENDINGS and sample.offset < 0:
-        sample.offset, sample.size = member.offset_data, member.size
-    if ending not in {"cls", "json"}:
-        return
-    content = tar.extractfile(member)
-    data = b"" if content is None else content.read()
-    try:
-        value = data.decode() if ending == "cls" else json.loads(data).get("label")
-        if value is not None:
-            sample.label = int(str(value))
-    except (AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{member.name} in {tar.name!r} holds no class number: {data[:60]!r}"
-        ) from error
-
-
-def _open_tar(files: list[str], names: list[str]) -> ImageDataset:
-    """Index WebDataset shards: one pass over the headers, no image is read."""
-    indexes = [_index_shard(file) for file in files]
-    samples = [sample for index in indexes for sample in index.values()]
-    labels = np.array([sample.label for sample in samples], dtype=np.int64)
-    store = _TarStore(
-        files=files,
-        names=names,
-        shards=np.repeat(np.arange(len(files), dtype=np.int32), [len(index) for index in indexes]),
-        offsets=np.array([sample.offset for sample in samples], dtype=np.int64),
-        sizes=np.array([sample.size for sample in samples], dtype=np.int64),
-        keys=np.array([os.fsencode(key) for index in indexes for key in index], dtype=np.bytes_),
-    )
-    return ImageDataset(store, labels, _number_classes(labels, names[0]))
+    seen: dict[str, str] = {}
+    for folder in folders:
+        twin = seen.setdefault(unicodedata.normalize("NFC", folder), folder)
+        if twin != folder:
+            raise ValueError(
+                f"{root} has two folders {folder!r}, one with composed and one with decomposed "
+                "letters; move the images of one into the other"
+            )
 
 
 # Digits
@@ -696,7 +322,7 @@ class _DigitStore:
 
     images: UInt8[np.ndarray, "n 32 32"]
 
-    def read_bytes(self, position: int) -> bytes:
+    def read_bytes(self, position: int, most: int) -> bytes:  # noqa: ARG002 - they are small
         return b"P5 32 32 255\n" + self.images[position].tobytes()
 
     def name(self, position: int) -> str:
@@ -706,7 +332,7 @@ class _DigitStore:
         return None
 
 
-def _open_digits() -> ImageDataset:
+def _open_digits() -> Content:
     """1,797 handwritten digits of 8 x 8 pixels and 17 grey levels, enlarged to 32 x 32."""
     with needing("quickstart", "the data set 'digits'"):
         datasets = importlib.import_module("sklearn.datasets")
@@ -717,4 +343,4 @@ def _open_digits() -> ImageDataset:
     large = (image.resize((32, 32), Image.Resampling.BICUBIC) for image in small)
     images = np.stack([np.asarray(image) for image in large])
     labels = digits.target.astype(np.int64)
-    return ImageDataset(_DigitStore(images), labels, tuple("0123456789"))
+    return Content(_DigitStore(images), labels, tuple("0123456789"))

@@ -6,7 +6,6 @@ run that was stopped draws what it would have drawn.
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -42,6 +41,7 @@ from mergevq.config import FORMAT_VERSION, OptimConfig, Precision, TrainConfig
 from mergevq.extras import needing
 from mergevq.identity import Identity, require_same_classes
 from mergevq.optim import peak_learning_rate
+from mergevq.seeds import numbered_seed
 
 logger = logging.getLogger("mergevq")
 
@@ -550,10 +550,7 @@ def step_generator(seed: int, *ids: int | str) -> torch.Generator:
     *purpose, number = ids or ("",)
     if not isinstance(number, int):
         raise ValueError(f"ids {ids} must end with a number")
-    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
-    # Added, not hashed: torch's CPU generator keeps 32 bits of its seed, and among 100,000 hashes
-    # of 32 bits two are equal more often than not.
-    return torch.Generator().manual_seed((int.from_bytes(digest[:8], "little") + number) % 2**64)
+    return torch.Generator().manual_seed(numbered_seed(repr((seed, *purpose)), number))
 
 
 # ------------------------------------------------------------------------------------- the end

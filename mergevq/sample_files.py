@@ -13,8 +13,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from mergevq.decoding import decode
 from mergevq.files import require_regular
-from mergevq.images import to_rgb
 
 SUMS = "SHA256SUMS"
 
@@ -85,8 +85,7 @@ class SampleFiles:
                 f"{path} is not the picture that was made: its SHA-256 is not in {SUMS}; delete "
                 "it, and it is made again when the command is repeated"
             )
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            return to_rgb(image)
+        return decode(data)
 
     def strangers(self) -> list[str]:
         """Names of files that look like pictures and were not made by this run."""

@@ -15,7 +15,6 @@ K kept tokens, T tokens of a sequence, P parts of a token, C channels, S slots o
 inputs, M tokens decoded in one pass, V values of a part.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
@@ -28,6 +27,7 @@ from mergevq.cache import FullCache, SlotCache
 from mergevq.config_generator import SamplingSettings
 from mergevq.generator import Generator, legal_gaps
 from mergevq.quantize import indices_to_subindices
+from mergevq.seeds import numbered_seed
 from mergevq.transformer import Rotation, first_occurrence, leaders
 
 Number = TypeVar("Number", int, float)
@@ -162,12 +162,8 @@ def inpaint(
 
 
 def image_seed(seed: int, image_id: int) -> int:
-    """Seed of one image of a run, in [0, 2**32): distinct for the first 2**32 images.
-
-    Added, not hashed, since the generator of a CPU keeps 32 bits of a seed.
-    """
-    digest = hashlib.sha256(f"{seed}".encode()).digest()
-    return (int.from_bytes(digest[:4], "little") + image_id) % 2**32
+    """Seed of one image of a run, in [0, 2**32): distinct for the first 2**32 images."""
+    return numbered_seed(f"{seed}", image_id) % 2**32
 
 
 def draw(

@@ -11,7 +11,6 @@ Shape letters: B rows of a batch, N rows of a shard, L grid tokens, K kept token
 """
 
 import copy
-import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from mergevq.config import FORMAT_VERSION
 from mergevq.files import open_tensors, parse_json, sha256_of
 from mergevq.identity import Identity
 from mergevq.merge import Source
+from mergevq.seeds import data_seed
 
 RECORD = "tokens.json"
 
@@ -578,8 +578,7 @@ def rows_in_order(num_rows: int, seed: int, batches: Iterator[range]) -> Iterato
 
 def _epoch_generator(seed: int, epoch: int) -> torch.Generator:
     """Random numbers of the order of one epoch."""
-    digest = hashlib.blake2b(f"order/{seed}/{epoch}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return torch.Generator().manual_seed(data_seed("order", seed, epoch))
 
 
 # --------------------------------------------------------------------------------------- files

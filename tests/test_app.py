@@ -14,10 +14,10 @@ from PIL import Image
 
 from mergevq import app
 from mergevq.checkpoint import tokens_hash
-from mergevq.codec import load_picture
 from mergevq.config import TokenizerConfig
 from mergevq.config_generator import GeneratorConfig
 from mergevq.data import to_tensor
+from mergevq.decoding import load_picture
 from mergevq.generation import load_pair
 from mergevq.generator import Generator
 from mergevq.images import open_images

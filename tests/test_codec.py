@@ -14,13 +14,13 @@ from mergevq.codec import (
     cut,
     decode_image,
     encode_image,
-    load_picture,
     reconstruct_image,
     reconstruction_figure,
     tile_layout,
 )
 from mergevq.config import TokenizerConfig
 from mergevq.data import to_tensor
+from mergevq.decoding import load_picture
 from mergevq.merge import source_bits
 from mergevq.pictures import merge_map, to_pil
 from mergevq.tokenizer import Tokenizer

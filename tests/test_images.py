@@ -3,16 +3,19 @@
 import io
 import json
 import logging
+import os
 import pickle
 import sys
 import tarfile
+import unicodedata
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from mergevq.images import BrokenImageError, open_images, read_nearest
+from mergevq.decoding import BrokenImageError
+from mergevq.images import open_images, read_nearest
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -108,11 +111,69 @@ def test_hidden_files_and_folders_are_no_data(tmp_path):
     assert names(open_images(str(tmp_path))) == ["cat/1.png"]
 
 
-def test_splits_are_not_taken_for_classes(tmp_path):
+def test_a_root_with_nothing_but_one_split_stands_for_it(tmp_path):
     write(tmp_path / "train" / "cat" / "1.png")
-    write(tmp_path / "Val" / "cat" / "1.png")
-    with pytest.raises(ValueError, match=r"holds splits \(Val, train\), not classes"):
-        open_images(str(tmp_path))
+    write(tmp_path / "train" / "dog" / "1.png")
+    whole, inside = open_images(str(tmp_path)), open_images(str(tmp_path / "train"))
+    assert whole.class_names == inside.class_names == ("cat", "dog")
+    assert names(whole) == names(inside) == ["cat/1.png", "dog/1.png"]
+
+
+def test_one_class_with_folders_inside_it_is_warned_of(tmp_path, caplog):
+    write(tmp_path / "archive" / "cat" / "1.png")
+    write(tmp_path / "archive" / "dog" / "1.png")
+    assert open_images(str(tmp_path)).class_names == ("archive",)
+    assert "all images are of one class, 'archive'" in caplog.text
+    assert str(tmp_path / "archive") in caplog.text
+
+
+def test_class_names_do_not_depend_on_the_form_of_their_accents(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+    write(tmp_path / "mac" / decomposed / "1.png")
+    write(tmp_path / "mac" / "cafz" / "1.png")
+    dataset = open_images(str(tmp_path / "mac"))
+    assert dataset.class_names == ("cafz", composed)
+    assert labels(dataset) == [1, 0]
+    write(tmp_path / "mac" / composed / "1.png")
+    with pytest.raises(ValueError, match=r"two folders .* one with composed and one with decomp"):
+        open_images(str(tmp_path / "mac"))
+
+
+def test_pictures_that_are_not_used_are_counted_and_the_first_is_named(tmp_path, caplog):
+    write(tmp_path / "a.png")
+    (tmp_path / "b.heic").touch()
+    (tmp_path / "c.avif").touch()
+    dataset = open_images(str(tmp_path))
+    assert len(dataset.unused) == len(dataset.subset([0]).unused) == 2
+    assert "2 not used, the first is" in caplog.text
+    assert "b.heic" in caplog.text
+
+
+def test_the_limit_on_pixels_is_a_setting_that_subsets_keep(tmp_path):
+    write(tmp_path / "a.png")
+    Image.new("RGB", (9, 9)).save(tmp_path / "b.png")
+    dataset = open_images(str(tmp_path), max_pixels=80)
+    assert dataset.read(0).size == (4, 4)
+    with pytest.raises(BrokenImageError, match=r"b\.png: 9 x 9 are 81 pixels, .*max_pixels \(80\)"):
+        dataset.subset([1]).read(0)
+    assert open_images(str(tmp_path), max_pixels=81).read(1).size == (9, 9)
+
+
+def test_a_file_that_becomes_a_pipe_is_a_broken_image(tmp_path):
+    write(tmp_path / "a.png")
+    dataset = open_images(str(tmp_path))
+    (tmp_path / "a.png").unlink()
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(BrokenImageError, match=r"a\.png.* must be a regular file"):
+        dataset.read(0)
+
+
+def test_a_file_of_gigabytes_of_nothing_is_not_read(tmp_path):
+    write(tmp_path / "a.png")
+    with (tmp_path / "b.png").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(BrokenImageError, match=r"b\.png: the file is larger than"):
+        open_images(str(tmp_path)).read(1)
 
 
 def test_one_file_is_a_data_set_of_one(tmp_path):
@@ -139,11 +200,17 @@ def test_names_do_not_change_when_the_folder_moves(tmp_path):
     assert names(open_images(str(tmp_path / "there"))) == before
 
 
-def test_max_images_keeps_the_first(tmp_path):
-    for number in range(4):
-        write(tmp_path / f"{number}.png")
-    assert names(open_images(str(tmp_path), max_images=2)) == ["0.png", "1.png"]
-    assert len(open_images(str(tmp_path), max_images=9)) == 4
+def test_max_images_are_evenly_spaced_so_that_sorted_data_keep_their_classes(tmp_path):
+    for name in ("a/1", "a/2", "a/3", "b/1", "b/2", "b/3"):
+        write(tmp_path / f"{name}.png")
+    assert names(open_images(str(tmp_path), max_images=4)) == [
+        "a/1.png",
+        "a/2.png",
+        "b/1.png",
+        "b/2.png",
+    ]
+    assert labels(open_images(str(tmp_path), max_images=2)) == [0, 1]
+    assert len(open_images(str(tmp_path), max_images=9)) == 6
 
 
 def test_a_subset_of_a_subset_keeps_names_labels_and_classes(tmp_path):
@@ -172,7 +239,7 @@ def test_a_missing_shard_of_a_range_is_named(tmp_path):
 
 def test_an_empty_folder_is_an_error_that_lists_the_endings(tmp_path):
     (tmp_path / "notes.txt").write_text("not an image")
-    with pytest.raises(ValueError, match=r"holds no images: no file ends in \.bmp, \.gif, \.jpeg"):
+    with pytest.raises(ValueError, match=r"holds no images: no regular file ends in \.bmp, \.gif"):
         open_images(str(tmp_path))
 
 
@@ -435,7 +502,7 @@ def test_a_damaged_row_group_stops_with_the_name_of_the_file(tmp_path):
 
 
 def test_row_groups_beyond_the_budget_are_read_again_and_it_is_said(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("mergevq.images._CACHED_BYTES", 1)
+    monkeypatch.setattr("mergevq.shards._CACHED_BYTES", 1)
     images = [encoded((value, 0, 0)) for value in range(6)]
     path = write_parquet(tmp_path / "a.parquet", images, row_group_size=2)
     dataset = open_images(str(path))

@@ -1,0 +1,26 @@
+"""Seeds that are distinct by construction."""
+
+import hashlib
+from typing import Literal, get_args
+
+DataPurpose = Literal["order", "image", "student", "teacher"]
+"""Order of an epoch; crop and flip of a training image, and of its two views."""
+
+
+def numbered_seed(key: str, number: int) -> int:
+    """Seed in [0, 2**64): under one key, numbers less than 2**32 apart have different low 32 bits.
+
+    The number is added, not hashed: torch's CPU generator keeps 32 bits of a seed, and among
+    100,000 hashes of 32 bits two are equal more often than not.
+    """
+    digest = hashlib.sha256(key.encode()).digest()
+    return (int.from_bytes(digest[:8], "little") + number) % 2**64
+
+
+def data_seed(purpose: DataPurpose, seed: int, number: int) -> int:
+    """Seed of an epoch's order or of a training sample of a run.
+
+    All purposes of one run together have different ones for the first 2**30 samples.
+    """
+    purposes = get_args(DataPurpose)
+    return numbered_seed(f"data/{seed}", len(purposes) * number + purposes.index(purpose))
