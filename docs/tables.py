@@ -207,7 +207,7 @@ def _require_partners(name: str, linear: Record, knn: Record) -> None:
         missing = sorted(set(names[0]) ^ set(names[1]))
         raise ValueError(
             f"the linear probe of {name} has {len(names[0])} features and the k-NN probe "
-            f"{len(names[1])}; give both the same --tokens, --stages, --pools and --layers: only "
+            f"{len(names[1])}; give both the same --num-kept, --stages, --pools and --layers: only "
             f"one has {'; '.join(missing) or 'this order'}"
         )
 

@@ -22,6 +22,7 @@ from mergevq.codec import reconstruct_image
 from mergevq.config_generator import SampleRun, SamplingSettings
 from mergevq.data import eval_batches, load_square
 from mergevq.decoding import to_rgb
+from mergevq.extras import needing
 from mergevq.generation import Pair, generate, load_pair
 from mergevq.images import ImageDataset, open_images
 from mergevq.pictures import to_pil
@@ -292,12 +293,8 @@ def _gradio() -> ModuleType:
     # It reads this when it is imported, launched and in trouble, and would ask its makers' server
     # for messages and newer versions, and report.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # noqa: TID251 - it has no other switch
-    try:
+    with needing("demo", "the web page"):
         return importlib.import_module("gradio")
-    except ImportError as error:
-        raise RuntimeError(
-            "the web page needs gradio, which is not installed: pip install 'mergevq[demo]'"
-        ) from error
 
 
 def _toy_dataset() -> ImageDataset | None:

@@ -28,7 +28,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mergevq.config import FORMAT_VERSION
+from mergevq.config import FORMAT_VERSION, TokenizerConfig
+from mergevq.extras import needing
 from mergevq.files import (
     broken_weights,
     open_tensors,
@@ -61,6 +62,8 @@ _AFTER_THE_TOKENS = (
     "num_source_heads",
 )
 """Settings of a tokenizer that decide none: each token file says its own K."""
+_LATER_SETTINGS = ("transformer_norm_eps", "patch_norm_eps")
+"""Settings that the records of older tokenizers lack; those tokenizers have their defaults."""
 
 # ------------------------------------------------------------------------------------ settings
 
@@ -341,6 +344,11 @@ def tokens_hash(directory: str | Path) -> str:
     directory = readable(Path(directory))
     record = read_record(directory)
     settings = {n: v for n, v in record["config"].items() if n not in _AFTER_THE_TOKENS}
+    defaults = {field.name: field.default for field in dataclasses.fields(TokenizerConfig)}
+    for name in _LATER_SETTINGS:
+        # An older tokenizer keeps its hash when it is saved anew.
+        if settings.get(name) == defaults[name]:
+            del settings[name]
     digest = hashlib.sha256(json.dumps([record["kind"], settings], sort_keys=True).encode())
     with open_tensors(directory / WEIGHTS) as weights:
         for name in sorted(weights.keys()):
@@ -451,13 +459,9 @@ def resolve(path_or_id: str | Path) -> Path:
             f"no directory {path.absolute()}; give the directory of a model ({WEIGHTS} and "
             f"{CONFIG}), or {HUB_FORM}"
         )
-    try:
+    purpose = f"no directory {path.absolute()}, and fetching {path_or_id} from Hugging Face"
+    with needing("hub", purpose):
         from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise RuntimeError(
-            f"no directory {path.absolute()}, and fetching {path_or_id} from Hugging Face needs "
-            "the hub extra: pip install 'mergevq[hub]'"
-        ) from error
     return Path(
         snapshot_download(known.name, revision=known.revision, allow_patterns=[WEIGHTS, CONFIG])
     )

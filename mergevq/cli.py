@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Generic, TypeVar
 
@@ -30,6 +29,7 @@ from mergevq.cli_evaluate import (
 )
 from mergevq.config import Device, SizePolicy
 from mergevq.config_generator import GeneratorRun
+from mergevq.extras import EXTRAS, install_command, installed_version, missing
 from mergevq.recipes import RECIPES
 from mergevq.terminal import let_products_repeat, prepare_to_compute, print_table
 
@@ -45,18 +45,6 @@ _LARGE = 8
 """Times the trained number of pixels from which a picture passed whole gets a warning."""
 _TRAIN_USAGE = "usage: mergevq train RECIPE [--section.field VALUE ..]"
 
-EXTRAS = {
-    "data": ("pyarrow", "webdataset"),
-    "demo": ("gradio", "scikit-learn"),
-    "eval": ("matplotlib",),
-    "export": ("onnx", "onnxruntime", "onnxscript"),
-    "hub": ("huggingface_hub",),
-    "log": ("tensorboard",),
-    "quickstart": ("matplotlib", "scikit-learn"),
-    "teacher": ("transformers",),
-}
-"""Packages of each extra a user may want, as in pyproject.toml."""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; options that cannot be parsed end in `SystemExit(2)`.
@@ -70,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name == "--version":
-        print(f"mergevq {_version('mergevq') or 'not installed'}")
+        print(f"mergevq {installed_version('mergevq') or 'not installed'}")
         return 0
     if name in {"-h", "--help"}:
         print(_usage())
@@ -367,7 +355,7 @@ def convert(
     image_size: int | None = None,
     num_kept: int | None = None,
     num_heads: int | None = None,
-    num_decoder_heads: int = 8,
+    num_decoder_heads: int | None = None,
     lpips: tuple[Path, Path] | None = None,
 ) -> None:
     """Turn a checkpoint of the authors' code into a model directory of this one, or LPIPS weights.
@@ -381,7 +369,8 @@ def convert(
         image_size: side of the training images in pixels.
         num_kept: K the model was trained for.
         num_heads: attention heads of the encoder.
-        num_decoder_heads: attention heads of the decoder.
+        num_decoder_heads: attention heads of the decoder; none is 12 where it is 768 wide (d96),
+            else 8.
         lpips: instead of a checkpoint, torchvision's file of a VGG-16, AlexNet or SqueezeNet and
             the LPIPS authors' file of its heads.
 
@@ -449,7 +438,7 @@ def doctor() -> None:
     from mergevq.run import resolve_device
 
     core = ("mergevq", "torch", "numpy", "pillow", "safetensors", "tyro", "jaxtyping", "tqdm")
-    versions = {name: _version(name) or "not installed" for name in core}
+    versions = {name: installed_version(name) or "not installed" for name in core}
     system = {"python": platform.python_version(), "system": platform.platform()}
     print_table("versions", system | versions)
     devices = {name: _describe_device(name) for name in ("cpu", "cuda", "mps")}
@@ -639,20 +628,10 @@ def _naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _version(distribution: str) -> str | None:
-    """Version of an installed package; None without it."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _describe_extra(extra: str) -> str:
     """Whether an extra is installed, and how to install it if not."""
-    missing = [package for package in EXTRAS[extra] if _version(package) is None]
-    if not missing:
-        return "installed"
-    return f"without {', '.join(missing)}: pip install 'mergevq[{extra}]'"
+    absent = missing(extra)
+    return f"without {', '.join(absent)}: {install_command(extra)}" if absent else "installed"
 
 
 def _describe_device(name: str) -> str:

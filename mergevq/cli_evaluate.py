@@ -371,8 +371,8 @@ def reconstruction_table(record: ReconstructionRecord) -> str:
         for source, numbers in parts.items():
             rows.append([f"{name}, {source}", *(_number(each, name) for each in numbers)])
     rows.append(["source accuracy", *(f"{r['source_accuracy']:.4f}" for r in results)])
-    for name in ("usage", "perplexity"):
-        rows.append([f"codebook {name}", *(f"{r['codebook'][name]:.4g}" for r in results)])
+    rows.append(["codebook usage", *(f"{r['codebook']['usage']:.1%}" for r in results)])
+    rows.append(["codebook perplexity", *(f"{r['codebook']['perplexity']:.4g}" for r in results)])
     balance = [[min(p, 1 - p) for p in result["codebook"]["bit_probs"]] for result in results]
     rows.append(["rarer value of a bit, least", *(f"{min(values):.4f}" for values in balance)])
     rows.append(
@@ -380,7 +380,8 @@ def reconstruction_table(record: ReconstructionRecord) -> str:
     )
     for name in ("tokens", "source", "total"):
         rows.append([f"bits, {name}", *(f"{r['bits'][name]:.1f}" for r in results)])
-    rows.append(["bits per pixel", *(f"{r['bits']['per_pixel']:.4f}" for r in results)])
+    for source, name in (("given", "per_pixel"), ("recovered", "per_pixel_recovered")):
+        rows.append([f"bits per pixel, {source}", *(f"{r['bits'][name]:.4f}" for r in results)])
     rows.append(["images per second", *(f"{r['images_per_second']:.3g}" for r in results)])
     data = record["data"]
     lines = [_columns(rows), "", f"{data['num_images']} images of {data['image_size']} pixels"]
@@ -493,8 +494,9 @@ def whole_numbers(name: str, texts: Sequence[str]) -> tuple[int, ...]:
     try:
         return tuple(int(part) for text in texts for part in text.split(",") if part.strip())
     except ValueError:
+        option = name.replace("_", "-")
         raise ValueError(
-            f"{name} ({' '.join(texts)}) must be whole numbers: --{name} 16,20"
+            f"{name} ({' '.join(texts)}) must be whole numbers: --{option} 16,20"
         ) from None
 
 

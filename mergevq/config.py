@@ -9,7 +9,7 @@ Rules: a count is `num_*`, `None` means off, a derived quantity is a property an
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Literal
 
 FORMAT_VERSION = 1
@@ -36,6 +36,26 @@ def _require(condition: bool, message: str) -> None:  # noqa: FBT001 - reads as 
         raise ValueError(message)
 
 
+def check_numbers(settings: object, where: str = "") -> None:
+    """Check every number of a dataclass of settings, and of those inside it.
+
+    Args:
+        settings: the dataclass; every run is checked when it is made.
+        where: dotted name of this object in messages; empty for the outermost.
+
+    Raises:
+        ValueError: a number is infinite, NaN or beyond 64 bits, which no record could keep.
+    """
+    for item in fields(settings):  # pyright: ignore[reportArgumentType]
+        name, value = f"{where}{item.name}", getattr(settings, item.name)
+        if is_dataclass(value):
+            check_numbers(value, f"{name}.")
+        for number in value if isinstance(value, tuple) else (value,):
+            too_large = isinstance(number, int) and abs(number) >= 2**63
+            if too_large or (isinstance(number, float) and not math.isfinite(number)):
+                raise ValueError(f"{name} ({value}) must be a finite number of at most 64 bits")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerConfig:
     """Architecture of a tokenizer: encoder, quantizer, source predictor and decoder."""
@@ -60,6 +80,11 @@ class TokenizerConfig:
     """Add fixed sine and cosine features of the cell, for any grid; a patch stem needs them."""
     layer_scale: float = 1e-5
     """Initial gain of residual branches; 1e-5 suits long runs, short ones want 0.1 or more."""
+    transformer_norm_eps: float = 1e-6
+    """Added to the variance in the layer norms of the encoder's and the decoder's blocks; the
+    authors' code has 1e-5."""
+    patch_norm_eps: float = 1e-5
+    """Added to the variance in the norm of a patch stem; the authors' code has 1e-6."""
     merge_shape: MergeShape = "linear"
     """How merging is spread over blocks: `linear` is the authors' code, `square` the paper's."""
     num_kept: int = 144
@@ -103,6 +128,9 @@ class TokenizerConfig:
             f"num_kept ({self.num_kept}) must be at least {least}: each of num_layers "
             f"({self.num_layers}) can merge half of its tokens and the first has {self.num_tokens}",
         )
+        for name in ("transformer_norm_eps", "patch_norm_eps"):
+            eps = getattr(self, name)
+            _require(0 < eps < 1, f"{name} ({eps}) must be above 0 and below 1")
         low, high = self.kept_range or (1, 1)
         _require(
             1 <= low <= high, f"kept_range {self.kept_range} must be a smallest and a largest K"
@@ -464,6 +492,7 @@ class TokenizerRun:
 
     def __post_init__(self) -> None:
         """Reject a K that the image does not have or the layers do not reach, and sharding."""
+        check_numbers(self)
         _require(
             self.train.parallel == "ddp",
             f"train.parallel ({self.train.parallel}) must be ddp: only generators are sharded",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypedDict
 
-from mergevq.config import Device, Precision, TokenizerConfig
+from mergevq.config import Device, Precision, TokenizerConfig, check_numbers
 from mergevq.config_generator import SampleRun
 
 TrunkName = Literal["vgg", "alex", "squeeze"]
@@ -76,6 +76,7 @@ class ReconstructionSettings:
 
     def __post_init__(self) -> None:
         """Reject counts below 0."""
+        check_numbers(self)
         for name in ("num_shown", "num_baseline_images"):
             _require(getattr(self, name) >= 0, f"{name} ({getattr(self, name)}) must be at least 0")
 
@@ -99,6 +100,7 @@ class RobustnessSettings:
 
     def __post_init__(self) -> None:
         """Reject fractions outside [0, 1], and none at all."""
+        check_numbers(self)
         _require(len(self.fractions) > 0, "fractions () must hold at least one: 0 is none replaced")
         for fraction in self.fractions:
             _require(0 <= fraction <= 1, f"fraction ({fraction}) must be between 0 and 1")
@@ -133,6 +135,7 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         """Reject both or neither of what samples and what is there."""
+        check_numbers(self)
         _require(
             (self.run is None) != (self.samples is None),
             "either a generator (--model) or --samples is needed, not both",
@@ -254,6 +257,9 @@ class BitsRecord(TypedDict):
     source: float
     total: float
     per_pixel: float
+    """With the given source: tokens and map."""
+    per_pixel_recovered: float
+    """With the recovered source, which needs tokens only."""
 
 
 class ExtremeRecord(Numbers):

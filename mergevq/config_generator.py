@@ -7,10 +7,16 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from mergevq.config import Device, KeptConfig, OptimConfig, TrainConfig
+from mergevq.config import Device, KeptConfig, OptimConfig, TrainConfig, check_numbers
 
 GuidanceSchedule = Literal["constant", "linear", "cosine", "power"]
 Weights = Literal["float32", "bf16", "int8"]
+MAX_GUIDANCE = 1000.0
+"""Largest scale and power of guidance: some hundred times the largest in use."""
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1000.0
+"""Beyond these a draw is the most likely value, or even, to the precision of float32."""
+MIN_TOP_P = 1e-6
+"""Float32 tells no smaller share of a distribution from none."""
 
 
 def _require(condition: bool, message: str) -> None:  # noqa: FBT001 - reads as an assertion
@@ -207,11 +213,16 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         """Reject what is no distribution."""
+        check_numbers(self)
         _require(
-            math.isfinite(self.guidance_scale) and self.guidance_scale >= 0,
-            f"guidance_scale ({self.guidance_scale}) must be at least 0; 1 is no guidance",
+            0 <= self.guidance_scale <= MAX_GUIDANCE,
+            f"guidance_scale ({self.guidance_scale}) must be between 0 and {MAX_GUIDANCE:g}; 1 is "
+            "no guidance",
         )
-        _require(self.guidance_power > 0, f"guidance_power ({self.guidance_power}) must be above 0")
+        _require(
+            0 < self.guidance_power <= MAX_GUIDANCE,
+            f"guidance_power ({self.guidance_power}) must be above 0 and at most {MAX_GUIDANCE:g}",
+        )
         low, high = self.guidance_interval
         _require(
             0 <= low <= high <= 1,
@@ -220,13 +231,17 @@ class SamplingSettings:
         )
         for temperature in _each(self.temperature):
             _require(
-                math.isfinite(temperature) and temperature >= 0,
-                f"temperature ({temperature}) must be at least 0; 0 takes the most likely value",
+                temperature == 0 or MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE,
+                f"temperature ({temperature}) must be between {MIN_TEMPERATURE:g} and "
+                f"{MAX_TEMPERATURE:g}, or 0, which takes the most likely value",
             )
         for top_k in _each(self.top_k):
             _require(top_k >= 0, f"top_k ({top_k}) must be at least 0; 0 is all values")
         for top_p in _each(self.top_p):
-            _require(0 < top_p <= 1, f"top_p ({top_p}) must be in (0, 1]; 1 is all values")
+            _require(
+                MIN_TOP_P <= top_p <= 1,
+                f"top_p ({top_p}) must be between {MIN_TOP_P:g} and 1; 1 is all values",
+            )
         _require(
             self.num_steps is None or self.num_steps >= 1,
             f"num_steps ({self.num_steps}) must be at least 1, or None for one token a pass",
@@ -276,6 +291,7 @@ class GeneratorRun:
 
     def __post_init__(self) -> None:
         """Reject a K that the grid does not have, and settings of the tokenizer's loop."""
+        check_numbers(self)
         num_tokens = self.model.num_tokens
         _require(
             self.model.order != "raster" or self.kept.candidates == (num_tokens,),
@@ -337,6 +353,7 @@ class SampleRun:
 
     def __post_init__(self) -> None:
         """Reject counts below 1, and an image without a mask."""
+        check_numbers(self)
         for name in ("num_images", "batch_size"):
             _require(getattr(self, name) >= 1, f"{name} ({getattr(self, name)}) must be at least 1")
         _require(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypedDict
 
-from mergevq.config import DataConfig, Device, Precision, TokenizerConfig
+from mergevq.config import DataConfig, Device, Precision, TokenizerConfig, check_numbers
 
 Stage = Literal["pre_merge", "merged", "unmerged", "latents", "quantized"]
 """Where in the tokenizer features are taken.
@@ -193,6 +193,7 @@ class ProbeRun:
 
     def __post_init__(self) -> None:
         """Reject a cut that leaves nothing."""
+        check_numbers(self)
         _require(
             self.max_images is None or self.max_images >= 2,
             f"max_images ({self.max_images}) must be at least 2, or None for all",

@@ -5,7 +5,7 @@ Source: Li et al. 2025, "MergeVQ", table A2 (arXiv:2504.00999), for rate, moment
 
 from dataclasses import dataclass, field
 
-from mergevq.config import Device, OptimConfig, Precision
+from mergevq.config import Device, OptimConfig, Precision, check_numbers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +53,7 @@ class SourceRun:
 
     def __post_init__(self) -> None:
         """Reject shares that leave nothing to recover from, and counts below 1."""
+        check_numbers(self)
         if not 0 <= self.max_replaced < 1:
             raise ValueError(
                 f"max_replaced ({self.max_replaced}) must be at least 0 and below 1: where all "

@@ -9,7 +9,6 @@ Shape letters: B batch, S image side, N rows of a shard, L grid tokens, K kept t
 """
 
 import contextlib
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -104,19 +103,17 @@ def token_record(
     blank = torch.empty(1, 3, config.image_size, config.image_size)
     for count in num_kept:
         tokenizer.num_tokens(blank, count)
-    digest = hashlib.sha256()
-    for index in range(len(images)):
-        line = f"{images.label(index)} {images.name(index)}\n"
-        digest.update(line.encode(errors="surrogateescape"))
+    identity = images.identity()
     return TokenRecord(
         tokenizer=tokenizer_hash,
         num_kept=tuple(sorted(set(num_kept or (config.num_kept,)))),
         num_bits=config.num_bits,
         grid_shape=tokenizer.grid_shape(blank),
         data=data,
-        images=digest.hexdigest(),
-        num_images=len(images),
-        class_names=images.class_names,
+        images=identity.images,
+        labels=identity.labels,
+        num_images=identity.num_images,
+        class_names=identity.class_names,
         flip=flip,
     )
 

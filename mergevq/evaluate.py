@@ -49,14 +49,14 @@ from mergevq.frechet import (
     Reference,
     frechet_distance,
 )
-from mergevq.images import ImageDataset, open_images, read_nearest
+from mergevq.images import ImageDataset, open_images, read_nearest, spread
 from mergevq.merge import source_bits
 from mergevq.metrics import to_uint8
 from mergevq.perceptual import Perceptual, load_perceptual, weights_digest
 from mergevq.pictures import contact_sheet, merge_map, to_pil
 from mergevq.reconstruction import Comparison, Evaluation, Outcome
 from mergevq.references import CROP, ImageHashes, open_reference
-from mergevq.report import Curve, Panel, line_plot, require_plots
+from mergevq.report import Curve, Panel, has_plots, line_plot
 from mergevq.run import (
     Progress,
     autocast,
@@ -94,8 +94,7 @@ class Opened(NamedTuple):
     @property
     def positions(self) -> list[int]:
         """Where in the data these images are."""
-        count = self.num_images
-        return [i * len(self.images) // count for i in range(count)]
+        return spread(len(self.images), self.num_images)
 
     def autocast(self) -> torch.autocast:
         """The precision of the model."""
@@ -158,11 +157,11 @@ def evaluate_reconstruction(settings: ReconstructionSettings) -> ReconstructionR
 
     Raises:
         ValueError: model, data, reference or settings do not fit, or a number is not finite.
-        RuntimeError: a file is damaged, or plots cannot be drawn.
+        RuntimeError: a file is damaged.
     """
-    require_plots()
     out = Path(settings.out)
     require_fresh(out)
+    plotting = distributed.is_main() and has_plots(out / "rate_distortion.png")
     with opened(settings.subject) as subject:
         reference = _reference(settings, subject)
         found = measure_reconstructions(
@@ -175,9 +174,10 @@ def evaluate_reconstruction(settings: ReconstructionSettings) -> ReconstructionR
         if not distributed.is_main():
             return None
         out.mkdir(parents=True, exist_ok=True)
-        rate_distortion(found, subject.tokenizer.config.image_size).save(
-            out / "rate_distortion.png"
-        )
+        if plotting:
+            curves = rate_distortion(found, subject.tokenizer.config.image_size)
+            panel = Panel(title="PSNR in dB, mean over images", curves=curves)
+            line_plot([panel], x_label="bits per pixel").save(out / "rate_distortion.png")
         for measured in found.measured:
             if measured.worst:
                 name = f"worst_best_{measured.num_kept}.png"
@@ -217,8 +217,6 @@ def measure_reconstructions(
             perceptual=subject.perceptual,
             extractor=extractor,
             autocast=subject.autocast(),
-            # Every token of every image, not only the last ones.
-            window=max(2 ** min(tokenizer.config.num_bits, 24), (share + 1) * count),
         )
         for count in dict.fromkeys(num_kept)
         if tokenizer.num_tokens(blank, count)
@@ -546,6 +544,7 @@ def _result(images: ImageDataset, measured: Measured) -> ReconstructionResult:
             "source": outcome.bits.source,
             "total": outcome.bits.total,
             "per_pixel": outcome.bits.total / outcome.num_pixels,
+            "per_pixel_recovered": outcome.bits.tokens / outcome.num_pixels,
         },
         "worst": shown(measured.worst),
         "best": shown(measured.best),
@@ -553,19 +552,27 @@ def _result(images: ImageDataset, measured: Measured) -> ReconstructionResult:
     }
 
 
-def rate_distortion(found: Reconstructions, image_size: int) -> Image.Image:
-    """PSNR over bits per pixel: both sources, and files of about the same bytes."""
+def rate_distortion(found: Reconstructions, image_size: int) -> list[Curve]:
+    """PSNR over bits per pixel: both sources, and files of about the same bytes.
+
+    The given source has to be stored beside the tokens; the recovered one needs tokens only.
+    """
     num_pixels = image_size**2
     ordered = sorted(found.measured, key=lambda measured: measured.num_kept)
-    rates = [measured.outcome.bits.total / num_pixels for measured in ordered]
+    bits = [measured.outcome.bits for measured in ordered]
     curves = [
         Curve(
-            x=rates,
+            x=[each / num_pixels for each in price],
             y=[measured.shared_psnr[number] for measured in ordered],
             label=label,
             colour=number,
         )
-        for number, label in enumerate(("given source", "recovered source"))
+        for number, (label, price) in enumerate(
+            (
+                ("given source: tokens and map", [each.total for each in bits]),
+                ("recovered source: tokens", [each.tokens for each in bits]),
+            )
+        )
     ]
     for number, file_format in enumerate(FILE_FORMATS, start=len(curves)):
         files = [file for file in found.baselines if file.file_format == file_format]
@@ -577,8 +584,7 @@ def rate_distortion(found: Reconstructions, image_size: int) -> Image.Image:
                 colour=number,
             )
         )
-    panel = Panel(title="PSNR in dB, mean over images", curves=curves)
-    return line_plot([panel], x_label="bits per pixel (tokens and source map; whole files)")
+    return curves
 
 
 @torch.no_grad()

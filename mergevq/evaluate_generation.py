@@ -52,6 +52,7 @@ from mergevq.metrics import to_uint8
 from mergevq.pictures import contact_sheet, to_pil
 from mergevq.references import ImageHashes, open_reference, reference_features
 from mergevq.run import Progress, deterministic, resolve_device, step_generator
+from mergevq.sample_files import SUMS, SampleFiles, is_sample_folder
 
 SAMPLES = "samples"
 SAMPLING = "sampling.json"
@@ -68,7 +69,7 @@ _PRECISION_NEIGHBOURS = 3
 class Samples(NamedTuple):
     """Images to evaluate, in order."""
 
-    source: ImageDataset | ImageArray
+    source: ImageDataset | ImageArray | SampleFiles
     num_images: int
     size: tuple[int, int]
     """Height and width in pixels."""
@@ -92,7 +93,7 @@ class Samples(NamedTuple):
             chosen = range(first, min(first + batch_size, self.num_images))
             yield torch.stack([self._read(self.source, i) for i in chosen]), torch.tensor(chosen)
 
-    def _read(self, images: ImageDataset, number: int) -> UInt8[Tensor, "3 h w"]:
+    def _read(self, images: ImageDataset | SampleFiles, number: int) -> UInt8[Tensor, "3 h w"]:
         """One image of the folder, as it is."""
         image = images.read(number)
         if (image.height, image.width) != self.size:
@@ -361,19 +362,15 @@ def sample_missing(pair: Pair, run: SampleRun, out: Path, world: distributed.Wor
     Raises:
         ValueError: the samples there are of another run, or the run does not fit the generator.
     """
-    folder = out / SAMPLES
     if distributed.is_main():
         _claim(pair, run, out)
-        folder.mkdir(parents=True, exist_ok=True)
+        (out / SAMPLES).mkdir(parents=True, exist_ok=True)
     distributed.barrier()
+    files = SampleFiles(out / SAMPLES, _names(run), rank=world.rank)
     firsts = range(0, run.num_images, run.batch_size)[world.rank :: world.world_size]
     batches = [list(range(first, first + run.batch_size)) for first in firsts]
     missing = [
-        [
-            number
-            for number in batch
-            if number < run.num_images and not _sample_path(folder, number).exists()
-        ]
+        [number for number in batch if number < run.num_images and not files.has(number)]
         for batch in batches
     ]
     num_missing = sum(map(len, missing))
@@ -386,7 +383,7 @@ def sample_missing(pair: Pair, run: SampleRun, out: Path, world: distributed.Wor
             # A batch is made in full whatever is missing of it: its size may decide last bits.
             _, images = generate(pair, run, batch)
             for number in wanted:
-                _save(to_pil(images[number - batch[0]]), _sample_path(folder, number))
+                files.save(number, to_pil(images[number - batch[0]]))
             progress.update(len(wanted))
     progress.close()
 
@@ -431,16 +428,9 @@ def _claim(pair: Pair, run: SampleRun, out: Path) -> None:
     write_json(path, record)
 
 
-def _sample_path(folder: Path, number: int) -> Path:
-    """File of a sample."""
-    return folder / f"{number:08d}.png"
-
-
-def _save(picture: Image.Image, path: Path) -> None:
-    """Save a picture; it has its name only when it is whole."""
-    unfinished = path.with_suffix(".unfinished")
-    picture.save(unfinished, format="PNG")
-    unfinished.replace(path)
+def _names(run: SampleRun) -> list[str]:
+    """Files of a run's samples."""
+    return [f"{number:08d}.png" for number in range(run.num_images)]
 
 
 def _open_samples(settings: GenerationSettings, out: Path) -> Samples:
@@ -452,11 +442,33 @@ def _open_samples(settings: GenerationSettings, out: Path) -> Samples:
     if settings.samples is not None and settings.samples.endswith(".npz"):
         array = ImageArray(Path(settings.samples))
         return Samples(array, len(array), array.size)
-    images = open_images(settings.samples or str(out / SAMPLES))
-    if settings.run is not None:
-        images = images.first(settings.run.num_images)
+    images = _sample_images(settings, out)
     first = images.read(0)
     return Samples(images, len(images), (first.height, first.width))
+
+
+def _sample_images(settings: GenerationSettings, out: Path) -> ImageDataset | SampleFiles:
+    """The files of the run and no others, or all images of a folder that is of no run.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if settings.run is not None:
+        files = SampleFiles(out / SAMPLES, _names(settings.run))
+    elif settings.samples is not None and is_sample_folder(Path(settings.samples)):
+        files = SampleFiles(Path(settings.samples))
+    else:
+        return open_images(str(settings.samples))
+    strangers = files.strangers()
+    if strangers and distributed.is_main():
+        warnings.warn(
+            f"{len(strangers)} pictures in {files.folder} were not made by the run and are not "
+            f"evaluated: {strangers[0]} is the first",
+            stacklevel=2,
+        )
+    if not len(files):
+        raise ValueError(f"{files.folder / SUMS} names no samples; choose another folder")
+    return files
 
 
 def _sample_size(settings: GenerationSettings, pair: Pair | None) -> int:

@@ -153,11 +153,11 @@ def load_pair(model: str | Path, tokenizer: str | Path, device: torch.device) ->
         tokenizer=Tokenizer.from_pretrained(tokenizer).to(device),
         generator_hash=model_hash(model),
         tokenizer_hash=model_hash(tokenizer),
-        class_names=_class_names(extra, generator.config.num_classes, where=model),
+        class_names=class_names(extra, generator.config.num_classes, where=model),
     )
 
 
-def _class_names(extra: dict[str, Any], num_classes: int, *, where: Path) -> tuple[str, ...]:
+def class_names(extra: dict[str, Any], num_classes: int, *, where: Path) -> tuple[str, ...]:
     """Names of the classes, as training wrote them down.
 
     Raises:

@@ -3,6 +3,7 @@
 Nothing is copied or converted when a collection is opened, and an image is decoded when it is read.
 """
 
+import importlib
 import logging
 import os
 import unicodedata
@@ -17,8 +18,10 @@ from PIL import Image
 
 from mergevq.config import MAX_PIXELS
 from mergevq.decoding import BrokenImageError, decode, most_bytes, read_bounded
+from mergevq.extras import needing
+from mergevq.identity import Identity, identify
 from mergevq.listing import Listing, Unused, list_files, split_of
-from mergevq.shards import Content, Store, import_extra, open_parquet, open_tar
+from mergevq.shards import Content, Store, open_parquet, open_tar
 
 _logger = logging.getLogger("mergevq")
 
@@ -83,6 +86,15 @@ class ImageDataset:
     def name(self, index: int) -> str:
         """Path below the opened folder, `file.parquet:row` or `shard.tar:key`."""
         return self._store.name(int(self._positions[index]))
+
+    def identity(self) -> Identity:
+        """Classes, and digests of names and labels in order; reads no image."""
+        names = (self.name(index) for index in range(len(self)))
+        return identify(
+            (unicodedata.normalize("NFC", name) for name in names),
+            self._labels[self._positions].tolist(),
+            self.class_names,
+        )
 
     def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> "ImageDataset":
         """A view of some images, with the same names, labels and classes."""
@@ -283,7 +295,8 @@ class _DigitStore:
 
 def _open_digits() -> Content:
     """1,797 handwritten digits of 8 x 8 pixels and 17 grey levels, enlarged to 32 x 32."""
-    datasets = import_extra("sklearn.datasets", "quickstart", "the data set 'digits'")
+    with needing("quickstart", "the data set 'digits'"):
+        datasets = importlib.import_module("sklearn.datasets")
     digits = datasets.load_digits()
     small = (
         Image.fromarray(np.rint(image * (255 / 16)).astype(np.uint8)) for image in digits.images

@@ -22,6 +22,11 @@ from mergevq.tokenizer import SourcePredictor, Tokenizer
 
 State = dict[str, Tensor]
 
+_TRANSFORMER_NORM_EPS = 1e-5
+"""Added to the variance in the layer norms of the authors' transformer blocks."""
+_PATCH_NORM_EPS = 1e-6
+"""Added to the variance in the norm of their patch stem."""
+
 # The authors' names on the left, ours on the right, per network; applied in order.
 _BLOCK_NAMES = (
     (r"^attn\.blocks\.", "blocks."),
@@ -70,9 +75,16 @@ def load_official(state: State, config: TokenizerConfig) -> Official:
 
 
 def official_config(
-    state: State, *, image_size: int, num_kept: int, num_heads: int, num_decoder_heads: int
+    state: State,
+    *,
+    image_size: int,
+    num_kept: int,
+    num_heads: int,
+    num_decoder_heads: int | None = None,
 ) -> TokenizerConfig:
     """Read the architecture off the shapes of an official state dict.
+
+    What is added to a variance is as in the authors' code.
 
     Args:
         state: as in `load_official`.
@@ -80,7 +92,8 @@ def official_config(
         num_kept: its nominal K; shapes do not tell.
         num_heads: of the encoder's attention; shapes do not tell. The authors' evaluation files
             for version R omit the head dimension and so load 8 heads for 12, silently.
-        num_decoder_heads: of the decoder's; 8 in every version.
+        num_decoder_heads: of the decoder's; None is as in the versions the authors have: 12 where
+            the decoder is 768 wide (d96), else 8.
 
     Raises:
         ValueError: it is not a state of the authors' architecture.
@@ -91,6 +104,8 @@ def official_config(
     widths = [_shape(decoder, f"up.{level}.block.0.conv1.weight", 4)[0] for level in levels]
     # The finest level's multiple may not be 1, so the base width comes from the encoder's stem.
     patch = "conv_in.0.weight" in encoder
+    if num_decoder_heads is None:
+        num_decoder_heads = 12 if widths[-1:] == [768] else 8
     channels = channels if patch else _shape(encoder, "conv_in.weight", 4)[0]
     config = TokenizerConfig(
         image_size=image_size,
@@ -101,6 +116,8 @@ def official_config(
         patch_dim=_shape(encoder, "conv_in.0.weight", 4)[0] if patch else 768,
         num_layers=_count(encoder, r"^attn\.blocks\.(\d+)\."),
         num_heads=num_heads,
+        transformer_norm_eps=_TRANSFORMER_NORM_EPS,
+        patch_norm_eps=_PATCH_NORM_EPS,
         num_kept=num_kept,
         num_bits=_shape(encoder, "conv_out.weight")[0],
         num_decoder_layers=_count(decoder, r"^attn\.blocks\.(\d+)\."),

@@ -20,7 +20,7 @@ from mergevq.attention import attend, trains_on_cpu
 from mergevq.merge import match, merge_step
 
 NORM_EPS = 1e-6
-"""Of every normalisation, as in the authors' code."""
+"""Added to the variance in every normalisation that has no setting of its own."""
 
 
 class LayerScale(nn.Module):
@@ -142,13 +142,15 @@ class MergeState:
 class MergeBlock(nn.Module):
     """A pre-norm transformer block that merges tokens between attention and MLP."""
 
-    def __init__(self, dim: int, num_heads: int, layer_scale: float) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, layer_scale: float, norm_eps: float = NORM_EPS
+    ) -> None:
         """Make the layers; `dim` must be a multiple of `num_heads`."""
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads)
         self.ls1 = LayerScale(dim, layer_scale)
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim)
         self.ls2 = LayerScale(dim, layer_scale)
 
@@ -185,13 +187,15 @@ def _merge_all_but_first(
 class GridBlock(nn.Module):
     """A pre-norm transformer block on the full grid, as the decoder has them."""
 
-    def __init__(self, dim: int, num_heads: int, layer_scale: float) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, layer_scale: float, norm_eps: float = NORM_EPS
+    ) -> None:
         """Make the layers; `dim` must be a multiple of `num_heads`."""
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads)
         self.ls1 = LayerScale(dim, layer_scale)
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = MixMlp(dim)
         self.ls2 = LayerScale(dim, layer_scale)
 

@@ -249,6 +249,25 @@ class CodebookStatistics(NamedTuple):
         return int(((self.bit_probs == 0) | (self.bit_probs == 1)).sum())
 
 
+def codebook_statistics(tokens: Int64[Tensor, "n"], num_bits: int) -> CodebookStatistics:
+    """How tokens of D bits use the codebook.
+
+    Raises:
+        ValueError: there is no token.
+    """
+    if len(tokens) == 0:
+        raise ValueError("codebook usage has seen no token; there is nothing to count")
+    codes, counts = tokens.cpu().unique(return_counts=True)
+    frequencies = counts.double() / len(tokens)
+    ones = [int(counts[(codes >> bit) & 1 == 1].sum()) for bit in range(num_bits)]
+    return CodebookStatistics(
+        num_tokens=len(tokens),
+        num_distinct=len(codes),
+        perplexity=math.exp(-float(torch.xlogy(frequencies, frequencies).sum())),
+        bit_probs=torch.tensor(ones, dtype=torch.float64) / len(tokens),
+    )
+
+
 class CodebookUsage:
     """The last tokens of each rank, counted exactly, however they came in batches.
 
@@ -301,18 +320,7 @@ class CodebookUsage:
             ValueError: there was no token.
         """
         tokens = distributed.gather(self.window).cpu()
-        codes, counts = tokens[tokens >= 0].unique(return_counts=True)
-        num_tokens = int(counts.sum())
-        if num_tokens == 0:
-            raise ValueError("codebook usage has seen no token; there is nothing to count")
-        frequencies = counts.double() / num_tokens
-        ones = [int(counts[(codes >> bit) & 1 == 1].sum()) for bit in range(self.num_bits)]
-        return CodebookStatistics(
-            num_tokens=num_tokens,
-            num_distinct=len(codes),
-            perplexity=math.exp(-float(torch.xlogy(frequencies, frequencies).sum())),
-            bit_probs=torch.tensor(ones, dtype=torch.float64) / num_tokens,
-        )
+        return codebook_statistics(tokens[tokens >= 0], self.num_bits)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The windows of all ranks as one list of tokens, the oldest first; every rank must call.

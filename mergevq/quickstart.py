@@ -15,7 +15,7 @@ from mergevq.config import TokenizerRun
 from mergevq.config_generator import GeneratorRun
 from mergevq.encode import encode
 from mergevq.recipes import digits32, digits32_ar
-from mergevq.report import require_plots, write_report
+from mergevq.report import has_plots, write_report
 from mergevq.run import RunDirectory, read_run_record
 from mergevq.sections import (
     generator_sections,
@@ -69,7 +69,8 @@ def run_and_report(run: TokenizerRun, generator: GeneratorRun, out: Path) -> Pat
         ValueError: the directory holds something else.
         RuntimeError: a package is missing, or training was interrupted.
     """
-    require_plots()
+    report = out / "report.html"
+    plots = has_plots(f"the plots of {report}")
     run = replace(run, out=str(out / "tokenizer"))
     model = RunDirectory(run.out).model
     tokens = replace(generator.tokens, path=str(out / "tokens"), tokenizer=str(model))
@@ -96,12 +97,11 @@ def run_and_report(run: TokenizerRun, generator: GeneratorRun, out: Path) -> Pat
         )
     trial = examine(run)
     generator_trial = examine_generator(generator, run)
-    report = out / "report.html"
     write_report(
         report,
         [
-            *tokenizer_sections(trial),
-            *generator_sections(generator_trial),
+            *tokenizer_sections(trial, plots=plots),
+            *generator_sections(generator_trial, plots=plots),
             run_section(trial, generator_trial),
         ],
         title="MergeVQ quickstart",

@@ -23,8 +23,8 @@ from mergevq.frechet import FrechetStatistics, Gaussian, Rows, frechet_distance
 from mergevq.merge import Bits, Source
 from mergevq.metrics import (
     CodebookStatistics,
-    CodebookUsage,
     Mean,
+    codebook_statistics,
     feature_cosine,
     psnr,
     source_accuracy,
@@ -136,7 +136,6 @@ class Evaluation:
         perceptual: network for LPIPS; None leaves it out.
         extractor: network for feature cosine and Frechet distance; None leaves them out.
         autocast: precision of encoder and decoder; metrics are always float32.
-        window: tokens of each rank that codebook usage is of; None is the size of the codebook.
     """
 
     def __init__(
@@ -147,14 +146,14 @@ class Evaluation:
         perceptual: Perceptual | None,
         extractor: FeatureExtractor | None = None,
         autocast: torch.autocast,
-        window: int | None = None,
     ) -> None:
         self.tokenizer, self.num_kept, self.autocast = tokenizer, num_kept, autocast
         self.device = next(tokenizer.parameters()).device
         self.given = Comparison(perceptual=perceptual, extractor=extractor)
         self.recovered = Comparison(perceptual=perceptual, extractor=extractor)
         self.accuracy = Mean("source_accuracy")
-        self.usage = CodebookUsage(tokenizer.config.num_bits, window, device=self.device)
+        self.tokens: list[Int64[Tensor, "_"]] = []
+        """Every token of every image of this rank, on the CPU."""
         self.seconds = 0.0
         self.grid_size = self.image_size = (0, 0)
 
@@ -176,7 +175,7 @@ class Evaluation:
         with self.autocast:
             source = self.tokenizer.recover(encoded.codes, encoded.grid_shape)
             recovered = self.tokenizer.decode(encoded.codes, source, encoded.grid_shape)
-        self.usage.update(encoded.indices)
+        self.tokens.append(encoded.indices.flatten().cpu())
         self.accuracy.update(source_accuracy(source.index, given.source.index))
         self.given.update(image, given.image, positions, features)
         self.recovered.update(image, recovered, positions, features)
@@ -193,12 +192,15 @@ class Evaluation:
         accuracy = self.accuracy.compute()
         rate = self.accuracy.state[1:2] / max(self.seconds, 1e-9)
         cells = Source(torch.zeros(1, rows * columns, dtype=torch.int64), self.num_kept)
+        # A rank that got no image takes part with no token.
+        tokens = torch.cat([torch.empty(0, dtype=torch.int64), *self.tokens])
+        num_bits = self.tokenizer.config.num_bits
         return Outcome(
             given=self.given.compute(reference),
             recovered=self.recovered.compute(reference),
             source_accuracy=accuracy.mean,
-            codebook=self.usage.compute(),
-            bits=cells.bits(self.tokenizer.config.num_bits),
+            codebook=codebook_statistics(distributed.gather(tokens), num_bits),
+            bits=cells.bits(num_bits),
             num_pixels=height * width,
             num_images=accuracy.num_items,
             images_per_second=float(distributed.sum(rate)),

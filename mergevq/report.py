@@ -6,7 +6,7 @@ sections; this file knows how they look, on a phone or a screen, by day or by ni
 
 import base64
 import html
-import importlib.util
+import importlib
 import io
 import logging
 import math
@@ -19,6 +19,7 @@ from typing import Any
 from PIL import Image
 
 from mergevq.config import TokenizerRun
+from mergevq.extras import needing
 
 logger = logging.getLogger("mergevq")
 
@@ -330,14 +331,15 @@ class Panel:
     curves: Sequence[Curve]
 
 
-def require_plots() -> None:
-    """Check that plots can be drawn, before the work that would be plotted.
-
-    Raises:
-        RuntimeError: matplotlib is not installed.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise RuntimeError("plots need matplotlib: pip install 'mergevq[quickstart]'")
+def has_plots(left_out: Path | str) -> bool:
+    """Whether plots can be drawn; if not, one warning says what is left out, and why."""
+    try:
+        with needing("eval", "drawing plots"):
+            importlib.import_module("matplotlib")
+    except RuntimeError as error:
+        logger.warning("everything but %s is written: %s", left_out, error)
+        return False
+    return True
 
 
 def line_plot(
@@ -440,16 +442,6 @@ Log = Sequence[Mapping[str, Any]]
 """Lines of a training's `metrics.jsonl`, as `run.read_metrics` gives them."""
 _NUM_COLUMNS = 3
 """Panels side by side in the curves of a training."""
-
-
-def has_plots(path: Path) -> bool:
-    """Whether plots can be drawn; if not, says of the file that there will be none, and why."""
-    try:
-        require_plots()
-    except RuntimeError as error:
-        logger.warning("training goes on without %s: %s", path, error)
-        return False
-    return True
 
 
 def write_curves(path: Path, panels: Sequence[Panel]) -> None:

@@ -7,6 +7,7 @@ run that was stopped draws what it would have drawn.
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import platform
@@ -15,18 +16,20 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from mergevq import distributed
 from mergevq.checkpoint import (
     changed_settings,
+    from_json,
     git_commit,
     read_json,
     require_entries,
@@ -35,17 +38,37 @@ from mergevq.checkpoint import (
     write_json,
 )
 from mergevq.config import FORMAT_VERSION, OptimConfig, Precision, TrainConfig
+from mergevq.extras import needing
+from mergevq.identity import Identity, require_same_classes
 from mergevq.optim import peak_learning_rate
 from mergevq.seeds import numbered_seed
+
+logger = logging.getLogger("mergevq")
 
 # ------------------------------------------------------------------------------- run directory
 
 
+_LOCK_SECONDS = 8.0
+"""Longer than loading processes of a run that was killed take to notice it, and so to let go."""
+
+
 class RunDirectory:
-    """Everything one run writes, under one path."""
+    """Everything one run writes, under one path.
+
+    As a context manager it lets go of the directory at the end.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._lock = FileLock(self.path / "run.lock")
+
+    def __enter__(self) -> "RunDirectory":
+        """Nothing is held before `open`."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let another process have the directory."""
+        self._lock.release(force=True)
 
     @property
     def record(self) -> Path:
@@ -77,40 +100,144 @@ class RunDirectory:
         """Directory of pictures made along the way."""
         return self.path / "images"
 
-    def open(self, run: object, *, device: torch.device, resume: bool) -> None:
+    def open(
+        self,
+        run: object,
+        *,
+        device: torch.device,
+        resume: bool,
+        made_from: Identity | None = None,
+        learns_labels: bool = False,
+        fixed: Sequence[str] = ("model",),
+    ) -> None:
         """Claim the directory and write `run.json`, before any work; on other ranks do nothing.
 
         Args:
             run: resolved settings, a dataclass.
             device: where the run computes.
-            resume: continue the run that is there; settings may differ, and what differs is kept
-                in the record under `resumed`.
+            resume: continue the run that is there. What it was trained as stays the same; all other
+                settings may differ, are warned of, and are kept in the record under `resumed`.
+            made_from: the data; None where there are none.
+            learns_labels: whether other classes make another run.
+            fixed: settings, or sections of them, that a checkpoint was trained with and that no
+                resumed run can change.
 
         Raises:
-            ValueError: another run is there and is not to be resumed, or none is and it is.
+            ValueError: another run is there and is not to be resumed, or none is and it is, or the
+                one that is there is of another model or of other classes, or another process has
+                it.
         """
         if not distributed.is_main():
             return
         if resume and not self.record.is_file():
             raise ValueError(f"{self.path} holds no run to resume: there is no {self.record.name}")
-        if not resume and self.path.exists() and any(self.path.iterdir()):
-            raise ValueError(
-                f"{self.path} is not empty; continue the run in it with --resume, choose another "
-                "directory with --out, or delete it"
-            )
+        if not resume:
+            self._require_empty()
+        self._claim()
+        if not resume:
+            self._require_empty()  # Another process may have begun and ended in between.
         now = {
             "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": command_line(),
             "environment": environment(device),
         }
-        record = {"format_version": FORMAT_VERSION, "run": to_json(run), **now, "resumed": []}
+        record = {
+            "format_version": FORMAT_VERSION,
+            "run": to_json(run),
+            "made_from": None if made_from is None else to_json(made_from),
+            **now,
+            "resumed": [],
+        }
         if resume:
             old = read_run_record(self.record)
-            changed = changed_settings(old["run"], record["run"])
-            record = old | {"run": record["run"]}
+            changed = self._changes(old, run, made_from, fixed, learns_labels=learns_labels)
+            for name, (before, after) in changed.items():
+                logger.warning(
+                    "resuming %s with another %s: %s before, %s now", self.path, name, before, after
+                )
+            record = old | {"run": record["run"], "made_from": record["made_from"]}
             record["resumed"] = [*old["resumed"], now | {"changed": changed}]
-        self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.record, record)
+
+    def _require_empty(self) -> None:
+        """Check that nothing is there but a lock.
+
+        Raises:
+            ValueError: there is something.
+        """
+        lock = Path(self._lock.lock_file)
+        if self.path.exists() and any(path.name != lock.name for path in self.path.iterdir()):
+            raise ValueError(
+                f"{self.path} is not empty; continue the run in it with --resume, choose another "
+                "directory with --out, or delete it"
+            )
+
+    def _claim(self) -> None:
+        """Keep other processes out until this one ends or lets go.
+
+        Raises:
+            ValueError: another one is in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=_LOCK_SECONDS)
+        except Timeout as error:
+            raise ValueError(
+                f"another process is training in {self.path}; wait until it ends, or stop it, or "
+                "choose another directory with --out"
+            ) from error
+
+    def _changes(
+        self,
+        old: Mapping[str, Any],
+        run: object,
+        made_from: Identity | None,
+        fixed: Sequence[str],
+        *,
+        learns_labels: bool,
+    ) -> dict[str, list[Any]]:
+        """What differs from the run that is there: `section.field` to `[old, new]`.
+
+        Raises:
+            ValueError: a checkpoint cannot be gone on with like this.
+        """
+        new = to_json(run)
+        if old["run"].keys() != new.keys():
+            raise ValueError(
+                f"{self.path} holds a run with the settings {', '.join(old['run'])}, and this one "
+                f"has {', '.join(new)}; resume with the recipe that began it"
+            )
+        # Settings that came after the run was begun have their defaults in it.
+        before = to_json(from_json(type(run), old["run"], where=str(self.record)))
+        changed = changed_settings(before, new)
+        changed.pop("out", None)  # It is this directory, which may have been moved.
+        refused = [
+            f"{name} ({after}) must be {before}"
+            for name, (before, after) in changed.items()
+            if any(name == part or name.startswith(f"{part}.") for part in fixed)
+        ]
+        if refused:
+            raise ValueError(
+                f"the run in {self.path} has another model: {'; '.join(refused)}; resume with "
+                "these settings, or begin another run with --out and --init-from"
+            )
+        if isinstance(old.get("made_from"), dict) and made_from is not None:
+            there = from_json(Identity, old["made_from"], where=f"{self.record}: made_from")
+            if there.tokenizer != made_from.tokenizer:
+                raise ValueError(
+                    f"the run in {self.path} was trained on tokens of tokenizer {there.tokenizer}, "
+                    f"and these are of {made_from.tokenizer}: a number means another thing to each"
+                )
+            if learns_labels:
+                require_same_classes(
+                    there,
+                    made_from,
+                    where=f"the run in {self.path}",
+                    way_out="resume with those, or begin another run with --out",
+                )
+            differences = changed_settings(to_json(there), to_json(made_from))
+            changed |= {f"data: {name}": values for name, values in differences.items()}
+        return changed
 
 
 def read_run_record(path: Path) -> dict[str, Any]:
@@ -283,12 +410,8 @@ def _event_writer(directory: Path, first_step: int) -> Any:  # noqa: ANN401 - of
     Raises:
         RuntimeError: the `log` extra is not installed.
     """
-    try:
+    with needing("log", "train.tensorboard"):
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise RuntimeError(
-            "train.tensorboard needs the log extra: pip install 'mergevq[log]'"
-        ) from error
     return SummaryWriter(str(directory), purge_step=first_step)
 
 

@@ -28,14 +28,14 @@ _SAMPLES_PICTURED = 8
 """Samples of each class in the picture."""
 
 
-def tokenizer_sections(trial: Trial) -> list[Section]:
-    """What there is to say about a tokenizer."""
+def tokenizer_sections(trial: Trial, *, plots: bool = True) -> list[Section]:
+    """What there is to say about a tokenizer; with `plots`, drawn too, which takes matplotlib."""
     return [
         reconstruction_section(trial),
         numbers_section(trial),
         *([probe_section(trial)] if trial.probes else []),
-        training_section(trial),
-        codebook_section(trial),
+        *([training_section(trial)] if plots else []),
+        codebook_section(trial, plots=plots),
     ]
 
 
@@ -111,7 +111,11 @@ def numbers_section(trial: Trial) -> Section:
             ["Bits per image: tokens", *(f"{k * num_bits}" for k in measured)],
             ["Bits per image: source", *(f"{maps[k]:.1f}" for k in measured)],
             row("Bits per image: total", "bits", 1),
-            row("Bits per pixel", "bits_per_pixel", 3),
+            row("Bits per pixel, given source", "bits_per_pixel", 3),
+            [
+                "Bits per pixel, recovered source",
+                *(f"{k * num_bits / run.model.image_size**2:.3f}" for k in measured),
+            ],
             percent("Codebook usage", "codebook_usage"),
             row("Perplexity", "perplexity", 1),
         ],
@@ -208,15 +212,16 @@ def training_section(trial: Trial) -> Section:
     )
 
 
-def codebook_section(trial: Trial) -> Section:
-    """Which codes the tokens take."""
+def codebook_section(trial: Trial, *, plots: bool = True) -> Section:
+    """Which codes the tokens take; with `plots`, drawn too."""
     usage, num_bits = trial.usage, trial.run.model.num_bits
     return Section(
         title="Codes",
         text=(
             f"A token is {num_bits} bits, one of {2**num_bits:,} codes. The {usage.num_tokens:,} "
-            f"tokens of the held-out images at K = {trial.run.model.num_kept} take "
-            f"{usage.num_distinct:,} different ones; the perplexity, {usage.perplexity:.1f}, is "
+            f"tokens of the held-out images at K = {trial.run.model.num_kept} use "
+            f"{usage.num_distinct:,} of them, {100 * usage.usage:.1f} %; the perplexity, "
+            f"{usage.perplexity:.1f}, is "
             "how many equally frequent codes would be as varied. A bit that is nearly always 0 or "
             f"always 1 carries nothing: {usage.num_dead_bits} of {num_bits} are constant."
         ),
@@ -239,7 +244,9 @@ def codebook_section(trial: Trial) -> Section:
                 caption="Over the latest tokens seen in training.",
                 scale=PLOT_SCALE,
             ),
-        ],
+        ]
+        if plots
+        else [],
     )
 
 
@@ -281,8 +288,8 @@ def _training_rows(trial: Trial | GeneratorTrial, what: str, name: str) -> list[
     ]
 
 
-def generator_sections(trial: GeneratorTrial) -> list[Section]:
-    """What there is to say about a generator."""
+def generator_sections(trial: GeneratorTrial, *, plots: bool = True) -> list[Section]:
+    """What there is to say about a generator; with `plots`, drawn too."""
     columns = [row[:_SAMPLES_PICTURED] for row in trial.samples]
     names = trial.class_names
     pairs = [[row[0] for row in trial.samples], trial.nearest]
@@ -328,16 +335,21 @@ def generator_sections(trial: GeneratorTrial) -> list[Section]:
                     "closest pixels: a copy would show here.",
                     scale=_SHEET_SCALE,
                 ),
-                Picture(
-                    name="likelihood",
-                    image=line_plot(likelihood_panels(trial.log), x_label="step", share_y=True),
-                    caption=f"An even guess among {2**trial.run.model.num_bits:,} codes has "
-                    f"{math.log(2**trial.run.model.num_bits):.2f} nats.",
-                    scale=PLOT_SCALE,
-                ),
+                *([likelihood_picture(trial)] if plots else []),
             ],
         )
     ]
+
+
+def likelihood_picture(trial: GeneratorTrial) -> Picture:
+    """Likelihood of the codes during training."""
+    return Picture(
+        name="likelihood",
+        image=line_plot(likelihood_panels(trial.log), x_label="step", share_y=True),
+        caption=f"An even guess among {2**trial.run.model.num_bits:,} codes has "
+        f"{math.log(2**trial.run.model.num_bits):.2f} nats.",
+        scale=PLOT_SCALE,
+    )
 
 
 def duration(seconds: float | int) -> str:

@@ -21,6 +21,7 @@ from jaxtyping import Shaped
 from numpy.typing import NDArray
 
 from mergevq.decoding import ENDINGS
+from mergevq.extras import needing
 from mergevq.files import MAX_JSON_BYTES, parse_json
 from mergevq.listing import Listing, Unused, is_hidden, looks_like_picture
 
@@ -61,18 +62,10 @@ class Content(NamedTuple):
     class_names: tuple[str, ...]
 
 
-def import_extra(module: str, extra: str, purpose: str) -> ModuleType:
-    """Import an optional package.
-
-    Raises:
-        RuntimeError: it is not installed; the message says how to install it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise RuntimeError(
-            f"{purpose} needs another package: pip install 'mergevq[{extra}]' ({error})"
-        ) from error
+def _parquet() -> ModuleType:
+    """The part of pyarrow that reads parquet files."""
+    with needing("data", "reading parquet files"):
+        return importlib.import_module("pyarrow.parquet")
 
 
 def _number_classes(labels: NDArray[np.int64], origin: str) -> tuple[str, ...]:
@@ -176,7 +169,7 @@ def _read_row_group(group: _RowGroup) -> Any:  # noqa: ANN401 - pyarrow is an op
     Raises:
         RuntimeError: the file is damaged.
     """
-    parquet = import_extra("pyarrow.parquet", "data", "reading parquet files")
+    parquet = _parquet()
     damaged = f"row group {group.number} of {group.path} is damaged"
     with _reading(damaged, RuntimeError), parquet.ParquetFile(group.path) as file:
         table = file.read_row_group(group.number, columns=[group.column], use_threads=False)
@@ -200,7 +193,7 @@ def _read_parquet_head(path: str) -> _ParquetHead:
     Raises:
         ValueError: the file is damaged, forged, or has no image column.
     """
-    parquet = import_extra("pyarrow.parquet", "data", "reading parquet files")
+    parquet = _parquet()
     size, damaged = os.stat(path).st_size, f"{path} is not a readable parquet file"
     with _reading(damaged, ValueError), parquet.ParquetFile(path) as file:
         schema, metadata = file.schema_arrow, file.metadata

@@ -33,6 +33,7 @@ from torch.nn import functional
 from mergevq import distributed
 from mergevq.checkpoint import HUB_FORM, hub_id
 from mergevq.config import TeacherConfig
+from mergevq.extras import needing
 from mergevq.files import broken_weights
 
 Alignment = Callable[[Tensor, Tensor], Tensor]
@@ -435,13 +436,9 @@ def _load_vision_model(path: str) -> tuple[Any, bool]:
         RuntimeError: `transformers` or the model is missing, or weights are or are broken.
     """
     name, where = _located(path)
-    try:
-        from transformers import AutoModel  # an optional extra
-    except ImportError as error:
-        raise RuntimeError(
-            "a frozen teacher needs transformers: pip install 'mergevq[teacher]', or choose "
-            "teacher kind 'self', 'labels' or 'none'"
-        ) from error
+    purpose = "a frozen teacher (unlike teacher kind 'self', 'labels' or 'none')"
+    with needing("teacher", purpose):
+        from transformers import AutoModel
     try:
         model, report = AutoModel.from_pretrained(
             name,

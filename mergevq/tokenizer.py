@@ -117,7 +117,9 @@ class Encoder(nn.Module):
         self.stem = _cnn_stem(config) if config.stem == "cnn" else _patch_stem(config)
         self.class_token = nn.Parameter(torch.randn(config.dim) * 1e-6)
         self.blocks = nn.ModuleList(
-            MergeBlock(config.dim, config.num_heads, config.layer_scale)
+            MergeBlock(
+                config.dim, config.num_heads, config.layer_scale, config.transformer_norm_eps
+            )
             for _ in range(config.num_layers)
         )
         self.norm = nn.GroupNorm(config.num_groups, config.dim, eps=NORM_EPS)
@@ -166,7 +168,9 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.num_bits, dim, 3, padding=1)
         self.position = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.blocks = nn.ModuleList(
-            GridBlock(dim, config.num_decoder_heads, config.layer_scale)
+            GridBlock(
+                dim, config.num_decoder_heads, config.layer_scale, config.transformer_norm_eps
+            )
             for _ in range(config.num_decoder_layers)
         )
         self.levels = nn.ModuleList()
@@ -294,7 +298,8 @@ class Tokenizer(nn.Module):
     """Images to discrete tokens and back.
 
     Example:
-        >>> from mergevq.config import RecoverySource, TokenizerConfig
+        >>> from mergevq.choices import RecoverySource
+        >>> from mergevq.config import TokenizerConfig
         >>> config = TokenizerConfig(
         ...     image_size=32, channels=16, channel_mult=(1, 2, 2), num_kept=16, num_layers=3,
         ...     num_decoder_layers=1, num_heads=4, num_decoder_heads=4, source_dim=32)
@@ -616,7 +621,8 @@ class Tokenizer(nn.Module):
         if not isinstance(image, Tensor):
             raise ValueError(
                 f"image is {type(image).__name__} and must be a tensor of shape (b, 3, h, w); for "
-                "a picture use mergevq.codec.encode_image, for a file load_picture before it"
+                "a picture use mergevq.codec.encode_image, "
+                "for a file load_picture before it"
             )
         if image.ndim != 4:
             raise ValueError(
@@ -663,7 +669,7 @@ def _patch_stem(config: TokenizerConfig) -> nn.Sequential:
     """One convolution per patch, each channel normalised over the image."""
     return nn.Sequential(
         nn.Conv2d(3, config.patch_dim, config.patch_size, stride=config.patch_size),
-        nn.GroupNorm(config.patch_dim, config.patch_dim),
+        nn.GroupNorm(config.patch_dim, config.patch_dim, eps=config.patch_norm_eps),
     )
 
 

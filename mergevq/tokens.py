@@ -28,6 +28,7 @@ from torch import Tensor
 from mergevq.checkpoint import from_json, read_json, require_entries, to_json, write_json
 from mergevq.config import FORMAT_VERSION
 from mergevq.files import open_tensors, parse_json, sha256_of
+from mergevq.identity import Identity
 from mergevq.merge import Source
 from mergevq.seeds import data_seed
 
@@ -61,6 +62,8 @@ class TokenRecord:
     """One name per class, in label order; empty when the data are unlabelled."""
     crop: Literal["center"] = "center"
     """Which square of an image was encoded, after its short side was resized."""
+    labels: str = ""
+    """SHA-256 over the labels of the images, in order; empty where it was not kept."""
     flip: bool = False
     """Whether the row of an image is followed by the row of its mirror image."""
     shard_size: int = 1024
@@ -81,6 +84,17 @@ class TokenRecord:
             )
         if not 1 <= self.num_bits <= 63:
             raise ValueError(f"num_bits ({self.num_bits}) must be between 1 and 63")
+
+    @property
+    def identity(self) -> Identity:
+        """Images that the tokens were made from."""
+        return Identity(
+            class_names=self.class_names,
+            labels=self.labels,
+            images=self.images,
+            num_images=self.num_images,
+            tokenizer=self.tokenizer,
+        )
 
     @property
     def num_tokens(self) -> int:

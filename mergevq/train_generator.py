@@ -28,11 +28,14 @@ from mergevq.checkpoint import (
     load_strict,
     resolve,
     save_model,
+    some,
+    to_json,
     tokens_hash,
 )
 from mergevq.config_generator import GeneratorConfig, GeneratorRun
-from mergevq.generation import decode_sampled
+from mergevq.generation import class_names, decode_sampled
 from mergevq.generator import Generator, GeneratorLoss, random_orders, uniform
+from mergevq.identity import Identity
 from mergevq.optim import (
     Ema,
     NonFiniteGuard,
@@ -173,8 +176,30 @@ def _train(run: GeneratorRun, world: distributed.World, *, resume: bool) -> Path
     dataset = open_tokens(run.tokens.path)
     train_set, val_set = split(dataset, run.tokens.val_fraction)
     state, setting = build(run, world, dataset.record)
-    directory = RunDirectory(run.out)
-    directory.open(run, device=world.device, resume=resume)
+    with RunDirectory(run.out) as directory:
+        directory.open(
+            run,
+            device=world.device,
+            resume=resume,
+            made_from=dataset.record.identity,
+            learns_labels=True,
+            fixed=("model", "kept.candidates"),
+        )
+        _run_steps(state, setting, directory, train_set, val_set, resume=resume)
+    return directory.model
+
+
+def _run_steps(
+    state: State,
+    setting: Setting,
+    directory: RunDirectory,
+    train_set: TokenDataset,
+    val_set: TokenDataset,
+    *,
+    resume: bool,
+) -> None:
+    """Every step that is left, and what is written along the way."""
+    run, world, settings = setting.run, setting.world, setting.run.train
     manager = CheckpointManager(directory.checkpoints, keep_last=settings.keep_last)
     latest = distributed.broadcast_object(manager.latest()) if resume else None
     if latest is not None:
@@ -220,7 +245,6 @@ def _train(run: GeneratorRun, world: distributed.World, *, resume: bool) -> Path
             if stopping and not last:
                 logger.warning("stopped after %d steps; go on with --resume", state.step)
                 break
-    return directory.model
 
 
 # -------------------------------------------------------------------------------------- making
@@ -242,7 +266,7 @@ def build(
         torch.manual_seed(run.train.seed)  # noqa: TID251 - layers fill themselves from it
         generator = Generator(config)
     if run.init_from is not None:
-        initialize_from(generator, run.init_from)
+        initialize_from(generator, run.init_from, record.identity)
     device = world.device
     dtype = resolve_precision(run.train.precision, device)
     generator.train()
@@ -293,14 +317,21 @@ def fitted_config(run: GeneratorRun, record: TokenRecord) -> GeneratorConfig:
         there = ", ".join(map(str, record.num_kept))
         raise ValueError(
             f"kept.candidates {missing} must be among the K of the tokens in {run.tokens.path} "
-            f"({there}); encode the images with --tokens {' '.join(map(str, missing))} too, into "
+            f"({there}); encode the images with --num-kept {','.join(map(str, missing))} too, into "
             "another folder"
         )
     return replace(model, num_classes=record.num_classes)
 
 
-def initialize_from(generator: Generator, path: str | Path) -> None:
-    """Copy a trained generator's weights; with other classes, all but the table of classes.
+def initialize_from(
+    generator: Generator, path: str | Path, made_from: Identity | None = None
+) -> None:
+    """Copy a trained generator's weights; of the table of classes, those of the same names.
+
+    Args:
+        generator: gets the weights.
+        path: directory of the trained one, or owner/name@revision on Hugging Face.
+        made_from: what `generator` will be trained on; None compares numbers of classes alone.
 
     Raises:
         ValueError: it is not there, or is another architecture or order.
@@ -315,16 +346,35 @@ def initialize_from(generator: Generator, path: str | Path) -> None:
                 f"model.{name} ({getattr(mine, name)}) must be {getattr(other, name)}, as in the "
                 f"generator of init_from, {path}"
             )
+    extra = saved.record["extra"]
+    names = made_from.class_names if made_from is not None else ()
+    known = class_names(extra, other.num_classes, where=Path(path))
     weights = dict(saved.state)
-    if other.num_classes != mine.num_classes:
+    if other.num_classes != mine.num_classes or (names and known and names != known):
+        fresh = [name for name in names if name not in known] or list(names)
         logger.warning(
-            "starting from %s with a fresh class embedding: it was trained on %d classes and these "
-            "tokens have %d; all other weights are kept",
+            "starting from %s with a fresh class embedding for %s: it was trained on %d classes "
+            "(%s) and these tokens have %d (%s); all other weights are kept",
             path,
+            some(fresh, 5) or "every class",
             other.num_classes,
+            some(list(known), 5) or "unnamed",
             mine.num_classes,
+            some(list(names), 5) or "unnamed",
         )
-        weights[_CLASS_TABLE] = generator.state_dict()[_CLASS_TABLE]
+        table = generator.state_dict()[_CLASS_TABLE].clone()
+        for number, name in enumerate(names):
+            if name in known:
+                table[number] = saved.state[_CLASS_TABLE][known.index(name)]
+        weights[_CLASS_TABLE] = table
+    if made_from is not None and extra.get("tokenizer") != made_from.tokenizer:
+        logger.warning(
+            "starting from %s, which was trained on tokens of tokenizer %s; these are of %s, and "
+            "every code means something else",
+            path,
+            extra.get("tokenizer"),
+            made_from.tokenizer,
+        )
     load_strict(generator, weights)
 
 
@@ -620,6 +670,7 @@ def _save(state: State, setting: Setting, manager: CheckpointManager, model: Pat
                 "tokenizer": record.tokenizer,
                 "tokenizer_path": setting.run.tokens.tokenizer,
                 "class_names": list(record.class_names),
+                "made_from": to_json(record.identity),
             },
         )
     # Last, so that whoever resumes from it finds a model at least as new.

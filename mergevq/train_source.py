@@ -33,6 +33,7 @@ from mergevq.checkpoint import (
 from mergevq.config_generator import SamplingSettings
 from mergevq.config_source import SourceRun
 from mergevq.generation import Pair, load_pair
+from mergevq.identity import Identity, require_same_classes
 from mergevq.losses import source_loss
 from mergevq.merge import Source
 from mergevq.optim import (
@@ -108,6 +109,13 @@ def finetune_source(run: SourceRun) -> Finetuned:
     pair = load_pair(run.generator, run.tokenizer, device)
     dataset = open_tokens(run.tokens)
     require_tokenizer(dataset.record, tokens_hash(resolve(run.tokenizer)))
+    if pair.class_names:
+        require_same_classes(
+            Identity(class_names=pair.class_names),
+            Identity(class_names=dataset.record.class_names),
+            where=f"the generator in {run.generator}",
+            way_out=f"give the tokens that it was trained on, not {run.tokens}",
+        )
     counts = _counts(run, pair, dataset)
     train_set, val_set = split(dataset, run.val_fraction)
     pair.generator.requires_grad_(requires_grad=False)

@@ -26,10 +26,12 @@ from mergevq.checkpoint import (
     load_strict,
     resolve,
     save_model,
+    to_json,
 )
 from mergevq.config import TokenizerConfig, TokenizerRun
 from mergevq.data import Batch, ImageDataset, eval_batches, open_train_val, train_batches
 from mergevq.discriminator import Discriminator, fitting_num_layers
+from mergevq.identity import Identity
 from mergevq.interop import initialize_from_dinov2, read_vit
 from mergevq.losses import (
     LeCam,
@@ -75,6 +77,15 @@ from mergevq.tokenizer import Tokenizer, TokenizerOutput
 
 logger = logging.getLogger("mergevq")
 
+_FIXED = (
+    "model",
+    "teacher.kind",
+    "teacher.path",
+    "teacher.num_head_layers",
+    "teacher.num_prototypes",
+    "loss.discriminator_channels",
+)
+"""Settings that a resumed run has to have as they were."""
 _USAGE_WINDOW_BITS = 18
 """Codebook usage is counted over this power of two of tokens, or all codes when they are fewer."""
 _COLLAPSE_REPORTS = 20
@@ -209,6 +220,8 @@ class Setting:
     perceptual: Perceptual | None
     dtype: torch.dtype | None
     """Of autocast; None is float32."""
+    made_from: Identity | None = None
+    """The training images; None where none were opened."""
 
     @property
     def has_adversary(self) -> bool:
@@ -245,8 +258,31 @@ def _train(run: TokenizerRun, world: distributed.World, *, resume: bool) -> Path
     train_set, val_set = open_train_val(run.data)
     state, setting = build(run, world, num_classes=train_set.num_classes)
     _check_labels(run, train_set)
-    directory = RunDirectory(run.out)
-    directory.open(run, device=world.device, resume=resume)
+    with RunDirectory(run.out) as directory:
+        setting = replace(setting, made_from=train_set.identity())
+        directory.open(
+            run,
+            device=world.device,
+            resume=resume,
+            made_from=setting.made_from,
+            learns_labels=run.teacher.kind == "labels",
+            fixed=_FIXED,
+        )
+        _run_steps(state, setting, directory, train_set, val_set, resume=resume)
+    return directory.model
+
+
+def _run_steps(
+    state: State,
+    setting: Setting,
+    directory: RunDirectory,
+    train_set: ImageDataset,
+    val_set: ImageDataset,
+    *,
+    resume: bool,
+) -> None:
+    """Every step that is left, and what is written along the way."""
+    run, world, settings = setting.run, setting.world, setting.run.train
     manager = CheckpointManager(directory.checkpoints, keep_last=settings.keep_last)
     latest = distributed.broadcast_object(manager.latest()) if resume else None
     if latest is not None:
@@ -285,14 +321,13 @@ def _train(run: TokenizerRun, world: distributed.World, *, resume: bool) -> Path
             # Every rank learns of a signal to any of them, so all stop after the same step.
             stopping = bool(distributed.sum(torch.tensor(int(signal.requested))) > 0)
             if state.step % settings.save_every == 0 or last or stopping:
-                _save(state, manager, directory.model)
+                _save(state, setting, manager, directory.model)
             if plotting and (validating or stopping):
                 panels = tokenizer_panels(run, read_metrics(directory.metrics))
                 write_curves(directory.curves, panels)
             if stopping and not last:
                 logger.warning("stopped after %d steps; go on with --resume", state.step)
                 break
-    return directory.model
 
 
 def _check_labels(run: TokenizerRun, dataset: ImageDataset) -> None:
@@ -392,6 +427,8 @@ def initialize_from(tokenizer: Tokenizer, path: str | Path) -> None:
         "num_source_heads",
         "merge_shape",
         "position_embedding",
+        "transformer_norm_eps",
+        "patch_norm_eps",
     ):
         # The shapes of weights do not tell these apart.
         if getattr(other, name) != getattr(mine, name):
@@ -730,7 +767,7 @@ def _picture(state: State, setting: Setting, dataset: ImageDataset, folder: Path
     contact_sheet(rows, titles).save(folder / f"step-{state.step:08d}.png")
 
 
-def _save(state: State, manager: CheckpointManager, model: Path) -> None:
+def _save(state: State, setting: Setting, manager: CheckpointManager, model: Path) -> None:
     """Write a checkpoint to resume from, and the averaged model to use.
 
     Raises:
@@ -746,7 +783,10 @@ def _save(state: State, manager: CheckpointManager, model: Path) -> None:
                 state.tokenizer.state_dict(),
                 state.tokenizer.config,
                 kind="tokenizer",
-                extra={"step": state.step},
+                extra={
+                    "step": state.step,
+                    "made_from": None if setting.made_from is None else to_json(setting.made_from),
+                },
             )
     if distributed.is_main():
         # Last, so that whoever resumes from it finds a model at least as new.

@@ -31,6 +31,8 @@ def _renamed(name):
 
 
 def _encoder_name(name, config):
+    if config.stem == "patch":
+        name = re.sub(r"^stem\.", "conv_in.", name)
     if match := re.match(r"stem\.(\d+)\.(.*)", name):
         position, rest = int(match[1]) - 1, match[2].replace("shortcut", "nin_shortcut")
         if position < 0:

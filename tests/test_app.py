@@ -188,7 +188,7 @@ def test_the_models_of_the_package_belong_together_and_draw_digits():
 
 def test_the_page_needs_its_extra(folder, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gradio", None)
-    with pytest.raises(RuntimeError, match=r"pip install 'mergevq\[demo\]'"):
+    with pytest.raises(RuntimeError, match=r'gradio, which is not .* pip install "gradio>=6" '):
         app.build_page(folder / "tokenizer", generator=None, data=None, device="cpu")
 
 
@@ -267,7 +267,7 @@ def test_without_scikit_learn_the_page_of_the_package_has_no_neighbours(page, mo
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     app.build_page(None, generator=None, data=None, device="cpu")
     assert set(page.calls) == {"reconstruct", "sample"}
-    assert "pip install 'mergevq[quickstart]'" in caplog.text
+    assert "pip install matplotlib scikit-learn" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore")

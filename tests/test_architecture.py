@@ -54,6 +54,7 @@ TORCH_FREE = {
     "config_evaluate",
     "config_probe",
     "config_source",
+    "extras",
     "recipes",
     "terminal",
 }

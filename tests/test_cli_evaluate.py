@@ -58,7 +58,7 @@ def test_help_does_not_wait_for_torch():
 def test_reconstruction_prints_a_column_for_each_k(tmp_path, folder, capsys):
     run(
         "reconstruction",
-        *subject(folder, "--tokens", "8,12", "16", "--extractor", folder / "colours.pt"),
+        *subject(folder, "--num-kept", "8,12", "16", "--extractor", folder / "colours.pt"),
         *("--max-images", 4, "--show", 1, "--baseline-images", 2, "--batch-size", 3),
         *("--precision", "float32", "--image-size", 16, "--out", tmp_path),
     )
@@ -66,6 +66,8 @@ def test_reconstruction_prints_a_column_for_each_k(tmp_path, folder, capsys):
     assert "K = 8" in printed
     assert "K = 16" in printed
     for name in ("psnr, given", "frechet_colours, recovered", "bits, source", "images per second"):
+        assert f"\n{name} " in printed
+    for name in ("codebook usage", "bits per pixel, given", "bits per pixel, recovered"):
         assert f"\n{name} " in printed
     assert "4 images of 16 pixels" in printed
     assert "\nWebP " in printed
@@ -78,7 +80,7 @@ def test_reconstruction_prints_a_column_for_each_k(tmp_path, folder, capsys):
 
 
 def test_robustness_prints_a_row_for_each_fraction(tmp_path, folder, capsys):
-    options = ("--tokens", 8, "--fractions", "0,0.5", "--radius", 2, "--seed", 3)
+    options = ("--num-kept", 8, "--fractions", "0,0.5", "--radius", 2, "--seed", 3)
     run("robustness", *subject(folder, *options, "--out", tmp_path))
     printed = capsys.readouterr().out
     assert "\n0.5          2 " in printed
@@ -158,7 +160,7 @@ def test_a_reference_is_written_and_the_wrong_kind_refused(tmp_path, folder, cap
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("reconstruction", "--tokens", "8;9"), r"tokens \(8;9\) must be whole numbers"),
+        (("reconstruction", "--num-kept", "8;9"), r"num_kept \(8;9\) must be whole numbers"),
         (("robustness", "--fractions", "half"), r"fractions \(half\) must be numbers"),
     ],
 )
@@ -168,7 +170,7 @@ def test_what_is_no_number_is_said(folder, options, message):
 
 
 def test_a_tokenizer_needs_its_generator():
-    with pytest.raises(ValueError, match="--model is missing"):
+    with pytest.raises(ValueError, match="--generator is missing"):
         run("generation", "--tokenizer", "somewhere", "--reference", "r.npz", "--extractor", "e.pt")
 
 
@@ -178,7 +180,7 @@ def test_options_of_sampling_reach_the_run(tmp_path, monkeypatch):
     run(
         "generation",
         *("--generator", "m", "--tokenizer", "t", "--reference", "r.npz", "--extractor", "e.pt"),
-        *("--out", tmp_path, "--num", 6, "--tokens", 5, "--seed", 7, "--weights", "int8"),
+        *("--out", tmp_path, "--num", 6, "--num-kept", 5, "--seed", 7, "--weights", "int8"),
         *("--guidance", 3, "--guidance-schedule", "power", "--guidance-power", 1.5),
         *("--guidance-interval", 0.1, 0.9, "--temperature", 1, 0.8, "--top-k", 0, 4),
         *("--top-p", 0.9, "--steps", 2, "--no-budget", "--batch-size", 3, "--device", "cpu"),

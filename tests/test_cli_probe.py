@@ -29,9 +29,9 @@ def call(name, folder, out, *options):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("linear", ["--epochs", "2", "--rates", "0.01", "--tokens", "9,20", "--pools", "mean"]),
-        ("knn", ["--k", "1", "3", "--tokens", "9", "20", "--pools", "mean"]),
-        ("finetune", ["--epochs", "1", "--tokens", "9,20", "--linear-epochs", "1"]),
+        ("linear", ["--epochs", "2", "--rates", "0.01", "--num-kept", "9,20", "--pools", "mean"]),
+        ("knn", ["--k", "1", "3", "--num-kept", "9", "20", "--pools", "mean"]),
+        ("finetune", ["--epochs", "1", "--num-kept", "9,20", "--linear-epochs", "1"]),
     ],
 )
 def test_a_table_is_printed_for_every_number_of_tokens(folder, tmp_path, capsys, name, options):
@@ -45,7 +45,7 @@ def test_a_table_is_printed_for_every_number_of_tokens(folder, tmp_path, capsys,
 
 def test_tokens_that_are_no_numbers_are_an_error(folder, tmp_path):
     with pytest.raises(ValueError, match=r"tokens \(9,many\) must be numbers, as in 36,144"):
-        call("knn", folder, tmp_path / "out", "--tokens", "9,many")
+        call("knn", folder, tmp_path / "out", "--num-kept", "9,many")
 
 
 def test_help_does_not_wait_for_torch():

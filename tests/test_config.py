@@ -124,6 +124,8 @@ def test_groups_of_normalisation_are_32_where_the_width_has_them():
         ({"num_kept": 257}, "num_kept (257) must be between 1 and the 256 tokens"),
         ({"num_kept": 0}, "num_kept (0) must be between 1 and the 256 tokens"),
         ({"num_kept": 63, "num_layers": 2}, "num_kept (63) must be at least 64: each of"),
+        ({"transformer_norm_eps": 0.0}, "transformer_norm_eps (0.0) must be above 0 and below 1"),
+        ({"patch_norm_eps": float("nan")}, "patch_norm_eps (nan) must be above 0 and below 1"),
         ({"kept_range": (200, 100)}, "kept_range (200, 100) must be a smallest and a largest K"),
         ({"num_bits": 0}, "num_bits (0) must be between 1 and 63"),
         ({"num_bits": 64}, "num_bits (64) must be between 1 and 63"),
@@ -282,11 +284,11 @@ def test_every_named_size_is_accepted(name):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"guidance_scale": -1.0}, "guidance_scale (-1.0) must be at least 0"),
+        ({"guidance_scale": -1.0}, "guidance_scale (-1.0) must be between 0 and 1000"),
         ({"guidance_interval": (0.5, 0.2)}, "guidance_interval (0.5, 0.2) must be two shares"),
-        ({"temperature": (1.0, -1.0)}, "temperature (-1.0) must be at least 0"),
+        ({"temperature": (1.0, -1.0)}, "temperature (-1.0) must be between 0.001 and 1000"),
         ({"top_k": -1}, "top_k (-1) must be at least 0"),
-        ({"top_p": 0.0}, "top_p (0.0) must be in (0, 1]"),
+        ({"top_p": 0.0}, "top_p (0.0) must be between 1e-06 and 1"),
         ({"num_steps": 0}, "num_steps (0) must be at least 1"),
     ],
 )

@@ -95,9 +95,9 @@ def test_generation_is_in_both_documents():
 
 def test_sizes_are_those_of_the_config():
     rows = [row for table in tables("method.md") for row in table if "LlamaGen's" in row]
-    assert [row["`config.GENERATOR_SIZES`"] for row in rows] == ["B", "L", "XL", "XXL"]
+    assert [row["`config_generator.GENERATOR_SIZES`"] for row in rows] == ["B", "L", "XL", "XXL"]
     for row in rows:
-        size = GENERATOR_SIZES[row["`config.GENERATOR_SIZES`"]]
+        size = GENERATOR_SIZES[row["`config_generator.GENERATOR_SIZES`"]]
         blocks = row["blocks + blocks of the head"]
         assert (
             blocks == f"{size['num_layers']} + {size['num_head_layers']} of width {size['dim']:,}"

@@ -218,7 +218,8 @@ def test_two_ranks_write_what_one_writes(tmp_path, tokenizer, digits, record, co
 def test_two_processes_write_what_one_writes(tmp_path):
     # 1,797 digits are two shards of the command's size, one for each process.
     write_tokenizer(tmp_path / "model")
-    command = ["encode", "--model", str(tmp_path / "model"), "--data", "digits", "--tokens", "8,12"]
+    command = ["encode", "--model", str(tmp_path / "model"), "--data", "digits"]
+    command += ["--num-kept", "8,12"]
     command += ["--batch-size", "1024", "--num-workers", "0", "--device", "cpu", "--out"]
     assert main([*command, str(tmp_path / "one")]) == 0
     run_on_two_ranks([*command, str(tmp_path / "two")])
@@ -296,7 +297,7 @@ def test_the_command_says_what_it_wrote(tmp_path, folders, capsys):
     model, data = folders
     out = tmp_path / "tokens"
     command = ["encode", "--model", str(model), "--data", str(data), "--out", str(out)]
-    options = ["--tokens", "20", "9", "--flip", "--num-workers", "0", "--device", "cpu"]
+    options = ["--num-kept", "20,9", "--flip", "--num-workers", "0", "--device", "cpu"]
     assert main([*command, *options]) == 0
     said = "9 and 20 tokens of 12 bits for each of 10 rows, from 5 images"
     assert capsys.readouterr().out == f"{out}: {said}\n"

@@ -19,6 +19,7 @@ from mergevq.evaluate import (
     evaluate_reconstruction,
     json_numbers,
     measure_reconstructions,
+    rate_distortion,
 )
 from mergevq.metrics import psnr
 from mergevq.perceptual import Perceptual
@@ -204,6 +205,31 @@ def test_two_evaluations_agree_to_the_last_digit(tmp_path, folder):
         assert pictures[0] == pictures[1]
 
 
+def test_each_source_is_drawn_at_the_price_that_it_has(folder):
+    subject = subject_of(Tokenizer.from_pretrained(folder / "model"), folder / "images")
+    found = measure_reconstructions(subject, [8, 16], num_baseline_images=7)
+    given, recovered, *files = rate_distortion(found, 16)
+    tokens, source = zip(*[measured.outcome.bits for measured in found.measured], strict=True)
+    assert recovered.x == [8 * 4 / 256, 16 * 4 / 256] == [bits / 256 for bits in tokens]
+    assert given.x == [(t + s) / 256 for t, s in zip(tokens, source, strict=True)]
+    assert source[0] > 0
+    assert [list(curve.y) for curve in (given, recovered)] == [
+        [measured.shared_psnr[number] for measured in found.measured] for number in (0, 1)
+    ]
+    assert len(files) == 2
+
+
+def test_without_matplotlib_the_numbers_are_written_after_one_warning(
+    tmp_path, folder, monkeypatch, caplog
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    record = evaluate_reconstruction(settings(folder, tmp_path))
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == record
+    assert not (tmp_path / "rate_distortion.png").exists()
+    (warning,) = caplog.messages
+    assert warning.startswith(f"everything but {tmp_path}/rate_distortion.png is written: ")
+
+
 def test_the_record_says_all_that_the_numbers_depend_on(tmp_path, folder):
     path = write_reference(folder, tmp_path / "reference.npz", "reconstruction")
     evaluate_reconstruction(settings(folder, tmp_path, reference=path))
@@ -224,6 +250,7 @@ def test_the_record_says_all_that_the_numbers_depend_on(tmp_path, folder):
     assert record["lpips"] is None
     (result,) = record["results"]
     assert result["bits"]["per_pixel"] == pytest.approx(result["bits"]["total"] / 256)
+    assert result["bits"]["per_pixel_recovered"] == pytest.approx(result["bits"]["tokens"] / 256)
     assert (
         set(result["given"]["metrics"])
         == set(result["recovered"]["metrics"])

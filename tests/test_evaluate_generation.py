@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from evaluations import ALONE, write_images, write_network, write_tokenizer
+from PIL import Image
 from ranks import run_on_two_ranks
 from records import assert_declared
 from torch import Tensor, nn
@@ -102,7 +103,7 @@ def settings(folder, out, **changes):
 
 
 def files(out):
-    return {path.name: path.read_bytes() for path in (out / "samples").iterdir()}
+    return {path.name: path.read_bytes() for path in (out / "samples").glob("*.png")}
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +142,41 @@ def test_what_is_there_is_not_made_again(tmp_path, folder, pair):
     marked.write_bytes(b"mark")
     sample_missing(pair, sample_run(folder), tmp_path, ALONE)
     assert marked.read_bytes() == b"mark"
+    with pytest.raises(ValueError, match=r"00000002.png is not the picture that was made"):
+        evaluate_generation(settings(folder, tmp_path, run=sample_run(folder)))
+
+
+def test_a_picture_that_no_process_wrote_down_is_made_again(tmp_path, folder, pair):
+    sample_missing(pair, sample_run(folder), tmp_path, ALONE)
+    expected = files(tmp_path)
+    sums = tmp_path / "samples/SHA256SUMS"
+    lines = sums.read_text().splitlines(keepends=True)
+    sums.write_text("".join(lines[:-2]) + lines[-1][:50])
+    for name in ("00000005.png", "00000006.png"):
+        (tmp_path / "samples" / name).write_bytes(b"foreign")
+    sample_missing(pair, sample_run(folder), tmp_path, ALONE)
+    assert files(tmp_path) == expected
+    assert sorted(set(lines)) == sorted(
+        {*sums.read_text().splitlines(keepends=True)} - {lines[-1][:50] + "\n"}
+    )
+
+
+@pytest.mark.parametrize("as_samples", [False, True])
+def test_stray_pictures_change_no_number(tmp_path, folder, pair, as_samples):
+    run = sample_run(folder)
+    sample_missing(pair, run, tmp_path / "out", ALONE)
+    expected = evaluate_generation(settings(folder, tmp_path / "out", run=run))
+    (tmp_path / "out/evaluation.json").unlink()
+    for name in ("0.png", "00000000a.png", "00000007.png"):
+        Image.new("RGB", (16, 16), "red").save(tmp_path / "out/samples" / name)
+    changes = {"run": run}
+    out = tmp_path / "out"
+    if as_samples:
+        changes, out = {"samples": str(tmp_path / "out/samples")}, tmp_path / "other"
+    with pytest.warns(UserWarning, match=r"3 pictures in .* not evaluated: 0.png is the first"):
+        record = evaluate_generation(settings(folder, out, **changes))
+    assert record["samples"]["pixels_sha256"] == expected["samples"]["pixels_sha256"]
+    assert record["metrics"] == expected["metrics"]
 
 
 def test_samples_of_another_run_are_refused(tmp_path, folder, pair):
@@ -314,7 +350,7 @@ def test_lighter_weights_sample_and_say_what_they_cost(tmp_path, folder):
 
 
 def test_two_processes_sample_and_measure_what_one_does(tmp_path, folder):
-    models = ["--model", str(folder / "generator"), "--tokenizer", str(folder / "tokenizer")]
+    models = ["--generator", str(folder / "generator"), "--tokenizer", str(folder / "tokenizer")]
     networks = ["--extractor", str(folder / "colours.pt"), "--classifier"]
     networks += [str(folder / "colours.pt"), "--reference", str(folder / "generation.npz")]
     options = ["--num-images", "6", "--batch-size", "2", "--guidance", "2", "--device", "cpu"]

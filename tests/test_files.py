@@ -89,7 +89,7 @@ def test_converting_what_is_no_checkpoint_ends_in_one_line(
     tmp_path, capsys, name, content, message
 ):
     (tmp_path / name).write_bytes(content)
-    options = ["--image-size", "16", "--tokens", "20", "--num-heads", "2"]
+    options = ["--image-size", "16", "--num-kept", "20", "--num-heads", "2"]
     assert main(["convert", str(tmp_path / name), "--out", str(tmp_path / "out"), *options]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("mergevq: error:")

@@ -102,7 +102,7 @@ def read(path):
 
 
 def sample(folder, out, *options, order="merge"):
-    models = ["--model", str(folder / order), "--tokenizer", str(folder / "tokenizer")]
+    models = ["--generator", str(folder / order), "--tokenizer", str(folder / "tokenizer")]
     return main(["sample", *models, "--out", str(out), "--device", "cpu", *options])
 
 
@@ -316,7 +316,7 @@ def test_the_command_writes_images_and_makes_one_again(folder, tmp_path, capsys)
 
 def test_the_command_in_paints(folder, picture, capsys):
     options = ["--keep-from", str(picture / "image.png"), "--mask", str(picture / "mask.png")]
-    options += ["--num", "2", "--tokens", "8", "--steps", "2"]
+    options += ["--num", "2", "--num-kept", "8", "--steps", "2"]
     assert sample(folder, picture / "out", *options, order="random") == 0
     assert (picture / "out/000001.png").is_file()
     assert sample(folder, picture / "merge", *options, order="merge") == 1
@@ -334,7 +334,7 @@ def test_the_command_prints_what_8_bits_cost(folder, tmp_path, capsys):
     [
         (["--classes", "3,12"], "class (12) must be between 0 and 9"),
         (["--classes", "three"], "classes (three) must be whole numbers"),
-        (["--tokens", "7"], "num_kept (7) must be one of those trained on"),
+        (["--num-kept", "7"], "num_kept (7) must be one of those trained on"),
         (["--guidance", "-1"], "guidance_scale (-1.0) must be at least 0"),
     ],
 )
@@ -367,7 +367,7 @@ def generator_of(folder, directory, path):
 def test_the_tokenizer_is_found_where_training_had_it(folder, tmp_path, capsys):
     shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
     model = generator_of(folder, tmp_path / "model", tmp_path / "tokenizer")
-    command = ["sample", "--model", str(model), "--num", "2", "--device", "cpu"]
+    command = ["sample", "--generator", str(model), "--num", "2", "--device", "cpu"]
     assert main([*command, "--out", str(tmp_path / "out")]) == 0
     record = json.loads((tmp_path / "out/samples.json").read_text())
     assert record["run"]["tokenizer"] == str(tmp_path / "tokenizer")
@@ -387,7 +387,9 @@ def test_the_tokenizer_is_found_where_training_had_it(folder, tmp_path, capsys):
 
 def test_the_directory_of_a_run_is_not_its_model(folder, tmp_path, capsys):
     model = generator_of(folder, tmp_path / "run" / "model", None)
-    assert main(["sample", "--model", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 1
+    assert (
+        main(["sample", "--generator", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 1
+    )
     assert f"did you mean {model}?" in capsys.readouterr().err
 
 
@@ -407,7 +409,7 @@ def test_training_leaves_word_of_the_tokenizer(tmp_path):
 
 def test_sampling_needs_a_generator(tmp_path, capsys):
     assert main(["sample", "--out", str(tmp_path / "out")]) == 1
-    assert "--model is missing" in capsys.readouterr().err
+    assert "--generator is missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("names", [3, [1] * 10, ["one"], {"a": 1}])

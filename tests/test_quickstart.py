@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -194,6 +195,23 @@ def test_a_finished_quickstart_is_only_reported_on_again(finished, tmp_path, cap
     assert contents(out / "tokenizer") == before
     assert (out / "report.html").is_file()
     assert "only the report is made again" in caplog.text
+
+
+def test_without_matplotlib_the_report_has_all_but_its_plots(
+    finished, tmp_path, monkeypatch, caplog
+):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    for path in (*out.glob("*.png"), out / "report.html"):
+        path.unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    page = run_and_report(RUN, GENERATOR, out).read_text(encoding="utf-8")
+    assert {path.stem for path in out.glob("*.png")} == {
+        *("reconstructions", "tokens", "samples", "memory")
+    }
+    for title in ("Reconstructions", "Numbers", "Codes", "Samples", "This run"):
+        assert f"<h2>{title}</h2>" in page
+    assert sum("needs matplotlib" in message for message in caplog.messages) == 1
 
 
 def test_an_interrupted_quickstart_goes_on(finished, tmp_path):

@@ -15,6 +15,7 @@ from mergevq.train_tokenizer import train
 
 TOKENIZER_RECIPES = (
     "digits32",
+    "photos64",
     "tiny64_g",
     "tiny64_gr",
     "tiny64_r",
@@ -33,6 +34,7 @@ SHRUNK_APART = [name for name in TOKENIZER_RECIPES if not name.endswith("_d96")]
 # Each generator recipe, and the tokenizer recipe whose tokens it learns.
 LEARNS_FROM = {
     "digits32_ar": "digits32",
+    "photos64_mergear": "photos64",
     "tiny64_mergear": "tiny64_gr",
     "tiny64_randar": "tiny64_gr",
     "tiny64_raster": "tiny64_gr",
@@ -148,6 +150,12 @@ def test_imagenet_tokenizers_are_the_authors(name, width, num_heads, num_epochs,
     assert num_images / 1_281_167 == pytest.approx(num_epochs, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", [name for name in TOKENIZER_RECIPES if "imagenet" in name])
+def test_a_decoder_768_wide_has_12_heads_and_others_8(name):
+    model = TOKENIZER_RUNS[name]().model
+    assert model.num_decoder_heads == (12 if model.decoder_dim == 768 else 8)
+
+
 @pytest.mark.parametrize(
     ("name", "vit"),
     [
@@ -221,7 +229,7 @@ def test_a_generator_fits_the_tokens_of_its_tokenizer(name, tokenizer):
 def test_the_docstring_names_every_k_to_encode(name, tokenizer):
     run = GENERATOR_RECIPES[name]()
     text = " ".join((GENERATOR_RECIPES[name].__doc__ or "").split())
-    assert f"--tokens {' '.join(map(str, run.kept.candidates))} --out {run.tokens.path}" in text
+    assert f"--num-kept {' '.join(map(str, run.kept.candidates))} --out {run.tokens.path}" in text
     assert tokenizer in text
 
 

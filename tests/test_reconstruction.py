@@ -52,6 +52,17 @@ def test_a_short_last_batch_does_not_change_a_number(tokenizer):
     assert whole == pytest.approx(cut, rel=1e-4, abs=1e-5)
 
 
+def test_codebook_usage_is_of_every_token_and_not_of_the_latest(tokenizer):
+    varied = torch.rand(8, 3, 32, 32) * 2 - 1
+    # More tokens than codes, of which the last 256 are those of equal images.
+    image = torch.cat([varied, varied[:1].expand(20, -1, -1, -1)])
+    with torch.no_grad():
+        distinct = len(tokenizer.encode(image, 16).indices.unique())
+        latest = len(tokenizer.encode(image[-1:], 16).indices.unique())
+    assert distinct > latest
+    assert run(tokenizer, image, 5)["codebook_usage"] == distinct / 2**8
+
+
 def test_given_source_is_the_encoders_and_psnr_is_per_image(tokenizer):
     image = torch.rand(3, 3, 32, 32) * 2 - 1
     with torch.no_grad():

@@ -286,4 +286,4 @@ def test_what_cannot_be_drawn_is_said_with_what_to_install(tmp_path, monkeypatch
     assert caplog.text == ""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert not has_plots(tmp_path / "curves.png")
-    assert f"{tmp_path}/curves.png: plots need matplotlib: pip install 'mergevq[" in caplog.text
+    assert f"{tmp_path}/curves.png is written: drawing plots needs matplotlib" in caplog.text

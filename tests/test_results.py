@@ -128,6 +128,7 @@ def result(num_kept, given, recovered, accuracy, bits):
             "source": source,
             "total": tokens + source,
             "per_pixel": (tokens + source) / 256,
+            "per_pixel_recovered": tokens / 256,
         },
     }
 

@@ -1,6 +1,7 @@
 """Nothing replaced is the reconstruction; what is replaced stays within the ball."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -158,6 +159,17 @@ def test_the_curve_is_written_and_drawn(tmp_path, folder):
     assert record["left_out"] == []
     assert len(record["model"]["hash"]) == len(record["data"]["pixels_sha256"]) == 64
     assert (tmp_path / "robustness.png").is_file()
+
+
+def test_without_matplotlib_the_numbers_are_written_after_one_warning(
+    tmp_path, folder, monkeypatch, caplog
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    record = evaluate_robustness(settings_of(folder, tmp_path))
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == record
+    assert not (tmp_path / "robustness.png").exists()
+    (warning,) = caplog.messages
+    assert warning.startswith(f"everything but {tmp_path}/robustness.png is written: ")
 
 
 @pytest.mark.parametrize(

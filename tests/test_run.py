@@ -18,8 +18,15 @@ import torch
 from torch import distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from mergevq.config import FORMAT_VERSION, OptimConfig, TokenizerRun, TrainConfig
+from mergevq.config import (
+    FORMAT_VERSION,
+    GeneratorRun,
+    OptimConfig,
+    TokenizerRun,
+    TrainConfig,
+)
 from mergevq.distributed import World
+from mergevq.identity import Identity
 from mergevq.run import (
     MetricsLog,
     Progress,
@@ -101,6 +108,93 @@ def test_resuming_keeps_the_beginning_and_notes_what_changed(tmp_path):
         {},
         {"optim.betas": [[0.5, 0.9], [0.9, 0.95]], "train.num_steps": [1000, 9]},
     ]
+
+
+def test_a_setting_that_differs_is_said_and_one_of_the_model_is_refused(tmp_path, caplog):
+    """Every setting: it is kept, or it is printed with both values, or it is refused with both."""
+    directory = RunDirectory(tmp_path)
+    directory.open(RUN, device=CPU, resume=False)
+    # Equal shapes: nothing but the settings tells the difference.
+    heads = replace(RUN, model=replace(RUN.model, num_heads=4))
+    message = r"another model: model\.num_heads \(4\) must be 8; resume with these settings"
+    with pytest.raises(ValueError, match=message):
+        directory.open(heads, device=CPU, resume=True)
+    assert json.loads(directory.record.read_text())["run"]["model"]["num_heads"] == 8
+    other = replace(
+        RUN,
+        data=replace(RUN.data, path="elsewhere"),
+        loss=replace(RUN.loss, adversarial_weight=0.0),
+        train=TrainConfig(seed=3, batch_size=32),
+        out=str(tmp_path),
+    )
+    directory.open(other, device=CPU, resume=True)
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.partition("another ")[2] for line in said] == [
+        "data.path: digits before, elsewhere now",
+        "loss.adversarial_weight: 0.1 before, 0.0 now",
+        "train.batch_size: 64 before, 32 now",
+        "train.seed: 0 before, 3 now",
+    ]
+
+
+def test_a_setting_that_came_later_had_its_default(tmp_path, caplog):
+    directory = RunDirectory(tmp_path)
+    directory.open(RUN, device=CPU, resume=False)
+    record = json.loads(directory.record.read_text())
+    del record["run"]["train"]["tensorboard"], record["run"]["model"]["num_heads"]
+    del record["made_from"]
+    directory.record.write_text(json.dumps(record))
+    directory.open(RUN, device=CPU, resume=True, made_from=Identity(class_names=("a",)))
+    assert caplog.text == ""
+
+
+def test_a_run_of_another_recipe_is_refused_in_one_line(tmp_path):
+    directory = RunDirectory(tmp_path)
+    directory.open(RUN, device=CPU, resume=False)
+    message = r"holds a run with the settings model, kept, data.*this one has model, tokens"
+    with pytest.raises(ValueError, match=message):
+        directory.open(GeneratorRun(), device=CPU, resume=True)
+
+
+def test_other_classes_are_refused_where_they_are_learned_and_said_where_not(tmp_path, caplog):
+    directory = RunDirectory(tmp_path)
+    pets, cars = (Identity(class_names=names) for names in (("cat", "dog"), ("bus", "van")))
+    directory.open(RUN, device=CPU, resume=False, made_from=pets)
+    with pytest.raises(ValueError, match=r"cat, dog \(of 2\) there and bus, van \(of 2\) here"):
+        directory.open(RUN, device=CPU, resume=True, made_from=cars, learns_labels=True)
+    directory.open(RUN, device=CPU, resume=True, made_from=cars)
+    assert "another data: class_names: ['cat', 'dog'] before, ['bus', 'van'] now" in caplog.text
+    with pytest.raises(ValueError, match="trained on tokens of tokenizer , and these are of abc"):
+        directory.open(RUN, device=CPU, resume=True, made_from=replace(cars, tokenizer="abc"))
+
+
+def test_two_processes_are_not_in_one_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr("mergevq.run._LOCK_SECONDS", 0.05)
+    with RunDirectory(tmp_path / "run") as directory:
+        directory.open(RUN, device=CPU, resume=False)
+        code = (
+            "import sys, torch\n"
+            "from mergevq import run\n"
+            "from mergevq.config import TokenizerRun\n"
+            "run._LOCK_SECONDS = 0.05\n"
+            "try:\n"
+            "    run.RunDirectory(sys.argv[1]).open(\n"
+            "        TokenizerRun(), device=torch.device('cpu'), resume=True)\n"
+            "except ValueError as error:\n"
+            "    print(error)\n"
+        )
+        command = [sys.executable, "-c", code, str(directory.path)]
+        refused = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert "another process is training in" in refused.stdout
+        with pytest.raises(ValueError, match="another process is training"):
+            RunDirectory(tmp_path / "run").open(RUN, device=CPU, resume=True)
+        assert json.loads(directory.record.read_text())["resumed"] == []
+    RunDirectory(tmp_path / "run").open(RUN, device=CPU, resume=True)
+
+
+def test_a_lock_that_is_left_behind_does_not_fill_a_directory(tmp_path):
+    (tmp_path / "run.lock").touch()
+    RunDirectory(tmp_path).open(RUN, device=CPU, resume=False)
 
 
 def test_a_run_directory_has_a_place_for_everything(tmp_path):
@@ -223,7 +317,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
 
 def test_tensorboard_without_the_extra_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(RuntimeError, match=r"pip install 'mergevq\[log\]'"):
+    with pytest.raises(RuntimeError, match="pip install tensorboard"):
         MetricsLog(tmp_path / "metrics.jsonl", tensorboard=True)
 
 

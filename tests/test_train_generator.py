@@ -21,6 +21,7 @@ from mergevq.cli import main
 from mergevq.config import KeptConfig, TokenizerConfig
 from mergevq.config_generator import GeneratorConfig, GeneratorRun, TokensConfig
 from mergevq.generator import Generator
+from mergevq.identity import Identity
 from mergevq.merge import Source, canonicalize
 from mergevq.optim import Ema
 from mergevq.recipes import GENERATOR_RECIPES, digits32_ar, shrink_generator
@@ -258,7 +259,7 @@ def test_without_matplotlib_training_goes_on_and_says_so_once(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     train(replace(small(material, num_steps=2, eval_every=1), out=str(tmp_path / "run")))
     assert not (tmp_path / "run/curves.png").exists()
-    assert caplog.text.count("pip install 'mergevq[") == 1
+    assert caplog.text.count("pip install matplotlib") == 1
 
 
 def test_the_saved_model_has_the_averaged_weights(material, tmp_path):
@@ -436,7 +437,7 @@ def test_tokens_must_fit_the_architecture(material):
         fitted_config(run, replace(record, num_bits=8))
     with pytest.raises(ValueError, match=r"model.grid_size \(\(8, 8\)\) must be \(4, 16\)"):
         fitted_config(run, replace(record, grid_shape=(4, 16)))
-    with pytest.raises(ValueError, match=r"--tokens 24"):
+    with pytest.raises(ValueError, match=r"--num-kept 24"):
         fitted_config(run, replace(record, num_kept=(16,)))
     wrong = replace(run, model=replace(run.model, num_classes=10))
     with pytest.raises(ValueError, match=r"model.num_classes \(10\) must be 3"):
@@ -464,6 +465,45 @@ def test_fine_tuning_keeps_the_classes_where_they_are_as_many(material, tmp_path
     initialize_from(state.generator, tmp_path / "other")
     assert equal(dict(state.generator.state_dict()), dict(other.state_dict()))
     assert caplog.text == ""
+
+
+def test_fine_tuning_on_other_classes_keeps_those_of_the_same_name(material, tmp_path, caplog):
+    state, _, _ = built(small(material))
+    other = Generator(state.generator.config)
+    other.save_pretrained(tmp_path / "a", tokenizer="c" * 64, class_names=["cat", "dog", "eel"])
+    fresh = state.generator.class_embedding.weight.detach().clone()
+    made_from = Identity(class_names=("bus", "cat", "zonda"), tokenizer="d" * 64)
+    initialize_from(state.generator, tmp_path / "a", made_from)
+    table, theirs = state.generator.class_embedding.weight, other.class_embedding.weight
+    assert torch.equal(table[1], theirs[0])
+    assert torch.equal(table[[0, 2, 3]], fresh[[0, 2, 3]])
+    assert "fresh class embedding for bus, zonda" in caplog.text
+    assert "3 classes (cat, dog, eel) and these tokens have 3 (bus, cat, zonda)" in caplog.text
+    assert f"trained on tokens of tokenizer {'c' * 64}; these are of {'d' * 64}" in caplog.text
+
+
+def test_a_run_does_not_go_on_with_tokens_of_other_classes(material, tmp_path, caplog):
+    run = replace(small(material, num_steps=1), out=str(tmp_path / "run"))
+    train(run)
+    extra = load_model(tmp_path / "run/model", "generator").record["extra"]
+    assert extra["made_from"]["class_names"] == ["class 0", "class 1", "class 2"]
+    shutil.copytree(material / "tokens", tmp_path / "tokens")
+    record = tmp_path / "tokens/tokens.json"
+    record.write_text(record.read_text().replace("class 2", "dog"))
+    longer = replace(run, train=replace(run.train, num_steps=2))
+    moved = replace(longer, tokens=replace(run.tokens, path=str(tmp_path / "tokens")))
+    with pytest.raises(ValueError, match=r"class 2 \(of 3\) there and dog \(of 3\) here; resume"):
+        train(moved, resume=True)
+    train(longer, resume=True)
+
+
+def test_a_run_does_not_go_on_with_another_k(material, tmp_path):
+    run = replace(small(material, num_steps=1), out=str(tmp_path / "run"))
+    train(run)
+    kept = replace(run.kept, candidates=(16, 64))
+    model = replace(run.model, kept_candidates=(16, 64))
+    with pytest.raises(ValueError, match=r"model\.kept_candidates \(\[16, 64\]\) must be \[16, 24"):
+        train(replace(run, kept=kept, model=model), resume=True)
 
 
 def test_fine_tuning_refuses_what_shapes_cannot_tell(material, tmp_path):
@@ -566,7 +606,7 @@ def test_the_command_trains_and_samples(material, tmp_path, capsys):
     assert main(command) == 0
     model = capsys.readouterr().out.removeprefix("trained generator: ").strip()
     assert model == str(tmp_path / "run/model")
-    models = ["--model", model, "--tokenizer", str(material / "tokenizer"), "--device", "cpu"]
+    models = ["--generator", model, "--tokenizer", str(material / "tokenizer"), "--device", "cpu"]
     command = ["sample", *models, "--classes", "2", "--num", "3", "--out", str(tmp_path / "out")]
     assert main(command) == 0
     assert (tmp_path / "out/000002.png").is_file()

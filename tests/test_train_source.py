@@ -224,6 +224,21 @@ def test_another_tokenizer_is_refused(material, tmp_path):
         finetune_source(run_of(material, tmp_path / "out", tokenizer=str(tmp_path / "other")))
 
 
+def test_tokens_of_other_classes_than_the_generators_are_refused(material, tmp_path):
+    config = replace(
+        load_pair(material / "generator", material / "tokenizer", CPU).generator.config,
+        num_classes=2,
+    )
+    Generator(config).save_pretrained(
+        tmp_path / "pets",
+        tokenizer=tokens_hash(material / "tokenizer"),
+        class_names=["cat", "dog"],
+    )
+    run = run_of(material, tmp_path / "out", generator=str(tmp_path / "pets"))
+    with pytest.raises(ValueError, match=r"cat, dog \(of 2\) there and none \(of 0\) here; give"):
+        finetune_source(run)
+
+
 def test_nothing_is_overwritten(material, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="is not empty"):
