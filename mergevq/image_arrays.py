@@ -12,6 +12,7 @@ import math
 import os
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, cast
@@ -22,7 +23,12 @@ from jaxtyping import UInt8
 from numpy.lib import format as npy
 from torch import Tensor
 
+from mergevq.files import require_regular
+
 MEMBER = "arr_0.npy"
+
+# Some dozens are in memory at once; 2,048 x 2,048.
+_MAX_PIXELS = 2**22
 
 
 class ImageArrayWriter:
@@ -80,8 +86,14 @@ class ImageArray:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with self._open() as file:
+        with self._open() as (file, num_bytes):
             shape = _header(file, path)
+            num_missing = math.prod(shape) - (num_bytes - file.tell())
+        if num_missing:
+            raise ValueError(
+                f"{path}: arr_0 of shape {shape} has {abs(num_missing):,} bytes too "
+                f"{'few' if num_missing > 0 else 'many'}; write it again"
+            )
         self.num_images: int = shape[0]
         self.size: tuple[int, int] = (shape[1], shape[2])
         """Height and width in pixels."""
@@ -93,35 +105,51 @@ class ImageArray:
         """All images in order, the last batch perhaps short.
 
         Raises:
-            ValueError: the file ends too early.
+            ValueError: the file is damaged or ends too early.
         """
         image_bytes = math.prod(self.size) * 3
-        with self._open() as file:
+        with self._open() as (file, _):
             _header(file, self.path)
             for first in range(0, self.num_images, batch_size):
                 count = min(batch_size, self.num_images - first)
-                data = file.read(count * image_bytes)
+                data = _read(file, self.path, count * image_bytes)
                 if len(data) != count * image_bytes:
                     raise ValueError(f"{self.path} ends within image {first}; copy it again")
                 images = np.frombuffer(data, dtype=np.uint8).reshape(count, *self.size, 3)
                 yield torch.from_numpy(images.copy()).permute(0, 3, 1, 2)
 
-    def _open(self) -> zipfile.ZipExtFile:
-        """The array inside the archive.
+    @contextmanager
+    def _open(self) -> Iterator[tuple[zipfile.ZipExtFile, int]]:
+        """The array inside the archive, and its size in bytes with its header.
 
         Raises:
             ValueError: there is no such file, or no such array.
         """
+        require_regular(self.path)
         try:
             with zipfile.ZipFile(self.path) as archive:
                 # Reading goes on when the archive is closed; for reading it is always this type.
-                return cast("zipfile.ZipExtFile", archive.open(MEMBER))
-        except FileNotFoundError as error:
-            raise ValueError(f"no file {self.path}") from error
-        except (zipfile.BadZipFile, KeyError) as error:
+                file = cast("zipfile.ZipExtFile", archive.open(MEMBER))
+                num_bytes = archive.getinfo(MEMBER).file_size
+        except Exception as error:
+            # Damaged archives raise from a dozen unrelated types.
             raise ValueError(
                 f"{self.path} holds no images: an .npz with arr_0 is needed ({error})"
             ) from error
+        with file:
+            yield file, num_bytes
+
+
+def _read(file: zipfile.ZipExtFile, path: Path, num_bytes: int) -> bytes:
+    """Read and decompress.
+
+    Raises:
+        ValueError: the archive is damaged.
+    """
+    try:
+        return file.read(num_bytes)
+    except Exception as error:
+        raise ValueError(f"{path} is damaged: {error}; copy it again") from error
 
 
 def _header(file: zipfile.ZipExtFile, path: Path) -> tuple[int, ...]:
@@ -130,11 +158,20 @@ def _header(file: zipfile.ZipExtFile, path: Path) -> tuple[int, ...]:
     Raises:
         ValueError: it is no array of 8-bit colour images.
     """
-    version = npy.read_magic(file)
-    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, is_fortran, dtype = read(file)
-    if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8 or is_fortran:
+    try:
+        # Later versions are for headers of more than 64 KiB, which no array of images has.
+        if npy.read_magic(file) != (1, 0):
+            raise ValueError("it is of a later version of the format")
+        shape, is_fortran, dtype = npy.read_array_header_1_0(file)
+    except Exception as error:
+        raise ValueError(f"{path}: arr_0 has no readable header: {str(error)[:200]}") from error
+    if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8 or is_fortran or min(shape) < 1:
         raise ValueError(
             f"{path}: arr_0 is {dtype} of shape {shape} and must be uint8 of (N, height, width, 3)"
         )
-    return shape
+    if shape[1] * shape[2] > _MAX_PIXELS:
+        raise ValueError(
+            f"{path}: arr_0 has images of {shape[1]:,} x {shape[2]:,} pixels, more than the "
+            f"{_MAX_PIXELS:,} that are read of such an image"
+        )
+    return tuple(int(length) for length in shape)
