@@ -179,7 +179,7 @@ def finetune(  # noqa: PLR0913 - each is an option
     epochs: int = 100,
     batch_size: int = 1024,
     rate: float = 1.25e-3,
-    layer_decay: float = 0.8,
+    layer_decay: float = FinetuneConfig().layer_decay,
     weight_decay: float = 0.05,
     label_smoothing: float = 0.1,
     mixup: float = 0.8,
@@ -202,7 +202,7 @@ def finetune(  # noqa: PLR0913 - each is an option
         epochs: passes over the training images.
         batch_size: images per step.
         rate: peak learning rate of the classifier for 512 images, scaled to the batch.
-        layer_decay: what a block's rate is times that of the next one.
+        layer_decay: rate of a block over that of the next one.
         weight_decay: on matrices.
         label_smoothing: share of the target that is spread over all classes.
         mixup: parameter of the beta distribution of mixup; 0 is off.

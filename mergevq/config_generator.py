@@ -194,7 +194,8 @@ class SamplingSettings:
     """Classifier-free guidance, where the schedule ends; 1 is none and runs one forward, 0 samples
     without the class."""
     guidance_schedule: GuidanceSchedule = "constant"
-    """How the scale rises from 1 as the sequence grows; `constant` does not."""
+    """How the scale rises from 1 as the sequence grows; `constant` does not. After t of L tokens it
+    is t / L of the way, so it ends just after the last token."""
     guidance_power: float = 2.0
     """Exponent of `power`."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
@@ -354,8 +355,9 @@ class SampleRun:
     def __post_init__(self) -> None:
         """Reject counts below 1, and an image without a mask."""
         check_numbers(self)
-        for name in ("num_images", "batch_size"):
-            _require(getattr(self, name) >= 1, f"{name} ({getattr(self, name)}) must be at least 1")
+        for name, most in (("num_images", 2**32), ("batch_size", 2**16)):
+            value = getattr(self, name)
+            _require(1 <= value <= most, f"{name} ({value}) must be between 1 and {most}")
         _require(
             (self.keep_from is None) == (self.mask is None),
             f"keep_from ({self.keep_from}) and mask ({self.mask}) must be given together",

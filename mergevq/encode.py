@@ -9,6 +9,7 @@ Shape letters: B batch, S image side, N rows of a shard, L grid tokens, K kept t
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -33,6 +34,8 @@ from mergevq.tokens import (
     open_tokens,
     write_shard,
 )
+
+logger = logging.getLogger("mergevq")
 
 
 def encode(
@@ -112,6 +115,7 @@ def token_record(
         data=data,
         images=identity.images,
         labels=identity.labels,
+        stamp=images.stamp(),
         num_images=identity.num_images,
         class_names=identity.class_names,
         flip=flip,
@@ -145,7 +149,9 @@ def encode_images(
     """
     out = Path(out)
     if distributed.is_main():
-        claim(out, record, environment(world.device) | {"batch_size": batch_size})
+        surroundings = environment(world.device) | {"batch_size": batch_size}
+        if claim(out, record, surroundings, images.content):
+            logger.warning("%s is complete already; nothing was encoded", out)
     distributed.barrier()
     encode_shards(
         tokenizer, images, out, record, world, batch_size=batch_size, num_workers=num_workers
@@ -253,9 +259,10 @@ def _write(
 ) -> int:
     """Write a shard for each K; returns how many of its images cannot be read."""
     broken: list[str] = []
+    content = images.content(record.images_of(number))
     for parts in rows.values():
         joined = TokenRows(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
         readable = set(joined.position.tolist())
         broken = [images.name(i) for i in record.images_of(number) if i not in readable]
-        write_shard(out, record, number, joined, broken=broken)
+        write_shard(out, record, number, joined, broken=broken, content=content)
     return len(broken)

@@ -1,4 +1,4 @@
-"""What a run will take, found by taking a few small steps of it: parameters, memory, speed."""
+"""The cost of a run, from a few small steps of it: parameters, products, memory and speed."""
 
 import time
 import weakref
@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from mergevq import distributed, train_generator, train_tokenizer
-from mergevq.config import KeptConfig, TokenizerRun
+from mergevq.config import KeptConfig, TokenizerConfig, TokenizerRun
 from mergevq.config_generator import GeneratorConfig, GeneratorRun
 from mergevq.data import Batch, open_train_val
+from mergevq.generator import Generator
 from mergevq.run import resolve_device
+from mergevq.tokenizer import Tokenizer
 from mergevq.tokens import open_tokens
 
 _TRACKED_IMAGES = 4
@@ -29,6 +32,8 @@ class Estimate(NamedTuple):
 
     num_parameters: dict[str, int]
     """Trained parameters by network."""
+    products: dict[str, int]
+    """Multiply-adds of one image's forward pass at the nominal K; see `count_products`."""
     sequence_length: int
     """Most inputs of the transformer: L and the class token, or a generator's prefix and tokens."""
     num_train_images: int
@@ -128,6 +133,67 @@ def estimate(run: TokenizerRun | GeneratorRun) -> Estimate:
     return _estimate_tokenizer(replace(run, train=alone), world)
 
 
+def count_products(config: TokenizerConfig | GeneratorConfig) -> dict[str, int]:
+    """Multiply-adds of the forward pass of one image or sequence at the nominal K, by network.
+
+    Those of matrix products, convolutions and attention; no others are counted. Nothing is
+    computed, and no memory is taken.
+    """
+    with torch.device("meta"), torch.no_grad():
+        if isinstance(config, GeneratorConfig):
+            passes = _generator_passes(Generator(config).eval())
+        else:
+            passes = _tokenizer_passes(Tokenizer(config).eval())
+        return {name: _multiply_adds(run) for name, run in passes.items()}
+
+
+def _tokenizer_passes(tokenizer: Tokenizer) -> dict[str, Callable[[], object]]:
+    """Forward pass of each network of a tokenizer on the meta device."""
+    config = tokenizer.config
+    grid_shape = (config.grid_size, config.grid_size)
+    image = torch.empty(1, 3, config.image_size, config.image_size)
+    kept = torch.empty(1, config.num_kept, config.dim)
+    codes = torch.empty(1, config.num_tokens, config.num_bits)
+
+    def encode() -> None:
+        tokenizer.encoder(image, config.num_kept)
+        tokenizer.encoder.latents(kept)
+
+    return {
+        "encoder": encode,
+        "decoder": lambda: tokenizer.decoder(codes, grid_shape),
+        "source predictor": lambda: tokenizer.source_predictor(
+            codes[:, : config.num_kept], grid_shape
+        ),
+    }
+
+
+def _generator_passes(generator: Generator) -> dict[str, Callable[[], object]]:
+    """Forward pass in training of the parts of a generator, on the meta device.
+
+    Attention is counted as if every input saw all others: kernels differ in how much they skip.
+    """
+    config = generator.config
+    inputs = torch.empty(1, _sequence_length(config, config.num_kept), config.dim)
+    whole = config.order in {"raster", "merge"}
+    states = torch.empty(config.num_tokens if whole else config.num_kept, config.dim)
+
+    def transform() -> None:
+        x = inputs
+        for block in generator.blocks:
+            x = block(x)
+
+    known = [states] * (len(config.part_names) - 1)
+    return {"blocks": transform, "head": lambda: generator.head(states, known)}
+
+
+def _multiply_adds(run: Callable[[], object]) -> int:
+    """Multiply-adds of a call."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() // 2
+
+
 def describe(run: TokenizerRun | GeneratorRun, found: Estimate) -> dict[str, str]:
     """What a run would take, in words by name.
 
@@ -140,10 +206,13 @@ def describe(run: TokenizerRun | GeneratorRun, found: Estimate) -> dict[str, str
     candidates = run.kept.candidates
     kept = f"{min(candidates)} to " if len(candidates) > 1 else ""
     num_images = run.train.num_steps * run.train.batch_size
+    products = ", ".join(f"{count / 1e9:.3g} {name}" for name, count in found.products.items())
     classes = f"{found.num_classes} classes" if found.num_classes else "no labels"
     hours, rest = divmod(num_images / found.images_per_second, 3600)
     return {
         "parameters": f"{sum(found.num_parameters.values()):,} ({parts})",
+        "products": f"10^9 multiply-adds of a forward pass of one {unit} at {run.model.num_kept} "
+        f"tokens: {products}",
         "tokens": f"{kept}{max(candidates)} of {run.model.num_tokens} per image, "
         f"{run.model.num_bits} bits each",
         "sequence": f"at most {found.sequence_length} inputs of the transformer",
@@ -189,8 +258,9 @@ def _estimate_tokenizer(run: TokenizerRun, world: distributed.World) -> Estimate
 
     return _estimate(
         _measure(make, run.train.batch_size, world.device),
-        run,
+        run.model,
         world,
+        pass_images=run.train.batch_size,
         sequence_length=run.model.num_tokens + 1,
         num_train_images=len(train_set),
         num_val_images=len(val_set),
@@ -221,8 +291,9 @@ def _estimate_generator(run: GeneratorRun, world: distributed.World) -> Estimate
 
     return _estimate(
         _measure(make, run.train.batch_size, world.device),
-        run,
+        train_generator.fitted_config(run, dataset.record),
         world,
+        pass_images=run.train.batch_size,
         sequence_length=_sequence_length(run.resolved_model, num_kept),
         num_train_images=len(train_set),
         num_val_images=len(val_set),
@@ -240,9 +311,10 @@ def _sequence_length(config: GeneratorConfig, num_kept: int) -> int:
 
 def _estimate(
     measured: _Measured,
-    run: TokenizerRun | GeneratorRun,
+    model: TokenizerConfig | GeneratorConfig,
     world: distributed.World,
     *,
+    pass_images: int,
     sequence_length: int,
     num_train_images: int,
     num_val_images: int,
@@ -252,13 +324,14 @@ def _estimate(
     trainee = measured.trainee
     return Estimate(
         num_parameters={name: _num_trained(part) for name, part in trainee.networks.items()},
+        products=count_products(model),
         sequence_length=sequence_length,
         num_train_images=num_train_images,
         num_val_images=num_val_images,
         num_classes=num_classes,
         device=world.device,
         dtype=trainee.dtype or torch.float32,
-        pass_images=run.train.batch_size,
+        pass_images=pass_images,
         memory_bytes=measured.memory_bytes,
         timed_images=measured.timed_images,
         images_per_second=measured.images_per_second,

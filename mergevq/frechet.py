@@ -19,7 +19,6 @@ which every rank must call and which changes nothing).
 import json
 import os
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,11 +29,16 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from mergevq import distributed
+from mergevq.files import parse_json
 from mergevq.metrics import require_finite
+from mergevq.npz import array_names, open_array, read_array, read_text
 
 MIN_SAMPLES = 2048
 """Below this many samples a covariance of Inception's 2,048 features has no full rank, and the
 distance is biased upwards by more than most differences of interest."""
+
+MAX_DIM = 8192
+"""Most feature channels of statistics that are read: sigma then has 512 MiB."""
 
 
 class Gaussian(NamedTuple):
@@ -156,20 +160,36 @@ def load_reference(path: str | Path) -> Reference:
     Raises:
         ValueError: there is no such file, it is no `.npz`, or it has no usable statistics.
     """
-    arrays = _read_arrays(Path(path))
-    if not {"mu", "sigma"} <= arrays.keys():
+    path = Path(path)
+    names = array_names(path)
+    if not {"mu", "sigma"} <= names:
         raise ValueError(
             f"reference {path} holds no mu and sigma; compute statistics of its images first"
         )
-    mean = torch.from_numpy(arrays["mu"].astype(np.float64))
-    covariance = torch.from_numpy(arrays["sigma"].astype(np.float64))
-    num_samples = int(arrays.get("num_samples", 0))
-    metadata = json.loads(str(arrays.get("metadata", "{}")))
-    if mean.dim() != 1 or covariance.shape != (len(mean), len(mean)):
+    shapes = [open_array(path, name).shape for name in ("mu", "sigma")]
+    if len(shapes[0]) != 1 or shapes[1] != shapes[0] * 2:
         raise ValueError(
-            f"reference {path}: sigma of shape {tuple(covariance.shape)} must be square, of the "
-            f"length of mu, {tuple(mean.shape)}"
+            f"reference {path}: sigma of shape {shapes[1]} must be square, of the length of mu, "
+            f"{shapes[0]}"
         )
+    mean, covariance = (
+        torch.from_numpy(
+            read_array(path, name, num_dims=num_dims, max_side=MAX_DIM).astype(np.float64)
+        )
+        for name, num_dims in (("mu", 1), ("sigma", 2))
+    )
+    if not (mean.isfinite().all() and covariance.isfinite().all()):
+        raise ValueError(f"reference {path}: mu or sigma is not finite; write the reference again")
+    num_samples = 0
+    if "num_samples" in names:
+        num_samples = int(read_array(path, "num_samples", num_dims=0, max_side=0)[()])
+        if num_samples < 0:
+            raise ValueError(f"reference {path}: num_samples ({num_samples}) must be at least 0")
+    metadata: object = {}
+    if "metadata" in names:
+        metadata = parse_json(read_text(path, "metadata"), where=f"metadata of {path}")
+    if not isinstance(metadata, dict):
+        raise ValueError(f"reference {path}: metadata must be an object of JSON")
     return Reference(Gaussian(mean, covariance, num_samples or None), metadata)
 
 
@@ -179,29 +199,12 @@ def load_features(path: str | Path) -> Float[Tensor, "n d"] | None:
     Raises:
         ValueError: there is no such file, or it is no `.npz`.
     """
-    features = _read_arrays(Path(path), ("features",)).get("features")
-    return None if features is None else torch.from_numpy(features)
-
-
-def _read_arrays(
-    path: Path, wanted: tuple[str, ...] = ("mu", "sigma", "num_samples", "metadata")
-) -> dict[str, np.ndarray]:
-    """What a reference consists of, as far as the file has it; nothing else leaves the disk.
-
-    Raises:
-        ValueError: there is no such file, it is no `.npz`, or it hides pickled objects.
-    """
-    try:
-        with path.open("rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            names = archive.files if isinstance(archive, np.lib.npyio.NpzFile) else []
-            return {name: archive[name] for name in wanted if name in names}
-    except FileNotFoundError as error:
-        raise ValueError(f"no reference statistics at {path}") from error
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"reference {path} is not an .npz file of plain arrays: {error}"
-        ) from error
+    if "features" not in array_names(Path(path)):
+        return None
+    features = read_array(Path(path), "features", num_dims=2, max_side=MAX_DIM)
+    found = torch.from_numpy(features.astype(np.float32))
+    require_finite(f"features of {path}", found, 0)
+    return found
 
 
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:

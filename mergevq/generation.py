@@ -26,6 +26,7 @@ from mergevq.checkpoint import (
     model_hash,
     read_json,
     read_record,
+    require_entries,
     resolve,
     to_json,
     tokens_hash,
@@ -345,7 +346,8 @@ def write_samples(run: SampleRun, out: Path) -> Written:
     progress = Progress(run.num_images, unit="image")
     paths: list[Path] = []
     shown: list[Image.Image] = []
-    for image_ids in _batches(run):
+    for number in range(-(-run.num_images // run.batch_size)):
+        image_ids = _batch(run, number)
         _, images = generate(pair, run, image_ids, origin)
         # Only now, so that what does not fit leaves nothing behind.
         out.mkdir(parents=True, exist_ok=True)
@@ -384,17 +386,17 @@ def make_again(
             raise ValueError(f"image ({image_id}) must be between 0 and {run.num_images - 1}")
     pair, _ = load_run(run, resolve_device(run.device))
     for name, now in _hashes(pair, run).items():
-        if now != written[name]:
+        if now != written.get(name):
             raise ValueError(
-                f"{name} is {now} and was {written[name]} when the samples in {record} were made: "
-                "the same files are needed to make them again"
+                f"{name} is {now} and was {written.get(name)} when the samples in {record} were "
+                "made: the same files are needed to make them again"
             )
     origin = _origin(pair, run)
     made: dict[int, Image.Image] = {}
-    for batch in _batches(run):
-        if not made.keys() >= set(image_ids) & set(batch):
-            images = generate(pair, run, batch, origin)[1]
-            made |= dict(zip(batch, map(to_pil, images), strict=True))
+    for number in sorted({image_id // run.batch_size for image_id in image_ids}):
+        batch = _batch(run, number)
+        images = generate(pair, run, batch, origin)[1]
+        made |= dict(zip(batch, map(to_pil, images), strict=True))
     return [made[image_id] for image_id in image_ids]
 
 
@@ -406,13 +408,10 @@ def read_sample_run(written: dict[str, Any], *, where: str) -> SampleRun:
     """
     if written.get("kind") != "samples":
         raise ValueError(f"{where} holds no samples but {written.get('kind')}")
-    values = dict(written["run"])
-    # One number or several: `from_json` reads a field of one type.
-    settings: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in values.pop("settings").items()
-    }
-    return replace(from_json(SampleRun, values, where=where), settings=SamplingSettings(**settings))
+    require_entries(
+        written, {"run": dict, "generator": str, "tokenizer": str, "images": list}, Path(where)
+    )
+    return from_json(SampleRun, written["run"], where=f"{where}: run")
 
 
 def _decode(pair: Pair, sampled: Sampled, source: Source | None) -> Float[Tensor, "b 3 h w"]:
@@ -421,10 +420,10 @@ def _decode(pair: Pair, sampled: Sampled, source: Source | None) -> Float[Tensor
         return decode_sampled(pair.tokenizer, sampled, pair.generator.config.grid_size, source)
 
 
-def _batches(run: SampleRun) -> list[list[int]]:
+def _batch(run: SampleRun, number: int) -> list[int]:
     """Numbers of the images that are sampled together."""
-    ids = list(range(run.num_images))
-    return [ids[i : i + run.batch_size] for i in range(0, len(ids), run.batch_size)]
+    first = number * run.batch_size
+    return list(range(first, min(first + run.batch_size, run.num_images)))
 
 
 def _weights_error(exact: Generator, lighter: Generator, run: SampleRun) -> float:

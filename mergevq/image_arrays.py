@@ -12,10 +12,9 @@ import math
 import os
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import IO, cast
+from typing import IO
 
 import numpy as np
 import torch
@@ -23,12 +22,12 @@ from jaxtyping import UInt8
 from numpy.lib import format as npy
 from torch import Tensor
 
-from mergevq.files import require_regular
+from mergevq.npz import OpenArray, array_names, open_array
 
-MEMBER = "arr_0.npy"
-
-# Some dozens are in memory at once; 2,048 x 2,048.
-_MAX_PIXELS = 2**22
+MEMBER = "arr_0"
+"""Name of the array."""
+MAX_SIDE = 4096
+"""Largest side of an image that is read, in pixels: a batch of them has to fit into memory."""
 
 
 class ImageArrayWriter:
@@ -44,7 +43,7 @@ class ImageArrayWriter:
         self.path, self.num_missing = path, num_images
         self._unfinished = path.with_name(path.name + ".unfinished")
         self._archive = zipfile.ZipFile(self._unfinished, "w", zipfile.ZIP_STORED, allowZip64=True)
-        self._file: IO[bytes] = self._archive.open(MEMBER, "w", force_zip64=True)
+        self._file: IO[bytes] = self._archive.open(f"{MEMBER}.npy", "w", force_zip64=True)
         header = {"descr": "|u1", "fortran_order": False, "shape": (num_images, *size, 3)}
         npy.write_array_header_1_0(self._file, header)
 
@@ -86,14 +85,7 @@ class ImageArray:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with self._open() as (file, num_bytes):
-            shape = _header(file, path)
-            num_missing = math.prod(shape) - (num_bytes - file.tell())
-        if num_missing:
-            raise ValueError(
-                f"{path}: arr_0 of shape {shape} has {abs(num_missing):,} bytes too "
-                f"{'few' if num_missing > 0 else 'many'}; write it again"
-            )
+        shape = self._open().shape
         self.num_images: int = shape[0]
         self.size: tuple[int, int] = (shape[1], shape[2])
         """Height and width in pixels."""
@@ -105,73 +97,37 @@ class ImageArray:
         """All images in order, the last batch perhaps short.
 
         Raises:
-            ValueError: the file is damaged or ends too early.
+            ValueError: the file ends too early.
         """
         image_bytes = math.prod(self.size) * 3
-        with self._open() as (file, _):
-            _header(file, self.path)
+        array = self._open()
+        with array.file:
             for first in range(0, self.num_images, batch_size):
                 count = min(batch_size, self.num_images - first)
-                data = _read(file, self.path, count * image_bytes)
+                data = array.read(count * image_bytes)
                 if len(data) != count * image_bytes:
                     raise ValueError(f"{self.path} ends within image {first}; copy it again")
                 images = np.frombuffer(data, dtype=np.uint8).reshape(count, *self.size, 3)
                 yield torch.from_numpy(images.copy()).permute(0, 3, 1, 2)
 
-    @contextmanager
-    def _open(self) -> Iterator[tuple[zipfile.ZipExtFile, int]]:
-        """The array inside the archive, and its size in bytes with its header.
+    def _open(self) -> OpenArray:
+        """The array inside the archive.
 
         Raises:
-            ValueError: there is no such file, or no such array.
+            ValueError: there is no such file or array, or it is no array of 8-bit colour images.
         """
-        require_regular(self.path)
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                # Reading goes on when the archive is closed; for reading it is always this type.
-                file = cast("zipfile.ZipExtFile", archive.open(MEMBER))
-                num_bytes = archive.getinfo(MEMBER).file_size
-        except Exception as error:
-            # Damaged archives raise from a dozen unrelated types.
+        if MEMBER not in array_names(self.path):
+            raise ValueError(f"{self.path} holds no images: an .npz with arr_0 is needed")
+        array = open_array(self.path, MEMBER)
+        shape, dtype = array.shape, array.dtype
+        if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8 or array.is_fortran:
             raise ValueError(
-                f"{self.path} holds no images: an .npz with arr_0 is needed ({error})"
-            ) from error
-        with file:
-            yield file, num_bytes
-
-
-def _read(file: zipfile.ZipExtFile, path: Path, num_bytes: int) -> bytes:
-    """Read and decompress.
-
-    Raises:
-        ValueError: the archive is damaged.
-    """
-    try:
-        return file.read(num_bytes)
-    except Exception as error:
-        raise ValueError(f"{path} is damaged: {error}; copy it again") from error
-
-
-def _header(file: zipfile.ZipExtFile, path: Path) -> tuple[int, ...]:
-    """Shape of the array, whose pixels come next.
-
-    Raises:
-        ValueError: it is no array of 8-bit colour images.
-    """
-    try:
-        # Later versions are for headers of more than 64 KiB, which no array of images has.
-        if npy.read_magic(file) != (1, 0):
-            raise ValueError("it is of a later version of the format")
-        shape, is_fortran, dtype = npy.read_array_header_1_0(file)
-    except Exception as error:
-        raise ValueError(f"{path}: arr_0 has no readable header: {str(error)[:200]}") from error
-    if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8 or is_fortran or min(shape) < 1:
-        raise ValueError(
-            f"{path}: arr_0 is {dtype} of shape {shape} and must be uint8 of (N, height, width, 3)"
-        )
-    if shape[1] * shape[2] > _MAX_PIXELS:
-        raise ValueError(
-            f"{path}: arr_0 has images of {shape[1]:,} x {shape[2]:,} pixels, more than the "
-            f"{_MAX_PIXELS:,} that are read of such an image"
-        )
-    return tuple(int(length) for length in shape)
+                f"{self.path}: arr_0 is {dtype} of shape {shape} and must be uint8 of "
+                "(N, height, width, 3)"
+            )
+        if 0 in shape or max(shape[1:]) > MAX_SIDE:
+            raise ValueError(
+                f"{self.path}: arr_0 has the shape {shape} and must hold images, each of at most "
+                f"{MAX_SIDE} x {MAX_SIDE} pixels"
+            )
+        return array

@@ -3,6 +3,7 @@
 Nothing is copied or converted when a collection is opened, and an image is decoded when it is read.
 """
 
+import hashlib
 import importlib
 import logging
 import os
@@ -96,6 +97,29 @@ class ImageDataset:
             self.class_names,
         )
 
+    def stamp(self) -> str:
+        """SHA-256 over size and time of the file of each image; equal where none was touched."""
+        digest = hashlib.sha256()
+        stamps: dict[str | None, bytes] = {}
+        for position in self._positions.tolist():
+            file = self._store.file(position)
+            if file not in stamps:
+                stamps[file] = b"-" if file is None else _stamp(file)
+            digest.update(stamps[file] + b"\n")
+        return digest.hexdigest()
+
+    def content(self, indices: range) -> str:
+        """SHA-256 over the bytes of some images' files, in order; reads them."""
+        digest = hashlib.sha256()
+        for index in indices:
+            try:
+                most = most_bytes(self.max_pixels)
+                data = self._store.read_bytes(int(self._positions[index]), most)
+            except (OSError, ValueError):
+                data = b""
+            digest.update(len(data).to_bytes(8, "little") + data)
+        return digest.hexdigest()
+
     def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> "ImageDataset":
         """A view of some images, with the same names, labels and classes."""
         return ImageDataset(
@@ -122,6 +146,15 @@ class ImageDataset:
             if name not in self.broken:
                 self.broken[name] = error
                 _logger.warning("%s (%d broken so far)", error, len(self.broken))
+
+
+def _stamp(file: str) -> bytes:
+    """Size and time of a file."""
+    try:
+        status = os.stat(file)
+    except OSError:
+        return b"missing"
+    return f"{status.st_size} {status.st_mtime_ns}".encode()
 
 
 def spread(total: int, count: int) -> list[int]:
@@ -224,6 +257,9 @@ class _FolderStore:
     def name(self, position: int) -> str:
         return os.fsdecode(self.names[position])
 
+    def file(self, position: int) -> str:
+        return os.path.join(self.root, self.name(position))
+
 
 def _open_folder(listing: Listing) -> Content:
     """Images below a folder, labelled by its sub-folders if no image lies outside them.
@@ -291,6 +327,9 @@ class _DigitStore:
 
     def name(self, position: int) -> str:
         return f"digits:{position}"
+
+    def file(self, position: int) -> None:  # noqa: ARG002 - none has one
+        return None
 
 
 def _open_digits() -> Content:

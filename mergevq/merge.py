@@ -137,7 +137,8 @@ def match(keys: Float[Tensor, "b n d"], num_merged: int) -> Int64[Tensor, "b n"]
             f"num_merged ({num_merged}) must be between 0 and half of the {num_tokens} tokens; "
             "spread the merging over more layers"
         )
-    with torch.autocast(keys.device.type, enabled=False):
+    # On the meta device, where products are counted, there is no autocast.
+    with torch.autocast("cpu" if keys.is_meta else keys.device.type, enabled=False):
         unit = torch.nn.functional.normalize(keys.float(), dim=-1)
         similarity = unit[:, 1::2] @ unit[:, ::2].mT
     # The place of a maximum takes far longer to find than the maximum: for those that join only.

@@ -9,16 +9,16 @@ Shape letters: B batch, N images, H and W pixels, F feature channels.
 import contextlib
 import hashlib
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple, cast, get_type_hints
 
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from mergevq import distributed
+from mergevq.checkpoint import require_entries
 from mergevq.config_evaluate import ReferenceKind, ReferenceRecord
 from mergevq.data import eval_batches
 from mergevq.extractor import INCEPTION_SHA256, FeatureExtractor
@@ -35,6 +35,7 @@ from mergevq.frechet import (
 from mergevq.image_arrays import MEMBER, ImageArray, ImageArrayWriter
 from mergevq.images import ImageDataset, open_images, spread
 from mergevq.metrics import to_uint8
+from mergevq.npz import array_names
 from mergevq.run import Progress, resolve_device
 
 CROP = "short side resized (bicubic), centre square"
@@ -272,6 +273,8 @@ def open_reference(
         return _described_array(ImageArray(path), kind, extractor, image_size)
     reference = load_reference(path)
     metadata = reference.metadata
+    if metadata:
+        _require_record(metadata, path)
     found = str(metadata.get("kind", "generation"))
     if found != kind:
         origin = "" if metadata else ", as all files of the ADM evaluator are"
@@ -296,16 +299,34 @@ def open_reference(
             f"({extractor.sha256[:12]}); the same file is needed"
         )
     require_size(path, metadata.get("image_size"), image_size)
+    dim = len(reference.statistics.mean)
+    if dim != extractor.dim:
+        raise ValueError(
+            f"reference {path} has {dim} feature channels and the extractor {extractor.name} gives "
+            f"{extractor.dim}; the file it was made with is needed"
+        )
     return reference
+
+
+def _require_record(metadata: Mapping[str, object], path: Path) -> None:
+    """Check that a reference says about itself what `write_reference` writes, and no more.
+
+    Raises:
+        ValueError: it does not.
+    """
+    hints = get_type_hints(ReferenceRecord)
+    require_entries(
+        metadata, {name: int if hint is int else str for name, hint in hints.items()}, path
+    )
+    unknown = sorted(metadata.keys() - hints.keys())
+    if unknown:
+        raise ValueError(f"{path} is damaged: its metadata has {unknown[0]!r}, which is unknown")
 
 
 def _holds_only_images(path: Path) -> bool:
     """Whether an `.npz` has images and no statistics."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-    return MEMBER in names and "mu.npy" not in names
+    names = array_names(path)
+    return MEMBER in names and "mu" not in names
 
 
 def _described_array(
@@ -363,8 +384,7 @@ def reference_features(
     features = load_features(path)
     if features is not None:
         return features
-    try:
-        images = ImageArray(path)
-    except ValueError:
+    if MEMBER not in array_names(path):
         return None
+    images = ImageArray(path)
     return torch.cat([extractor.features(pixels).cpu() for pixels in images.batches(batch_size)])

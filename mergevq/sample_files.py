@@ -15,12 +15,13 @@ from PIL import Image
 
 from mergevq.decoding import decode
 from mergevq.files import require_regular
-from mergevq.listing import looks_like_picture
 
 SUMS = "SHA256SUMS"
 
 _LINE = re.compile(rb"([0-9a-f]{64})  ([^/\0\n]{1,100}\.png)\n")
 _LONGEST_LINE = 200
+_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+"""Endings of files that could be taken for pictures of a run."""
 
 
 class SampleFiles:
@@ -91,7 +92,7 @@ class SampleFiles:
         return sorted(
             path.name
             for path in self.folder.iterdir()
-            if looks_like_picture(path.name) and path.name not in self._digests
+            if path.suffix.lower() in _PICTURES and path.name not in self._digests
         )
 
 

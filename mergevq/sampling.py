@@ -183,7 +183,8 @@ def guidance_scales(
 ) -> list[float]:
     """Guidance scale of each pass.
 
-    Progress runs from 0 at the first token to 1 at the last, and a pass has its first token's.
+    Progress is the share of the sequence that is decoded before the pass, as in RandAR's code; a
+    scale that rises is therefore a little below the end of its schedule at the last token.
 
     Args:
         settings: scale, schedule and interval.
@@ -193,7 +194,7 @@ def guidance_scales(
     low, high = settings.guidance_interval
     scales = []
     for start in starts:
-        progress = start / (num_tokens - 1) if num_tokens > 1 else 1.0
+        progress = start / num_tokens
         rise = {
             "constant": 1.0,
             "linear": progress,

@@ -5,8 +5,8 @@ Source: Li et al. 2025, "MergeVQ", section 3 and equation 10 (arXiv:2504.00999);
 2021, "Emerging Properties in Self-Supervised Vision Transformers", section 3.1 (`dino` and the
 self-teacher, arXiv:2104.14294).
 
-A teacher is a module with one call, `loss(class_token, label, teacher_view, teacher_class_token)`,
-that reads what its kind needs. Its parameters are those of its heads; a frozen model is no part of
+A teacher is a module with one call, `loss(class_token, label, teacher_view, target)`, that reads
+what its kind needs. Its parameters are those of its heads; a frozen model is no part of
 the module, so no checkpoint, optimizer or data-parallel wrapper sees it. Heads and losses are in
 float32 under any autocast.
 
@@ -204,7 +204,7 @@ class LabelTeacher(nn.Module):
         class_token: Float[Tensor, "b c"],
         label: Int64[Tensor, " b"] | None,
         _teacher_view: Float[Tensor, "b 3 h w"] | None,
-        _teacher_class_token: Float[Tensor, "b c"] | None,
+        _target: Float[Tensor, "b f"] | None,
         /,
     ) -> Float[Tensor, ""]:
         """Judge the student's class token by the labels.
@@ -240,28 +240,36 @@ class SelfTeacher(nn.Module):
         self.student_temperature = student_temperature
         self.teacher_temperature = teacher_temperature
 
+    @torch.no_grad()
+    def target(self, teacher_class_token: Float[Tensor, "b c"]) -> Float[Tensor, "b f"]:
+        """Logits that the student is to have for the images of one step.
+
+        Every rank must call it with as many images, and with all of its step at once: each image
+        is compared with the mean of them. An image alone has no others to differ from, and its
+        target is even.
+
+        Args:
+            teacher_class_token: of the averaged encoder.
+        """
+        features = self.teacher_head.bottleneck(teacher_class_token)
+        center = distributed.mean(features.mean(0))
+        return self.teacher_head.compare(features - center)
+
     def loss(
         self,
         class_token: Float[Tensor, "b c"],
         _label: Int64[Tensor, " b"] | None,
         _teacher_view: Float[Tensor, "b 3 h w"] | None,
-        teacher_class_token: Float[Tensor, "b c"] | None,
+        target: Float[Tensor, "b f"] | None,
         /,
     ) -> Float[Tensor, ""]:
         """Compare the student's prototypes with the teacher's; no gradient reaches the teacher.
 
-        Every rank must call it with as many images. An image alone has no others to differ from:
-        its target is even.
-
         Raises:
-            ValueError: there is no class token of the averaged encoder.
+            ValueError: there is no target.
         """
-        if teacher_class_token is None:
-            raise ValueError("teacher kind 'self' needs the averaged encoder's class token")
-        with torch.no_grad():
-            features = self.teacher_head.bottleneck(teacher_class_token)
-            center = distributed.mean(features.mean(0))
-            target = self.teacher_head.compare(features - center)
+        if target is None:
+            raise ValueError("teacher kind 'self' needs the target that its average makes")
         return dino_alignment(
             self.head(class_token),
             target,
@@ -358,7 +366,7 @@ class FeatureTeacher(nn.Module):
         class_token: Float[Tensor, "b c"],
         _label: Int64[Tensor, " b"] | None,
         teacher_view: Float[Tensor, "b 3 h w"] | None,
-        _teacher_class_token: Float[Tensor, "b c"] | None,
+        _target: Float[Tensor, "b f"] | None,
         /,
     ) -> Float[Tensor, ""]:
         """Compare the student's class token with the features of the teacher's view.

@@ -14,7 +14,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -36,6 +36,8 @@ RECORD = "tokens.json"
 
 # What the shards of one number have in common, whatever their K.
 _SHARED = ("label", "position", "mirrored")
+_CONTENT = "content"
+"""Tensor of a shard: the bytes of the digest of its images."""
 _INTEGERS = (torch.uint8, torch.uint16, torch.uint32, torch.int32, torch.int64)
 _AGAIN = "run the same `mergevq encode` again, it goes on where it stopped"
 
@@ -64,6 +66,8 @@ class TokenRecord:
     """Which square of an image was encoded, after its short side was resized."""
     labels: str = ""
     """SHA-256 over the labels of the images, in order; empty where it was not kept."""
+    stamp: str = ""
+    """Changes when a file of the images is touched (`ImageDataset.stamp`); empty if not kept."""
     flip: bool = False
     """Whether the row of an image is followed by the row of its mirror image."""
     shard_size: int = 1024
@@ -159,15 +163,25 @@ class TokenRows(NamedTuple):
     """1 for a mirror image, 0 for the image itself."""
 
 
-def claim(directory: Path, record: TokenRecord, environment: Mapping[str, Any]) -> None:
+def claim(
+    directory: Path,
+    record: TokenRecord,
+    environment: Mapping[str, Any],
+    content: Callable[[range], str] | None = None,
+) -> bool:
     """Begin a folder of tokens or go on with one; by one process, before shards are written.
 
     A complete folder is checked and left as it is.
 
     Args:
         directory: where the tokens go.
-        record: what they will be.
+        record: what they will be. Another spelling of where the images are makes no other tokens.
         environment: what they may depend on besides; each different one is kept in the file.
+        content: digest of the content of a range of the images (`ImageDataset.content`), which is
+            asked for where a file was touched since its images were encoded.
+
+    Returns:
+        Whether everything was there already.
 
     Raises:
         ValueError: the folder has other tokens.
@@ -181,20 +195,65 @@ def claim(directory: Path, record: TokenRecord, environment: Mapping[str, Any]) 
                 f"{directory} holds other tokens than are asked for; choose another folder or "
                 f"delete this one:\n{differences}"
             )
-        missing = missing_shards(directory, record, range(record.num_shards))
-        if state["shards"] is not None:
-            for num_kept, shards in _sealed(directory, record, state).items():
-                for number, shard in enumerate(shards):
-                    if num_kept not in missing.get(number, ()):
-                        # Or `finish` would seal whatever is there now.
-                        _check_seal(_shard_path(directory, num_kept, number), shard)
-            if not missing:
-                return
+        is_complete = _check_shards(directory, record, state)
+        there = _record(directory, state)
+        is_touched = there.stamp != record.stamp
+        if is_touched:
+            _require_content(directory, record, content)
+        if is_complete:
+            if is_touched:
+                moved = state["record"] | {"stamp": record.stamp}
+                write_json(directory / RECORD, state | {"record": moved})
+            return True
+        record = replace(record, data=there.data)
         environments = state["environments"]
     if environment not in environments:
         environments = [*environments, dict(environment)]
     directory.mkdir(parents=True, exist_ok=True)
     _write_state(directory, record, environments=environments)
+    return False
+
+
+def _check_shards(directory: Path, record: TokenRecord, state: Mapping[str, Any]) -> bool:
+    """Compare the shards that are there with their seals; returns whether all are, sealed.
+
+    Raises:
+        RuntimeError: one is damaged.
+    """
+    missing = missing_shards(directory, record, range(record.num_shards))
+    if state["shards"] is None:
+        return False
+    for num_kept, shards in _sealed(directory, record, state).items():
+        for number, shard in enumerate(shards):
+            if num_kept not in missing.get(number, ()):
+                # Or `finish` would seal whatever is there now.
+                _check_seal(_shard_path(directory, num_kept, number), shard)
+    return not missing
+
+
+def _require_content(
+    directory: Path, record: TokenRecord, content: Callable[[range], str] | None
+) -> None:
+    """Check that the shards that are there were made from the images as they are now.
+
+    Raises:
+        ValueError: an image changed under its name.
+        RuntimeError: a shard is damaged.
+    """
+    changed: list[range] = []
+    for number in range(record.num_shards):
+        paths = (_shard_path(directory, num_kept, number) for num_kept in record.num_kept)
+        digests = {_map_shard(path).content for path in paths if path.is_file()} - {""}
+        images = record.images_of(number)
+        if digests and (content is None or digests != {content(images)}):
+            changed.append(images)
+    if changed:
+        more = f" and of {len(changed) - 1} more shards" if len(changed) > 1 else ""
+        raise ValueError(
+            f"{directory} holds tokens of other images with the same names: some of images "
+            f"{changed[0][0]} to {changed[0][-1]}{more} changed since they were encoded; choose "
+            "another folder or delete this one"
+        )
 
 
 def missing_shards(
@@ -223,6 +282,7 @@ def write_shard(
     rows: TokenRows,
     *,
     broken: Sequence[str],
+    content: str = "",
 ) -> None:
     """Write one shard, whole or not at all.
 
@@ -232,6 +292,7 @@ def write_shard(
         number: of the shard.
         rows: what it holds; their K says where it belongs.
         broken: names of its images that cannot be read.
+        content: digest of the content of its images (`ImageDataset.content`); empty if not kept.
     """
     num_kept = rows.indices.shape[1]
     largest = {"indices": 2**record.num_bits - 1, "source": num_kept - 1, "mirrored": 1}
@@ -239,13 +300,15 @@ def write_shard(
         name: tensor.numpy().astype(_smallest(largest[name]) if name in largest else np.int64)
         for name, tensor in rows._asdict().items()
     }
-    # One entry: with several, their order in the file would be chance.
-    content = save(arrays, {"broken": json.dumps(list(broken))})
+    if content:
+        arrays[_CONTENT] = np.frombuffer(bytes.fromhex(content), dtype=np.uint8)
+    # One entry of metadata: with several, their order in the file would be chance.
+    data = save(arrays, {"broken": json.dumps(list(broken))})
     path = _shard_path(directory, num_kept, number)
     path.parent.mkdir(exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:
-        file.write(content)
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
@@ -526,6 +589,8 @@ class _Mapped(NamedTuple):
 
     arrays: dict[str, NDArray[Any]]
     broken: list[str]
+    content: str
+    """Digest of its images in hexadecimal; empty if not kept."""
 
 
 def _shard_path(directory: Path, num_kept: int, number: int) -> Path:
@@ -549,6 +614,7 @@ def _map_shard(path: Path) -> _Mapped:
         with open_tensors(path) as file:
             # Through torch, which maps the file; the numpy side of the library copies it.
             tensors = {name: file.get_tensor(name) for name in TokenRows._fields}
+            content = file.get_tensor(_CONTENT) if _CONTENT in file.keys() else None  # noqa: SIM118
             broken = parse_json((file.metadata() or {}).get("broken", "null"), where="broken")
     except ValueError as error:
         raise RuntimeError(f"{path} is damaged ({error}); delete it and {_AGAIN}") from error
@@ -557,7 +623,8 @@ def _map_shard(path: Path) -> _Mapped:
             f"{path} is damaged (it must hold whole numbers and a list of names); delete it and "
             f"{_AGAIN}"
         )
-    return _Mapped({name: tensor.numpy() for name, tensor in tensors.items()}, broken)
+    digest = "" if content is None else content.numpy().tobytes().hex()
+    return _Mapped({name: tensor.numpy() for name, tensor in tensors.items()}, broken, digest)
 
 
 def _are_names(value: object) -> bool:
@@ -703,11 +770,16 @@ def _write_state(
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """Settings of a folder that are not those asked for, a line each."""
+    """Settings of a folder that are not those asked for, a line each.
+
+    The same images may be reached by another path, and files that were touched are compared by
+    their content. Folders from before the digest of labels was kept have none to compare.
+    """
+    ignored = {"data", "stamp"} | ({"labels"} if not there.get("labels") else set())
     lines = [
         f"  {name}: {_abridge(there.get(name))} there, {_abridge(here.get(name))} asked for"
         for name in {**there, **here}
-        if there.get(name) != here.get(name)
+        if name not in ignored and there.get(name) != here.get(name)
     ]
     return "\n".join(lines)
 

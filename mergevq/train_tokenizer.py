@@ -118,13 +118,16 @@ class Objective(nn.Module):
         self,
         batch: Batch,
         num_kept: int,
-        teacher_class_token: Float[Tensor, "b c"] | None,
+        target: Float[Tensor, "b f"] | None,
         *,
         quantized: bool,
         source_gradient: float,
         recovers: Bool[Tensor, "b"] | None,
     ) -> Pass:
-        """Run the tokenizer on the image, and its encoder on the student's view if there is one."""
+        """Run the tokenizer on the image, and its encoder on the student's view if there is one.
+
+        `target` is that of `SelfTeacher.target`.
+        """
         output = self.tokenizer(
             batch.image,
             num_kept,
@@ -137,7 +140,7 @@ class Objective(nn.Module):
             return Pass(output, output.reconstruction.new_zeros((), dtype=torch.float32))
         token = output.view_class_token
         token = output.encoded.class_token if token is None else token
-        loss = self.teacher.loss(token, batch.label, batch.teacher_view, teacher_class_token)
+        loss = self.teacher.loss(token, batch.label, batch.teacher_view, target)
         return Pass(output, loss)
 
 
@@ -513,13 +516,16 @@ def update_tokenizer(
     run, sums, reconstructions = setting.run, {}, []
     state.discriminator.requires_grad_(requires_grad=False)
     state.optimizer.zero_grad(set_to_none=True)
-    for position, part in enumerate(parts):
+    targets = self_targets(state, setting, parts, num_kept)
+    for position, (part, target) in enumerate(zip(parts, targets, strict=True)):
         syncs = position == len(parts) - 1
         place = setting.world.rank * len(parts) + position
         recovers = recovering(run.loss.recovered_share, place, part.image)
         with distributed.no_sync(setting.objective, active=not syncs):
             with setting.autocast():
-                losses, output = tokenizer_losses(state, setting, part, num_kept, recovers)
+                losses, output = tokenizer_losses(
+                    state, setting, part, num_kept, recovers=recovers, target=target
+                )
             total = losses.total(run.loss, adversarial_weight(state.step, run.loss))
             state.scaler.scale(total / len(parts)).backward()
         reconstructions.append(output.reconstruction.detach())
@@ -565,23 +571,48 @@ def recovering(
     return (borders.floor().diff() > 0).to(image.device)
 
 
+@torch.no_grad()
+def self_targets(
+    state: State, setting: Setting, parts: list[Batch], num_kept: int
+) -> list[Float[Tensor, "b f"] | None]:
+    """Target of the self-teacher for each part of a step; None for other teachers.
+
+    An image is compared with all others of the step, however it is cut into parts.
+    """
+    if state.teacher_encoder is None or not isinstance(state.teacher, SelfTeacher):
+        return [None for _ in parts]
+    with setting.autocast():
+        tokens = [state.teacher_encoder(part.image, num_kept).class_token for part in parts]
+        target = state.teacher.target(torch.cat(tokens))
+    return list(target.split([len(part.image) for part in parts]))
+
+
 def tokenizer_losses(
     state: State,
     setting: Setting,
     batch: Batch,
     num_kept: int,
+    *,
     recovers: Bool[Tensor, "b"] | None = None,
+    target: Float[Tensor, "b f"] | None = None,
 ) -> tuple[TokenizerLosses, TokenizerOutput]:
-    """Every term for one part of a batch, `recovers` of which have the recovered source."""
+    """Every term for one part of a batch.
+
+    Args:
+        state: networks.
+        setting: weights of the terms.
+        batch: the part.
+        num_kept: K.
+        recovers: which images are decoded with the recovered source; None is none.
+        target: of the self-teacher for this part (`self_targets`); None makes it of the part alone.
+    """
     run = setting.run
-    teacher_token = None
-    if state.teacher_encoder is not None:
-        with torch.no_grad():
-            teacher_token = state.teacher_encoder(batch.image, num_kept).class_token
+    if target is None:
+        (target,) = self_targets(state, setting, [batch], num_kept)
     output, alignment = setting.objective(
         batch,
         num_kept,
-        teacher_token,
+        target,
         quantized=state.step >= run.train.quantize_start_step,
         source_gradient=run.loss.source_gradient,
         recovers=recovers,

@@ -213,7 +213,7 @@ def test_torchrun_leaves_every_option_to_the_command():
 
 def test_the_number_of_images_has_two_names(tmp_path):
     for name in ("--num", "--num-images"):
-        with pytest.raises(ValueError, match=r"num_images \(0\) must be at least 1"):
+        with pytest.raises(ValueError, match=r"num_images \(0\) must be between 1 and"):
             run(
                 "generation",
                 *("--generator", "m", "--tokenizer", "t", name, 0, "--out", tmp_path),

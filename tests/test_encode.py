@@ -1,6 +1,7 @@
 """Encoding a data set: the tokens are those of the tokenizer, whoever writes them and when."""
 
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -291,6 +292,65 @@ def test_a_model_and_a_data_set_are_enough(tmp_path, tokenizer, folders):
     image = np.asarray(Image.open(data / "dog/1.png"))
     pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None] / 127.5 - 1
     assert torch.equal(tokens.batch([3]).indices, tokenizer.encode(pixels).indices)
+
+
+def test_another_spelling_of_a_folder_is_the_same_folder_and_nothing_is_encoded(
+    tmp_path, folders, monkeypatch, caplog
+):
+    model, _ = folders
+    monkeypatch.chdir(tmp_path)
+    encode(model, "images", "tokens", num_workers=0, device="cpu")
+    before = content(tmp_path / "tokens")
+    assert caplog.text == ""
+    for spelling in ("./images", "images/", str(tmp_path / "images")):
+        caplog.clear()
+        encode(model, spelling, "tokens", num_workers=0, device="cpu")
+        assert content(tmp_path / "tokens") == before
+        assert caplog.text.count("tokens is complete already; nothing was encoded") == 1
+
+
+def test_a_picture_that_changed_under_its_name_is_seen(tmp_path, folders, generator):
+    model, data = folders
+    encode(model, str(data), tmp_path / "tokens", num_workers=0, device="cpu")
+    before = content(tmp_path / "tokens")
+    write_image(data / "dog/1.png", generator)
+    with pytest.raises(
+        ValueError, match=r"other images with the same names: some of images 0 to 4"
+    ):
+        encode(model, str(data), tmp_path / "tokens", num_workers=0, device="cpu")
+    assert content(tmp_path / "tokens") == before
+
+
+def test_a_file_that_was_only_touched_is_the_same_picture(tmp_path, folders, caplog):
+    model, data = folders
+    tokens = encode(model, str(data), tmp_path / "tokens", num_workers=0, device="cpu")
+    os.utime(data / "cat/0.png", (1, 1))
+    again = encode(model, str(data), tmp_path / "tokens", num_workers=0, device="cpu")
+    assert "nothing was encoded" in caplog.text
+    assert again.record.stamp == open_images(str(data)).stamp() != tokens.record.stamp
+    assert replace(again.record, stamp="") == replace(tokens.record, stamp="")
+    assert torch.equal(again.batch(range(5)).indices, tokens.batch(range(5)).indices)
+
+
+def test_a_picture_that_changed_while_encoding_was_stopped_is_seen(tmp_path, tokenizer, generator):
+    for number in range(8):
+        write_image(tmp_path / f"images/{number}.png", generator)
+    images = open_images(str(tmp_path / "images"))
+    record, folder = record_of(tokenizer, images, num_kept=(9,)), tmp_path / "tokens"
+    encode_images(tokenizer, images, folder, record, WORLD, **LOADING)
+    (folder / "k00009/tokens-00001.safetensors").unlink()
+    # Of the shard that is still to be written: its new content is what will be encoded.
+    write_image(tmp_path / "images/5.png", generator)
+    images = open_images(str(tmp_path / "images"))
+    encode_images(
+        tokenizer, images, folder, record_of(tokenizer, images, num_kept=(9,)), WORLD, **LOADING
+    )
+    (folder / "k00009/tokens-00001.safetensors").unlink()
+    write_image(tmp_path / "images/0.png", generator)
+    images = open_images(str(tmp_path / "images"))
+    record = record_of(tokenizer, images, num_kept=(9,))
+    with pytest.raises(ValueError, match="some of images 0 to 3 changed since they were encoded"):
+        encode_images(tokenizer, images, folder, record, WORLD, **LOADING)
 
 
 def test_the_command_says_what_it_wrote(tmp_path, folders, capsys):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from test_train_generator import small, small_tokenizer, write_tokens
+from torch import nn
 
 from mergevq.checkpoint import tokens_hash
 from mergevq.config import (
@@ -17,8 +18,11 @@ from mergevq.config import (
     TokenizerRun,
     TrainConfig,
 )
-from mergevq.estimate import MemoryTracker, describe, estimate
+from mergevq.config_generator import GeneratorConfig
+from mergevq.estimate import MemoryTracker, count_products, describe, estimate
 from mergevq.generator import Generator
+from mergevq.merge import merge_schedule
+from mergevq.recipes import TOKENIZER_RECIPES
 from mergevq.tokenizer import Tokenizer
 from mergevq.tokens import open_tokens
 from mergevq.train_generator import fitted_config
@@ -160,6 +164,86 @@ def test_a_run_that_cannot_start_says_why(run):
     absent = replace(run, data=replace(run.data, path="nowhere"))
     with pytest.raises(ValueError, match="nowhere"):
         estimate(absent)
+
+
+# --------------------------------------------------------------------------------- products
+
+
+def as_in_the_table(model, name, passes, lengths):
+    """10^9 operations as the paper's counter has them, which is that of fvcore.
+
+    It counts a multiply-add as one, knows nothing of attention's kernel, and takes 5 operations
+    for each normalised value.
+    """
+    part = getattr(model, name)
+    normalised = []
+    norms = [each for each in part.modules() if isinstance(each, nn.LayerNorm | nn.GroupNorm)]
+    for norm in norms:
+        norm.register_forward_hook(lambda _norm, _inputs, out: normalised.append(out.numel()))
+    passes()
+    width = model.config.dim if name == "encoder" else model.config.decoder_dim
+    attention = sum(2 * length**2 * width for length in lengths)
+    products = count_products(model.config)[name]
+    return (products - attention + 5 * sum(normalised)) / 1e9
+
+
+@pytest.mark.parametrize(
+    ("recipe", "encoder", "decoder"),
+    # The encoder of version R has 9.5 there, which none of the schedules of merging gives.
+    [
+        ("imagenet256_g", 97.5, 169.2),
+        ("imagenet256_gr", 46.4, 65.6),
+        ("imagenet256_r", 10.9, 65.6),
+    ],
+)
+def test_products_are_those_of_the_papers_table(recipe, encoder, decoder):
+    config = TOKENIZER_RECIPES[recipe]().model
+    with torch.device("meta"), torch.no_grad():
+        model = Tokenizer(config)
+        image = torch.empty(1, 3, 256, 256)
+        codes = torch.empty(1, config.num_tokens, 18)
+        left = [config.num_tokens + 1]
+        for count in merge_schedule(config.num_tokens, config.num_kept, 12)[:-1]:
+            left.append(left[-1] - count)
+        counted = (
+            as_in_the_table(model, "encoder", lambda: model.encoder(image, config.num_kept), left),
+            as_in_the_table(
+                model,
+                "decoder",
+                lambda: model.decoder(codes, (config.grid_size, config.grid_size)),
+                [config.num_tokens] * 12,
+            ),
+        )
+    assert counted == pytest.approx((encoder, decoder), abs=0.11)
+
+
+def test_products_of_a_generator_by_hand():
+    config = GeneratorConfig(
+        order="raster",
+        dim=32,
+        num_layers=2,
+        num_heads=2,
+        grid_size=(4, 4),
+        num_kept=16,
+        kept_candidates=(16,),
+        num_bits=6,
+        factor_bits=(3, 3),
+    )
+    products = count_products(config)
+    # 17 inputs: class, K and 15 cells. Attention has 4 matrices of 32 x 32, the feed-forward layer
+    # 3 of 32 x 256, and 17 inputs attend to 17 twice over 32 channels.
+    block = 17 * (4 * 32 * 32 + 3 * 32 * config.hidden_dim) + 2 * 17 * 17 * 32
+    assert products["blocks"] == 2 * block
+    # 16 states, two parts: one block on two inputs, and an output of 8 values for each part.
+    head = 2 * (4 * 32 * 32 + 3 * 32 * config.hidden_dim) + 2 * 2 * 2 * 32 + 2 * 32 * 8
+    assert products["head"] == 16 * head
+
+
+def test_a_dry_run_shows_the_products(run, found):
+    assert found.products == count_products(run.model)
+    line = describe(run, found)["products"]
+    assert "multiply-adds of a forward pass of one image at 20 tokens" in line
+    assert f"{found.products['decoder'] / 1e9:.3g} decoder" in line
 
 
 # ------------------------------------------------------------------------------- generators

@@ -75,6 +75,11 @@ def test_rates_decay_from_the_classifier_to_the_stem(generator, stage, pool):
     assert decay[model.bias] == decay[encoder.class_token] == 0
 
 
+def test_the_rates_are_those_of_simmims_base_model():
+    config = FinetuneConfig()
+    assert (config.rate, config.layer_decay, config.weight_decay) == (1.25e-3, 0.65, 0.05)
+
+
 @pytest.mark.parametrize("stage", ["merged", "latents", "quantized", "unmerged"])
 @pytest.mark.parametrize("pool", ["class", "mean", "size_weighted_mean"])
 def test_every_parameter_that_is_trained_gets_a_gradient(generator, stage, pool):

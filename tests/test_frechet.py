@@ -243,16 +243,17 @@ def test_a_reference_of_the_adm_evaluator_is_read(tmp_path):
 
 
 def test_a_missing_reference_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"no reference statistics at .*nowhere\.npz"):
+    with pytest.raises(ValueError, match=r"there is no file .*nowhere\.npz"):
         load_reference(tmp_path / "nowhere.npz")
 
 
 def test_images_alone_are_no_reference(tmp_path):
     np.savez(tmp_path / "samples.npz", np.zeros((2, 8, 8, 3), dtype=np.uint8))
     np.save(tmp_path / "array.npy", np.zeros(3))
-    for name in ("samples.npz", "array.npy"):
-        with pytest.raises(ValueError, match=f"{name} holds no mu and sigma"):
-            load_reference(tmp_path / name)
+    with pytest.raises(ValueError, match=r"samples.npz holds no mu and sigma"):
+        load_reference(tmp_path / "samples.npz")
+    with pytest.raises(ValueError, match=r"array.npy is not an .npz file"):
+        load_reference(tmp_path / "array.npy")
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"neither"])

@@ -1,6 +1,3 @@
-import struct
-import zipfile
-
 import numpy as np
 import pytest
 import torch
@@ -61,56 +58,7 @@ def test_what_holds_no_images_is_named(tmp_path):
         ImageArray(tmp_path / "mu.npz")
     with pytest.raises(ValueError, match=r"float64 of shape \(2, 4, 6, 3\) and must be uint8"):
         ImageArray(tmp_path / "floats.npz")
-    with pytest.raises(ValueError, match=r"text\.npz holds no images"):
+    with pytest.raises(ValueError, match=r"text\.npz is not an .npz file"):
         ImageArray(tmp_path / "text.npz")
-    with pytest.raises(ValueError, match=r"there is no file .*nowhere"):
+    with pytest.raises(ValueError, match=r"no file .*nowhere"):
         ImageArray(tmp_path / "nowhere.npz")
-
-
-def write_forged(path, shape, content, version=b"\x01\x00"):
-    """An array whose header says something else than is there."""
-    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
-    size = struct.pack("<H" if version[0] == 1 else "<I", len(text))
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("arr_0.npy", b"\x93NUMPY" + version + size + text.encode() + content)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("shape", "message"),
-    [
-        ("(2, 2, 2, 3)", "has 4 bytes too few"),
-        ("(1, 2, 1, 3)", "has 14 bytes too many"),
-        ("(1099511627776, 2, 2, 3)", "bytes too few"),
-        ("(1, 65536, 65536, 3)", "65,536 x 65,536 pixels, more than the 4,194,304"),
-        ("(-1, 2, 2, 3)", "must be uint8 of"),
-        ("(0, 2, 2, 3)", "must be uint8 of"),
-        ("None", "has no readable header"),
-        ("(" * 50, "has no readable header"),
-    ],
-)
-def test_a_header_that_lies_is_refused_before_pixels_are_read(tmp_path, shape, message):
-    path = write_forged(tmp_path / "a.npz", shape, bytes(20))
-    with pytest.raises(ValueError, match=rf"a\.npz: arr_0 .*{message}"):
-        ImageArray(path)
-
-
-def test_a_later_version_of_the_format_is_refused(tmp_path):
-    path = write_forged(tmp_path / "a.npz", "(1, 1, 1, 3)", bytes(3), version=b"\x02\x00")
-    with pytest.raises(ValueError, match=r"arr_0 has no readable header: it is of a later version"):
-        ImageArray(path)
-
-
-def test_a_damaged_archive_is_named_while_it_is_read(tmp_path, pixels):
-    path = write(tmp_path / "a.npz", pixels.repeat(40, 1, 1, 1), num_images=200)
-    data = bytearray(path.read_bytes())
-    data[9000] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"a\.npz is damaged: Bad CRC"):
-        list(ImageArray(path).batches(5))
-
-
-def test_an_array_behind_a_link_to_a_device_is_refused(tmp_path):
-    (tmp_path / "a.npz").symlink_to("/dev/zero")
-    with pytest.raises(ValueError, match=r"a\.npz must be a regular file"):
-        ImageArray(tmp_path / "a.npz")

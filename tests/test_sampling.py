@@ -348,17 +348,19 @@ def test_each_part_has_its_own_temperature():
 def test_guidance_per_step_by_hand():
     def scales(schedule, **changes):
         settings = SamplingSettings(guidance_scale=5.0, guidance_schedule=schedule, **changes)
-        return guidance_scales(settings, range(5), 5)
+        return guidance_scales(settings, range(4), 4)
 
-    assert scales("constant") == [5, 5, 5, 5, 5]
-    assert scales("linear") == [1, 2, 3, 4, 5]
-    assert scales("power") == [1, 1.25, 2, 3.25, 5]
+    # After t of 4 tokens the schedule is t / 4 of the way.
+    assert scales("constant") == [5, 5, 5, 5]
+    assert scales("linear") == [1, 2, 3, 4]
+    assert scales("power") == [1, 1.25, 2, 3.25]
     half = math.sqrt(0.5)
-    assert scales("cosine") == pytest.approx([1, 3 - 2 * half, 3, 3 + 2 * half, 5])
-    assert scales("linear", guidance_interval=(0.25, 0.5)) == [1, 2, 3, 1, 1]
-    assert guidance_scales(GUIDED, [0, 1, 3], 5) == [3, 3, 3]
+    assert scales("cosine") == pytest.approx([1, 3 - 2 * half, 3, 3 + 2 * half])
+    assert scales("linear", guidance_interval=(0.25, 0.5)) == [1, 2, 3, 1]
+    assert guidance_scales(GUIDED, [0, 1, 3], 4) == [3, 3, 3]
     linear = SamplingSettings(guidance_scale=5.0, guidance_schedule="linear")
-    assert guidance_scales(linear, [0, 1, 3], 5) == [1, 2, 4]
+    assert guidance_scales(linear, [0, 1, 3], 4) == [1, 2, 4]
+    assert guidance_scales(linear, [0], 1) == [1]
 
 
 def count_rows(model, settings):

@@ -454,7 +454,7 @@ def test_what_a_teacher_needs_and_does_not_get_is_an_error(dinov2_folder):
     by_model = build_teacher(config, dim=8, num_classes=0)
     with pytest.raises(ValueError, match="label of every image"):
         by_label.loss(token, None, None, token)
-    with pytest.raises(ValueError, match="averaged encoder's class token"):
+    with pytest.raises(ValueError, match="the target that its average makes"):
         by_itself.loss(token, None, None, None)
     with pytest.raises(ValueError, match="its own view"):
         by_model.loss(token, None, None, token)
@@ -489,13 +489,15 @@ def test_self_distillation_is_the_dino_loss_of_the_two_heads(generator):
     features = teacher.teacher_head.bottleneck(teacher_token)
     target = teacher.teacher_head.compare(features - features.mean(0))
     expected = dino_alignment(teacher.head(student_token), target, **DINO)
-    assert torch.equal(teacher.loss(student_token, None, None, teacher_token), expected)
+    assert torch.equal(
+        teacher.loss(student_token, None, None, teacher.target(teacher_token)), expected
+    )
 
 
 def test_gradients_reach_the_student_and_never_the_teacher(generator):
     teacher = self_teacher()
     student_token, teacher_token = (t.requires_grad_() for t in tokens(generator).unbind())
-    teacher.loss(student_token, None, None, teacher_token).backward()
+    teacher.loss(student_token, None, None, teacher.target(teacher_token)).backward()
     assert teacher_token.grad is None
     assert all(p.grad is None and not p.requires_grad for p in teacher.teacher_head.parameters())
     assert student_token.grad.abs().sum() > 0
@@ -516,12 +518,12 @@ def test_an_update_averages_the_head():
 def test_saving_between_steps_and_loading_continues_bit_for_bit(generator):
     first, second = self_teacher(), self_teacher()
     student_token, teacher_token = tokens(generator)
-    first.loss(student_token, None, None, teacher_token)
+    first.loss(student_token, None, None, first.target(teacher_token))
     first.update(0.9)
     assert {name.split(".")[0] for name in first.state_dict()} == {"head", "teacher_head"}
     second.load_state_dict(first.state_dict())
     for teacher in (first, second):
-        teacher.loss(teacher_token, None, None, student_token)
+        teacher.loss(teacher_token, None, None, teacher.target(student_token))
         teacher.update(0.5)
     torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
 
@@ -533,7 +535,7 @@ def test_self_distillation_of_large_tokens_is_finite_under_autocast(dtype, batch
     student_token, teacher_token = (1e4 * tokens(generator, batch=batch)).to(dtype).unbind()
     student_token = student_token.clone().requires_grad_()
     with torch.autocast("cpu", dtype):
-        loss = teacher.loss(student_token, None, None, teacher_token)
+        loss = teacher.loss(student_token, None, None, teacher.target(teacher_token))
     loss.backward()
     assert loss.isfinite()
     assert student_token.grad.isfinite().all()
@@ -550,7 +552,7 @@ def test_what_all_images_share_does_not_hide_their_differences(generator):
     assert target.amax(-1).mean() > 1.5 / 6
     assert len(target.argmax(-1).unique()) > 2
     even = math.log(6)
-    loss = teacher.loss(student_token, None, None, common + 1e-3 * own)
+    loss = teacher.loss(student_token, None, None, teacher.target(common + 1e-3 * own))
     assert abs(loss.item() - even) > 0.01
 
 
@@ -571,7 +573,7 @@ def run_rank(rank: int, port: int, folder: str) -> None:
     teacher = self_teacher()
     share = slice(2 * rank, 2 * rank + 2)
     student_token, teacher_token = tokens(torch.Generator().manual_seed(0), batch=4)
-    loss = teacher.loss(student_token[share], None, None, teacher_token[share])
+    loss = teacher.loss(student_token[share], None, None, teacher.target(teacher_token[share]))
     distributed.barrier()
     distributed.shutdown()
     torch.save(loss.detach(), Path(folder) / f"{rank}.pt")
@@ -585,8 +587,8 @@ def test_two_ranks_have_the_loss_of_one_process(tmp_path):
     torch.manual_seed(0)
     teacher = self_teacher()
     student_token, teacher_token = tokens(torch.Generator().manual_seed(0), batch=4)
-    expected = teacher.loss(student_token, None, None, teacher_token)
+    expected = teacher.loss(student_token, None, None, teacher.target(teacher_token))
     losses = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     torch.testing.assert_close(torch.stack(losses).mean(), expected.detach())
-    alone = teacher.loss(student_token[:2], None, None, teacher_token[:2])
+    alone = teacher.loss(student_token[:2], None, None, teacher.target(teacher_token[:2]))
     assert abs(alone - losses[0]) > 1e-3

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from test_train_generator import NUM_BITS, small_tokenizer
 
+from mergevq import train_source
 from mergevq.checkpoint import load_model, model_hash, tokens_hash
 from mergevq.config import OptimConfig
 from mergevq.config_generator import GeneratorConfig
@@ -194,6 +195,25 @@ def test_the_share_says_how_many_tokens_are_new(material):
         num_new = (old != new).sum(1)
         assert int(num_new.max()) == most, share
         assert float(num_new.float().mean()) == pytest.approx(most * 63 / 64, abs=0.15)
+
+
+def test_each_step_makes_a_share_of_its_own_anew_evenly_from_none_to_the_largest(
+    material, tmp_path, monkeypatch
+):
+    shares = []
+
+    def look(run, pair, batch, *, share, image_ids, purpose):
+        if purpose == "training":
+            shares.append(share)
+        return batch.indices
+
+    monkeypatch.setattr(train_source, "replace_tokens", look)
+    finetune_source(run_of(material, tmp_path / "out", num_steps=60, max_replaced=0.8))
+    drawn = sorted(shares)
+    assert len(set(drawn)) == 60
+    even = [0.8 * (number + 0.5) / 60 for number in range(60)]
+    assert max(abs(a - b) for a, b in zip(drawn, even, strict=True)) < 0.15
+    assert drawn[-1] < 0.8
 
 
 def test_what_is_new_does_not_depend_on_the_batch_and_does_on_the_seed(material):

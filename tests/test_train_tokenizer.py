@@ -30,6 +30,7 @@ from mergevq.train_tokenizer import (
     draw_num_kept,
     initialize_from,
     recovering,
+    self_targets,
     tokenizer_losses,
     train,
     train_step,
@@ -154,13 +155,14 @@ def test_every_parameter_of_the_tokenizer_gets_a_gradient():
     assert without == []
 
 
-def test_accumulation_equals_the_whole_batch_but_for_entropy_and_self_teacher():
-    # The codebook entropy and the self-teacher's centre are of each part; see docs/deviations.md.
+@pytest.mark.parametrize("teacher", ["none", "self"])
+def test_accumulation_equals_the_whole_batch_but_for_entropy(teacher):
+    # The codebook entropy is of each part; see docs/deviations.md.
     gradients = []
-    for accumulation in (1, 2):
+    for accumulation in (1, 2, 4):
         run = small(accumulation=accumulation)
         loss = replace(run.loss, entropy_weight=0.0)
-        run = replace(run, loss=loss, teacher=replace(run.teacher, kind="none"))
+        run = replace(run, loss=loss, teacher=replace(run.teacher, kind=teacher))
         state, setting = build(run, WORLD, num_classes=0)
         torch.manual_seed(0)
         whole = batch(4)
@@ -169,8 +171,24 @@ def test_accumulation_equals_the_whole_batch_but_for_entropy_and_self_teacher():
             for i in range(0, 4, 4 // accumulation)
         ]
         update_tokenizer(state, setting, parts, 16)
-        gradients.append([p.grad.clone() for p in state.tokenizer.parameters()])
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
+        gradients.append(
+            [p.grad.clone() for p in setting.objective.parameters() if p.requires_grad]
+        )
+    for other in gradients[1:]:
+        torch.testing.assert_close(gradients[0], other, rtol=1e-3, atol=1e-6)
+
+
+def test_the_self_teacher_tells_images_apart_that_are_alone_in_their_part():
+    state, setting = build(small(accumulation=4), WORLD, num_classes=0)
+    parts = [batch(1) for _ in range(4)]
+    targets = self_targets(state, setting, parts, 16)
+    (together,) = self_targets(
+        state, setting, [parts[0]._replace(image=torch.cat([part.image for part in parts]))], 16
+    )
+    torch.testing.assert_close(torch.cat(targets), together)
+    (alone,) = self_targets(state, setting, parts[:1], 16)
+    # The cosine of features with themselves taken away is 0 everywhere.
+    assert float(alone.abs().max()) < 1e-3 < float(together.abs().max())
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():

@@ -1,0 +1,458 @@
+"""Every option of every command reaches the library, as it was given and alone.
+
+Options are read off the signatures and the settings, so that a new one is tested without a line
+here. Each is changed on a command line that is parsed as a user's is, and the library's functions
+are replaced by others that only note what they are given.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import pkgutil
+import re
+import typing
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import tyro
+from leaves import bare, changed, leaf_kinds, others, replaced, value_at
+
+from mergevq import cli
+from mergevq.cli import COMMANDS, GROUPS, main
+from mergevq.config import GeneratorRun, TokenizerRun
+from mergevq.recipes import GENERATOR_RECIPES, RECIPES
+
+ALL = {(name,): command for name, command in COMMANDS.items() if name != "train"} | {
+    (group, name): command for group, members in GROUPS.items() for name, command in members.items()
+}
+STOP = object()
+"""Of a function that does all: the command ends there."""
+TOKENIZER = SimpleNamespace(config=SimpleNamespace(image_size=8, patch_size=2, grid_size=4))
+TOKENIZER.to = lambda _: TOKENIZER
+LIBRARY = {
+    "quickstart": {"quickstart.quickstart": STOP},
+    "reconstruct": {
+        "tokenizer.Tokenizer.from_pretrained": TOKENIZER,
+        "run.resolve_device": None,
+        "codec.load_picture": SimpleNamespace(size=(8, 8)),
+        "codec.reconstruct_image": None,
+        "codec.reconstruction_figure": None,
+    },
+    "encode": {"encode.encode": STOP},
+    "sample": {
+        "generation.make_again": lambda _, images: [SimpleNamespace(save=str)] * len(images),
+        "generation.write_samples": STOP,
+    },
+    "convert": {
+        "interop.read_official": None,
+        "interop.official_config": None,
+        "interop.load_official": None,
+        "perceptual.convert_perceptual_files": None,
+    },
+    "demo": {"app.build_page": None},
+    "finetune-source": {"train_source.finetune_source": STOP},
+    "evaluate reconstruction": {"evaluate.evaluate_reconstruction": STOP},
+    "evaluate robustness": {"robustness.evaluate_robustness": STOP},
+    "evaluate reference": {"references.make_reference": STOP},
+    "evaluate generation": {"evaluate_generation.evaluate_generation": STOP},
+    "evaluate selftest": {"evaluate.check_metrics": STOP},
+    "probe linear": {"probing.probe": STOP},
+    "probe knn": {"probing.probe": STOP},
+    "probe finetune": {"probing.probe": STOP},
+    "bench tokenizer": {
+        "bench.bench_tokenizer": [],
+        "bench.profile_train_step": [],
+        "checkpoint.write_json": None,
+    },
+    "bench generator": {
+        "run.resolve_device": None,
+        "bench_generator.size_config": "an architecture",
+        "bench_generator.grid_config": "an architecture on a grid",
+        "bench.load_reference": None,
+        "bench_generator.bench_generator": [],
+        "checkpoint.write_json": None,
+    },
+}
+"""Functions that do a command's work, and what they return instead; None is anything."""
+SILENT = {
+    "reconstruct": ("cli._result_line",),
+    "bench tokenizer": ("bench.conditions", "bench.record"),
+    "bench generator": ("bench_generator.record",),
+}
+"""Functions that only write down what was asked for, which is not yet doing it."""
+GIVEN = {
+    "reconstruct": {"images": (Path("a.png"),)},
+    "sample": {"generator": "a-generator", "tokenizer": "a-tokenizer"},
+    "convert": {"checkpoint": Path("a.ckpt"), "image_size": 8, "num_kept": 3, "num_heads": 2},
+    "evaluate generation": {"generator": "a-generator", "tokenizer": "a-tokenizer"},
+    "evaluate reference": {"kind": "generation"},
+    "bench tokenizer": {"out": Path("bench.json"), "reference": Path("plain.py")},
+    "bench generator": {"out": Path("bench.json"), "reference": Path("plain.py")},
+}
+"""Without these a command has nothing to do."""
+NEEDS = {
+    ("sample", "keep_from"): {"keep_from": Path("a.png"), "mask": Path("b.png")},
+    ("sample", "mask"): {"keep_from": Path("a.png"), "mask": Path("b.png")},
+    ("sample", "images"): {"again": Path("samples.json")},
+}
+"""Options that go with others."""
+WITHOUT = {("evaluate generation", "samples"): ("generator", "tokenizer")}
+"""Options that do not go with others, which are left out."""
+VALUES = {
+    ("evaluate robustness", "fractions"): (("0.25", "0.75"), (0.25, 0.75)),
+    ("reconstruct", "out"): (Path("other"), "other/a.png"),
+    ("sample", "classes"): ("2,1", (2, 1)),
+    ("bench tokenizer", "recipe"): ("digits32", "digits32"),
+    ("bench generator", "recipe"): ("digits32_ar", "digits32_ar"),
+    ("bench generator", "grid_tokens"): ("64", 64),
+    ("bench generator", "batch_sizes"): ("3,5", (3, 5)),
+}
+"""What is given, and what reaches the library, where the type of an option does not say."""
+CALLED = {
+    "guidance": "guidance_scale",
+    "num": "num_images",
+    "port": "server_port",
+    "show": "num_shown",
+    "baseline_images": "num_baseline_images",
+    "features": "num_features",
+    "neighbours": "num_looked_up",
+    "npz": "write_array",
+    "lpips": {"bench tokenizer": "perceptual_path"},
+    "lpips_trunk": {"evaluate selftest": "trunk"},
+    "k": "num_neighbours",
+    "data": {
+        "probe linear": "path",
+        "probe knn": "path",
+        "probe finetune": "path",
+    },
+    "val_data": "val_path",
+    "val_images": "num_eval_images",
+    "image_batch_size": "batch_size",
+    "linear_epochs": "num_epochs",
+    "images": {"bench tokenizer": "batch_size", "sample": "image_ids"},
+    "model": {"reconstruct": "path"},
+    "checkpoint": "path",
+    "generator": {"sample": "model", "evaluate generation": "model"},
+    "grid_tokens": "num_cells",
+    "out": {
+        "convert": "0",
+        "reconstruct": "0",
+        "bench tokenizer": "path",
+        "bench generator": "path",
+    },
+    "reference": {"bench generator": "path"},
+    "device": {"bench generator": "name", "reconstruct": "name"},
+}
+"""Settings of the library that are not called as the option is, with or without `num_`."""
+MORE = {
+    ("reconstruct", "images"): "pictures are called after them",
+    ("reconstruct", "num_kept"): "a picture has a row for each",
+    ("sample", "again"): "it says all but which, so another function makes the images",
+    ("evaluate generation", "samples"): "they stand instead of what samples",
+    ("evaluate reference", "kind"): "of one kind alone features are kept",
+}
+"""Options that change more than one setting of the library, and why."""
+OTHERWISE = {
+    ("convert", "lpips"): "it stands instead of a checkpoint, as two files",
+    ("bench tokenizer", "recipe"): "it is a name for many settings",
+    ("bench tokenizer", "profile"): "it calls one more function",
+    ("bench generator", "recipe"): "it stands instead of a size",
+}
+"""Options that reach the library as something else, and why."""
+
+
+class Reached(BaseException):
+    """The command has come to where its work begins."""
+
+
+# -------------------------------------------------------------------------------- what is given
+
+
+class Option(typing.NamedTuple):
+    """One option of a command."""
+
+    kind: object
+    default: object
+    required: bool
+
+
+def options_of(command):
+    """Every option by name, those of groups of options among them."""
+    found = {}
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        kind = bare(parameter.annotation)
+        if dataclasses.is_dataclass(kind):
+            hints = typing.get_type_hints(kind, include_extras=True)
+            items = {field.name: (hints[field.name], field) for field in dataclasses.fields(kind)}
+        else:
+            items = {name: (parameter.annotation, parameter)}
+        for each, (hint, item) in items.items():
+            required = item.default in (inspect.Parameter.empty, dataclasses.MISSING)
+            found[each] = Option(hint, None if required else item.default, required)
+    return found
+
+
+def annotations(kind):
+    return getattr(kind, "__metadata__", ())
+
+
+def in_commas(kind):
+    return any(getattr(each, "metavar", None) == "K,K,.." for each in annotations(kind))
+
+
+def words(name, kind, value):
+    """The option as it is typed."""
+    if any(mark in annotations(kind) for mark in annotations(tyro.conf.Positional[int])):
+        return [str(each) for each in (value if isinstance(value, tuple) else (value,))]
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        section, dot, last = option.rpartition(".")
+        return [f"--{option}" if value else f"--{section}{dot}no-{last}"]
+    if in_commas(kind):
+        return [f"--{option}", ",".join(map(str, value))]
+    return [f"--{option}", *map(str, value if isinstance(value, tuple) else (value,))]
+
+
+def typed(given, options):
+    """A command line; what is positional comes first."""
+    lines = [words(name, options[name].kind, value) for name, value in given.items()]
+    lines.sort(key=lambda line: line[:1] >= ["--"] and line[0].startswith("--"))
+    return [word for line in lines for word in line]
+
+
+def another(command, name, option, base):
+    """A value to give to an option, and what has to reach the library."""
+    if (command, name) in VALUES:
+        return VALUES[command, name]
+    if in_commas(option.kind):
+        return (12, 14), (12, 14)
+    value = next(iter(others(option.kind, base.get(name, option.default), name)))
+    return value, value
+
+
+# ------------------------------------------------------------------------------ what is reached
+
+
+def plain(value):
+    """As it compares: paths are text, one of several is that one."""
+    if isinstance(value, mock.Mock):
+        return re.sub(r" id='\d+'", "", repr(value))
+    if isinstance(value, list | tuple):
+        parts = tuple(map(plain, value))
+        return parts[0] if len(parts) == 1 else parts
+    return str(value) if isinstance(value, Path) else value
+
+
+def flat(key, value):
+    """The settings in a value by dotted name."""
+    if dataclasses.is_dataclass(value):
+        return {f"{key}.{leaf}": plain(value_at(value, leaf)) for leaf in leaves_of(value)}
+    return {key: plain(value)}
+
+
+def leaves_of(value):
+    for field in dataclasses.fields(value):
+        inside = getattr(value, field.name)
+        if dataclasses.is_dataclass(inside):
+            yield from (f"{field.name}.{leaf}" for leaf in leaves_of(inside))
+        else:
+            yield field.name
+
+
+class Library:
+    """Stands for the functions of one command, and notes what they are given."""
+
+    def __init__(self, command):
+        self.calls = []
+        self.results = mock.MagicMock()
+        self.targets = LIBRARY[command]
+
+    def function(self, target):
+        """In place of one function."""
+        signature = inspect.signature(pkgutil.resolve_name(f"mergevq.{target}"))
+        result = self.targets[target]
+
+        def noted(*args, **kwargs):
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            self.calls.append((target, bound.arguments))
+            if result is STOP:
+                raise Reached
+            if result is None:
+                # Its own calls are noted too, as of a page that is launched.
+                return getattr(self.results, target)
+            return result(*args, **kwargs) if callable(result) else result
+
+        return noted
+
+    def found(self):
+        """Values by function and dotted name of a setting, several of them where they differ."""
+        of_results = [
+            (name, dict(enumerate(args)) | kwargs)
+            for name, args, kwargs in self.results.mock_calls
+            if not name.rpartition(".")[2].startswith("__")
+        ]
+        found = {}
+        for name, arguments in self.calls + of_results:
+            for parameter, value in arguments.items():
+                for key, leaf in flat(f"{name}.{parameter}", value).items():
+                    seen = found.setdefault(key, [])
+                    if leaf not in seen:
+                        seen.append(leaf)
+        return {key: plain(values) for key, values in found.items()}
+
+
+def reached(monkeypatch, command, arguments):
+    """All that a command gives to the library."""
+    library = Library(command)
+    with monkeypatch.context() as patch, contextlib.suppress(Reached):
+        for target in LIBRARY[command]:
+            patch.setattr(f"mergevq.{target}", library.function(target))
+        for target in SILENT.get(command, ()):
+            patch.setattr(f"mergevq.{target}", mock.MagicMock(return_value={}))
+        assert main([*command.split(), *arguments]) == 0
+    return library.found()
+
+
+def differences(first, second):
+    missing = object()
+    return {
+        key: second.get(key)
+        for key in first.keys() | second.keys()
+        if first.get(key, missing) != second.get(key, missing)
+    }
+
+
+def names_in_library(command, name):
+    """What a setting may be called that the option sets."""
+    called = CALLED.get(name, name)
+    if isinstance(called, dict):
+        called = called.get(command, name)
+    return {called, f"num_{called}"}
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("plain.py", "other-reference"):
+        Path(name).touch()
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+CASES = [
+    (" ".join(name), option) for name, command in ALL.items() for option in options_of(command)
+]
+
+
+@pytest.mark.parametrize(("command", "name"), CASES, ids=[f"{c} {n}" for c, n in CASES])
+def test_an_option_reaches_the_library_and_changes_nothing_else(command, name, monkeypatch):
+    options = options_of(ALL[tuple(command.split())])
+    base = {
+        each: others(option.kind, None, f"given-{each}")[0]
+        for each, option in options.items()
+        if option.required
+    }
+    base |= GIVEN.get(command, {}) | NEEDS.get((command, name), {})
+    value, wanted = another(command, name, options[name], base)
+    before = reached(monkeypatch, command, typed(base, options))
+    left_out = WITHOUT.get((command, name), ())
+    given = {each: old for each, old in base.items() if each not in left_out} | {name: value}
+    after = reached(monkeypatch, command, typed(given, options))
+    changes = differences(before, after)
+    assert changes, f"--{name} changes nothing"
+    if (command, name) in OTHERWISE:
+        return
+    assert plain(wanted) in changes.values(), f"{wanted} does not arrive"
+    if (command, name) in MORE:
+        return
+    known = names_in_library(command, name)
+    strange = [key for key in changes if re.split(r"[.\[]", key)[-1] not in known]
+    assert not strange, f"--{name} changes more than {known}"
+    assert set(changes.values()) == {plain(wanted)}
+
+
+@pytest.mark.parametrize("table", [MORE, OTHERWISE, NEEDS, WITHOUT, VALUES])
+def test_no_entry_outlives_its_option(table):
+    assert set(table) <= set(CASES)
+
+
+def test_every_command_is_one_of_these():
+    without_options = {("recipes",), ("doctor",)}
+    assert {name for name, command in ALL.items() if not options_of(command)} == without_options
+    assert {" ".join(name) for name in set(ALL) - without_options} == set(LIBRARY)
+
+
+# ------------------------------------------------------------------------------------- training
+
+
+TRAIN = {
+    "digits32": (TokenizerRun, "train_tokenizer.train"),
+    "digits32_ar": (GeneratorRun, "train_generator.train"),
+}
+TRAIN_VALUES = {
+    ("digits32", "model.image_size"): {"model.image_size": 36},
+    ("digits32_ar", "model.num_bits"): {"model.num_bits": 10, "model.factor_bits": (4, 6)},
+    ("digits32_ar", "model.factor_bits"): {"model.factor_bits": (2, 6)},
+    ("digits32_ar", "model.num_kept"): {"model.num_kept": 16},
+    ("digits32_ar", "train.eval_num_kept"): {"train.eval_num_kept": (16, 24)},
+}
+"""Changes that a recipe bears, where the first ones that come to mind are refused."""
+TRAIN_REASONS = {
+    ("digits32", "train.parallel"): ("only generators are sharded", "fsdp"),
+    ("digits32_ar", "train.quantize_start_step"): ("tokens are codes", "3"),
+}
+"""Settings with one value in this kind of run, which refuses others; why, and one of those."""
+TRAIN_CASES = [(recipe, leaf) for recipe, (cls, _) in TRAIN.items() for leaf in leaf_kinds(cls)]
+
+
+def trained(monkeypatch, target, arguments):
+    """What training is called with."""
+    seen = []
+
+    def noted(*args, **kwargs):
+        seen.append((args, kwargs))
+        raise Reached
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"mergevq.{target}", noted)
+        with pytest.raises(Reached):
+            main(["train", *arguments])
+    return seen[0]
+
+
+@pytest.mark.parametrize(("recipe", "leaf"), TRAIN_CASES, ids=[" ".join(c) for c in TRAIN_CASES])
+def test_a_setting_of_a_recipe_reaches_training_and_changes_nothing_else(
+    recipe, leaf, monkeypatch, capsys
+):
+    cls, target = TRAIN[recipe]
+    kinds, run = leaf_kinds(cls), RECIPES[recipe]()
+    if (recipe, leaf) in TRAIN_REASONS:
+        reason, value = TRAIN_REASONS[recipe, leaf]
+        assert main(["train", recipe, *words(leaf, kinds[leaf], value)]) == 1
+        assert reason in capsys.readouterr().err
+        return
+    if (recipe, leaf) in TRAIN_VALUES:
+        wanted = replaced(run, TRAIN_VALUES[recipe, leaf])
+    else:
+        wanted = changed(run, leaf, kinds[leaf])
+    changes = [name for name in kinds if value_at(wanted, name) != value_at(run, name)]
+    arguments = [w for name in changes for w in words(name, kinds[name], value_at(wanted, name))]
+    assert leaf in changes
+    assert trained(monkeypatch, target, [recipe, *arguments]) == ((wanted,), {"resume": False})
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_reaches_training_as_it_is(recipe, monkeypatch):
+    target = f"train_{'generator' if recipe in GENERATOR_RECIPES else 'tokenizer'}.train"
+    assert trained(monkeypatch, target, [recipe]) == ((RECIPES[recipe](),), {"resume": False})
+
+
+@pytest.mark.parametrize("recipe", TRAIN)
+def test_how_a_recipe_is_run_reaches_the_library(recipe, monkeypatch):
+    target, run = TRAIN[recipe][1], RECIPES[recipe]()
+    assert trained(monkeypatch, target, [recipe, "--resume"]) == ((run,), {"resume": True})
+    assert trained(monkeypatch, "estimate.estimate", [recipe, "--dry-run"]) == ((run,), {})
+    ways = {field.name for field in dataclasses.fields(cli._TrainOptions)} - {"run"}
+    assert ways == {"resume", "dry_run"}, "test the new option here"

@@ -1,0 +1,114 @@
+"""Settings one by one: the leaves of nested dataclasses, and values that each may have instead."""
+
+import dataclasses
+import types
+import typing
+from dataclasses import replace
+from pathlib import Path
+
+
+def bare(kind):
+    """A type without what is annotated to it."""
+    while typing.get_origin(kind) is typing.Annotated:
+        kind = typing.get_args(kind)[0]
+    return kind
+
+
+def leaf_kinds(cls, skip=()):
+    """Type by dotted name of each setting of a dataclass and of those inside it."""
+    found = {}
+    for name, kind in typing.get_type_hints(cls, include_extras=True).items():
+        if name in skip:
+            continue
+        if dataclasses.is_dataclass(bare(kind)):
+            inside = leaf_kinds(bare(kind))
+            found |= {f"{name}.{leaf}": inner for leaf, inner in inside.items()}
+        else:
+            found[name] = kind
+    return found
+
+
+def value_at(instance, path):
+    """The setting of that dotted name."""
+    for name in path.split("."):
+        instance = getattr(instance, name)
+    return instance
+
+
+def replaced(instance, changes):
+    """A copy with settings changed by dotted name, all at once."""
+    inside, own = {}, {}
+    for path, value in changes.items():
+        first, _, rest = path.partition(".")
+        if rest:
+            inside.setdefault(first, {})[rest] = value
+        else:
+            own[first] = value
+    own |= {name: replaced(getattr(instance, name), part) for name, part in inside.items()}
+    return replace(instance, **own)
+
+
+def others(kind, value, name="a"):
+    """Values of a type other than the given one, likely ones first.
+
+    Numbers are odd ones, so that settings that were mixed up differ.
+    """
+    found = [other for other in _values(kind, value, name) if other != value]
+    assert found, f"{name} ({value}) has no other value of type {kind}"
+    return found
+
+
+def _values(kind, value, name):
+    """Candidates, among them perhaps the value itself."""
+    kind = bare(kind)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is types.NoneType:
+        return [None]
+    if origin in (types.UnionType, typing.Union):
+        members = [member for member in arguments if member is not types.NoneType]
+        given = [other for member in members for other in _values(member, value, name)]
+        return given + [None] * (len(members) < len(arguments))
+    if origin is typing.Literal:
+        return list(arguments)
+    if origin is tuple:
+        return _tuples(arguments, value if isinstance(value, tuple) else (), name)
+    if kind in (int, float):
+        return _numbers(kind, value if isinstance(value, int | float) else 0, name)
+    if kind is bool:
+        return [True, False]
+    if kind is str:
+        return [f"other-{name.replace('.', '-')}"]
+    if kind is Path:
+        return [Path(f"other-{name}")]
+    raise AssertionError(f"{name} is of type {kind}, for which tests have no values")
+
+
+def _tuples(kinds, old, name):
+    """With another last part, with other parts, and shorter where any length will do."""
+    any_length = kinds[-1] is Ellipsis
+    if any_length:
+        kinds = kinds[:1] * (len(old) or 2)
+    parts = [
+        _values(kind, part, f"{name}-{number}")
+        for number, (kind, part) in enumerate(zip(kinds, old or (None,) * len(kinds), strict=True))
+    ]
+    one = [(*old[:-1], last) for last in parts[-1]] if old else []
+    shorter = [old[:-1]] if any_length and len(old) > 1 else []
+    return [*one, *zip(*parts, strict=False), *shorter]
+
+
+def _numbers(kind, old, name):
+    """Near the old one; of counts a distance that depends on the name."""
+    if kind is int:
+        return [old + 1 + sum(map(ord, name)) % 7, 2 * old, old // 2, old + 1, max(old - 1, 0)]
+    return [old * 0.5 if old else 0.375, old + 0.25, 0.5]
+
+
+def changed(instance, path, kind, *, among=None):
+    """The instance with one setting changed to the first other value that it accepts."""
+    for value in among or others(kind, value_at(instance, path), path):
+        try:
+            return replaced(instance, {path: value})
+        except ValueError:
+            continue
+    raise AssertionError(f"{path} has no other value that goes with the rest: name what it needs")
