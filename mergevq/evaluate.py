@@ -49,7 +49,7 @@ from mergevq.frechet import (
     Reference,
     frechet_distance,
 )
-from mergevq.images import ImageDataset, open_images, read_nearest
+from mergevq.images import ImageDataset, open_images, read_nearest, spread
 from mergevq.merge import source_bits
 from mergevq.metrics import to_uint8
 from mergevq.perceptual import Perceptual, load_perceptual, weights_digest
@@ -94,8 +94,7 @@ class Opened(NamedTuple):
     @property
     def positions(self) -> list[int]:
         """Where in the data these images are."""
-        count = self.num_images
-        return [i * len(self.images) // count for i in range(count)]
+        return spread(len(self.images), self.num_images)
 
     def autocast(self) -> torch.autocast:
         """The precision of the model."""

@@ -90,9 +90,9 @@ class ImageDataset:
 
     def identity(self) -> Identity:
         """Classes, and digests of names and labels in order; reads no image."""
-        indices = range(len(self))
+        names = (self.name(index) for index in range(len(self)))
         return identify(
-            (self.name(index) for index in indices),
+            (unicodedata.normalize("NFC", name) for name in names),
             self._labels[self._positions].tolist(),
             self.class_names,
         )

@@ -276,7 +276,9 @@ def _require_one_split(path: str, files: Sequence[str], *, pictures: bool) -> No
     for file in files:
         inside.setdefault(os.path.dirname(file), set()).add(os.path.basename(file))
     for folder, names in inside.items():
-        _compare(path, _files_by_split(folder, names, pictures=pictures))
+        # In folders of classes a picture's name is its own affair.
+        if not pictures or len(inside) == 1:
+            _compare(path, _files_by_split(folder, names, pictures=pictures))
     if not files:
         return
     root = os.path.commonpath([os.path.dirname(file) for file in files])

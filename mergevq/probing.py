@@ -172,14 +172,16 @@ def _open(run: ProbeRun) -> _Data:
                 "leave_one_out classifies the training images by each other, without validation "
                 f"images; leave out one of it and val_data ({val_path})"
             )
-        train = val = _spread(open_images(path), run.max_images)
+        train = val = open_images(path, max_images=run.max_images)
     else:
         if val_path is not None and Path(val_path).resolve() == Path(path).resolve():
             raise ValueError(
                 f"val_data ({val_path}) must be other images than data; without it a share of "
                 "data is held out"
             )
-        train, val = (_spread(part, run.max_images) for part in open_train_val(run.data))
+        train, val = open_train_val(run.data)
+        if run.max_images is not None:
+            train, val = train.spread(run.max_images), val.spread(run.max_images)
     labels = [_labels(part) for part in (train, val)]
     require_labels(labels[0], f"data ({path})")
     require_labels(labels[1], f"val_data ({val_path or f'held out of {path}'})")
@@ -190,13 +192,6 @@ def _open(run: ProbeRun) -> _Data:
         )
     share = float((labels[1] == labels[0].mode().values).double().mean())
     return _Data(train, val, leave_one_out, num_unseen_class, share)
-
-
-def _spread(images: ImageDataset, count: int | None) -> ImageDataset:
-    """So many images, evenly spaced: the first ones of sorted data would be of one class."""
-    if count is None or count >= len(images):
-        return images
-    return images.subset([position * len(images) // count for position in range(count)])
 
 
 def _labels(images: ImageDataset) -> Int64[Tensor, "n"]:

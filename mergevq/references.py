@@ -33,7 +33,7 @@ from mergevq.frechet import (
     save_reference,
 )
 from mergevq.image_arrays import MEMBER, ImageArray, ImageArrayWriter
-from mergevq.images import ImageDataset, open_images
+from mergevq.images import ImageDataset, open_images, spread
 from mergevq.metrics import to_uint8
 from mergevq.npz import array_names
 from mergevq.run import Progress, resolve_device
@@ -110,10 +110,10 @@ def describe_images(  # noqa: PLR0913 - what, by what, how
         array: also write the images there; with one process only.
         num_workers: loading processes; 0 loads in this one.
     """
-    count = len(images) if max_images is None else min(max_images, len(images))
-    taken = [position * len(images) // count for position in range(count)]
+    taken = spread(len(images), len(images) if max_images is None else max_images)
+    count = len(taken)
     num_features = min(num_features, count)
-    wanted = torch.tensor([taken[i * count // num_features] for i in range(num_features)])
+    wanted = torch.tensor([taken[i] for i in spread(count, num_features)] if num_features else [])
     statistics, hashes, rows = FrechetStatistics(extractor.dim), ImageHashes(), Rows("features")
     progress = Progress(-(-count // world.world_size), unit="image")
     for batch in eval_batches(

@@ -209,7 +209,14 @@ def _read_parquet_head(path: str) -> _ParquetHead:
     with _reading(damaged, ValueError), parquet.ParquetFile(path) as file:
         schema, metadata = file.schema_arrow, file.metadata
         layout = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-        chunks = [[group.column(place) for place in range(group.num_columns)] for group in layout]
+        names = list(schema.names)
+        chunks = [
+            {
+                chunk.path_in_schema: (chunk.total_compressed_size, chunk.total_uncompressed_size)
+                for chunk in (group.column(place) for place in range(group.num_columns))
+            }
+            for group in layout
+        ]
     column = _image_column(schema, path)
     num_rows = sum(group.num_rows for group in layout)
     if not num_rows == metadata.num_rows <= max(size, _FEW_ROWS):
@@ -218,15 +225,16 @@ def _read_parquet_head(path: str) -> _ParquetHead:
             f"{size:,} bytes; write the file again"
         )
     groups = [
-        _RowGroup(path, number, column, group.num_rows, _declared(path, number, chunk, size))
+        _RowGroup(
+            path, number, column, group.num_rows, _declared(path, number, *found[column], size)
+        )
         for number, (group, found) in enumerate(zip(layout, chunks, strict=True))
-        for chunk in found
-        if chunk.path_in_schema == column
+        if column in found
     ]
     if len(groups) != len(layout):
         raise ValueError(f"{path}: not every row group has the column {column!r}")
     labels = np.full(num_rows, -1, dtype=np.int64)
-    if "label" in schema.names:
+    if "label" in names:
         with _reading(damaged, ValueError), parquet.ParquetFile(path) as file:
             labels = _read_labels(file, path, labels)
     return _ParquetHead(groups, labels, _label_names(schema.metadata or {}, path))
@@ -267,18 +275,19 @@ def _few(names: list[str]) -> str:
     return f"[{shown}{', ..' if len(names) > 20 else ''}]"
 
 
-def _declared(
-    path: str,
-    number: int,
-    chunk: Any,  # noqa: ANN401 - pyarrow is optional
-    size: int,
-) -> int:
+def _declared(path: str, number: int, there: int, declared: int, size: int) -> int:
     """Bytes that the images of a row group will take in memory.
+
+    Args:
+        path: of the file.
+        number: of the row group.
+        there: bytes it says they take in the file.
+        declared: bytes it says they take in memory.
+        size: of the file.
 
     Raises:
         ValueError: they are far more than can lie in the file.
     """
-    there, declared = chunk.total_compressed_size, chunk.total_uncompressed_size
     # Images are compressed already; equal ones may shrink, and small amounts do no harm.
     if not (0 <= there <= size and 0 <= declared <= max(_HARMLESS_BYTES, 32 * there)):
         raise ValueError(

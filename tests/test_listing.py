@@ -215,6 +215,7 @@ def test_a_pattern_is_guarded_and_shards_that_are_each_named_are_joined(tmp_path
         ("bus/train_1.png", "bus/test_1.png", "bus/cat_1.png"),
         ("train-000.tar", "train-001.tar"),
         ("cat/test-1.png", "dog/train-1.png"),
+        ("cat/test-1.png", "cat/train-1.png", "dog/1.png"),
         ("train/a/1.png", "training/a/1.png"),
     ],
 )
