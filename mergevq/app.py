@@ -7,6 +7,7 @@ needs the `demo` extra.
 import importlib
 import logging
 import os
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ _BATCH_SIZE = 64
 _MIN_SHOWN = 256
 """Pixels a side that a picture is enlarged to at least, by a whole factor."""
 _ADDRESS = "127.0.0.1"
+_MAX_PORT = 2**16 - 1
 _MAX_FILE_SIZE = 32 * 2**20
 """Bytes of a picture that is dropped on the page."""
 _MAX_WAITING = 64
@@ -208,10 +210,10 @@ def serve(
         What gradio calls the page: `local_url` is its address, `block_thread` waits for its end.
 
     Raises:
-        ValueError: a model or the data are not there.
+        ValueError: a model or the data are not there, or the port cannot be had.
         RuntimeError: the `demo` extra cannot be imported.
-        OSError: the port is taken.
     """
+    _require_free(port)
     with (
         tempfile.TemporaryDirectory(prefix="mergevq-", ignore_cleanup_errors=True) as folder,
         # It reads the first when it is imported, launched and in trouble, and would ask its
@@ -415,6 +417,20 @@ def _description(tokenizer: Tokenizer) -> str:
 
 
 # ------------------------------------------------------------------------------------- pieces
+
+
+def _require_free(port: int) -> None:
+    """Check that the page can be served on a port, before anything is loaded.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if not 1 <= port <= _MAX_PORT:
+        raise ValueError(f"port ({port}) must be between 1 and {_MAX_PORT}")
+    try:
+        socket.create_server((_ADDRESS, port)).close()
+    except OSError as error:
+        raise ValueError(f"port ({port}) cannot be had ({error.strerror}); try another") from error
 
 
 @contextmanager

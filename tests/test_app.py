@@ -3,6 +3,7 @@
 import gc
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -436,3 +437,37 @@ def test_without_scikit_learn_the_page_of_the_package_has_no_neighbours(
     tabs = [block.label for block in page.blocks.values() if type(block).__name__ == "Tab"]
     assert tabs == ["Reconstruct", "Sample"]
     assert "pip install matplotlib scikit-learn" in caplog.text
+
+
+def test_a_port_that_cannot_be_had_is_said_before_anything_is_loaded(folder):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(ValueError, match=rf"port \({port}\) cannot be had \(.*\); try another"),
+            app.serve(folder / "no such", generator=None, data=None, device="cpu", port=port),
+        ):
+            pass
+    with (
+        pytest.raises(ValueError, match=r"port \(65536\) must be between 1 and 65535"),
+        app.serve(None, generator=None, data=None, device="cpu", port=65536),
+    ):
+        pass
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_it_is_told_to_end_and_leaves_nothing(tmp_path):
+    pytest.importorskip("gradio", reason="the web page needs the demo extra")
+    port = free_port()
+    command = [sys.executable, "-m", "mergevq", "demo", "--port", str(port)]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        line = process.stdout.readline()
+        assert line == f"page: http://127.0.0.1:{port}/ (Ctrl-C ends it)\n"
+        assert len(list(tmp_path.glob("mergevq-*"))) == 1
+        process.terminate()
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert list(tmp_path.glob("mergevq-*")) == []
