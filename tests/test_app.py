@@ -297,10 +297,18 @@ def test_wrong_input_is_shown_on_the_page(client, folder, tmp_path):
     picture = uploaded(folder / "pictures" / "cat" / "0.png")
     with pytest.raises(Exception, match="3 is less than minimum value 4"):
         client.predict(picture, 3, api_name="/reconstruct")
+    # Words, a program for a printer, and more pixels than any command reads.
     (tmp_path / "words.png").write_text("no picture", encoding="utf-8")
+    shaded((6, 6)).convert("RGB").save(tmp_path / "program.png", format="EPS")
+    Image.new("1", (10_000, 9_000)).save(tmp_path / "vast.png")
     for tab, number in (("/reconstruct", 5), ("/neighbours", 2)):
-        with pytest.raises(Exception, match=r"image words\.png cannot be read"):
-            client.predict(uploaded(tmp_path / "words.png"), number, api_name=tab)
+        for name, problem in (
+            ("words", "no image format"),
+            ("program", "no image format"),
+            ("vast", "10,000 x 9,000 are 90,000,000 pixels"),
+        ):
+            with pytest.raises(Exception, match=rf"image {name}\.png cannot be read: {problem}"):
+                client.predict(uploaded(tmp_path / f"{name}.png"), number, api_name=tab)
 
 
 @PAGE
