@@ -9,6 +9,7 @@ nobody has measured, it says how many steps of how many images there are, and no
 from collections.abc import Callable
 from dataclasses import replace
 
+from mergevq.choices import nearest
 from mergevq.config import (
     DataConfig,
     KeptConfig,
@@ -724,6 +725,19 @@ RECIPES: dict[str, Callable[[], TokenizerRun | GeneratorRun]] = {
     **GENERATOR_RECIPES,
 }
 """Every recipe by name."""
+
+
+def recipe(name: str) -> TokenizerRun | GeneratorRun:
+    """The run of a recipe.
+
+    Raises:
+        ValueError: there is no recipe of this name.
+    """
+    if name not in RECIPES:
+        raise ValueError(
+            f"no recipe {name!r}{nearest(name, RECIPES)}; there are {', '.join(RECIPES)}"
+        )
+    return RECIPES[name]()
 
 
 def shrink(run: TokenizerRun) -> TokenizerRun:

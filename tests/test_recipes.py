@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from mergevq.merge import merge_schedule
-from mergevq.recipes import GENERATOR_RECIPES, RECIPES, shrink, shrink_generator
+from mergevq.recipes import GENERATOR_RECIPES, RECIPES, recipe, shrink, shrink_generator
 from mergevq.recipes import TOKENIZER_RECIPES as TOKENIZER_RUNS
 from mergevq.tokenizer import Tokenizer
 from mergevq.train_tokenizer import train
@@ -264,3 +264,11 @@ def test_shrinking_keeps_what_a_generator_is(name):
     assert small.model.num_prefix == run.model.num_prefix
     assert small.model.num_tokens == 64
     assert small.train.num_steps == 2
+
+
+def test_a_mistyped_recipe_is_told_the_nearest_and_all_there_are():
+    with pytest.raises(ValueError, match=r"no recipe 'digit32'; did you mean 'digits32'\?; there"):
+        recipe("digit32")
+    with pytest.raises(ValueError, match=r"no recipe 'x'; there are digits32, tiny64_g"):
+        recipe("x")
+    assert recipe("digits32") == RECIPES["digits32"]()
