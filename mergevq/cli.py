@@ -312,7 +312,7 @@ def sample(  # noqa: PLR0913 - each is an option
     depends on the seed and its number, not on how many there are.
 
     Args:
-        out: folder of the images; must be empty.
+        out: folder of the images; one that the same command left unfinished is completed.
         sampling: what samples, and how.
         classes: class ids separated by commas, one for each image in turn; all there are if empty.
         num: images.
@@ -341,6 +341,8 @@ def sample(  # noqa: PLR0913 - each is an option
     written = write_samples(run, out)
     if written.logit_error is not None:
         print(logit_error_line(run.weights, written.logit_error))
+    if written.num_made == 0:
+        print("complete already, nothing was sampled")
     print(f"{len(written.images)} images: {out}")
     print(f"grid: {written.grid}")
 
