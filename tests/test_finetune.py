@@ -235,7 +235,7 @@ def test_fine_tuning_is_the_same_for_the_same_seed(tmp_path):
         {"erasing": 1.0},
         {"drop_path": 0.5},
     ],
-    ids=lambda changed: "-".join(changed),
+    ids="-".join,
 )
 def test_each_augmentation_changes_what_is_learnt(tmp_path, changed):
     images = open_images(str(write_colours(tmp_path, 3)))
