@@ -24,16 +24,16 @@ def finetune_source(  # noqa: PLR0913 - each is an option
     generator: str | None = None,
     out: Path | None = None,
     num_kept: tuple[int, ...] = (),
-    max_replaced: float = 0.5,
-    passes: int = 8,
-    steps: int | None = None,
-    batch_size: int = 256,
-    lr: float = 1e-4,
-    val_images: int = 256,
-    val_fraction: float = 0.05,
-    precision: Precision = "auto",
-    device: Device = "auto",
-    seed: int = 0,
+    max_replaced: float | None = None,
+    passes: int | None = None,
+    num_steps: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    val_images: int | None = None,
+    val_fraction: float | None = None,
+    precision: Precision | None = None,
+    device: Device | None = None,
+    seed: int | None = None,
 ) -> None:
     """Teach a tokenizer to find the source map of tokens that a generator made.
 
@@ -42,20 +42,21 @@ def finetune_source(  # noqa: PLR0913 - each is an option
     tokens and generators of the tokenizer go with the result too.
 
     Args:
-        recipe: name of a run, such as imagenet256_gr_source; options replace what it says.
+        recipe: name of a run, such as imagenet256_gr_source; options replace its settings, and
+            those that are not given are the recipe's, or without one the defaults of `SourceRun`.
         tokenizer: directory of the tokenizer, or owner/name@revision on Hugging Face.
         tokens: folder of its tokens (`mergevq encode`).
         generator: directory of the generator, or owner/name@revision on Hugging Face.
         out: where the tokenizer with the new predictor goes; runs/source without a recipe.
         num_kept: each K to train on; all that tokens and generator have if there are none.
-        max_replaced: largest share of an image's tokens that is made anew.
-        passes: forward passes of the generator in which they are made.
-        steps: optimizer steps; 1,000 without a recipe, and 25,000 are the paper's 5 epochs.
-        batch_size: images per step.
-        lr: learning rate; it falls to a tenth after 85 and 95 % of the steps.
-        val_images: held-out images looked at before and after.
+        max_replaced: largest share of an image's tokens that is made anew (0.5).
+        passes: forward passes of the generator in which they are made (8).
+        num_steps: optimizer steps; 1,000 without a recipe, and 25,000 are the paper's 5 epochs.
+        batch_size: images per step (256).
+        lr: learning rate (1e-4); it falls to a tenth after 85 and 95 % of the steps.
+        val_images: held-out images looked at before and after (256).
         val_fraction: share of the images held out, the same ones as in training a generator with
-            this share.
+            this share (0.05).
         precision: of the predictor.
         device: where to compute.
         seed: of every random number.
@@ -74,33 +75,34 @@ def finetune_source(  # noqa: PLR0913 - each is an option
     prepare_to_compute()
     from mergevq.train_source import finetune_source as finetune
 
-    optim = replace(SourceRun().optim, lr=lr)
-    done = finetune(
-        SourceRun(
-            tokenizer=tokenizer or start.tokenizer,
-            tokens=tokens or start.tokens,
-            generator=generator or start.generator,
-            out=start.out if out is None else str(out),
-            num_kept=num_kept or start.num_kept,
-            max_replaced=max_replaced,
-            num_passes=passes,
-            num_steps=start.num_steps if steps is None else steps,
-            batch_size=batch_size,
-            num_eval_images=val_images,
-            val_fraction=val_fraction,
-            optim=optim,
-            precision=precision,
-            device=device,
-            seed=seed,
-        )
-    )
+    given = {
+        "tokenizer": tokenizer,
+        "tokens": tokens,
+        "generator": generator,
+        "out": None if out is None else str(out),
+        "num_kept": num_kept or None,
+        "max_replaced": max_replaced,
+        "num_passes": passes,
+        "num_steps": num_steps,
+        "batch_size": batch_size,
+        "num_eval_images": val_images,
+        "val_fraction": val_fraction,
+        "optim": None if lr is None else replace(start.optim, lr=lr),
+        "precision": precision,
+        "device": device,
+        "seed": seed,
+    }
+    run = replace(start, **{name: value for name, value in given.items() if value is not None})
+    done = finetune(run)
     print(f"{'source of':<12} {'nats a cell':>24} {'cells found':>24}")
     for name, before in done.before.items():
         after = done.after[name]
         losses = f"{before.loss:.4f} -> {after.loss:.4f}"
         shares = f"{before.accuracy:.2%} -> {after.accuracy:.2%}"
         print(f"{name:<12} {losses:>24} {shares:>24}")
-    print(f"clean: an image's own tokens; new: {max_replaced:.0%} of them made by the generator")
+    print(
+        f"clean: an image's own tokens; new: {run.max_replaced:.0%} of them made by the generator"
+    )
     print(f"tokenizer: {done.directory}")
 
 
