@@ -5,7 +5,7 @@ Source: Li et al. 2025, "MergeVQ", section 3.4 and table A2 (arXiv:2504.00999); 
 
 Every random number of step n depends only on (seed, n), so a checkpoint needs no generator's state
 to resume to the same bits: K, batch, dropped labels and orders are drawn for the whole batch and
-cut to a rank's share, and dropout starts anew from a number of its own in every step.
+cut to a rank's share or a part of it, and so is dropout, which starts anew in every step.
 
 Shape letters: B sequences of a part of the batch, T tokens of a sequence, L grid cells.
 """
@@ -467,15 +467,20 @@ def train_step(state: State, setting: Setting, batch: TokenBatch) -> dict[str, f
     set_learning_rate(state.optimizer, rate)
     state.optimizer.zero_grad(set_to_none=True)
     parts = _cut(_draw(state, setting, batch), run.train.accumulation)
-    with _dropout_numbers(setting, state.step):
-        for position, part in enumerate(parts):
-            syncs = position == len(parts) - 1
-            with distributed.no_sync(setting.wrapped, active=not syncs):
-                with setting.autocast():
-                    loss = _loss(setting.wrapped, part, num_kept)
-                state.scaler.scale(loss.total / len(parts)).backward()
-            for name, value in _terms(state.generator, loss).items():
-                sums[name] = sums.get(name, 0) + value.detach() / len(parts)
+    first, count = setting.world.rank * len(parts), setting.world.world_size * len(parts)
+    for position, part in enumerate(parts):
+        syncs = position == len(parts) - 1
+        state.generator.set_share(first + position, count)
+        with (
+            _dropout_numbers(setting, state.step),
+            distributed.no_sync(setting.wrapped, active=not syncs),
+        ):
+            with setting.autocast():
+                loss = _loss(setting.wrapped, part, num_kept)
+            # Inside, because activations may be computed again, with the same numbers.
+            state.scaler.scale(loss.total / len(parts)).backward()
+        for name, value in _terms(state.generator, loss).items():
+            sums[name] = sums.get(name, 0) + value.detach() / len(parts)
     state.scaler.unscale_(state.optimizer)
     norm = distributed.whole(clip(state.generator.parameters(), run.optim.clip_norm))
     if state.guard.check(state.step, sums | {"grad_norm": norm}):
@@ -539,10 +544,10 @@ def _loss(module: nn.Module, sequences: Sequences, num_kept: int) -> GeneratorLo
 
 @contextlib.contextmanager
 def _dropout_numbers(setting: Setting, step: int) -> Iterator[None]:
-    """Inside, dropout's numbers depend on seed, step and rank alone."""
+    """Inside, dropout's numbers start from seed and step alone: those of the whole batch."""
     device = setting.world.device
     devices = [device] if device.type == "cuda" else []
-    numbers = step_generator(setting.run.train.seed, "dropout", setting.world.rank, step)
+    numbers = step_generator(setting.run.train.seed, "dropout", 0, step)
     # Dropout has no generator argument: it draws from torch's own, which is put back after.
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(numbers.initial_seed())  # noqa: TID251

@@ -190,7 +190,7 @@ class State:
         state = {name: part.state_dict() for name, part in self._parts().items()}
         return state | {"step": self.step, "usage": self.usage.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any], world: distributed.World) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`, on any number of ranks.
 
         Raises:
@@ -207,7 +207,9 @@ class State:
         for name, part in parts.items():
             part.load_state_dict(state[name])
         self.step = state["step"]
-        self.usage.load_state_dict(state["usage"], rank=world.rank, world_size=world.world_size)
+        # One window, of the main process, so that it is of as many tokens on any number of ranks.
+        tokens = state["usage"]["tokens"]
+        self.usage.load_state_dict({"tokens": tokens if distributed.is_main() else tokens[:0]})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +292,7 @@ def _run_steps(
     latest = distributed.broadcast_object(manager.latest()) if resume else None
     if latest is not None:
         with restoring(latest):
-            state.load_state_dict(load_state(latest / "state"), world)
+            state.load_state_dict(load_state(latest / "state"))
     log = MetricsLog(directory.metrics, first_step=state.step, tensorboard=settings.tensorboard)
     bar = Progress(
         settings.num_steps * settings.batch_size,
@@ -511,7 +513,7 @@ def update_tokenizer(
     Returns:
         Numbers for the log, and the reconstruction of each part for the discriminator.
     """
-    run, sums, reconstructions = setting.run, {}, []
+    run, sums, reconstructions, indices = setting.run, {}, [], []
     state.discriminator.requires_grad_(requires_grad=False)
     state.optimizer.zero_grad(set_to_none=True)
     targets = self_targets(state, setting, parts, num_kept)
@@ -527,9 +529,11 @@ def update_tokenizer(
             total = losses.total(run.loss, adversarial_weight(state.step, run.loss))
             state.scaler.scale(total / len(parts)).backward()
         reconstructions.append(output.reconstruction.detach())
-        state.usage.update(output.encoded.indices)
+        indices.append(output.encoded.indices)
         for name, value in [("loss", total), *losses._asdict().items()]:
             sums[name] = sums.get(name, 0) + value.detach() / len(parts)
+    tokens = distributed.gather(torch.cat(indices))
+    state.usage.update(tokens if distributed.is_main() else tokens[:0])
     state.discriminator.requires_grad_(requires_grad=True)
     state.scaler.unscale_(state.optimizer)
     numbers = {
@@ -541,8 +545,8 @@ def update_tokenizer(
         state.ema.update()
         _update_teacher(state, run.teacher.momentum)
     else:
-        indices = [part.index.tolist() for part in parts]
-        logger.warning("step %d is not finite and is skipped; images %s", state.step, indices)
+        images = [part.index.tolist() for part in parts]
+        logger.warning("step %d is not finite and is skipped; images %s", state.step, images)
     state.scaler.update()
     numbers = {name: float(distributed.mean(value)) for name, value in sums.items()} | numbers
     return numbers | {"grad_norm": float(norm), "num_skipped": state.guard.num_skipped}, (

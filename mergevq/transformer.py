@@ -247,6 +247,26 @@ def gated(x: Float[Tensor, "b n c2"]) -> Float[Tensor, "b n c"]:
     return functional.silu(gate) * value
 
 
+class Dropout(nn.Dropout):
+    """Dropout with the numbers of a whole batch, of which the input is a share.
+
+    A rank, or a part of a rank's batch, then drops what one process with all of the batch would, if
+    torch's own generator starts alike everywhere. Numbers for all shares are drawn by each.
+    """
+
+    share: tuple[int, int] = (0, 1)
+    """Which of how many equal shares of the batch the input is."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+        """Drop; in evaluation the input itself."""
+        index, count = self.share
+        if count == 1 or self.p == 0 or not self.training:
+            return super().forward(input)
+        size = len(input)
+        whole = functional.dropout(input.new_ones(count * size, *input.shape[1:]), self.p)
+        return input * (whole[index * size : (index + 1) * size] != 0) * (1 / (1 - self.p))
+
+
 class Block(nn.Module):
     """A pre-norm transformer block."""
 
@@ -268,7 +288,7 @@ class Block(nn.Module):
         )
         self.ffn_norm = RmsNorm(dim)
         self.ffn = SwiGlu(dim, hidden_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self,
