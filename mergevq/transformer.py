@@ -22,7 +22,8 @@ from mergevq.attention import attend
 
 NORM_EPS = 1e-5
 """Of every normalisation, as in LlamaGen."""
-_EPS = torch.tensor(NORM_EPS)  # `addcmul` adds to nothing but a tensor.
+# `addcmul` adds to nothing but a tensor, of the type of the product.
+_EPS = {dtype: torch.tensor(NORM_EPS, dtype=dtype) for dtype in (torch.float32, torch.float64)}
 ROTATION_BASE = 10000.0
 """Longest wavelength of the rotary embedding over 2 pi, in cells."""
 Mask = Bool[Tensor, "r n m"] | Float[Tensor, "r n m"] | BlockMask
@@ -115,7 +116,9 @@ def normalized(x: Float[Tensor, "*shape c"], dtype: torch.dtype) -> Float[Tensor
     # The same in half as many operators, of which decoding a token needs hundreds.
     exact = torch.promote_types(x.dtype, torch.float32)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
-    return (x * torch.addcmul(_EPS, length, length, value=1 / x.shape[-1]).rsqrt_()).to(dtype)
+    return (x * torch.addcmul(_EPS[exact], length, length, value=1 / x.shape[-1]).rsqrt_()).to(
+        dtype
+    )
 
 
 class RmsNorm(nn.Module):

@@ -13,6 +13,7 @@ from mergevq.transformer import (
     leaders,
     merge_block_mask,
     merge_mask,
+    normalized,
     rotate,
     rotation,
 )
@@ -161,3 +162,13 @@ def test_shares_of_a_batch_drop_what_the_whole_batch_drops(dtype, count):
     torch.testing.assert_close(torch.cat(parts), whole)
     assert torch.equal(torch.cat(parts) == 0, whole == 0)
     assert torch.equal(layer.eval()(x), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_normalisation_without_gradients_is_that_with_them(dtype):
+    x = torch.randn(2, 3, 8).to(dtype)
+    expected = normalized(x, dtype)
+    with torch.no_grad():
+        found = normalized(x, dtype)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected)
