@@ -109,6 +109,11 @@ class State:
     scaler: torch.amp.GradScaler
     step: int = 0
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the last step was taken."""
+        return self.guard.num_in_a_row == 0
+
     def _parts(self) -> dict[str, Any]:
         """Everything with a state of its own, by the name it has in a checkpoint."""
         return {
@@ -214,12 +219,17 @@ def _run_steps(
     log.note(describe_batch(settings, run.optim, world, unit="sequences"))
     plotting = distributed.is_main() and has_plots(directory.curves)
     logged_at, logged_step = time.monotonic(), state.step
-    with on_sigterm() as signal, contextlib.closing(bar), contextlib.closing(log):
+    with (
+        on_sigterm(settings.max_minutes) as signal,
+        contextlib.closing(bar),
+        contextlib.closing(log),
+    ):
         for batch in run_batches(run, world, train_set, state.step):
             step = state.step
             with distributed.located(world, step):
                 numbers = train_step(state, setting, batch)
                 _warn_of_skip(state, setting, train_set)
+            manager.settle(finite=state.is_finite)
             state.step += 1
             bar.update(settings.batch_size)
             last = state.step == settings.num_steps
@@ -236,7 +246,7 @@ def _run_steps(
             if state.step % settings.image_every == 0 or last:
                 _picture(state, setting, directory.images)
             # Every rank learns of a signal to any of them, so all stop after the same step.
-            stopping = bool(distributed.sum(torch.tensor(int(signal.requested))) > 0)
+            stopping = bool(distributed.sum(torch.tensor(int(signal.is_due))) > 0)
             if state.step % settings.save_every == 0 or last or stopping:
                 _save(state, setting, manager, directory.model)
             if plotting and (validating or stopping):
@@ -679,13 +689,12 @@ def _save(state: State, setting: Setting, manager: CheckpointManager, model: Pat
             },
         )
     # Last, so that whoever resumes from it finds a model at least as new.
-    is_sound = state.guard.num_in_a_row == 0
     if distributed.is_sharded(state.generator):
-        manager.save_sharded(state.step, state.state_dict(), prune=is_sound)
+        manager.save_sharded(state.step, state.state_dict(), prune=state.is_finite)
     elif distributed.is_main():
         manager.save(
             state.step,
             lambda path: save_state(path / "state", state.state_dict()),
-            prune=is_sound,
+            prune=state.is_finite,
         )
     distributed.barrier()

@@ -166,6 +166,11 @@ class State:
     """Its own: a loss scale that suits one side may overflow the other."""
     step: int = 0
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the last step was taken."""
+        return self.guard.num_in_a_row == self.discriminator_guard.num_in_a_row == 0
+
     def _parts(self) -> dict[str, Any]:
         """Everything with a state of its own, by the name it has in a checkpoint."""
         parts = {
@@ -302,11 +307,16 @@ def _run_steps(
     log.note(describe_batch(settings, run.optim, world, unit="images"))
     plotting = distributed.is_main() and has_plots(directory.curves)
     logged_at, logged_step = time.monotonic(), state.step
-    with on_sigterm() as signal, contextlib.closing(bar), contextlib.closing(log):
+    with (
+        on_sigterm(settings.max_minutes) as signal,
+        contextlib.closing(bar),
+        contextlib.closing(log),
+    ):
         for batch in run_batches(run, world, train_set, state.step):
             step = state.step
             with distributed.located(world, step):
                 numbers = train_step(state, setting, batch)
+            manager.settle(finite=state.is_finite)
             state.step += 1
             bar.update(settings.batch_size)
             last = state.step == settings.num_steps
@@ -324,7 +334,7 @@ def _run_steps(
             if state.step % settings.image_every == 0 or last:
                 _picture(state, setting, val_set, directory.images)
             # Every rank learns of a signal to any of them, so all stop after the same step.
-            stopping = bool(distributed.sum(torch.tensor(int(signal.requested))) > 0)
+            stopping = bool(distributed.sum(torch.tensor(int(signal.is_due))) > 0)
             if state.step % settings.save_every == 0 or last or stopping:
                 _save(state, setting, manager, directory.model)
             if plotting and (validating or stopping):
@@ -826,6 +836,6 @@ def _save(state: State, setting: Setting, manager: CheckpointManager, model: Pat
         manager.save(
             state.step,
             lambda path: save_state(path / "state", everything),
-            prune=state.guard.num_in_a_row == state.discriminator_guard.num_in_a_row == 0,
+            prune=state.is_finite,
         )
     distributed.barrier()

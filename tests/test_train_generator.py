@@ -241,6 +241,42 @@ def test_while_steps_are_skipped_older_checkpoints_stay(material, tmp_path, monk
     assert names == ["step-00000001", "step-00000002", "step-00000003"]
 
 
+def test_a_step_that_went_too_far_does_not_cost_the_last_good_checkpoint(
+    material, tmp_path, monkeypatch
+):
+    run = small(material, num_steps=30, save_every=1, keep_last=1, max_nonfinite=3)
+
+    def too_far(state, setting, batch):
+        numbers = train_step(state, setting, batch)
+        if state.step == 1:
+            # Finite, and so large that no loss is.
+            for parameter in state.generator.parameters():
+                parameter.data.mul_(1e30)
+        return numbers
+
+    monkeypatch.setattr(train_generator, "train_step", too_far)
+    with pytest.raises(RuntimeError, match="not finite"):
+        train(replace(run, out=str(tmp_path / "r")))
+    names = sorted(path.name for path in (tmp_path / "r/checkpoints").iterdir())
+    assert names[:2] == ["step-00000001", "step-00000002"]
+    assert len(names) == 4
+    assert all((tmp_path / "r/checkpoints" / name / "suspect").exists() for name in names[2:])
+
+
+def test_a_run_that_has_had_its_minutes_saves_and_goes_on(material, tmp_path, caplog):
+    run = small(material, num_steps=3, save_every=100, max_minutes=1e-9)
+    run = replace(run, out=str(tmp_path / "r"))
+    train(run)
+    assert "stopped after 1 steps; go on with --resume" in caplog.text
+    train(replace(run, train=replace(run.train, max_minutes=None)), resume=True)
+    whole = replace(run, train=replace(run.train, max_minutes=None), out=str(tmp_path / "whole"))
+    train(whole)
+    first, second = (
+        load_state(tmp_path / name / "checkpoints/step-00000003/state") for name in ("r", "whole")
+    )
+    assert equal(first, second)
+
+
 def test_training_says_what_a_step_consists_of_and_draws_its_log(material, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     run = replace(small(material, num_steps=2, eval_every=1), out=str(tmp_path / "run"))
