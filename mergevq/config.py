@@ -449,6 +449,8 @@ class TrainConfig:
     """Steps in a row with a non-finite loss or gradient after which the run stops."""
     quantize_start_step: int = 0
     """Before this step the decoder sees the latents themselves, not the codes."""
+    max_minutes: float | None = None
+    """Minutes of steps after which a run saves and stops, for --resume; None is no limit."""
     tensorboard: bool = False
     """Also write TensorBoard events (the `log` extra)."""
 
@@ -458,11 +460,10 @@ class TrainConfig:
         counts += ("eval_every", "num_eval_images", "save_every", "keep_last", "max_nonfinite")
         for name in counts:
             _require(getattr(self, name) >= 1, f"{name} ({getattr(self, name)}) must be at least 1")
-        _require(
-            self.batch_size % self.accumulation == 0,
-            f"batch_size ({self.batch_size}) must be a multiple of accumulation "
-            f"({self.accumulation})",
-        )
+        minutes, batch, parts = self.max_minutes, self.batch_size, self.accumulation
+        _require(minutes is None or minutes > 0, f"max_minutes ({minutes}) must be above 0")
+        message = f"batch_size ({batch}) must be a multiple of accumulation ({parts})"
+        _require(batch % parts == 0, message)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

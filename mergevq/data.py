@@ -31,6 +31,11 @@ from mergevq.seeds import DataPurpose, data_seed
 
 # A 1 x 60,000 strip would become 64 x 3,840,000: from this ratio on it is cut before it is resized.
 _LONGEST_ASPECT = 16
+STOP_SIGNALS = tuple(
+    signal.Signals[name] for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
+)
+"""Signals that ask a run to save and end: of schedulers, of a keyboard, of a terminal that closed.
+Windows has no terminal that closes."""
 
 
 # Splitting
@@ -494,5 +499,5 @@ def _leave_signals_to_the_run(_: int) -> None:
 
     Workers end when the run does.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

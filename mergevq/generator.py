@@ -49,6 +49,7 @@ from mergevq.config_generator import GeneratorConfig
 from mergevq.quantize import indices_to_subindices, subindices_to_indices
 from mergevq.transformer import (
     Block,
+    Dropout,
     Projection,
     RmsNorm,
     Rotation,
@@ -183,7 +184,7 @@ class Generator(nn.Module):
         )
         if config.order == "random":
             self.instruction = nn.Parameter(torch.empty(config.dim))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(_block(config) for _ in range(config.num_layers))
         self.head = Head(config)
         self.checkpointing = False
@@ -244,6 +245,12 @@ class Generator(nn.Module):
         """
         extra = {"tokenizer": tokenizer, "class_names": list(class_names)}
         save_model(path, self.state_dict(), self.config, kind="generator", extra=extra)
+
+    def set_share(self, index: int, count: int) -> None:
+        """Say which of `count` equal shares of the batch comes next, for dropout."""
+        for module in self.modules():
+            if isinstance(module, Dropout):
+                module.share = (index, count)
 
     def set_checkpointing(self, *, enabled: bool) -> None:
         """Trade time for memory in training: recompute activations in the backward pass."""

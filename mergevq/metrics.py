@@ -325,28 +325,20 @@ class CodebookUsage:
     def state_dict(self) -> dict[str, Tensor]:
         """The windows of all ranks as one list of tokens, the oldest first; every rank must call.
 
-        In this order they say which one leaves next, and any number of ranks can go on from them.
+        In this order they say which one leaves next.
         """
         by_age = self.window.roll(-(self.num_seen % len(self.window)))
         tokens = distributed.gather(by_age[None]).T.flatten()
         return {"tokens": tokens[tokens >= 0]}
 
-    def load_state_dict(
-        self, state: Mapping[str, Tensor], *, rank: int = 0, world_size: int = 1
-    ) -> None:
-        """Go on from a saved window; on as many ranks as saved it, each has its own again.
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a saved window, or from its newest tokens if it was longer than this one.
 
-        On other numbers of ranks the tokens are dealt out evenly, and the oldest leave where the
-        windows together hold fewer than were saved. A token outside the codebook is a ValueError.
-
-        Args:
-            state: what `state_dict` gave.
-            rank: of this process.
-            world_size: number of ranks.
+        A token outside the codebook is a ValueError.
         """
         self.window.fill_(-1)
         self.num_seen = 0
-        self.update(state["tokens"][rank::world_size])
+        self.update(state["tokens"])
 
 
 class CollapseMonitor:

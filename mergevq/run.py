@@ -38,6 +38,7 @@ from mergevq.checkpoint import (
     write_json,
 )
 from mergevq.config import FORMAT_VERSION, OptimConfig, Precision, TrainConfig
+from mergevq.data import STOP_SIGNALS
 from mergevq.extras import needing
 from mergevq.identity import Identity, require_same_classes
 from mergevq.optim import peak_learning_rate
@@ -575,29 +576,46 @@ def step_generator(seed: int, *ids: int | str) -> torch.Generator:
 
 @dataclasses.dataclass
 class StopRequest:
-    """Whether this process was asked to stop."""
+    """Whether this process was asked to stop, or has had its time."""
 
     requested: bool = False
-    """Turned on by SIGTERM or SIGINT. Ranks are asked at different moments: agree before acting."""
+    """Turned on by a signal. Ranks are asked at different moments: agree before acting."""
+    deadline: float = math.inf
+    """Value of `time.monotonic` from which on the process is to stop."""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether to stop."""
+        return self.requested or time.monotonic() >= self.deadline
 
 
 @contextmanager
-def on_sigterm() -> Iterator[StopRequest]:
-    """Turn SIGTERM and the first Ctrl-C into a request, so that a step can end and be saved.
+def on_sigterm(max_minutes: float | None = None) -> Iterator[StopRequest]:
+    """Turn SIGTERM, SIGHUP and the first Ctrl-C into a request, so that a step can be saved.
 
     A second Ctrl-C kills. The handlers that were there return at the end. Outside the main thread
-    Python delivers no signals, and the request never comes.
+    Python delivers no signals, and the request never comes. A process that was started with `nohup`
+    goes on without its terminal.
+
+    Args:
+        max_minutes: minutes from now after which to stop without being asked; None is no limit.
     """
-    stop = StopRequest()
+    deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
+    stop = StopRequest(deadline=deadline)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
+    has_terminal = sys.stderr.isatty()
 
     def request(number: int, frame: object) -> None:  # noqa: ARG001 - signal's signature
         stop.requested = True
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if has_terminal and not sys.stderr.isatty():
+            # The terminal is gone, and writing to it would fail before anything is saved.
+            with open(os.devnull, "w", encoding="utf-8") as nowhere:
+                os.dup2(nowhere.fileno(), sys.stderr.fileno())
 
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    numbers = [n for n in STOP_SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
     before = [signal.signal(number, request) for number in numbers]
     try:
         yield stop

@@ -37,6 +37,8 @@ from mergevq.files import is_finite, read_tensors, sha256_of
 STATE_TENSORS = "state.safetensors"
 STATE = "state.json"
 SHARDS = "shards"
+_SUSPECT = "suspect"
+"""Empty file in a checkpoint that was written while steps were not finite."""
 
 
 def save_state(directory: str | Path, state: Mapping[str, Any]) -> None:
@@ -282,25 +284,43 @@ class CheckpointManager:
             raise ValueError(f"keep_last ({keep_last}) must be at least 1")
         self.directory = Path(directory)
         self.keep_last = keep_last
+        self._written: Path | None = None
+        """The checkpoint that no step has gone on from yet."""
 
     def save(self, step: int, writer: Callable[[Path], None], *, prune: bool = True) -> Path:
-        """Write a checkpoint, then delete those beyond the newest `keep_last`.
+        """Write a checkpoint; older ones stay until `settle` says that the run goes on from it.
 
         Args:
             step: optimizer steps done.
             writer: fills the directory it is given; if it fails nothing has changed on disk.
-            prune: delete older ones. Not while steps are skipped because they are not finite: the
-                run may be broken, and what it was before is then all there is.
+            prune: whether it may take the place of older ones. Not while steps are skipped because
+                they are not finite: the run may be broken, and what it was before is all there is.
         """
         path = self.directory / f"step-{step:08d}"
         with atomic_directory(path) as partial:
             writer(partial)
-        for old in list(complete_checkpoints(self.directory).values())[: -self.keep_last]:
-            if prune and old != path:
-                shutil.rmtree(old)
+            if not prune:
+                (partial / _SUSPECT).touch()
         for leftover in self.directory.glob(".step-*.partial"):
             shutil.rmtree(leftover)
+        self._written = path
         return path
+
+    def settle(self, *, finite: bool = True) -> None:
+        """After a finite step, keep the newest `keep_last` good checkpoints and later ones.
+
+        Weights may be finite and of no use, as after a step that was far too long. The loss of the
+        next step tells, so nothing is deleted before. Between two checkpoints it does nothing.
+        """
+        if self._written is None or not finite or not distributed.is_main():
+            return
+        found = list(complete_checkpoints(self.directory).values())
+        good = [path for path in found if not (path / _SUSPECT).exists()]
+        if len(good) >= self.keep_last:
+            for old in found[: found.index(good[-self.keep_last])]:
+                if old != self._written:
+                    shutil.rmtree(old)
+        self._written = None
 
     def save_sharded(self, step: int, state: Mapping[str, Any], *, prune: bool = True) -> Path:
         """Write a checkpoint's `state`, each rank its own shards of it; every rank calls it.
@@ -342,8 +362,9 @@ class CheckpointManager:
         if not distributed.sum(torch.tensor(len(broken))):
             return
         names = some([name.partition("state.")[2] for name in broken], 3) or "on another rank"
-        latest = self.latest()
-        good = "none was saved before" if latest is None else f"{latest} is the last good one"
+        saved = complete_checkpoints(self.directory).values()
+        sound = [path for path in saved if not (path / _SUSPECT).exists()]
+        good = f"{sound[-1]} is the last good one" if sound else "none was saved before"
         raise RuntimeError(
             f"the run is broken and its checkpoint is not saved: not finite are {names}; {good}. "
             "Go on from there with --resume and a lower optim.lr, or with train.precision float32"

@@ -5,7 +5,7 @@ Source: Li et al. 2025, "MergeVQ", section 3.4 and table A2 (arXiv:2504.00999); 
 
 Every random number of step n depends only on (seed, n), so a checkpoint needs no generator's state
 to resume to the same bits: K, batch, dropped labels and orders are drawn for the whole batch and
-cut to a rank's share, and dropout starts anew from a number of its own in every step.
+cut to a rank's share or a part of it, and so is dropout, which starts anew in every step.
 
 Shape letters: B sequences of a part of the batch, T tokens of a sequence, L grid cells.
 """
@@ -108,6 +108,11 @@ class State:
     guard: NonFiniteGuard
     scaler: torch.amp.GradScaler
     step: int = 0
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the last step was taken."""
+        return self.guard.num_in_a_row == 0
 
     def _parts(self) -> dict[str, Any]:
         """Everything with a state of its own, by the name it has in a checkpoint."""
@@ -221,12 +226,17 @@ def _run_steps(
     log.note(describe_batch(settings, run.optim, world, unit="sequences"))
     plotting = distributed.is_main() and has_plots(directory.curves)
     logged_at, logged_step = time.monotonic(), state.step
-    with on_sigterm() as signal, contextlib.closing(bar), contextlib.closing(log):
+    with (
+        on_sigterm(settings.max_minutes) as signal,
+        contextlib.closing(bar),
+        contextlib.closing(log),
+    ):
         for batch in run_batches(run, world, train_set, state.step):
             step = state.step
             with distributed.located(world, step):
                 numbers = train_step(state, setting, batch)
                 _warn_of_skip(state, setting, train_set)
+            manager.settle(finite=state.is_finite)
             state.step += 1
             bar.update(settings.batch_size)
             last = state.step == settings.num_steps
@@ -243,7 +253,7 @@ def _run_steps(
             if state.step % settings.image_every == 0 or last:
                 _picture(state, setting, directory.images)
             # Every rank learns of a signal to any of them, so all stop after the same step.
-            stopping = bool(distributed.sum(torch.tensor(int(signal.requested))) > 0)
+            stopping = bool(distributed.sum(torch.tensor(int(signal.is_due))) > 0)
             if state.step % settings.save_every == 0 or last or stopping:
                 _save(state, setting, manager, directory.model)
             if plotting and (validating or stopping):
@@ -474,15 +484,20 @@ def train_step(state: State, setting: Setting, batch: TokenBatch) -> dict[str, f
     set_learning_rate(state.optimizer, rate)
     state.optimizer.zero_grad(set_to_none=True)
     parts = _cut(_draw(state, setting, batch), run.train.accumulation)
-    with _dropout_numbers(setting, state.step):
-        for position, part in enumerate(parts):
-            syncs = position == len(parts) - 1
-            with distributed.no_sync(setting.wrapped, active=not syncs):
-                with setting.autocast():
-                    loss = _loss(setting.wrapped, part, num_kept)
-                state.scaler.scale(loss.total / len(parts)).backward()
-            for name, value in _terms(state.generator, loss).items():
-                sums[name] = sums.get(name, 0) + value.detach() / len(parts)
+    first, count = setting.world.rank * len(parts), setting.world.world_size * len(parts)
+    for position, part in enumerate(parts):
+        syncs = position == len(parts) - 1
+        state.generator.set_share(first + position, count)
+        with (
+            _dropout_numbers(setting, state.step),
+            distributed.no_sync(setting.wrapped, active=not syncs),
+        ):
+            with setting.autocast():
+                loss = _loss(setting.wrapped, part, num_kept)
+            # Inside, because activations may be computed again, with the same numbers.
+            state.scaler.scale(loss.total / len(parts)).backward()
+        for name, value in _terms(state.generator, loss).items():
+            sums[name] = sums.get(name, 0) + value.detach() / len(parts)
     state.scaler.unscale_(state.optimizer)
     norm = distributed.whole(clip(state.generator.parameters(), run.optim.clip_norm))
     if state.guard.check(state.step, sums | {"grad_norm": norm}):
@@ -546,10 +561,10 @@ def _loss(module: nn.Module, sequences: Sequences, num_kept: int) -> GeneratorLo
 
 @contextlib.contextmanager
 def _dropout_numbers(setting: Setting, step: int) -> Iterator[None]:
-    """Inside, dropout's numbers depend on seed, step and rank alone."""
+    """Inside, dropout's numbers start from seed and step alone: those of the whole batch."""
     device = setting.world.device
     devices = [device] if device.type == "cuda" else []
-    numbers = step_generator(setting.run.train.seed, "dropout", setting.world.rank, step)
+    numbers = step_generator(setting.run.train.seed, "dropout", 0, step)
     # Dropout has no generator argument: it draws from torch's own, which is put back after.
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(numbers.initial_seed())  # noqa: TID251
@@ -681,13 +696,12 @@ def _save(state: State, setting: Setting, manager: CheckpointManager, model: Pat
             },
         )
     # Last, so that whoever resumes from it finds a model at least as new.
-    is_sound = state.guard.num_in_a_row == 0
     if distributed.is_sharded(state.generator):
-        manager.save_sharded(state.step, state.state_dict(), prune=is_sound)
+        manager.save_sharded(state.step, state.state_dict(), prune=state.is_finite)
     elif distributed.is_main():
         manager.save(
             state.step,
             lambda path: save_state(path / "state", state.state_dict()),
-            prune=is_sound,
+            prune=state.is_finite,
         )
     distributed.barrier()

@@ -162,6 +162,11 @@ class State:
     """Its own: a loss scale that suits one side may overflow the other."""
     step: int = 0
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the last step was taken."""
+        return self.guard.num_in_a_row == self.discriminator_guard.num_in_a_row == 0
+
     def _parts(self) -> dict[str, Any]:
         """Everything with a state of its own, by the name it has in a checkpoint."""
         parts = {
@@ -186,7 +191,7 @@ class State:
         state = {name: part.state_dict() for name, part in self._parts().items()}
         return state | {"step": self.step, "usage": self.usage.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any], world: distributed.World) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`, on any number of ranks.
 
         Raises:
@@ -203,7 +208,9 @@ class State:
         for name, part in parts.items():
             part.load_state_dict(state[name])
         self.step = state["step"]
-        self.usage.load_state_dict(state["usage"], rank=world.rank, world_size=world.world_size)
+        # One window, of the main process, so that it is of as many tokens on any number of ranks.
+        tokens = state["usage"]["tokens"]
+        self.usage.load_state_dict({"tokens": tokens if distributed.is_main() else tokens[:0]})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,7 +295,7 @@ def _run_steps(
     latest = distributed.broadcast_object(manager.latest()) if resume else None
     if latest is not None:
         with restoring(latest):
-            state.load_state_dict(load_state(latest / "state"), world)
+            state.load_state_dict(load_state(latest / "state"))
     log = MetricsLog(
         directory.metrics,
         first_step=state.step,
@@ -303,11 +310,16 @@ def _run_steps(
     log.note(describe_batch(settings, run.optim, world, unit="images"))
     plotting = distributed.is_main() and has_plots(directory.curves)
     logged_at, logged_step = time.monotonic(), state.step
-    with on_sigterm() as signal, contextlib.closing(bar), contextlib.closing(log):
+    with (
+        on_sigterm(settings.max_minutes) as signal,
+        contextlib.closing(bar),
+        contextlib.closing(log),
+    ):
         for batch in run_batches(run, world, train_set, state.step):
             step = state.step
             with distributed.located(world, step):
                 numbers = train_step(state, setting, batch)
+            manager.settle(finite=state.is_finite)
             state.step += 1
             bar.update(settings.batch_size)
             last = state.step == settings.num_steps
@@ -325,7 +337,7 @@ def _run_steps(
             if state.step % settings.image_every == 0 or last:
                 _picture(state, setting, val_set, directory.images)
             # Every rank learns of a signal to any of them, so all stop after the same step.
-            stopping = bool(distributed.sum(torch.tensor(int(signal.requested))) > 0)
+            stopping = bool(distributed.sum(torch.tensor(int(signal.is_due))) > 0)
             if state.step % settings.save_every == 0 or last or stopping:
                 _save(state, setting, manager, directory.model)
             if plotting and (validating or stopping):
@@ -466,7 +478,7 @@ def update_tokenizer(
     Returns:
         Numbers for the log, and the reconstruction of each part for the discriminator.
     """
-    run, sums, reconstructions = setting.run, {}, []
+    run, sums, reconstructions, indices = setting.run, {}, [], []
     state.discriminator.requires_grad_(requires_grad=False)
     state.optimizer.zero_grad(set_to_none=True)
     targets = self_targets(state, setting, parts, num_kept)
@@ -482,9 +494,11 @@ def update_tokenizer(
             total = losses.total(run.loss, adversarial_weight(state.step, run.loss))
             state.scaler.scale(total / len(parts)).backward()
         reconstructions.append(output.reconstruction.detach())
-        state.usage.update(output.encoded.indices)
+        indices.append(output.encoded.indices)
         for name, value in [("loss", total), *losses._asdict().items()]:
             sums[name] = sums.get(name, 0) + value.detach() / len(parts)
+    tokens = distributed.gather(torch.cat(indices))
+    state.usage.update(tokens if distributed.is_main() else tokens[:0])
     state.discriminator.requires_grad_(requires_grad=True)
     state.scaler.unscale_(state.optimizer)
     numbers = {
@@ -496,8 +510,8 @@ def update_tokenizer(
         state.ema.update()
         _update_teacher(state, run.teacher.momentum)
     else:
-        indices = [part.index.tolist() for part in parts]
-        logger.warning("step %d is not finite and is skipped; images %s", state.step, indices)
+        images = [part.index.tolist() for part in parts]
+        logger.warning("step %d is not finite and is skipped; images %s", state.step, images)
     state.scaler.update()
     numbers = {name: float(distributed.mean(value)) for name, value in sums.items()} | numbers
     return numbers | {"grad_norm": float(norm), "num_skipped": state.guard.num_skipped}, (
@@ -777,6 +791,6 @@ def _save(state: State, setting: Setting, manager: CheckpointManager, model: Pat
         manager.save(
             state.step,
             lambda path: save_state(path / "state", everything),
-            prune=state.guard.num_in_a_row == state.discriminator_guard.num_in_a_row == 0,
+            prune=state.is_finite,
         )
     distributed.barrier()

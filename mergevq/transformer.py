@@ -22,7 +22,8 @@ from mergevq.attention import attend
 
 NORM_EPS = 1e-5
 """Of every normalisation, as in LlamaGen."""
-_EPS = torch.tensor(NORM_EPS)  # `addcmul` adds to nothing but a tensor.
+# `addcmul` adds to nothing but a tensor, of the type of the product.
+_EPS = {dtype: torch.tensor(NORM_EPS, dtype=dtype) for dtype in (torch.float32, torch.float64)}
 ROTATION_BASE = 10000.0
 """Longest wavelength of the rotary embedding over 2 pi, in cells."""
 Mask = Bool[Tensor, "r n m"] | Float[Tensor, "r n m"] | BlockMask
@@ -115,7 +116,9 @@ def normalized(x: Float[Tensor, "*shape c"], dtype: torch.dtype) -> Float[Tensor
     # The same in half as many operators, of which decoding a token needs hundreds.
     exact = torch.promote_types(x.dtype, torch.float32)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
-    return (x * torch.addcmul(_EPS, length, length, value=1 / x.shape[-1]).rsqrt_()).to(dtype)
+    return (x * torch.addcmul(_EPS[exact], length, length, value=1 / x.shape[-1]).rsqrt_()).to(
+        dtype
+    )
 
 
 class RmsNorm(nn.Module):
@@ -247,6 +250,26 @@ def gated(x: Float[Tensor, "b n c2"]) -> Float[Tensor, "b n c"]:
     return functional.silu(gate) * value
 
 
+class Dropout(nn.Dropout):
+    """Dropout with the numbers of a whole batch, of which the input is a share.
+
+    A rank, or a part of a rank's batch, then drops what one process with all of the batch would, if
+    torch's own generator starts alike everywhere. Numbers for all shares are drawn by each.
+    """
+
+    share: tuple[int, int] = (0, 1)
+    """Which of how many equal shares of the batch the input is."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+        """Drop; in evaluation the input itself."""
+        index, count = self.share
+        if count == 1 or self.p == 0 or not self.training:
+            return super().forward(input)
+        size = len(input)
+        whole = functional.dropout(input.new_ones(count * size, *input.shape[1:]), self.p)
+        return input * (whole[index * size : (index + 1) * size] != 0) * (1 / (1 - self.p))
+
+
 class Block(nn.Module):
     """A pre-norm transformer block."""
 
@@ -268,7 +291,7 @@ class Block(nn.Module):
         )
         self.ffn_norm = RmsNorm(dim)
         self.ffn = SwiGlu(dim, hidden_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self,

@@ -127,6 +127,21 @@ def test_cutmix_counts_the_pixels_that_are_pasted():
     assert torch.equal(everything.image, mixed.image[order])
 
 
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_shares_are_drawn_from_the_distribution_that_is_set(name):
+    off = {"mixup": 0.0, "cutmix": 0.0}
+    spread = {}
+    for alpha in (0.05, 50.0):
+        config = FinetuneConfig(**off | {name: alpha})
+        kept = [
+            mix(batch(), config, torch.Generator().manual_seed(seed)).target.max(1).values[0]
+            for seed in range(60)
+        ]
+        spread[alpha] = float(torch.stack(kept).mean())
+    # A small parameter leaves an image alone or replaces it; a large one takes half of each.
+    assert spread[0.05] > 0.85 > 0.75 > spread[50.0]
+
+
 def test_mixing_follows_the_settings(generator):
     mixed = batch()
     off, only_mixup, both = (

@@ -307,16 +307,6 @@ def test_a_resumed_window_forgets_the_same_tokens(generator, num_seen):
     assert whole.state_dict()["tokens"].tolist() == indices[-16:].tolist()
 
 
-def test_a_window_is_dealt_out_evenly_to_other_numbers_of_ranks():
-    whole = CodebookUsage(4)
-    whole.update(torch.arange(16))
-    parts = [CodebookUsage(4) for _ in range(3)]
-    for rank, part in enumerate(parts):
-        part.load_state_dict(whole.state_dict(), rank=rank, world_size=3)
-    held = [part.state_dict()["tokens"].tolist() for part in parts]
-    assert held == [[0, 3, 6, 9, 12, 15], [1, 4, 7, 10, 13], [2, 5, 8, 11, 14]]
-
-
 def test_a_window_shorter_than_the_codebook_is_refused():
     with pytest.raises(ValueError, match=r"window \(255\) must be at least 256 .* num_bits \(8\)"):
         CodebookUsage(8, window=255)

@@ -474,14 +474,38 @@ def test_ids_end_with_a_number(ids):
 # ------------------------------------------------------------------------------------- the end
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_becomes_a_request_and_handlers_return(number):
-    before = [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)]
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(each) for each in numbers]
     with on_sigterm() as stop:
         assert not stop.requested
         os.kill(os.getpid(), number)
         assert stop.requested
-    assert [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)] == before
+        assert stop.is_due
+    assert [signal.getsignal(each) for each in numbers] == before
+
+
+def test_a_run_that_ignores_a_closed_terminal_goes_on_ignoring_it():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with on_sigterm() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_stops_when_its_minutes_are_over(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("mergevq.run.time.monotonic", lambda: now[0])
+    with on_sigterm(max_minutes=2.0) as stop, on_sigterm() as endless:
+        assert not stop.is_due
+        now[0] += 119.9
+        assert not stop.is_due
+        now[0] += 0.1
+        assert stop.is_due
+        assert not endless.is_due
 
 
 @pytest.mark.slow

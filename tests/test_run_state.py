@@ -242,8 +242,23 @@ def test_while_steps_are_skipped_nothing_is_deleted(tmp_path):
     for step in (2, 3):
         manager.save(step, write_text("suspect"), prune=False)
     assert len(list(tmp_path.iterdir())) == 3
+    manager.settle()
+    # One step was finite after them; none of them is known to be good.
+    assert len(list(tmp_path.iterdir())) == 3
     manager.save(4, write_text("good"))
+    manager.settle()
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+
+
+def test_the_last_good_checkpoint_stays_until_a_step_has_gone_on_from_the_next(tmp_path):
+    manager = CheckpointManager(tmp_path, keep_last=1)
+    manager.save(1, write_text("good"))
+    manager.settle()
+    # Its weights are finite and far off: only the next loss will tell.
+    manager.save(2, write_text("too far"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+    manager.settle()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
 def test_a_forged_record_that_stands_for_no_value_is_named(tmp_path):
@@ -312,6 +327,7 @@ def test_the_newest_checkpoints_are_kept(tmp_path):
     manager = CheckpointManager(tmp_path, keep_last=2)
     for step in (10, 20, 30, 123456789):
         manager.save(step, write_text(str(step)))
+        manager.settle()
     (tmp_path / "step-notes").mkdir()
     assert manager.latest() == tmp_path / "step-123456789"
     assert sorted(p.name for p in tmp_path.iterdir()) == [
@@ -324,7 +340,9 @@ def test_the_newest_checkpoints_are_kept(tmp_path):
 def test_a_checkpoint_just_written_is_never_deleted(tmp_path):
     manager = CheckpointManager(tmp_path, keep_last=1)
     manager.save(20, write_text("twenty"))
-    assert manager.save(10, write_text("ten")).is_dir()
+    written = manager.save(10, write_text("ten"))
+    manager.settle()
+    assert written.is_dir()
     assert manager.latest() == tmp_path / "step-00000020"
 
 

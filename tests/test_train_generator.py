@@ -242,6 +242,42 @@ def test_while_steps_are_skipped_older_checkpoints_stay(material, tmp_path, monk
     assert names == ["step-00000001", "step-00000002", "step-00000003"]
 
 
+def test_a_step_that_went_too_far_does_not_cost_the_last_good_checkpoint(
+    material, tmp_path, monkeypatch
+):
+    run = small(material, num_steps=30, save_every=1, keep_last=1, max_nonfinite=3)
+
+    def too_far(state, setting, batch):
+        numbers = train_step(state, setting, batch)
+        if state.step == 1:
+            # Finite, and so large that no loss is.
+            for parameter in state.generator.parameters():
+                parameter.data.mul_(1e30)
+        return numbers
+
+    monkeypatch.setattr(train_generator, "train_step", too_far)
+    with pytest.raises(RuntimeError, match="not finite"):
+        train(replace(run, out=str(tmp_path / "r")))
+    names = sorted(path.name for path in (tmp_path / "r/checkpoints").iterdir())
+    assert names[:2] == ["step-00000001", "step-00000002"]
+    assert len(names) == 4
+    assert all((tmp_path / "r/checkpoints" / name / "suspect").exists() for name in names[2:])
+
+
+def test_a_run_that_has_had_its_minutes_saves_and_goes_on(material, tmp_path, caplog):
+    run = small(material, num_steps=3, save_every=100, max_minutes=1e-9)
+    run = replace(run, out=str(tmp_path / "r"))
+    train(run)
+    assert "stopped after 1 steps; go on with --resume" in caplog.text
+    train(replace(run, train=replace(run.train, max_minutes=None)), resume=True)
+    whole = replace(run, train=replace(run.train, max_minutes=None), out=str(tmp_path / "whole"))
+    train(whole)
+    first, second = (
+        load_state(tmp_path / name / "checkpoints/step-00000003/state") for name in ("r", "whole")
+    )
+    assert equal(first, second)
+
+
 def test_training_says_what_a_step_consists_of_and_draws_its_log(material, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     run = replace(small(material, num_steps=2, eval_every=1), out=str(tmp_path / "run"))
@@ -283,15 +319,17 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(material, tmp_path, 
     assert equal(first, second)
 
 
-def test_accumulation_equals_the_whole_batch(material):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_accumulation_equals_the_whole_batch(material, checkpointing):
     gradients = []
-    for accumulation in (1, 2):
-        run = small(material, "random", accumulation=accumulation)
-        run = replace(run, model=replace(run.model, dropout=0.0))
+    for accumulation in (1, 2, 4):
+        run = small(material, "random", accumulation=accumulation, checkpointing=checkpointing)
+        run = replace(run, model=replace(run.model, dropout=0.3))
         state, setting, dataset = built(run)
         train_step(state, setting, dataset.batch(range(4), 16))
         gradients.append([p.grad.clone() for p in state.generator.parameters()])
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
+    for other in gradients[1:]:
+        torch.testing.assert_close(gradients[0], other, rtol=1e-4, atol=1e-7)
 
 
 def test_every_parameter_gets_a_gradient(material):
@@ -569,8 +607,7 @@ from test_train_generator import small
 from mergevq.train_generator import train
 run = small(Path(sys.argv[1]), "random", num_steps=3, save_every=3, eval_every=3, image_every=3,
             batch_size=8)
-# Dropout is the one thing that ranks draw apart.
-run = replace(run, model=replace(run.model, dropout=0.0, class_dropout=0.5))
+run = replace(run, model=replace(run.model, dropout=0.3, class_dropout=0.5))
 train(replace(run, out=sys.argv[2]))
 """
 

@@ -28,8 +28,7 @@ def sharded(folder: Path, name: str, num_steps: int, **settings: object) -> Gene
     every = {"save_every": 2, "eval_every": 2, "image_every": 4, "num_eval_images": 5}
     run = small(folder, "random", num_steps=num_steps, batch_size=8, parallel="fsdp", **every)
     run = replace(run, train=replace(run.train, **settings))
-    # Dropout is the one thing that ranks draw apart.
-    run = replace(run, model=replace(run.model, dropout=0.0, class_dropout=0.5))
+    run = replace(run, model=replace(run.model, dropout=0.2, class_dropout=0.5))
     return replace(run, out=str(folder / name))
 
 
@@ -134,9 +133,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(runs):
     halfway(runs, "whole", "other")
     run = sharded(runs, "other", 4)
     run = replace(run, model=replace(run.model, num_layers=run.model.num_layers + 1))
-    with pytest.raises(
-        ValueError, match=r"is not a checkpoint of this run .*blocks\.\d+\.attention"
-    ):
+    with pytest.raises(ValueError, match=r"has another model: model\.num_layers"):
         train(run, resume=True)
 
 

@@ -1,16 +1,19 @@
 import pytest
 import torch
 from generators import CLUSTERS, FIGURE_6
+from torch.nn import functional
 from torch.nn.attention.flex_attention import flex_attention
 
 from mergevq.transformer import (
     Attention,
     Block,
+    Dropout,
     RmsNorm,
     first_occurrence,
     leaders,
     merge_block_mask,
     merge_mask,
+    normalized,
     rotate,
     rotation,
 )
@@ -143,3 +146,29 @@ def test_the_norm_is_that_of_pytorch_in_any_type(generator):
     assert low.dtype == norm(x).dtype == torch.bfloat16
     torch.testing.assert_close(low.float(), reference(x), rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(norm(x).float(), reference(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_shares_of_a_batch_drop_what_the_whole_batch_drops(dtype, count):
+    x = torch.randn(4, 3, 8, dtype=dtype)
+    torch.manual_seed(5)
+    whole = functional.dropout(x, 0.3)
+    layer, parts = Dropout(0.3), []
+    for index, part in enumerate(x.chunk(count)):
+        layer.share = (index, count)
+        torch.manual_seed(5)
+        parts.append(layer(part))
+    torch.testing.assert_close(torch.cat(parts), whole)
+    assert torch.equal(torch.cat(parts) == 0, whole == 0)
+    assert torch.equal(layer.eval()(x), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_normalisation_without_gradients_is_that_with_them(dtype):
+    x = torch.randn(2, 3, 8).to(dtype)
+    expected = normalized(x, dtype)
+    with torch.no_grad():
+        found = normalized(x, dtype)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected)
