@@ -7,11 +7,15 @@ needs the `demo` extra.
 import importlib
 import logging
 import os
-from collections.abc import Sequence
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -21,7 +25,7 @@ from torch import Tensor
 from mergevq.codec import reconstruct_image
 from mergevq.config_generator import SampleRun, SamplingSettings
 from mergevq.data import eval_batches, load_square
-from mergevq.decoding import to_rgb
+from mergevq.decoding import load_picture, to_rgb
 from mergevq.extras import needing
 from mergevq.generation import Pair, generate, load_pair
 from mergevq.images import ImageDataset, open_images
@@ -39,6 +43,26 @@ _BATCH_SIZE = 64
 """Images whose features are computed at once."""
 _MIN_SHOWN = 256
 """Pixels a side that a picture is enlarged to at least, by a whole factor."""
+_ADDRESS = "127.0.0.1"
+_MAX_PORT = 2**16 - 1
+_MAX_FILE_SIZE = 32 * 2**20
+"""Bytes of a picture that is dropped on the page."""
+_MAX_WAITING = 64
+"""Requests that wait for their turn; more are turned away."""
+_DELETE_CACHE = (60, 3600)
+"""Seconds between two looks for old pictures, and the age of old ones."""
+_MIN_WIDTH = 140
+"""Pixels of the page that an answer needs: two fit beside each other on a phone."""
+_HEIGHT = 280
+"""Pixels of the page that the picture to drop takes, however small it is."""
+_STYLE = """.pictures .grid-container {
+  grid-template-columns: repeat(auto-fill, minmax(clamp(90px, 18vw, 130px), 1fr)) !important;
+}"""
+"""As many pictures beside each other as there is room for: three on a phone."""
+_BUTTONS = ("download",)
+"""On a picture; another of gradio's shares it with the world, and a third hides the label."""
+
+_Shown = TypeVar("_Shown")
 
 
 class Reconstructed(NamedTuple):
@@ -60,13 +84,13 @@ class Neighbours(NamedTuple):
     """Class tokens, of length 1."""
 
 
-def reconstruct(tokenizer: Tokenizer, picture: Image.Image | None, num_kept: int) -> Reconstructed:
+def reconstruct(tokenizer: Tokenizer, picture: Image.Image, num_kept: int) -> Reconstructed:
     """Encode a picture, resized as in training, with K tokens and decode it again.
 
     Raises:
-        ValueError: there is no picture, or K is not legal for it.
+        ValueError: K is not legal for the picture.
     """
-    result = reconstruct_image(tokenizer, _given(picture), num_kept, size_policy="resize")
+    result = reconstruct_image(tokenizer, picture, num_kept, size_policy="resize")
     bits = result.bits
     text = (
         f"{result.num_tokens} of {result.num_cells} tokens. {bits.tokens:.0f} bits of tokens and "
@@ -137,19 +161,19 @@ def index(tokenizer: Tokenizer, dataset: ImageDataset) -> Neighbours:
 
 
 def nearest(
-    tokenizer: Tokenizer, neighbours: Neighbours, picture: Image.Image | None, count: int
+    tokenizer: Tokenizer, neighbours: Neighbours, picture: Image.Image, count: int
 ) -> list[tuple[Image.Image, str]]:
     """The images most like a picture, by the cosine of their class tokens, and what they are.
 
     Raises:
-        ValueError: there is no picture, or fewer images than asked for.
+        ValueError: there are fewer images than asked for.
     """
     count = int(count)
     if not 1 <= count <= len(neighbours.features):
         raise ValueError(
             f"count ({count}) must be between 1 and the {len(neighbours.features)} images there are"
         )
-    square = load_square(to_rgb(_given(picture)), tokenizer.config.image_size)
+    square = load_square(to_rgb(picture), tokenizer.config.image_size)
     query = _class_tokens(tokenizer, square[None].to(next(tokenizer.parameters()).device))
     cosines, found = (neighbours.features @ query[0]).topk(count)
     shown = []
@@ -161,10 +185,73 @@ def nearest(
     return shown
 
 
+@contextmanager
+def serve(
+    model: str | Path | None,
+    *,
+    generator: str | Path | None,
+    data: str | None,
+    device: str,
+    port: int,
+) -> Iterator[Any]:
+    """Serve the page to this machine, and to no other, until the block ends.
+
+    Pictures that come and go lie in a folder that only this user can read, for at most an hour,
+    and end with the page. Settings of gradio in the environment do not count.
+
+    Args:
+        model: as for `build_page`.
+        generator: likewise.
+        data: likewise.
+        device: likewise.
+        port: of the page; it must be free.
+
+    Yields:
+        What gradio calls the page: `local_url` is its address, `block_thread` waits for its end.
+
+    Raises:
+        ValueError: a model or the data are not there, or the port cannot be had.
+        RuntimeError: the `demo` extra cannot be imported.
+    """
+    _require_free(port)
+    with (
+        tempfile.TemporaryDirectory(prefix="mergevq-", ignore_cleanup_errors=True) as folder,
+        # It reads the first when it is imported, launched and in trouble, and would ask its
+        # makers' server for messages and newer versions, and report.
+        _only_these_settings({"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}),
+    ):
+        page = build_page(model, generator=generator, data=data, device=device, folder=Path(folder))
+        trusted = importlib.import_module("starlette.middleware.trustedhost").TrustedHostMiddleware
+        middleware = importlib.import_module("starlette.middleware").Middleware
+        page.queue(max_size=_MAX_WAITING, api_open=False)
+        page.launch(
+            server_name=_ADDRESS,
+            server_port=port,
+            share=False,
+            max_file_size=_MAX_FILE_SIZE,
+            # A page of another site whose name was made to mean this machine is turned away.
+            app_kwargs={"middleware": [middleware(trusted, allowed_hosts=[_ADDRESS, "localhost"])]},
+            prevent_thread_lock=True,
+            quiet=True,
+            css=_STYLE,
+            run_history=False,
+            footer_links=["api"],
+        )
+        try:
+            yield page
+        finally:
+            page.close(verbose=False)
+
+
 def build_page(
-    model: str | Path | None, *, generator: str | Path | None, data: str | None, device: str
+    model: str | Path | None,
+    *,
+    generator: str | Path | None,
+    data: str | None,
+    device: str,
+    folder: Path,
 ) -> Any:  # noqa: ANN401 - of an optional extra
-    """The page, not yet served: call `launch` of what is returned.
+    """The page, not yet served.
 
     Args:
         model: a tokenizer's directory, or owner/name@revision on Hugging Face; None is the
@@ -173,12 +260,14 @@ def build_page(
         data: images to find neighbours among; None leaves that tab out. The quickstart's digits
             are left out, and a warning says so, where scikit-learn is not installed.
         device: where to compute.
+        folder: where the pictures lie that it shows.
 
     Raises:
         ValueError: a model or the data are not there.
-        RuntimeError: the `demo` extra is not installed.
+        RuntimeError: the `demo` extra cannot be imported.
     """
-    gradio = _gradio()
+    with needing("demo", "the web page"):
+        gradio = importlib.import_module("gradio")
     place = resolve_device(device)
     dataset = None if data is None else open_images(data)
     if model is None:
@@ -187,53 +276,66 @@ def build_page(
     tokenizer = Tokenizer.from_pretrained(model).to(place).eval()
     pair = None if generator is None else load_pair(generator, model, place)
     neighbours = None if dataset is None else index(tokenizer, dataset)
-    with gradio.Blocks(title="MergeVQ", analytics_enabled=False) as page:
+    with gradio.Blocks(
+        title="MergeVQ", analytics_enabled=False, delete_cache=_DELETE_CACHE
+    ) as page:
         gradio.Markdown(f"# MergeVQ\n{_description(tokenizer)}")
-        _reconstruction_tab(gradio, tokenizer)
+        _reconstruction_tab(gradio, tokenizer, folder)
         if pair is not None:
-            _sample_tab(gradio, pair)
+            _sample_tab(gradio, pair, folder)
         if neighbours is not None:
-            _neighbour_tab(gradio, tokenizer, neighbours)
+            _neighbour_tab(gradio, tokenizer, neighbours, folder)
     return page
 
 
 # --------------------------------------------------------------------------------------- tabs
 
 
-def _reconstruction_tab(gradio: ModuleType, tokenizer: Tokenizer) -> None:
+def _reconstruction_tab(gradio: ModuleType, tokenizer: Tokenizer, folder: Path) -> None:
     """A picture, a slider, and what comes back."""
 
-    def shown(picture: Image.Image | None, num_kept: float | int) -> Sequence[Image.Image | str]:
-        return _or_error(gradio, lambda: reconstruct(tokenizer, picture, int(num_kept)))
+    def shown(file: str | None, num_kept: float | int) -> list[str]:
+        *pictures, text = reconstruct(tokenizer, _opened(file), int(num_kept))
+        return [*(_saved(picture, folder) for picture in pictures), text]
 
     config = tokenizer.config
     least = -(-config.num_tokens // 2**config.num_layers)
     with gradio.Tab("Reconstruct"):
         with gradio.Row():
-            picture = gradio.Image(type="pil", label="picture")
-            num_kept = gradio.Slider(
-                least, config.num_tokens, value=config.num_kept, step=1, label="tokens"
-            )
+            picture = _picture_input(gradio)
+            with gradio.Column():
+                num_kept = gradio.Slider(
+                    least, config.num_tokens, value=config.num_kept, step=1, label="tokens"
+                )
+                button = gradio.Button("Reconstruct", variant="primary")
+                text = gradio.Markdown()
         names = ("as the model sees it", "merge map", "given source", "recovered source")
         with gradio.Row():
-            outputs = [gradio.Image(type="pil", label=name) for name in names]
-        text = gradio.Markdown()
-        button = gradio.Button("Reconstruct", variant="primary")
-        button.click(shown, [picture, num_kept], [*outputs, text], api_name="reconstruct")
-        num_kept.release(shown, [picture, num_kept], [*outputs, text], api_name=False)
+            outputs = [
+                gradio.Image(
+                    label=name,
+                    type="filepath",
+                    interactive=False,
+                    buttons=_BUTTONS,
+                    min_width=_MIN_WIDTH,
+                )
+                for name in names
+            ]
+        call = _or_error(gradio, shown)
+        button.click(call, [picture, num_kept], [*outputs, text], api_name="reconstruct")
+        num_kept.release(call, [picture, num_kept], [*outputs, text], api_visibility="private")
 
 
-def _sample_tab(gradio: ModuleType, pair: Pair) -> None:
+def _sample_tab(gradio: ModuleType, pair: Pair, folder: Path) -> None:
     """Pictures out of nothing but a class."""
     choices = class_choices(pair)
 
     def shown(
         name: str, guidance: float | int, num_images: float | int, seed: float | int
-    ) -> list[Image.Image]:
+    ) -> list[str]:
         chosen = name if name in choices else None
-        return _or_error(
-            gradio, lambda: draw(pair, chosen, float(guidance), int(num_images), int(seed))
-        )
+        pictures = draw(pair, chosen, float(guidance), int(num_images), int(seed))
+        return [_saved(picture, folder) for picture in pictures]
 
     with gradio.Tab("Sample"):
         with gradio.Row():
@@ -241,35 +343,68 @@ def _sample_tab(gradio: ModuleType, pair: Pair) -> None:
             guidance = gradio.Slider(1, 8, value=2, step=0.5, label="guidance")
             num_images = gradio.Slider(1, 16, value=8, step=1, label="pictures")
             seed = gradio.Number(0, precision=0, label="seed")
-        gallery = gradio.Gallery(columns=8, label="samples")
         button = gradio.Button("Sample", variant="primary")
-        button.click(shown, [name, guidance, num_images, seed], gallery, api_name="sample")
+        gallery = _gallery(gradio, "samples")
+        inputs = [name, guidance, num_images, seed]
+        button.click(_or_error(gradio, shown), inputs, gallery, api_name="sample")
 
 
-def _neighbour_tab(gradio: ModuleType, tokenizer: Tokenizer, neighbours: Neighbours) -> None:
+def _neighbour_tab(
+    gradio: ModuleType, tokenizer: Tokenizer, neighbours: Neighbours, folder: Path
+) -> None:
     """What the class token finds alike."""
 
-    def shown(picture: Image.Image | None, count: float | int) -> list[tuple[Image.Image, str]]:
-        return _or_error(gradio, lambda: nearest(tokenizer, neighbours, picture, int(count)))
+    def shown(file: str | None, count: float | int) -> list[tuple[str, str]]:
+        found = nearest(tokenizer, neighbours, _opened(file), int(count))
+        return [(_saved(picture, folder), caption) for picture, caption in found]
 
     num_images = len(neighbours.features)
     with gradio.Tab("Neighbours"):
         with gradio.Row():
-            picture = gradio.Image(type="pil", label="picture")
-            count = gradio.Slider(
-                1, min(32, num_images), value=min(8, num_images), step=1, label="neighbours"
-            )
-        gallery = gradio.Gallery(columns=8, label=f"of {num_images:,} images, with their cosine")
-        button = gradio.Button("Find", variant="primary")
-        button.click(shown, [picture, count], gallery, api_name="neighbours")
+            picture = _picture_input(gradio)
+            with gradio.Column():
+                count = gradio.Slider(
+                    1, min(32, num_images), value=min(8, num_images), step=1, label="neighbours"
+                )
+                button = gradio.Button("Find", variant="primary")
+        gallery = _gallery(gradio, f"of {num_images:,} images, with their cosine")
+        button.click(_or_error(gradio, shown), [picture, count], gallery, api_name="neighbours")
 
 
-def _or_error(gradio: ModuleType, call: Any) -> Any:  # noqa: ANN401 - whatever a tab shows
-    """What is wrong with the input is shown on the page."""
-    try:
-        return call()
-    except ValueError as error:
-        raise gradio.Error(str(error)) from error
+def _picture_input(gradio: ModuleType) -> Any:  # noqa: ANN401 - of an optional extra
+    """A place to drop a picture, of which a tab gets the file as it is."""
+    picture = gradio.Image(type="filepath", image_mode=None, label="picture", height=_HEIGHT)
+
+    def path_of(payload: Any) -> str | None:  # noqa: ANN401 - of an optional extra
+        return None if payload is None else payload.path
+
+    # Gradio would open the file, in any format that Pillow knows and with pixels of its own.
+    picture.preprocess = path_of
+    return picture
+
+
+def _gallery(gradio: ModuleType, label: str) -> Any:  # noqa: ANN401 - of an optional extra
+    """A place for many pictures."""
+    return gradio.Gallery(
+        elem_classes="pictures",
+        height="auto",
+        label=label,
+        interactive=False,
+        buttons=_BUTTONS,
+    )
+
+
+def _or_error(gradio: ModuleType, shown: Callable[..., _Shown]) -> Callable[..., _Shown]:
+    """A function of a tab that shows on the page what is wrong with its input."""
+
+    @wraps(shown)
+    def call(*values: Any) -> _Shown:
+        try:
+            return shown(*values)
+        except ValueError as error:
+            raise gradio.Error(str(error), print_exception=False) from error
+
+    return call
 
 
 def _description(tokenizer: Tokenizer) -> str:
@@ -284,17 +419,33 @@ def _description(tokenizer: Tokenizer) -> str:
 # ------------------------------------------------------------------------------------- pieces
 
 
-def _gradio() -> ModuleType:
-    """The package of the `demo` extra, told to keep to this machine.
+def _require_free(port: int) -> None:
+    """Check that the page can be served on a port, before anything is loaded.
 
     Raises:
-        RuntimeError: it is not installed.
+        ValueError: it cannot.
     """
-    # It reads this when it is imported, launched and in trouble, and would ask its makers' server
-    # for messages and newer versions, and report.
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # noqa: TID251 - it has no other switch
-    with needing("demo", "the web page"):
-        return importlib.import_module("gradio")
+    if not 1 <= port <= _MAX_PORT:
+        raise ValueError(f"port ({port}) must be between 1 and {_MAX_PORT}")
+    try:
+        socket.create_server((_ADDRESS, port)).close()
+    except OSError as error:
+        raise ValueError(f"port ({port}) cannot be had ({error.strerror}); try another") from error
+
+
+@contextmanager
+def _only_these_settings(settings: dict[str, str]) -> Iterator[None]:
+    """Take all of gradio's settings out of the environment but some, and put them back after."""
+    before = {name: text for name, text in os.environ.items() if name.startswith("GRADIO_")}
+    for name in before:
+        del os.environ[name]
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name in settings:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def _toy_dataset() -> ImageDataset | None:
@@ -306,15 +457,27 @@ def _toy_dataset() -> ImageDataset | None:
         return None
 
 
-def _given(picture: Image.Image | None) -> Image.Image:
-    """A picture that may have been forgotten.
+def _opened(file: str | None) -> Image.Image:
+    """The picture in a file that was dropped on the page, as every command reads it.
 
     Raises:
-        ValueError: it was.
+        ValueError: none was, or it cannot be read.
     """
-    if picture is None:
+    if file is None:
         raise ValueError("no picture was given; drop one on the page first")
-    return picture
+    try:
+        return load_picture(file)
+    except ValueError as error:
+        # The path on this machine says nothing to a reader of the page.
+        raise ValueError(str(error).replace(file, Path(file).name)) from error
+
+
+def _saved(picture: Image.Image, folder: Path) -> str:
+    """Path of a picture in a file of its own, which no other answer shares or writes again."""
+    descriptor, path = tempfile.mkstemp(suffix=".png", dir=folder)
+    with os.fdopen(descriptor, "wb") as file:
+        picture.save(file, format="PNG")
+    return path
 
 
 @torch.no_grad()

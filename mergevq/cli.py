@@ -4,15 +4,15 @@ Each command is a function whose signature is its options and whose docstring is
 heavy is imported inside, so that help, recipes and mistyped options never wait for torch.
 """
 
-import difflib
 import inspect
 import io
 import logging
 import os
 import platform
+import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Generic, TypeVar
 import tyro
 
 from mergevq import cli_bench, cli_evaluate, cli_probe, cli_source
+from mergevq.choices import nearest
 from mergevq.cli_evaluate import (
     Counts,
     Sampling,
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         let_products_repeat()
     if name not in commands:
         usage = _usage() if commands is COMMANDS else _listed(prog, commands)
-        print(f"{prog}: no command {name!r}{_near(name, commands)}\n\n{usage}", file=sys.stderr)
+        print(f"{prog}: no command {name!r}{nearest(name, commands)}\n\n{usage}", file=sys.stderr)
         return 2
     return _call(commands[name], arguments, prog=f"{prog} {name}")
 
@@ -131,7 +132,7 @@ def train(arguments: list[str]) -> int:
     if name not in RECIPES:
         problem = _TRAIN_USAGE
         if name:
-            problem = f"mergevq train: no recipe {name!r}{_near(name, RECIPES)}"
+            problem = f"mergevq train: no recipe {name!r}{nearest(name, RECIPES)}"
         print(f"{problem}\n\n{_recipe_list()}", file=sys.stderr)
         return 2
     run = RECIPES[name]()
@@ -149,14 +150,10 @@ def train(arguments: list[str]) -> int:
 
         print_table("dry run", describe(options.run, estimate(options.run)))
         return 0
-    if isinstance(options.run, GeneratorRun):
-        from mergevq.train_generator import train as train_generator
+    from mergevq.training import train as train_run
 
-        kind, model = "generator", train_generator(options.run, resume=options.resume)
-    else:
-        from mergevq.train_tokenizer import train as train_tokenizer
-
-        kind, model = "tokenizer", train_tokenizer(options.run, resume=options.resume)
+    model = train_run(options.run, resume=options.resume)
+    kind = "generator" if isinstance(options.run, GeneratorRun) else "tokenizer"
     if os.environ.get("RANK", "0") == "0":
         print(f"trained {kind}: {model}")
     return 0
@@ -315,7 +312,7 @@ def sample(  # noqa: PLR0913 - each is an option
     depends on the seed and its number, not on how many there are.
 
     Args:
-        out: folder of the images; must be empty.
+        out: folder of the images; one that the same command left unfinished is completed.
         sampling: what samples, and how.
         classes: class ids separated by commas, one for each image in turn; all there are if empty.
         num: images.
@@ -344,6 +341,8 @@ def sample(  # noqa: PLR0913 - each is an option
     written = write_samples(run, out)
     if written.logit_error is not None:
         print(logit_error_line(run.weights, written.logit_error))
+    if written.num_made == 0:
+        print("complete already, nothing was sampled")
     print(f"{len(written.images)} images: {out}")
     print(f"grid: {written.grid}")
 
@@ -424,10 +423,13 @@ def demo(
         device: where to compute.
     """
     prepare_to_compute()
-    from mergevq.app import build_page
+    from mergevq.app import serve
 
-    page = build_page(model, generator=generator, data=data, device=device)
-    page.launch(server_port=port, share=False)
+    # Ended by either signal, the page takes its pictures with it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with serve(model, generator=generator, data=data, device=device, port=port) as page:
+        print(f"page: {page.local_url} (Ctrl-C ends it)")
+        page.block_thread()
 
 
 def doctor() -> None:
@@ -492,12 +494,6 @@ def _usage() -> str:
         for name, command in members.items()
     }
     return _listed("mergevq", commands)
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    """The known name that a mistyped one is nearest to, as the end of a message."""
-    near = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _listed(prog: str, commands: Mapping[str, Callable[..., object]]) -> str:

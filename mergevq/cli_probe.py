@@ -185,6 +185,9 @@ def finetune(  # noqa: PLR0913 - each is an option
     mixup: float = 0.8,
     cutmix: float = 1.0,
     augmentation: Literal["none", "crop", "resized_crop"] = "resized_crop",
+    randaugment: float = FinetuneConfig().randaugment,
+    erasing: float = FinetuneConfig().erasing,
+    drop_path: float = FinetuneConfig().drop_path,
     precision: Precision = "auto",
     linear_epochs: int = 90,
 ) -> None:
@@ -209,6 +212,10 @@ def finetune(  # noqa: PLR0913 - each is an option
         cutmix: parameter of the beta distribution of cutmix; 0 is off.
         augmentation: centre squares, squares at random places, or random rectangles; the last two
             are mirrored half of the time, which letters and digits do not bear.
+        randaugment: mean strength of RandAugment, up to 10; 0 is off, as digits need.
+        erasing: share of the images of which a rectangle becomes noise; 0 is off.
+        drop_path: probability that the last block is skipped in training; it falls to 0 at the
+            first.
         precision: of training.
         linear_epochs: passes of the linear probes beside it.
     """
@@ -224,6 +231,9 @@ def finetune(  # noqa: PLR0913 - each is an option
         mixup=mixup,
         cutmix=cutmix,
         augmentation=augmentation,
+        randaugment=randaugment,
+        erasing=erasing,
+        drop_path=drop_path,
         precision=precision,
         linear=LinearConfig(num_epochs=linear_epochs),
     )

@@ -146,6 +146,13 @@ class FinetuneConfig:
     augmentation: Literal["none", "crop", "resized_crop"] = "resized_crop"
     """`none` takes centre squares, `crop` squares at random places, mirrored half of the time,
     `resized_crop` random rectangles of 8 % to 100 % of the area, mirrored half of the time."""
+    randaugment: float = 9.0
+    """Mean strength of RandAugment's two operations, up to 10; 0 is off."""
+    erasing: float = 0.25
+    """Share of the images of which a random rectangle becomes noise; 0 is off."""
+    drop_path: float = 0.1
+    """Probability that the last block is skipped for an image in training; it falls to 0 at the
+    first block."""
     precision: Precision = "auto"
     """Of training; evaluation is in float32."""
     linear: LinearConfig = field(default_factory=LinearConfig)
@@ -162,6 +169,12 @@ class FinetuneConfig:
         )
         for name in ("mixup", "cutmix"):
             _require(getattr(self, name) >= 0, f"{name} ({getattr(self, name)}) must be at least 0")
+        _require(
+            0 <= self.randaugment <= 10,
+            f"randaugment ({self.randaugment}) must be between 0 (off) and 10",
+        )
+        _require(0 <= self.erasing <= 1, f"erasing ({self.erasing}) must be between 0 and 1")
+        _require(0 <= self.drop_path < 1, f"drop_path ({self.drop_path}) must be in [0, 1)")
 
 
 def _check_epochs(num_epochs: int, batch_size: int | None, warmup_fraction: float) -> None:

@@ -13,7 +13,7 @@ import hashlib
 import math
 import signal
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -201,6 +201,10 @@ def random_resized_crop(
 # Batches
 
 
+Augment = Callable[[Image.Image, torch.Generator], Image.Image]
+"""Changes an RGB picture, of which the size stays, by random numbers of a generator."""
+
+
 class Batch(NamedTuple):
     """Images of one step on one rank."""
 
@@ -246,6 +250,7 @@ class _TrainFetcher(Dataset[_Fetched]):
     student_size: int | None
     teacher_size: int | None
     seed: int
+    augment: Augment | None
 
     def __getitem__(self, samples: list[tuple[int, int]]) -> _Fetched:
         broken: dict[str, str] = {}
@@ -265,6 +270,12 @@ class _TrainFetcher(Dataset[_Fetched]):
             generator = _generator("student", self.seed, k)
             student = random_resized_crop(image, self.student_size, generator)
             student = random_flip(student, generator)
+        if self.augment is not None:
+            generator = _generator("augment", self.seed, k)
+            if student is None:
+                square = self.augment(square, generator)
+            else:
+                student = self.augment(student, generator)
         if self.teacher_size is not None:
             generator = _generator("teacher", self.seed, k)
             teacher = crop_square(image, self.teacher_size, generator)
@@ -329,6 +340,7 @@ def train_batches(  # noqa: PLR0913 - the position in the run and among the rank
     student_size: int | None,
     teacher_size: int | None,
     num_workers: int,
+    augment: Augment | None = None,
 ) -> Iterator[Batch]:
     """This rank's batches of steps `start_step` to `num_steps - 1`.
 
@@ -348,6 +360,7 @@ def train_batches(  # noqa: PLR0913 - the position in the run and among the rank
         student_size: side of the student's view; None for none.
         teacher_size: side of the teacher's view; None for none.
         num_workers: loading processes; 0 loads in this one.
+        augment: changes the student's view, or without one the image.
 
     Raises:
         ValueError: a size is impossible or no image can be read.
@@ -356,7 +369,7 @@ def train_batches(  # noqa: PLR0913 - the position in the run and among the rank
     _check_sizes(dataset, image=image_size, student=student_size, teacher=teacher_size)
     if start_step < 0:
         raise ValueError(f"start_step ({start_step}) must be at least 0")
-    fetcher = _TrainFetcher(dataset, data, image_size, student_size, teacher_size, seed)
+    fetcher = _TrainFetcher(dataset, data, image_size, student_size, teacher_size, seed, augment)
     steps = range(start_step, num_steps)
     numbers = (range(step * batch_size, (step + 1) * batch_size)[share] for step in steps)
     return _load(fetcher, _train_samples(len(dataset), seed, numbers), num_workers)

@@ -3,28 +3,32 @@
 Source: Xie et al. 2022, "SimMIM: A Simple Framework for Masked Image Modeling", appendix A
 (arXiv:2111.09886) for optimizer, layer decay and augmentation, which Li et al. 2025, "MergeVQ",
 appendix A.4 (arXiv:2504.00999) follows; Zhang et al. 2018, "mixup" (arXiv:1710.09412); Yun et al.
-2019, "CutMix", section 3.1 (arXiv:1905.04899).
+2019, "CutMix", section 3.1 (arXiv:1905.04899); Huang et al. 2016, "Deep Networks with Stochastic
+Depth", section 3 (arXiv:1603.09382).
 
-Differs: no blocks are dropped and there is no RandAugment; the last epoch is reported, never the
-best one; tokens may be merged (the paper fine-tunes without merging).
+Differs: the last epoch is reported, never the best one; tokens may be merged (the paper fine-tunes
+without merging).
 
 Shape letters: B batch, Y classes, H and W pixels, M validation images.
 """
 
+import functools
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
+from mergevq.augment import RandAugment, erase
 from mergevq.config import DataConfig, OptimConfig
 from mergevq.config_probe import FinetuneConfig, ImagePool, Stage
 from mergevq.data import eval_batches, train_batches
 from mergevq.images import ImageDataset
-from mergevq.layers import NORM_EPS
+from mergevq.layers import NORM_EPS, MergeBlock
 from mergevq.optim import (
     NonFiniteGuard,
     check_coverage,
@@ -34,7 +38,7 @@ from mergevq.optim import (
     parameter_groups,
 )
 from mergevq.run import Progress, autocast, resolve_precision, step_generator
-from mergevq.tokenizer import Tokenizer
+from mergevq.tokenizer import Encoder, Tokenizer
 
 _MAX_NONFINITE = 20
 """Steps in a row with a loss or gradient that is not finite, after which training stops."""
@@ -196,6 +200,56 @@ def draw_beta(alpha: float, generator: torch.Generator) -> float:
             return first / (first + second)
 
 
+# --------------------------------------------------------------------------------- dropped blocks
+
+
+class DropPath:
+    """Skips blocks of an encoder at random, each for some images of a batch.
+
+    A skipped block's attention and MLP, each drawn apart, add nothing; where they are not skipped
+    they count for more, so that their mean stays. Inside `with`, it acts in training mode.
+    """
+
+    def __init__(self, encoder: Encoder, probability: float) -> None:
+        """Choose the probabilities: from 0 for the first block, in even steps, to the last one's.
+
+        Args:
+            encoder: its weights and their names stay.
+            probability: of skipping the last block, in [0, 1).
+        """
+        self._blocks = [cast("MergeBlock", block) for block in encoder.blocks]
+        last = max(1, len(self._blocks) - 1)
+        self.probabilities = [probability * n / last for n in range(len(self._blocks))]
+        """Of each block."""
+        self._factors: Float[Tensor, "n b"] | None = None
+        self._hooks: list[RemovableHandle] = []
+
+    def draw(self, batch: int, generator: torch.Generator, device: torch.device) -> None:
+        """Choose what is skipped for the images of the next pass; draws on the CPU."""
+        skipped = torch.tensor(self.probabilities).repeat_interleave(2)[:, None]
+        kept = torch.rand(len(skipped), batch, generator=generator) >= skipped
+        self._factors = (kept / (1 - skipped)).to(device)
+
+    def __enter__(self) -> "DropPath":
+        """Begin."""
+        for number, block in enumerate(self._blocks):
+            for place, branch in enumerate((block.ls1, block.ls2)):
+                hook = functools.partial(self._scale, row=2 * number + place)
+                self._hooks.append(branch.register_forward_hook(hook))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _scale(self, branch: nn.Module, _inputs: object, out: Tensor, *, row: int) -> Tensor:
+        """Scale what a branch adds, image by image."""
+        if not branch.training or self._factors is None:
+            return out
+        return out * self._factors[row, :, None, None].to(out.dtype)
+
+
 # ------------------------------------------------------------------------------------- training
 
 
@@ -234,7 +288,7 @@ def finetune(
         val: other images of the same classes.
         config: how.
         num_workers: loading processes; 0 loads in this one.
-        seed: of orders, crops, flips and mixing.
+        seed: of orders, augmentation, mixing and skipped blocks.
         progress: counts as many steps as `num_steps` says.
 
     Raises:
@@ -259,26 +313,29 @@ def finetune(
     losses: list[float] = []
     model.train()
     batches = _batches(train, config, model, total, batch_size, num_workers=num_workers, seed=seed)
-    for step, (image, label) in enumerate(batches):
-        target = functional.one_hot(label.to(device), len(model.weight)).float()
-        mixed = mix(Mixed(image.to(device), target), config, step_generator(seed, "mix", step))
-        for group in optimizer.param_groups:
-            group["lr"] = group["scale"] * learning_rate(step, schedule, total, batch_size)
-        with autocast(device, dtype):
-            logits = model(mixed.image)
-        loss = functional.cross_entropy(
-            logits.float(), mixed.target, label_smoothing=config.label_smoothing
-        )
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        norm = clip(model.parameters(), config.clip_norm)
-        if guard.check(step, {"loss": loss, "gradient norm": norm}):
-            scaler.step(optimizer)
-            losses.append(loss.item())
-        scaler.update()
-        if progress is not None:
-            progress.update()
+    with DropPath(model.tokenizer.encoder, config.drop_path) as depth:
+        for step, (image, label) in enumerate(batches):
+            target = functional.one_hot(label.to(device), len(model.weight)).float()
+            image = erase(image, config.erasing, step_generator(seed, "erase", step))
+            mixed = mix(Mixed(image.to(device), target), config, step_generator(seed, "mix", step))
+            depth.draw(len(image), step_generator(seed, "depth", step), device)
+            for group in optimizer.param_groups:
+                group["lr"] = group["scale"] * learning_rate(step, schedule, total, batch_size)
+            with autocast(device, dtype):
+                logits = model(mixed.image)
+            loss = functional.cross_entropy(
+                logits.float(), mixed.target, label_smoothing=config.label_smoothing
+            )
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            norm = clip(model.parameters(), config.clip_norm)
+            if guard.check(step, {"loss": loss, "gradient norm": norm}):
+                scaler.step(optimizer)
+                losses.append(loss.item())
+            scaler.update()
+            if progress is not None:
+                progress.update()
     scores, labels = classify(model, val, batch_size=min(64, batch_size), num_workers=num_workers)
     return FinetuneResult(
         scores=scores,
@@ -320,6 +377,7 @@ def _batches(
         student_size=size if config.augmentation == "resized_crop" else None,
         teacher_size=None,
         num_workers=num_workers,
+        augment=RandAugment(config.randaugment) if config.randaugment > 0 else None,
     ):
         view = batch.student_view
         yield batch.image if view is None else view, batch.label

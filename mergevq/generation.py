@@ -1,9 +1,9 @@
 """Images from a generator and its tokenizer: sampling, in-painting, and making one again.
 
 A run of samples is a folder: an image for each number, a grid of the first, and `samples.json`,
-which says what made them. Image k depends on (seed, k) alone; but the last bits of a product may
-depend on how many images are computed at once, and with weights of fewer bits they decide more
-often, so an image is made again with the batch it was in.
+which says what makes them; an interrupted run goes on where it was. Image k depends on (seed, k)
+alone; but the last bits of a product may depend on how many images are computed at once, and with
+weights of fewer bits they decide more often, so an image is made again with the batch it was in.
 
 Shape letters: B images, L grid cells, K kept tokens, S image side.
 """
@@ -40,6 +40,7 @@ from mergevq.generator import Generator, random_orders
 from mergevq.merge import Source
 from mergevq.pictures import contact_sheet, to_pil
 from mergevq.run import Progress, environment, resolve_device, step_generator
+from mergevq.sample_files import SampleFiles
 from mergevq.sampling import Sampled, image_seed, inpaint, sample
 from mergevq.tokenizer import Tokenizer
 from mergevq.weights import as_weights, logit_error
@@ -76,6 +77,8 @@ class Written(NamedTuple):
     """The first of them in one picture."""
     logit_error: float | None
     """Of the weights that sampled, as in `weights.logit_error`; None for those of the file."""
+    num_made: int
+    """Images that were not there before."""
 
 
 class Origin(NamedTuple):
@@ -332,36 +335,89 @@ def generate(
 
 
 def write_samples(run: SampleRun, out: Path) -> Written:
-    """Sample all images of a run into a folder.
+    """Sample all images of a run into a folder, or those that an interrupted run left out.
 
     Raises:
-        ValueError: the run does not fit, or the folder has something in it.
+        ValueError: the run does not fit, the folder holds something else, or an image there is not
+            the one that was made.
         RuntimeError: weights are broken.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; choose another folder with --out, or delete it")
     device = resolve_device(run.device)
+    is_begun = _require_empty_or_begun(out)
     pair, error = load_run(run, device)
     origin = _origin(pair, run)
-    progress = Progress(run.num_images, unit="image")
-    paths: list[Path] = []
-    shown: list[Image.Image] = []
+    record = _record(pair, run, device, error)
+    if is_begun:
+        _require_same_run(out, record)
+    files = SampleFiles(out, [_file_name(image_id) for image_id in range(run.num_images)])
+    there = [image_id for image_id in range(run.num_images) if files.has(image_id)]
+    for image_id in there:
+        files.read(image_id)  # which checks that it is the one that was made
+    progress = Progress(run.num_images, done=len(there), unit="image")
     for number in range(-(-run.num_images // run.batch_size)):
         image_ids = _batch(run, number)
+        missing = [image_id for image_id in image_ids if not files.has(image_id)]
+        if not missing:
+            continue
+        # The whole batch, whatever is missing of it: its size may decide last bits.
         _, images = generate(pair, run, image_ids, origin)
-        # Only now, so that what does not fit leaves nothing behind.
-        out.mkdir(parents=True, exist_ok=True)
-        for image_id, image in zip(image_ids, images, strict=True):
-            paths.append(out / _file_name(image_id))
-            picture = to_pil(image)
-            picture.save(paths[-1])
-            shown += [picture] * (len(shown) < _GRID_IMAGES)
-        progress.update(len(image_ids))
+        if not is_begun:
+            # Only now, so that what does not fit leaves nothing behind.
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / RECORD, record)
+            is_begun = True
+        for image_id in missing:
+            files.save(image_id, to_pil(images[image_id - image_ids[0]]))
+        progress.update(len(missing))
     progress.close()
+    shown = [files.read(image_id) for image_id in range(min(_GRID_IMAGES, run.num_images))]
     rows = [shown[i : i + _GRID_COLUMNS] for i in range(0, len(shown), _GRID_COLUMNS)]
     contact_sheet(rows).save(out / GRID)
-    write_json(out / RECORD, _record(pair, run, device, error))
-    return Written(paths, out / GRID, error)
+    paths = [files.path(image_id) for image_id in range(run.num_images)]
+    return Written(paths, out / GRID, error, run.num_images - len(there))
+
+
+def _require_empty_or_begun(out: Path) -> bool:
+    """Whether a folder holds samples, which may be those of an interrupted run.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if (out / RECORD).is_file():
+        return True
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(
+            f"{out} is not empty and holds no {RECORD}; choose another folder with --out, or "
+            "delete it"
+        )
+    return False
+
+
+def _require_same_run(out: Path, record: dict[str, Any]) -> None:
+    """Check that the samples in a folder are of the run that is to go on.
+
+    Raises:
+        ValueError: they are of another.
+    """
+    there = read_json(out / RECORD)
+    known = to_json(read_sample_run(there, where=str(out / RECORD)))
+    changed = [
+        f"{name} ({known[name]}, now {value})"
+        for name, value in record["run"].items()
+        if known[name] != value
+    ]
+    compared = ["generator", "tokenizer", "keep_from_sha256", "mask_sha256", "images"]
+    changed += [name for name in compared if there.get(name) != record[name]]
+    # Another device computes other last bits.
+    environment = there.get("environment")
+    device = environment.get("device") if isinstance(environment, dict) else None
+    if device != record["environment"]["device"]:
+        changed.append(f"device ({device}, now {record['environment']['device']})")
+    if changed:
+        raise ValueError(
+            f"{out} holds samples of another run, which differs in {', '.join(changed)}; choose "
+            "another folder with --out, or delete it"
+        )
 
 
 def make_again(

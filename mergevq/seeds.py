@@ -3,8 +3,8 @@
 import hashlib
 from typing import Literal, get_args
 
-DataPurpose = Literal["order", "image", "student", "teacher"]
-"""Order of an epoch; crop and flip of a training image, and of its two views."""
+DataPurpose = Literal["order", "image", "student", "teacher", "augment"]
+"""Order of an epoch; crop and flip of a training image, of its two views, and its augmentation."""
 
 
 def numbered_seed(key: str, number: int) -> int:

@@ -21,18 +21,14 @@ from torch import Tensor, nn
 
 from mergevq import distributed
 from mergevq.checkpoint import (
-    from_json,
-    load_model,
-    load_strict,
-    resolve,
     save_model,
     to_json,
 )
-from mergevq.config import TokenizerConfig, TokenizerRun
+from mergevq.config import TokenizerRun
 from mergevq.data import Batch, ImageDataset, eval_batches, open_train_val, train_batches
 from mergevq.discriminator import Discriminator, fitting_num_layers
 from mergevq.identity import Identity
-from mergevq.interop import initialize_from_dinov2, read_vit
+from mergevq.initial import initial_tokenizer
 from mergevq.losses import (
     LeCam,
     TokenizerLosses,
@@ -346,7 +342,7 @@ def build(
     # The only use of the global generator: it fills fresh weights, and is put back after.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.train.seed)  # noqa: TID251 - layers fill themselves from it
-        tokenizer = _initial_tokenizer(run)
+        tokenizer = initial_tokenizer(run)
         teacher = build_teacher(run.teacher, dim=run.model.dim, num_classes=num_classes)
         discriminator = Discriminator(
             channels=run.loss.discriminator_channels,
@@ -395,56 +391,6 @@ def build(
         dtype=dtype,
     )
     return state, setting
-
-
-def _initial_tokenizer(run: TokenizerRun) -> Tokenizer:
-    """Random, filled from a ViT, or another tokenizer's weights."""
-    tokenizer = Tokenizer(replace(run.model, kept_range=_kept_range(run)))
-    if run.init_vit is not None:
-        initialize_from_dinov2(tokenizer, read_vit(run.init_vit))
-    if run.init_from is not None:
-        initialize_from(tokenizer, run.init_from)
-        if run.loss.adversarial_weight > 0:
-            logger.warning(
-                "starting from %s with a fresh discriminator: it is trained from step %d, and its "
-                "verdict counts from step %d",
-                run.init_from,
-                run.loss.discriminator_start_step,
-                run.loss.adversarial_start_step,
-            )
-    return tokenizer
-
-
-def initialize_from(tokenizer: Tokenizer, path: str | Path) -> None:
-    """Copy a trained tokenizer's weights; image size and K may be others.
-
-    Raises:
-        ValueError: it is not there, or is another architecture.
-    """
-    saved = load_model(resolve(path), kind="tokenizer")
-    other = from_json(TokenizerConfig, saved.record["config"])
-    mine = tokenizer.config
-    for name in (
-        "num_heads",
-        "num_decoder_heads",
-        "num_source_heads",
-        "merge_shape",
-        "position_embedding",
-        "transformer_norm_eps",
-        "patch_norm_eps",
-    ):
-        # The shapes of weights do not tell these apart.
-        if getattr(other, name) != getattr(mine, name):
-            raise ValueError(
-                f"model.{name} ({getattr(mine, name)}) must be {getattr(other, name)}, as in the "
-                f"tokenizer of init_from, {path}"
-            )
-    load_strict(tokenizer, saved.state)
-
-
-def _kept_range(run: TokenizerRun) -> tuple[int, int]:
-    """The K a run trains on, which the saved model remembers."""
-    return min(run.kept.candidates), max(run.kept.candidates)
 
 
 def _perceptual(run: TokenizerRun, device: torch.device) -> Perceptual | None:

@@ -1,11 +1,16 @@
-"""The web page: what stands behind each tab, each tab built and asked once by a stand-in for
-gradio, and once by gradio itself where it is installed."""
+"""The web page: the functions behind its tabs, and the page itself, asked by a real client."""
 
-import contextlib
+import gc
 import os
 import socket
+import subprocess
 import sys
-from types import ModuleType
+import threading
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +19,7 @@ from PIL import Image
 
 from mergevq import app
 from mergevq.checkpoint import tokens_hash
+from mergevq.codec import reconstruct_image
 from mergevq.config import TokenizerConfig
 from mergevq.config_generator import GeneratorConfig
 from mergevq.data import to_tensor
@@ -24,52 +30,6 @@ from mergevq.images import open_images
 from mergevq.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
-
-
-class Component(contextlib.nullcontext):
-    """Stands for any part of a page: remembers what it was made with and what it calls."""
-
-    def __init__(self, page, kind, values, settings):
-        super().__init__(self)
-        self.page, self.kind, self.values, self.settings = page, kind, values, settings
-
-    def _listen(self, function, inputs, outputs, api_name):
-        if api_name:
-            self.page.calls[api_name] = (function, inputs, outputs)
-
-    click = release = _listen
-
-
-class Page(ModuleType):
-    """A `gradio` that only remembers what a page is made of."""
-
-    class Error(Exception):
-        """What a page shows when its input is wrong."""
-
-    def __init__(self):
-        super().__init__("gradio")
-        self.components, self.calls = [], {}
-        boxes, shown = ("Blocks", "Tab", "Row"), ("Markdown", "Image", "Gallery")
-        for kind in (*boxes, *shown, "Button", "Dropdown", "Number", "Slider"):
-            setattr(self, kind, self._maker(kind))
-
-    def _maker(self, kind):
-        def make(*values, **settings):
-            self.components.append(Component(self, kind, values, settings))
-            return self.components[-1]
-
-        return make
-
-    def of_kind(self, kind):
-        return [component for component in self.components if component.kind == kind]
-
-    def ask(self, api_name, *values):
-        """Call what a button calls, with as many values as it has inputs."""
-        function, inputs, outputs = self.calls[api_name]
-        assert len(values) == len(inputs)
-        answer = function(*values)
-        assert not isinstance(outputs, list) or len(answer) == len(outputs)
-        return answer
 
 
 SMALL = TokenizerConfig(
@@ -145,8 +105,6 @@ def test_the_number_of_tokens_matters(tokenizer, folder):
 
 
 def test_what_is_wrong_is_said(tokenizer, folder):
-    with pytest.raises(ValueError, match="no picture was given"):
-        app.reconstruct(tokenizer, None, 6)
     neighbours = app.index(tokenizer, open_images(str(folder / "pictures")))
     picture = load_picture(folder / "pictures" / "cat" / "0.png")
     with pytest.raises(ValueError, match=r"count \(9\) must be between 1 and the 8 images"):
@@ -186,112 +144,338 @@ def test_the_models_of_the_package_belong_together_and_draw_digits():
     assert one.getpixel((128, 128)) > 128
 
 
-def test_the_page_needs_its_extra(folder, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "gradio", None)
+# ------------------------------------------------------------------------------------ the page
+
+# Gradio's own warnings are not ours to mend.
+PAGE = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _left_open():
+    """Collect the sockets and loops that gradio leaves open; elsewhere they count as errors."""
+    yield
+    with warnings.catch_warnings(action="ignore"):
+        gc.collect()
+
+
+def test_the_page_needs_its_extra(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(RuntimeError, match=r'gradio, which is not .* pip install "gradio>=6" '):
-        app.build_page(folder / "tokenizer", generator=None, data=None, device="cpu")
+        app.build_page(
+            folder / "tokenizer", generator=None, data=None, device="cpu", folder=tmp_path
+        )
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@contextmanager
+def serving(tokenizer, *, generator=None, data=None):
+    """A page and a client for it."""
+    with app.serve(
+        tokenizer, generator=generator, data=data, device="cpu", port=free_port()
+    ) as page:
+        yield page, client_of(page)
+
+
+def client_of(page):
+    client = pytest.importorskip("gradio_client")
+    return client.Client(page.local_url, verbose=False, analytics_enabled=False)
+
+
+@pytest.fixture(scope="module")
+def served(folder):
+    """A page of three tabs, where the environment would have it open to all and report."""
+    pytest.importorskip("gradio", reason="the web page needs the demo extra")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_SERVER_NAME", "0.0.0.0")
+        patch.setenv("GRADIO_ALLOWED_PATHS", "/")
+        patch.setenv("GRADIO_ANALYTICS_ENABLED", "True")
+        with serving(
+            folder / "tokenizer", generator=folder / "generator", data=str(folder / "pictures")
+        ) as (page, client):
+            yield page, client
+        assert os.environ["GRADIO_SERVER_NAME"] == "0.0.0.0"
+        assert "GRADIO_TEMP_DIR" not in os.environ
 
 
 @pytest.fixture
-def page(monkeypatch):
-    """A page being made, on a machine without a network that would like to report."""
-    stand_in = Page()
-    monkeypatch.setitem(sys.modules, "gradio", stand_in)
-    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "True")
-    monkeypatch.setattr(socket, "socket", None)
-    return stand_in
+def client(served):
+    return served[1]
 
 
-def test_every_tab_is_built_and_answers(folder, page):
-    app.build_page(
-        folder / "tokenizer",
-        generator=folder / "generator",
-        data=str(folder / "pictures"),
-        device="cpu",
-    )
-    tabs = [tab.values[0] for tab in page.of_kind("Tab")]
-    assert tabs == ["Reconstruct", "Sample", "Neighbours"]
-    assert set(page.calls) == {"reconstruct", "sample", "neighbours"}
-    picture = load_picture(folder / "pictures" / "cat" / "0.png")
-    *pictures, text = page.ask("reconstruct", picture, 5.0)
-    assert {shown.size for shown in pictures} == {(256, 256)}
+def uploaded(path):
+    """A file as a client sends it."""
+    return pytest.importorskip("gradio_client").handle_file(str(path))
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return image.size, image.convert("RGB").tobytes()
+
+
+@PAGE
+def test_every_tab_answers(client, folder):
+    picture = uploaded(folder / "pictures" / "cat" / "0.png")
+    *pictures, text = client.predict(picture, 5, api_name="/reconstruct")
+    assert [pixels(path)[0] for path in pictures] == [(256, 256)] * 4
     assert text.startswith("5 of 16 tokens")
-    assert len(page.ask("sample", "dog", 2, 3, 0)) == 3
-    assert page.ask("sample", "all in turn", 1, 2, 0)[0].size == (256, 256)
-    assert page.ask("neighbours", picture, 2)[0][1] == "cat 1.000"
+    samples = client.predict("dog", 2, 3, 0, api_name="/sample")
+    assert [pixels(sample["image"])[0] for sample in samples] == [(256, 256)] * 3
+    assert len(client.predict("all in turn", 1, 2, 0, api_name="/sample")) == 2
+    found = client.predict(picture, 2, api_name="/neighbours")
+    assert found[0]["caption"] == "cat 1.000"
 
 
-def test_sliders_offer_what_is_legal(folder, page):
-    app.build_page(
-        folder / "tokenizer",
-        generator=folder / "generator",
-        data=str(folder / "pictures"),
-        device="cpu",
-    )
-    sliders = {slider.settings["label"]: slider.values for slider in page.of_kind("Slider")}
+def shaded(size):
+    """Pixels of every channel that differ everywhere."""
+    width, height = size
+    noise = np.random.default_rng(1).integers(0, 256, (height, width, 4), dtype=np.uint8)
+    return Image.fromarray(noise).resize((4 * width, 4 * height), Image.Resampling.BICUBIC)
+
+
+def rotated(path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    shaded((8, 5)).convert("RGB").save(path, exif=exif)
+
+
+def sixteen_bits(path):
+    grey = np.asarray(shaded((6, 6)).convert("L")).astype(np.uint16)
+    Image.fromarray(grey * 200 + 77).save(path)
+
+
+def transparent_palette(path):
+    shaded((6, 6)).convert("RGB").quantize(8).save(path, transparency=3)
+
+
+KINDS = {
+    "transparent.png": lambda path: shaded((6, 6)).save(path),
+    "grey-transparent.png": lambda path: shaded((6, 6)).convert("LA").save(path),
+    "palette.png": transparent_palette,
+    "palette.gif": transparent_palette,
+    "sixteen.png": sixteen_bits,
+    "sixteen.tif": sixteen_bits,
+    "rotated.jpg": rotated,
+    "print.jpg": lambda path: shaded((6, 6)).convert("CMYK").save(path),
+    "black-and-white.png": lambda path: shaded((6, 6)).convert("1").save(path),
+    "plain.webp": lambda path: shaded((7, 6)).save(path, lossless=True),
+}
+
+
+@PAGE
+@pytest.mark.parametrize("name", KINDS)
+def test_the_page_sees_the_pixels_that_the_command_line_sees(
+    client, tokenizer, folder, tmp_path, name
+):
+    KINDS[name](tmp_path / name)
+    picture = load_picture(tmp_path / name)
+    wanted = reconstruct_image(tokenizer, picture, 5, size_policy="resize")
+    *shown, text = client.predict(uploaded(tmp_path / name), 5, api_name="/reconstruct")
+    expected = (wanted.original, wanted.merge_map, wanted.given, wanted.recovered)
+    for path, image in zip(shown, expected, strict=True):
+        factor = 256 // max(image.size)
+        large = image.resize(
+            (factor * image.width, factor * image.height), Image.Resampling.NEAREST
+        )
+        assert pixels(path) == (large.size, large.tobytes())
+    assert f"PSNR {wanted.psnr_given:.2f} dB" in text
+    neighbours = app.index(tokenizer, open_images(str(folder / "pictures")))
+    found = client.predict(uploaded(tmp_path / name), 8, api_name="/neighbours")
+    assert [entry["caption"] for entry in found] == [
+        caption for _, caption in app.nearest(tokenizer, neighbours, picture, 8)
+    ]
+
+
+@PAGE
+def test_wrong_input_is_shown_on_the_page(client, folder, tmp_path):
+    with pytest.raises(Exception, match="no picture was given"):
+        client.predict(None, 5, api_name="/reconstruct")
+    picture = uploaded(folder / "pictures" / "cat" / "0.png")
+    with pytest.raises(Exception, match="3 is less than minimum value 4"):
+        client.predict(picture, 3, api_name="/reconstruct")
+    # Words, a program for a printer, and more pixels than any command reads.
+    (tmp_path / "words.png").write_text("no picture", encoding="utf-8")
+    shaded((6, 6)).convert("RGB").save(tmp_path / "program.png", format="EPS")
+    Image.new("1", (10_000, 9_000)).save(tmp_path / "vast.png")
+    for tab, number in (("/reconstruct", 5), ("/neighbours", 2)):
+        for name, problem in (
+            ("words", "no image format"),
+            ("program", "no image format"),
+            ("vast", "10,000 x 9,000 are 90,000,000 pixels"),
+        ):
+            with pytest.raises(Exception, match=rf"image {name}\.png cannot be read: {problem}"):
+                client.predict(uploaded(tmp_path / f"{name}.png"), number, api_name=tab)
+
+
+@PAGE
+def test_the_page_is_of_this_machine_whatever_the_environment_says(served):
+    page, client = served
+    httpx = pytest.importorskip("httpx")
+    assert (page.server_name, page.share, page.allowed_paths) == ("127.0.0.1", False, [])
+    for host, status in (("127.0.0.1:1", 200), ("localhost", 200), ("elsewhere.org", 400)):
+        assert httpx.get(client.src, headers={"host": host}).status_code == status
+    assert page.analytics_enabled is False
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+    buttons = [block.buttons for block in page.blocks.values() if hasattr(block, "columns")]
+    assert buttons
+    assert not any("share" in each for each in buttons)
+
+
+@PAGE
+def test_a_file_that_is_too_large_is_not_kept(served, tmp_path):
+    _, client = served
+    with (tmp_path / "large.png").open("wb") as file:
+        file.truncate(app._MAX_FILE_SIZE + 1)
+    with pytest.raises(Exception, match=r"413|exceed"):
+        client.predict(uploaded(tmp_path / "large.png"), 5, api_name="/reconstruct")
+    kept = [path for path in Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*") if path.is_file()]
+    assert all(path.stat().st_size < 2**20 for path in kept)
+
+
+@PAGE
+def test_pictures_lie_in_a_private_folder_and_end_with_the_page(folder):
+    with serving(folder / "tokenizer") as (page, client):
+        place = Path(os.environ["GRADIO_TEMP_DIR"])
+        assert place.stat().st_mode & 0o777 == 0o700
+        client.predict(uploaded(folder / "pictures" / "dog" / "5.png"), 5, api_name="/reconstruct")
+        kept = {path for path in place.rglob("*") if path.is_file()}
+        # The four pictures and the one that was sent; gradio deletes those it knows of.
+        assert len(kept) == 5
+        assert kept <= {Path(path) for known in page.temp_file_sets for path in known}
+        assert page.delete_cache == (60, 3600)
+    assert not place.exists()
+
+
+@PAGE
+def test_more_requests_than_may_wait_are_turned_away(folder, monkeypatch):
+    """And the others are answered."""
+    asked, go_on = threading.Event(), threading.Event()
+    answer = app.reconstruct
+
+    def slow(*values):
+        asked.set()
+        assert go_on.wait(60)
+        return answer(*values)
+
+    monkeypatch.setattr(app, "reconstruct", slow)
+    monkeypatch.setattr(app, "_MAX_WAITING", 2)
+    with serving(folder / "tokenizer") as (_, client):
+        picture = uploaded(folder / "pictures" / "dog" / "5.png")
+        client.submit(picture, 5, api_name="/reconstruct")
+        assert asked.wait(60)
+        others = [client.submit(picture, 5, api_name="/reconstruct") for _ in range(4)]
+        deadline = time.monotonic() + 60
+        while sum(job.done() for job in others) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        go_on.set()
+        refused = [error for job in others if (error := job.exception(timeout=60)) is not None]
+    assert len(refused) == 2
+    assert "queue is full" in str(refused[0]).lower()
+
+
+@PAGE
+@pytest.mark.parametrize("number", [24, pytest.param(500, marks=pytest.mark.slow)])
+def test_many_at_once_get_the_answers_that_one_alone_gets(served, folder, number):
+    page, client = served
+    files = [uploaded(path) for path in sorted((folder / "pictures").rglob("*.png"))[::2]]
+    asks = [((file, kept), "/reconstruct") for file in files for kept in (4, 9)]
+    asks += [(("dog", 2, 2, seed), "/sample") for seed in range(2)]
+    asks += [((file, 3), "/neighbours") for file in files[:2]]
+
+    def answer(asking, ask):
+        values, tab = ask
+        shown = asking.predict(*values, api_name=tab)
+        pictures = [each["image"] if isinstance(each, dict) else each for each in shown]
+        words = [each["caption"] for each in shown if isinstance(each, dict)]
+        if tab == "/reconstruct":
+            words.append(pictures.pop())
+        return [pixels(path) for path in pictures], words
+
+    alone = [answer(client, ask) for ask in asks]
+    clients = [client_of(page) for _ in range(12)]
+    with ThreadPoolExecutor(max_workers=12) as pool:
+        # Neighbours in time ask the same thing of the same function.
+        order = [ask // 3 % len(asks) for ask in range(number)]
+        jobs = [
+            pool.submit(answer, clients[turn % 12], asks[ask]) for turn, ask in enumerate(order)
+        ]
+        for ask, job in zip(order, jobs, strict=True):
+            assert job.result(timeout=600) == alone[ask]
+
+
+@PAGE
+def test_sliders_offer_what_is_legal(served):
+    page, _ = served
+    components = page.blocks.values()
+    sliders = {
+        block.label: (block.minimum, block.maximum)
+        for block in components
+        if type(block).__name__ == "Slider"
+    }
     # Two layers leave at least 4 of 16 tokens; there are eight pictures.
     assert (sliders["tokens"], sliders["neighbours"]) == ((4, 16), (1, 8))
-    (classes,) = page.of_kind("Dropdown")
-    assert classes.values == (["all in turn", "cat", "dog"],)
+    (classes,) = (block for block in components if type(block).__name__ == "Dropdown")
+    assert [name for name, _ in classes.choices] == ["all in turn", "cat", "dog"]
 
 
-def test_wrong_input_is_shown_on_the_page(folder, page):
-    app.build_page(folder / "tokenizer", generator=None, data=None, device="cpu")
-    assert set(page.calls) == {"reconstruct"}
-    with pytest.raises(page.Error, match="no picture was given"):
-        page.ask("reconstruct", None, 5)
-    picture = load_picture(folder / "pictures" / "cat" / "0.png")
-    with pytest.raises(page.Error, match="num_kept"):
-        page.ask("reconstruct", picture, 3)
-
-
-def test_the_page_reports_to_nobody(folder, page):
-    app.build_page(folder / "tokenizer", generator=None, data=None, device="cpu")
-    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
-    assert page.of_kind("Blocks")[0].settings["analytics_enabled"] is False
-
-
-def test_the_page_of_the_package_has_every_tab_and_knows_its_digits(page):
+@PAGE
+def test_the_page_of_the_package_has_every_tab_and_knows_its_digits(tmp_path):
     pytest.importorskip("sklearn")
-    app.build_page(None, generator=None, data=None, device="cpu")
-    assert set(page.calls) == {"reconstruct", "sample", "neighbours"}
-    picture = open_images("digits").read(0)
-    found = page.ask("neighbours", picture, 8)
-    assert found[0][1] == "0 1.000"
-    assert {name.split()[0] for _, name in found} == {"0"}
-    assert page.ask("reconstruct", picture, 20)[-1].startswith("20 of 64 tokens")
-    assert len(page.ask("sample", "3", 2, 1, 0)) == 1
+    open_images("digits").read(0).save(tmp_path / "digit.png")
+    with serving(None) as (_, client):
+        found = client.predict(uploaded(tmp_path / "digit.png"), 8, api_name="/neighbours")
+        assert found[0]["caption"] == "0 1.000"
+        assert {entry["caption"].split()[0] for entry in found} == {"0"}
+        *_, text = client.predict(uploaded(tmp_path / "digit.png"), 20, api_name="/reconstruct")
+        assert text.startswith("20 of 64 tokens")
+        assert len(client.predict("3", 2, 1, 0, api_name="/sample")) == 1
 
 
-def test_without_scikit_learn_the_page_of_the_package_has_no_neighbours(page, monkeypatch, caplog):
+@PAGE
+def test_without_scikit_learn_the_page_of_the_package_has_no_neighbours(
+    tmp_path, monkeypatch, caplog
+):
+    pytest.importorskip("gradio", reason="the web page needs the demo extra")
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    app.build_page(None, generator=None, data=None, device="cpu")
-    assert set(page.calls) == {"reconstruct", "sample"}
+    page = app.build_page(None, generator=None, data=None, device="cpu", folder=tmp_path)
+    tabs = [block.label for block in page.blocks.values() if type(block).__name__ == "Tab"]
+    assert tabs == ["Reconstruct", "Sample"]
     assert "pip install matplotlib scikit-learn" in caplog.text
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_every_tab_answers(folder):
+def test_a_port_that_cannot_be_had_is_said_before_anything_is_loaded(folder):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(ValueError, match=rf"port \({port}\) cannot be had \(.*\); try another"),
+            app.serve(folder / "no such", generator=None, data=None, device="cpu", port=port),
+        ):
+            pass
+    with (
+        pytest.raises(ValueError, match=r"port \(65536\) must be between 1 and 65535"),
+        app.serve(None, generator=None, data=None, device="cpu", port=65536),
+    ):
+        pass
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_it_is_told_to_end_and_leaves_nothing(tmp_path):
     pytest.importorskip("gradio", reason="the web page needs the demo extra")
-    client = pytest.importorskip("gradio_client")
-    page = app.build_page(
-        folder / "tokenizer",
-        generator=folder / "generator",
-        data=str(folder / "pictures"),
-        device="cpu",
-    )
-    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, inbrowser=False)
+    port = free_port()
+    command = [sys.executable, "-m", "mergevq", "demo", "--port", str(port)]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     try:
-        asked = client.Client(address, verbose=False)
-        picture = client.handle_file(str(folder / "pictures" / "cat" / "0.png"))
-        *pictures, text = asked.predict(picture, 5, api_name="/reconstruct")
-        assert len(pictures) == 4
-        assert text.startswith("5 of 16 tokens")
-        samples = asked.predict("dog", 2, 3, 0, api_name="/sample")
-        assert len(samples) == 3
-        found = asked.predict(picture, 2, api_name="/neighbours")
-        assert found[0]["caption"] == "cat 1.000"
-        with pytest.raises(Exception, match="no picture was given"):
-            asked.predict(None, 5, api_name="/reconstruct")
+        line = process.stdout.readline()
+        assert line == f"page: http://127.0.0.1:{port}/ (Ctrl-C ends it)\n"
+        assert len(list(tmp_path.glob("mergevq-*"))) == 1
+        process.terminate()
+        process.communicate(timeout=60)
     finally:
-        page.close()
+        process.kill()
+    assert process.returncode == 0
+    assert list(tmp_path.glob("mergevq-*")) == []

@@ -1,12 +1,15 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
+import pytest
 import tyro
 from test_train_source import NUM_KEPT, material  # noqa: F401 - a fixture
 
 from mergevq.cli_source import COMMANDS
 from mergevq.config_source import SourceRun
+from mergevq.recipes import SOURCE_RECIPES
 
 
 def test_help_needs_no_torch():
@@ -53,3 +56,28 @@ def test_the_command_passes_its_options_on_and_says_what_it_gained(material, cap
     printed = capsys.readouterr().out
     for name in (f"clean@{NUM_KEPT}", f"new@{NUM_KEPT}", "25% of them", places["new"]):
         assert name in printed
+
+
+def test_a_recipe_fills_in_what_the_options_leave_out(monkeypatch):
+    seen = []
+    from mergevq import train_source
+
+    def stop(run):
+        seen.append(run)
+        raise InterruptedError
+
+    monkeypatch.setattr(train_source, "finetune_source", stop)
+    for more in ([], ["--steps", "9", "--generator", "mine", "--out", "here", "--num-kept", "36"]):
+        with pytest.raises(InterruptedError):
+            tyro.cli(COMMANDS["finetune-source"], args=["imagenet256_gr_source", *more])
+    plain, changed = seen
+    recipe = SOURCE_RECIPES["imagenet256_gr_source"]()
+    assert plain == recipe
+    assert changed == replace(recipe, num_steps=9, generator="mine", out="here", num_kept=(36,))
+
+
+def test_without_a_recipe_the_options_must_say_on_what():
+    with pytest.raises(ValueError, match="--tokens, --generator must be given, or a recipe: imag"):
+        tyro.cli(COMMANDS["finetune-source"], args=["--tokenizer", "mine"])
+    with pytest.raises(ValueError, match=r"recipe \(nothing\) must be one of imagenet256_g_source"):
+        tyro.cli(COMMANDS["finetune-source"], args=["nothing"])

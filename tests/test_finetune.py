@@ -1,5 +1,7 @@
 """Fine-tuning: rates by hand, mixing by hand, and sixteen images learnt by heart."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
@@ -8,6 +10,7 @@ from probes import CONFIG, tiny_tokenizer, write_colours
 from mergevq.config_probe import FinetuneConfig
 from mergevq.finetune import (
     Classifier,
+    DropPath,
     Mixed,
     classify,
     cutmix,
@@ -32,6 +35,9 @@ PLAIN = FinetuneConfig(
     mixup=0.0,
     cutmix=0.0,
     augmentation="none",
+    randaugment=0.0,
+    erasing=0.0,
+    drop_path=0.0,
     precision="float32",
 )
 
@@ -78,6 +84,7 @@ def test_rates_decay_from_the_classifier_to_the_stem(generator, stage, pool):
 def test_the_rates_are_those_of_simmims_base_model():
     config = FinetuneConfig()
     assert (config.rate, config.layer_decay, config.weight_decay) == (1.25e-3, 0.65, 0.05)
+    assert (config.randaugment, config.erasing, config.drop_path) == (9, 0.25, 0.1)
 
 
 @pytest.mark.parametrize("stage", ["merged", "latents", "quantized", "unmerged"])
@@ -145,6 +152,46 @@ def test_shares_have_the_mean_and_variance_of_the_beta_distribution(generator, a
     assert draws.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.15)
 
 
+# --------------------------------------------------------------------------- dropped blocks
+
+
+def test_blocks_are_skipped_more_often_the_later_they_come():
+    depth = DropPath(tiny_tokenizer().encoder, 0.3)
+    assert depth.probabilities == pytest.approx([0, 0.1, 0.2, 0.3])
+
+
+def test_a_skipped_block_changes_nothing_and_others_count_for_more(generator):
+    encoder = tiny_tokenizer().encoder.train()
+    image = torch.rand(64, 3, 16, 16) * 2 - 1
+    plain = encoder(image, CONFIG.num_tokens, 1).tokens
+    before = encoder(image, CONFIG.num_tokens, 0).tokens
+    depth = DropPath(encoder, 0.5)
+    depth.probabilities = [0.5] * len(encoder.blocks)
+    with depth:
+        depth.draw(64, generator, torch.device("cpu"))
+        random = encoder(image, CONFIG.num_tokens, 1).tokens
+        encoder.eval()
+        assert torch.equal(encoder(image, CONFIG.num_tokens, 1).tokens, plain)
+        encoder.train()
+    same = torch.tensor([torch.equal(a, b) for a, b in zip(random, before, strict=True)])
+    # Attention and MLP are drawn apart: both are skipped for a quarter of the images.
+    assert 6 <= same.sum() <= 26
+    assert torch.equal(encoder(image, CONFIG.num_tokens, 1).tokens, plain)
+
+
+def test_what_is_not_skipped_is_divided_by_its_probability(generator):
+    encoder = tiny_tokenizer().encoder.train()
+    block = encoder.blocks[3]
+    x = torch.randn(1000, 2, CONFIG.dim)
+    with DropPath(encoder, 0.25) as depth:
+        depth.draw(1000, generator, torch.device("cpu"))
+        factors = (block.ls2(x) / (x * block.ls2.gamma))[:, 0, 0]
+        assert torch.equal(encoder.blocks[0].ls1(x), x * encoder.blocks[0].ls1.gamma)
+    kept = factors > 0
+    torch.testing.assert_close(factors[kept], torch.full_like(factors[kept], 4 / 3))
+    assert kept.float().mean() == pytest.approx(0.75, abs=0.05)
+
+
 # --------------------------------------------------------------------------------- training
 
 
@@ -178,6 +225,31 @@ def test_fine_tuning_is_the_same_for_the_same_seed(tmp_path):
 
     assert torch.equal(scores(1), scores(1))
     assert not torch.equal(scores(1), scores(2))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"randaugment": 9.0},
+        {"randaugment": 9.0, "augmentation": "resized_crop"},
+        {"erasing": 1.0},
+        {"drop_path": 0.5},
+    ],
+    ids="-".join,
+)
+def test_each_augmentation_changes_what_is_learnt(tmp_path, changed):
+    images = open_images(str(write_colours(tmp_path, 3)))
+    short = replace(PLAIN, num_epochs=2)
+
+    def losses(config):
+        torch.manual_seed(0)
+        model = classifier(torch.Generator().manual_seed(1))
+        return finetune(model, images, images, config, num_workers=0).losses
+
+    # The crop draws too, so it is compared with itself.
+    plain = replace(short, augmentation=changed.get("augmentation", "none"))
+    assert losses(replace(short, **changed)) != losses(plain)
+    assert losses(plain) == losses(plain)
 
 
 def test_a_step_moves_the_encoder_and_leaves_the_decoder(tmp_path, generator):

@@ -11,6 +11,7 @@ from generators import ORDERS
 from PIL import Image
 from test_train_generator import small, small_tokenizer, write_tokens
 
+from mergevq import generation
 from mergevq.checkpoint import load_model, model_hash, save_model, tokens_hash
 from mergevq.cli import main
 from mergevq.config import TokenizerConfig
@@ -159,6 +160,47 @@ def test_an_image_is_made_again_from_the_sidecar(folder, tmp_path, order):
     assert len({read(path).tobytes() for path in written.images}) > 1
 
 
+def test_a_run_that_was_stopped_goes_on_where_it_was(folder, tmp_path, monkeypatch):
+    run, calls = run_of(folder), []
+
+    def stopped(pair, run, image_ids, origin=None):
+        calls.append(image_ids)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(pair, run, image_ids, origin)
+
+    write_samples(run, tmp_path / "whole")
+    monkeypatch.setattr(generation, "generate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        write_samples(run, tmp_path / "out")
+    (tmp_path / "out/000001.png").unlink()
+    written = write_samples(run, tmp_path / "out")
+    assert (calls[2:], written.num_made) == ([[0, 1], [2, 3], [4]], 4)
+    whole, again = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.png")}
+        for name in ("whole", "out")
+    )
+    assert whole == again
+    assert len(whole) == 6
+    assert write_samples(run, tmp_path / "out").num_made == 0
+    assert len(calls) == 5
+
+
+def test_only_the_same_run_goes_on_in_a_folder(folder, tmp_path):
+    run = run_of(folder)
+    write_samples(run, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"another run, which differs in seed \(0, now 1\)"):
+        write_samples(replace(run, seed=1), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"another run, which differs in num_images \(5, now 6\)"):
+        write_samples(replace(run, num_images=6), tmp_path / "out")
+    (tmp_path / "out/000004.png").write_bytes((tmp_path / "out/000003.png").read_bytes())
+    with pytest.raises(ValueError, match=r"000004.png is not the picture that was made"):
+        write_samples(run, tmp_path / "out")
+    (tmp_path / "out/samples.json").unlink()
+    with pytest.raises(ValueError, match=r"is not empty and holds no samples.json"):
+        write_samples(run, tmp_path / "out")
+
+
 def test_the_sidecar_says_what_each_image_is(folder, tmp_path):
     run = run_of(folder, classes=(3, 7), seed=5)
     write_samples(run, tmp_path / "out")
@@ -301,7 +343,7 @@ def test_the_command_writes_images_and_makes_one_again(folder, tmp_path, capsys)
     options += ["--temperature", "1.0", "0.8", "--top-k", "3"]
     assert sample(folder, tmp_path / "out", *options) == 0
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == [*(f"{k:06d}.png" for k in range(5)), "grid.png", "samples.json"]
+    assert names == [*(f"{k:06d}.png" for k in range(5)), "SHA256SUMS", "grid.png", "samples.json"]
     assert "grid: " in capsys.readouterr().out
     sidecar = str(tmp_path / "out/samples.json")
     again = ["sample", "--again", sidecar, "--images", "3", "--out", str(tmp_path / "again")]
@@ -335,7 +377,7 @@ def test_the_command_prints_what_8_bits_cost(folder, tmp_path, capsys):
         (["--classes", "3,12"], "class (12) must be between 0 and 9"),
         (["--classes", "three"], "classes (three) must be whole numbers"),
         (["--num-kept", "7"], "num_kept (7) must be one of those trained on"),
-        (["--guidance", "-1"], "guidance_scale (-1.0) must be at least 0"),
+        (["--guidance", "-1"], "guidance_scale (-1.0) must be between 0"),
     ],
 )
 def test_the_command_refuses_what_cannot_be_and_writes_nothing(

@@ -28,7 +28,6 @@ from mergevq.train_tokenizer import (
     _validate,
     build,
     draw_num_kept,
-    initialize_from,
     recovering,
     self_targets,
     tokenizer_losses,
@@ -428,37 +427,6 @@ def test_a_run_starts_from_a_tokenizers_weights(tmp_path, caplog):
     assert equal(state.ema.shadow, dict(other.state_dict()))
     assert state.tokenizer.config.kept_range == (16, 32)
     assert "fresh discriminator" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "needed"),
-    [
-        ("num_heads", 4, 2),
-        ("num_decoder_heads", 4, 2),
-        ("num_source_heads", 4, 2),
-        ("merge_shape", "square", "linear"),
-        ("position_embedding", True, False),
-        ("transformer_norm_eps", 1e-05, 1e-06),
-        ("patch_norm_eps", 1e-06, 1e-05),
-    ],
-)
-def test_starting_from_another_architecture_is_refused_where_shapes_agree(
-    tmp_path, name, value, needed
-):
-    run = small()
-    Tokenizer(run.model).save_pretrained(tmp_path)
-    mine = Tokenizer(replace(run.model, **{name: value}))
-    before = copied(mine)
-    with pytest.raises(ValueError, match=rf"model.{name} \({value}\) must be {needed}, as in"):
-        initialize_from(mine, tmp_path)
-    assert equal(before, copied(mine))
-
-
-def test_starting_from_another_width_is_refused_with_the_weights_that_do_not_fit(tmp_path):
-    run = small()
-    Tokenizer(replace(run.model, num_bits=7)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"do not fit Tokenizer:\n.*to_latents.weight: saved \(7"):
-        initialize_from(Tokenizer(run.model), tmp_path)
 
 
 def test_a_run_starts_from_a_larger_vit(tmp_path):
