@@ -22,6 +22,9 @@ from mergevq.metrics import psnr
 from mergevq.pictures import contact_sheet, merge_map, to_pil
 from mergevq.tokenizer import Encoded, Tokenizer
 
+_WIDEST = 4
+"""Most times the trained pixels that resizing gives: its short side keeps a patch, however long
+the other is."""
 _OVERLAP = 1 / 4
 """Least share of a tile's side that it has in common with the next."""
 _TILES_AT_ONCE = 16
@@ -252,7 +255,11 @@ def _starts(length: int, tile_side: int) -> tuple[int, ...]:
 
 
 def _fit(image: Image.Image, config: TokenizerConfig, size_policy: SizePolicy) -> Image.Image:
-    """RGB, and resized if that is the policy."""
+    """RGB, and resized if that is the policy.
+
+    Raises:
+        ValueError: no picture, or one that is far too long to be resized.
+    """
     check_choice("size_policy", size_policy, SizePolicy)
     if not isinstance(image, Image.Image):
         raise ValueError(
@@ -267,6 +274,12 @@ def _fit(image: Image.Image, config: TokenizerConfig, size_policy: SizePolicy) -
     width, height = (max(patch, round(side * scale / patch) * patch) for side in picture.size)
     if (width, height) == picture.size:
         return picture
+    if width * height > _WIDEST * config.image_size**2:
+        raise ValueError(
+            f"picture of {picture.width} x {picture.height} is too long to be resized: "
+            f"{width} x {height} would be {width * height:,} pixels, and the tokenizer was trained "
+            f"on {config.image_size**2:,}; cut it, or take size_policy 'tile'"
+        )
     return picture.resize((width, height), Image.Resampling.BICUBIC)
 
 

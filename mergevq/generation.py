@@ -8,7 +8,6 @@ weights of fewer bits they decide more often, so an image is made again with the
 Shape letters: B images, L grid cells, K kept tokens, S image side.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +35,7 @@ from mergevq.config import FORMAT_VERSION
 from mergevq.config_generator import SampleRun, SamplingSettings
 from mergevq.data import crop_square, load_square, to_tensor
 from mergevq.decoding import load_picture
+from mergevq.files import sha256_of
 from mergevq.generator import Generator, random_orders
 from mergevq.merge import Source
 from mergevq.pictures import contact_sheet, to_pil
@@ -554,9 +554,7 @@ def _hashes(pair: Pair, run: SampleRun) -> dict[str, str | None]:
     """What the images depend on besides the settings."""
     files = {"keep_from": run.keep_from, "mask": run.mask}
     return {"generator": pair.generator_hash, "tokenizer": pair.tokenizer_hash} | {
-        f"{name}_sha256": None
-        if path is None
-        else hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        f"{name}_sha256": None if path is None else sha256_of(Path(path))
         for name, path in files.items()
     }
 

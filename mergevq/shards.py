@@ -514,7 +514,7 @@ def _read_label(member: tarfile.TarInfo, file: _HeaderFile, path: str, before: i
     if member.size > _MOST_HEADER_BYTES or member.issparse():
         raise ValueError(
             f"{member.name} in {path!r} has {member.size:,} bytes; {_MOST_HEADER_BYTES:,} are read "
-            "of a label"
+            "of a label, and none of a sparse file"
         )
     file.seek(member.offset_data)
     data = file.read(member.size)

@@ -214,6 +214,13 @@ def test_a_sliver_keeps_at_least_one_cell(tokenizer):
     assert result.original.height == 2
 
 
+def test_a_strip_far_longer_than_a_training_image_is_refused_before_it_is_resized(tokenizer):
+    with pytest.raises(
+        ValueError, match=r"60000 x 1 is too long .* 3920 x 2 would be 7,840 pixels"
+    ):
+        encode_image(tokenizer, noise(60_000, 1), size_policy="resize")
+
+
 @pytest.mark.parametrize("size", [(16, 16), (17, 16), (39, 23), (5, 40), (9, 3)])
 def test_tiles_give_the_size_back(tokenizer, size):
     result = reconstruct_image(tokenizer, noise(*size), 20, size_policy="tile")

@@ -223,6 +223,8 @@ def test_an_impossible_distribution_is_refused(values, message):
     ("settings", "values", "message"),
     [
         (DataConfig, {"val_fraction": 0.0}, "val_fraction (0.0) must be in (0, 1)"),
+        (DataConfig, {"max_pixels": 0}, "max_pixels (0) must be between 1 and 178956970"),
+        (DataConfig, {"max_pixels": 10**9}, "max_pixels (1000000000) must be between 1 and"),
         (DataConfig, {"num_workers": -1}, "num_workers (-1) must be at least 0"),
         (LossConfig, {"entropy_weight": -0.1}, "entropy_weight (-0.1) must be at least 0"),
         (LossConfig, {"source_weight": float("nan")}, "source_weight (nan) must be at least 0"),

@@ -3,6 +3,7 @@
 import logging
 import math
 import pickle
+import unicodedata
 from dataclasses import replace
 
 import numpy as np
@@ -25,6 +26,7 @@ from mergevq.data import (
     to_tensor,
     train_batches,
 )
+from mergevq.decoding import BrokenImageError
 from mergevq.metrics import to_uint8
 from mergevq.pictures import to_pil
 
@@ -245,6 +247,41 @@ def test_validation_images_come_from_their_own_place_or_are_held_out(folder):
         open_train_val(replace(held_out, max_images=0))
     own = replace(held_out, val_path=str(folder), max_images=None)
     assert [len(part) for part in open_train_val(own)] == [7, 7]
+
+
+def test_fewer_training_images_are_of_all_classes(folder):
+    data = DataConfig(path=str(folder), val_path=str(folder), max_images=3)
+    train, val = open_train_val(data)
+    assert [train.label(index) for index in range(3)] == [0, 0, 1]
+    assert len(val) == 7
+
+
+def test_the_limit_on_pixels_holds_in_training_and_validation(folder):
+    # The images are 8 x 14 to 14 x 8 pixels: 112 to 121.
+    data = DataConfig(path=str(folder), val_path=str(folder), max_pixels=112)
+    for part in open_train_val(data):
+        assert sum(is_readable(part, index) for index in range(len(part))) == 2
+    for part in open_train_val(replace(data, max_pixels=121)):
+        assert all(is_readable(part, index) for index in range(len(part)))
+
+
+def is_readable(dataset, index):
+    try:
+        return dataset.read(index).mode == "RGB"
+    except BrokenImageError:
+        return False
+
+
+def test_both_forms_of_an_accent_are_on_one_side_of_a_split(tmp_path):
+    sides = []
+    for form in ("NFC", "NFD"):
+        for number in range(20):
+            name = unicodedata.normalize(form, f"caf\u00e9 {number}.png")
+            (tmp_path / form).mkdir(exist_ok=True)
+            Image.new("RGB", (2, 2)).save(tmp_path / form / name)
+        val = split(open_images(str(tmp_path / form)), 0.4)[1]
+        sides.append({val.name(index).split()[1] for index in range(len(val))})
+    assert sides[0] == sides[1]
 
 
 def test_validation_classes_must_be_numbered_as_in_training(folder, tmp_path):

@@ -112,9 +112,9 @@ def test_an_image_of_gigabytes_is_broken_and_not_read(tmp_path):
         dataset.read(0)
 
 
-def sparse(size):
-    """A picture whose zeros are left out, in the oldest of the ways of GNU."""
-    block = bytearray(header("a.png", 512, tarfile.GNUTYPE_SPARSE))
+def sparse(size, name="a.png"):
+    """A file whose zeros are left out, in the oldest of the ways of GNU."""
+    block = bytearray(header(name, 512, tarfile.GNUTYPE_SPARSE))
     block[386:410] = b"00000000000\0" + b"00000001000\0"
     block[483:495] = struct.pack(">BxxxQ", 0x80, size)
     block[148:156] = b" " * 8
@@ -150,6 +150,12 @@ def sparse(size):
 def test_forged_headers_are_refused_in_one_sentence(tmp_path, blocks):
     path = write_raw(tmp_path / "s.tar", *blocks)
     with pytest.raises(ValueError, match=r"shard .*s\.tar is damaged|holds no images; 1 not used"):
+        open_images(path)
+
+
+def test_a_label_whose_zeros_are_left_out_is_refused(tmp_path):
+    path = write_raw(tmp_path / "s.tar", sparse(3, "a.cls"))
+    with pytest.raises(ValueError, match=r"a\.cls in .*s\.tar' has 3 bytes"):
         open_images(path)
 
 
