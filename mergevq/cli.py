@@ -41,7 +41,7 @@ from mergevq.config import Device, SizePolicy
 from mergevq.config_generator import GeneratorRun
 from mergevq.extras import EXTRAS, install_command, installed_version, missing
 from mergevq.recipes import RECIPES
-from mergevq.terminal import let_products_repeat, prepare_to_compute, print_table
+from mergevq.terminal import MAY_BE_EMPTY, let_products_repeat, prepare_to_compute, print_table
 
 if TYPE_CHECKING:
     import torch
@@ -211,7 +211,7 @@ def recipes() -> None:
 
 
 def reconstruct(
-    images: tyro.conf.Positional[tuple[Path, ...]],
+    images: Annotated[tyro.conf.Positional[tuple[Path, ...]], MAY_BE_EMPTY],
     *,
     model: str,
     num_kept: Counts = (),
@@ -331,7 +331,7 @@ def sample(  # noqa: PLR0913 - each is an option
     keep_from: Path | None = None,
     mask: Path | None = None,
     again: Path | None = None,
-    images: tuple[int, ...] = (),
+    images: Annotated[tuple[int, ...], MAY_BE_EMPTY] = (),
 ) -> None:
     """Sample images from a generator, or make earlier ones again.
 

@@ -28,10 +28,13 @@ from mergevq.config_evaluate import (
     TrunkName,
 )
 from mergevq.config_generator import GuidanceSchedule, SampleRun, SamplingSettings, Weights
+from mergevq.terminal import shown_default
 
 Number = TypeVar("Number", int, float)
 
-Counts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="K,K,..")]
+Counts = Annotated[
+    tuple[str, ...], tyro.conf.arg(metavar="K,K,..", help_behavior_hint=shown_default)
+]
 """An option that takes numbers with commas or spaces between them; see `whole_numbers`."""
 SubjectOptions = Annotated[Subject, tyro.conf.arg(name="")]
 _PLAIN = SamplingSettings()

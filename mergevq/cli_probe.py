@@ -21,8 +21,11 @@ from mergevq.config_probe import (
     ProbeRun,
     Stage,
 )
+from mergevq.terminal import MAY_BE_EMPTY, shown_default
 
-Counts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="K,K,..")]
+Counts = Annotated[
+    tuple[str, ...], tyro.conf.arg(metavar="K,K,..", help_behavior_hint=shown_default)
+]
 """An option that takes numbers with commas or spaces between them; see `_counts`."""
 _FEATURES = FeatureConfig()
 
@@ -82,7 +85,7 @@ class FeatureOptions:
     quantization, codes."""
     pools: tuple[ImagePool, ...] = _FEATURES.pools
     """class token, mean over tokens, mean over grid cells."""
-    layers: tuple[int, ...] = ()
+    layers: Annotated[tuple[int, ...], MAY_BE_EMPTY] = ()
     """encoder blocks to run; all if there are none."""
     pixel_side: int = _FEATURES.pixel_side
     """raw pixels are averaged until images are at most this wide and high."""

@@ -7,13 +7,14 @@ imported inside.
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from mergevq.config import Device, Precision
 from mergevq.config_source import SourceRun
 from mergevq.recipes import SOURCE_RECIPES
-from mergevq.terminal import prepare_to_compute
+from mergevq.terminal import MAY_BE_EMPTY, prepare_to_compute
 
 
 def finetune_source(  # noqa: PLR0913 - each is an option
@@ -23,7 +24,7 @@ def finetune_source(  # noqa: PLR0913 - each is an option
     tokens: str | None = None,
     generator: str | None = None,
     out: Path | None = None,
-    num_kept: tuple[int, ...] = (),
+    num_kept: Annotated[tuple[int, ...], MAY_BE_EMPTY] = (),
     max_replaced: float | None = None,
     passes: int | None = None,
     num_steps: int | None = None,

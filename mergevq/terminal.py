@@ -7,9 +7,20 @@ import re
 import sys
 from collections.abc import Mapping
 
+import tyro
+
 # Of glibc's malloc.h, with the largest values that it takes.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _MOST_TRIM, _MOST_MMAP = 2**31 - 1, 2**25
+
+
+def shown_default(default: str) -> str:
+    """End of an option's help: its default, and nothing where that is empty."""
+    return f"(default: {default})" if default else ""
+
+
+MAY_BE_EMPTY = tyro.conf.arg(help_behavior_hint=shown_default)
+"""For options whose empty default their help explains."""
 
 
 def print_table(title: str, rows: dict[str, str]) -> None:

@@ -164,6 +164,20 @@ def test_help_of_a_recipe_says_what_its_fields_mean(capsys):
     assert "Optimizer steps." in printed
 
 
+@pytest.mark.parametrize(
+    "command",
+    [[name] for name in COMMANDS if name != "train"]
+    + [[group, name] for group, members in GROUPS.items() for name in members],
+    ids=" ".join,
+)
+def test_help_shows_no_default_where_it_is_empty(command, capsys):
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "(default: )" not in printed
+    assert "-h, --help" in printed
+
+
 def test_an_error_with_a_way_out_is_one_line(capsys, tmp_path):
     assert reconstruct([tmp_path / "absent.png"], tmp_path / "absent", tmp_path) == 1
     printed = capsys.readouterr().err
