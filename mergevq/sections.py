@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
+from mergevq.lettering import shown_names
 from mergevq.merge import source_bits
 from mergevq.pictures import contact_sheet
 from mergevq.report import (
@@ -291,7 +292,7 @@ def _training_rows(trial: Trial | GeneratorTrial, what: str, name: str) -> list[
 def generator_sections(trial: GeneratorTrial, *, plots: bool = True) -> list[Section]:
     """What there is to say about a generator; with `plots`, drawn too."""
     columns = [row[:_SAMPLES_PICTURED] for row in trial.samples]
-    names = trial.class_names
+    names = shown_names(trial.class_names)
     pairs = [[row[0] for row in trial.samples], trial.nearest]
     num_samples = sum(len(row) for row in trial.samples)
     table = Table(
