@@ -21,6 +21,7 @@ from mergevq.report import (
     loss_panels,
     psnr_panels,
 )
+from mergevq.run import RunDirectory
 from mergevq.trial import GeneratorTrial, Trial, training_seconds
 
 _SHEET_SCALE = 0.75
@@ -275,6 +276,24 @@ def run_section(trial: Trial, generator: GeneratorTrial | None = None) -> Sectio
         ["Run directory", trial.run.out],
     ]
     return Section(title="This run", tables=[Table(header=["", ""], rows=rows)])
+
+
+def next_section(trial: Trial) -> Section:
+    """What to run next, with the model that was made here and with pictures of one's own."""
+    model = RunDirectory(trial.run.out).model
+    rows = [
+        ["Look at this model in a browser", f"mergevq demo --model {model}"],
+        [
+            "Reconstruct a picture of your own",
+            f"mergevq reconstruct PICTURE --model {model} --size-policy resize",
+        ],
+        [
+            "Train on a folder of your pictures",
+            "mergevq train photos64 --data.path FOLDER --out runs/photos",
+        ],
+        ["See what else can be trained", "mergevq recipes"],
+    ]
+    return Section(title="What next", tables=[Table(header=["", "command"], rows=rows)])
 
 
 def _training_rows(trial: Trial | GeneratorTrial, what: str, name: str) -> list[list[str]]:
