@@ -94,7 +94,7 @@ def reconstruct(tokenizer: Tokenizer, picture: Image.Image, num_kept: int) -> Re
     bits = result.bits
     text = (
         f"{result.num_tokens} of {result.num_cells} tokens. {bits.tokens:.0f} bits of tokens and "
-        f"{bits.source:.0f} of source map, {result.bits_per_pixel:.3f} per pixel. PSNR "
+        f"{bits.source:.0f} of source map, {result.price}. PSNR "
         f"{result.psnr_given:.2f} dB with the given source, {result.psnr_recovered:.2f} dB with "
         "the recovered one."
     )

@@ -222,7 +222,8 @@ def reconstruct(
     """Show what a tokenizer makes of images, and what that costs.
 
     Writes OUT/NAME.png: original, merge map, and reconstruction with the given and with the
-    recovered source map, a row for each number of tokens.
+    recovered source map, a row for each number of tokens; and in OUT/NAME the merge map and both
+    reconstructions as pictures of their own, in the size of the image.
 
     Args:
         images: files of any format and mode that Pillow reads.
@@ -239,7 +240,7 @@ def reconstruct(
     """
     outputs, num_kepts = _output_paths(images, out), whole_numbers("num_kept", num_kept)
     prepare_to_compute()
-    from mergevq.codec import reconstruct_image, reconstruction_figure
+    from mergevq.codec import full_pictures, reconstruct_image, reconstruction_figure
     from mergevq.decoding import load_picture
     from mergevq.run import resolve_device
     from mergevq.tokenizer import Tokenizer
@@ -262,9 +263,13 @@ def reconstruct(
             continue
         # Saved first: a console that cannot show a name must not cost the picture.
         reconstruction_figure(results).save(output)
+        folder = output.with_suffix("")
+        folder.mkdir(exist_ok=True)
+        for name, full in full_pictures(results).items():
+            full.save(folder / name)
         for result in results:
             print(f"{path}: {_result_line(result)}")
-        print(f"{path}: -> {output}")
+        print(f"{path}: -> {output}, full size in {folder}")
     if len(images) == 1 and failed:
         raise failed[0]
     if failed:
@@ -556,7 +561,7 @@ def _result_line(result: "ImageReconstruction") -> str:
     return (
         f"{tiles}{result.num_kept} of {result.num_cells} tokens, "
         f"{result.bits.total:.0f} bits ({result.bits.tokens:.0f} tokens + "
-        f"{result.bits.source:.0f} source), {result.bits_per_pixel:.3f} bits per pixel, "
+        f"{result.bits.source:.0f} source), {result.price}, "
         f"PSNR {result.psnr_given:.2f} dB given source, "
         f"{result.psnr_recovered:.2f} dB recovered source"
     )

@@ -84,6 +84,26 @@ class ImageReconstruction:
     """1 unless the picture was cut."""
     bits: Bits
     """Of the whole picture."""
+    given_size: tuple[int, int]
+    """Width and height of the picture that was given, upright, before any resizing."""
+
+    @property
+    def is_resized(self) -> bool:
+        """Whether the tokenizer saw another size than was given: all numbers are of that one."""
+        return self.original.size != self.given_size
+
+    @property
+    def price(self) -> str:
+        """Bits per pixel in words, with both sizes where they differ."""
+        text = f"{self.bits_per_pixel:.3f} bits per pixel"
+        if not self.is_resized:
+            return text
+        (seen_width, seen_height), (width, height) = self.original.size, self.given_size
+        share = self.bits.total / (width * height)
+        return (
+            f"{text} of the {seen_width} x {seen_height} it was resized to ({share:.3g} of the "
+            f"{width} x {height} given)"
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -174,7 +194,24 @@ def reconstruct_image(
         num_cells=math.prod(encoded.grid_shape),
         num_tiles=num_tiles,
         bits=Bits(num_tiles * tile_bits.tokens, num_tiles * tile_bits.source),
+        given_size=_fit(image, tokenizer.config, "error").size,
     )
+
+
+def full_pictures(results: Sequence[ImageReconstruction]) -> dict[str, Image.Image]:
+    """Reconstructions of one picture as pictures of the size that was given, by file name.
+
+    Merge maps have the size they were drawn in.
+    """
+    pictures: dict[str, Image.Image] = {}
+    for result in results:
+        pictures[f"merge_map_{result.num_kept}.png"] = result.merge_map
+        for name, picture in (("given", result.given), ("recovered", result.recovered)):
+            resized = picture
+            if result.is_resized:
+                resized = picture.resize(result.given_size, Image.Resampling.BICUBIC)
+            pictures[f"{name}_{result.num_kept}.png"] = resized
+    return pictures
 
 
 def reconstruction_figure(reconstructions: Sequence[ImageReconstruction]) -> Image.Image:
@@ -185,7 +222,7 @@ def reconstruction_figure(reconstructions: Sequence[ImageReconstruction]) -> Ima
         tiles = f"{result.num_tiles} tiles x " if result.num_tiles > 1 else ""
         captions.append(
             [
-                f"{result.original.width} x {result.original.height} pixels",
+                _size_in_words(result),
                 f"{tiles}{result.num_kept} of {result.num_cells} tokens\n"
                 f"{result.bits.total:.0f} bits, {result.bits_per_pixel:.3f} per pixel\n"
                 f"({result.bits.tokens:.0f} tokens + {result.bits.source:.0f} source)",
@@ -195,6 +232,14 @@ def reconstruction_figure(reconstructions: Sequence[ImageReconstruction]) -> Ima
         )
     titles = ("Original", "Merge map", "Given source", "Recovered source")
     return contact_sheet(rows, titles, captions=captions)
+
+
+def _size_in_words(result: ImageReconstruction) -> str:
+    """Size of what the tokenizer saw, and of what was given if that is another."""
+    text = f"{result.original.width} x {result.original.height} pixels"
+    if result.is_resized:
+        text += f"\nresized from {result.given_size[0]} x {result.given_size[1]}"
+    return text
 
 
 # -------------------------------------------------------------------------------------- tiles

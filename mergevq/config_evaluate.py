@@ -10,6 +10,14 @@ TrunkName = Literal["vgg", "alex", "squeeze"]
 """Networks of LPIPS."""
 ReferenceKind = Literal["reconstruction", "generation"]
 """What a reference is compared with: the very images that went in, or a training set."""
+Protocol = Literal["own", "authors"]
+"""How images are prepared and compared, other than by which network.
+
+`own`: resized bicubic; pixels are rounded to bytes; SSIM has a Gaussian window and population
+covariance; the extractor sees bytes. `authors`: as their evaluation code, for numbers that are put
+beside theirs: resized bilinear; pixels are cut off to bytes; SSIM has a uniform window of 7 x 7 and
+sample covariance; the extractor sees pixels between bytes too.
+"""
 FRACTIONS = (0.0, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Shares of wrong tokens: none, few, and those whose mean `evaluate robustness` gives."""
 
@@ -47,6 +55,8 @@ class Subject:
     """Of the model; metrics are always float32 or better."""
     num_workers: int = 2
     """Loading processes; 0 loads in this one."""
+    protocol: Protocol = "own"
+    """How images are prepared and compared; `authors` for numbers beside those of the paper."""
 
     def __post_init__(self) -> None:
         """Reject impossible counts."""

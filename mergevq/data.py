@@ -132,7 +132,11 @@ def load_square(
 
 
 def crop_square(
-    image: Image.Image, size: int, generator: torch.Generator | None = None
+    image: Image.Image,
+    size: int,
+    generator: torch.Generator | None = None,
+    *,
+    bilinear: bool = False,
 ) -> Image.Image:
     """Resize the short side to `size` (bicubic, antialiased), then keep a square of that side.
 
@@ -140,13 +144,15 @@ def crop_square(
         image: RGB; one that already has the size comes back unchanged.
         size: side in pixels.
         generator: draws the square's place; None keeps the centre.
+        bilinear: resize so instead.
     """
     if max(image.size) > _LONGEST_ASPECT * min(image.size):
         image = _cut(image, min(image.size), generator)
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        method = Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
+        image = image.resize((width, height), method)
     return _cut(image, size, generator)
 
 
@@ -293,13 +299,15 @@ class _EvalFetcher(Dataset[_Fetched]):
 
     images: ImageDataset
     image_size: int
+    bilinear: bool
 
     def __getitem__(self, indices: list[int]) -> _Fetched:
         broken: dict[str, str] = {}
         samples: list[_Sample] = []
         for index in indices:
             try:
-                square = crop_square(self.images.read(index), self.image_size)
+                image = self.images.read(index)
+                square = crop_square(image, self.image_size, bilinear=self.bilinear)
             except BrokenImageError as error:
                 broken[self.images.name(index)] = str(error)
                 continue
@@ -406,6 +414,7 @@ def eval_batches(
     rank: int = 0,
     world_size: int = 1,
     num_workers: int,
+    bilinear: bool = False,
 ) -> Iterator[Batch]:
     """This rank's share of one ordered pass: centre squares, never mirrored, each image once.
 
@@ -420,6 +429,7 @@ def eval_batches(
         rank: which contiguous share of every batch to give.
         world_size: number of ranks.
         num_workers: loading processes; 0 loads in this one.
+        bilinear: resize images so, not bicubic.
 
     Raises:
         ValueError: a size is impossible.
@@ -430,7 +440,7 @@ def eval_batches(
     indices = spread(count, count if max_images is None else max_images)
     count = len(indices)
     batches = (indices[first : first + batch_size][share] for first in range(0, count, batch_size))
-    return _load(_EvalFetcher(dataset, image_size), filter(None, batches), num_workers)
+    return _load(_EvalFetcher(dataset, image_size, bilinear), filter(None, batches), num_workers)
 
 
 def _check_sizes(

@@ -55,7 +55,7 @@ from mergevq.metrics import to_uint8
 from mergevq.perceptual import Perceptual, load_perceptual, weights_digest
 from mergevq.pictures import contact_sheet, merge_map, to_pil
 from mergevq.reconstruction import Comparison, Evaluation, Outcome
-from mergevq.references import CROP, ImageHashes, open_reference
+from mergevq.references import AUTHORS_CROP, CROP, ImageHashes, open_reference
 from mergevq.report import Curve, Panel, has_plots, line_plot
 from mergevq.run import (
     Progress,
@@ -110,6 +110,7 @@ class Opened(NamedTuple):
             rank=self.world.rank,
             world_size=self.world.world_size,
             num_workers=self.subject.num_workers,
+            bilinear=self.subject.protocol == "authors",
         )
 
 
@@ -217,6 +218,7 @@ def measure_reconstructions(
             perceptual=subject.perceptual,
             extractor=extractor,
             autocast=subject.autocast(),
+            protocol=subject.subject.protocol,
         )
         for count in dict.fromkeys(num_kept)
         if tokenizer.num_tokens(blank, count)
@@ -453,7 +455,7 @@ def subject_record(subject: Opened, pixels_sha256: str, num_images: int) -> Subj
             "num_unreadable": subject.num_images - num_images,
             "pixels_sha256": pixels_sha256,
             "image_size": subject.tokenizer.config.image_size,
-            "crop": CROP,
+            "crop": CROP if subject.subject.protocol == "own" else AUTHORS_CROP,
         },
         "lpips": None if perceptual is None else _lpips_record(perceptual),
         "extractor": None if extractor is None else extractor_record(extractor),
@@ -620,6 +622,7 @@ def images_at(subject: Opened, positions: Sequence[int]) -> Iterator[Batch]:
         image_size=subject.tokenizer.config.image_size,
         batch_size=len(positions),
         num_workers=0,
+        bilinear=subject.subject.protocol == "authors",
     )
 
 

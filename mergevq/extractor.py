@@ -86,8 +86,10 @@ class FeatureExtractor:
         """What a metric over this extractor's outputs may be called, `fid` or `frechet_NAME`."""
         return metric_name(kind, self.name, self.sha256)
 
-    def features(self, pixels: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        """Features of images as files hold them."""
+    def features(
+        self, pixels: UInt8[Tensor, "b 3 h w"] | Float[Tensor, "b 3 h w"]
+    ) -> Float[Tensor, "b d"]:
+        """Features of images as files hold them, or of pixels in 0..255 between bytes."""
         return self._run(pixels, {"return_features": True})
 
     def probabilities(self, pixels: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b c"]:
@@ -95,7 +97,9 @@ class FeatureExtractor:
         return self._run(pixels, {"return_features": False, **self._without_bias})
 
     def _run(
-        self, pixels: UInt8[Tensor, "b 3 h w"], options: dict[str, bool]
+        self,
+        pixels: UInt8[Tensor, "b 3 h w"] | Float[Tensor, "b 3 h w"],
+        options: dict[str, bool],
     ) -> Float[Tensor, "b d"]:
         with torch.inference_mode():
             output = self._network(pixels.to(self.device).float(), **options)

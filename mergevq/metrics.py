@@ -23,6 +23,8 @@ from torch import Tensor
 
 from mergevq import distributed
 
+_HAIR = 1e-3
+"""Of a byte: what float32 may lose between bytes and [-1, 1]."""
 USAGE_FLOOR = 0.05
 """Share of the attainable codes below which a codebook counts as collapsing."""
 BIT_ENTROPY_FLOOR = 0.1
@@ -49,13 +51,29 @@ def require_finite(name: str, values: Shaped[Tensor, "b *rest"], first: int) -> 
         )
 
 
-def to_uint8(image: Float[Tensor, "*b 3 h w"]) -> UInt8[Tensor, "*b 3 h w"]:
+def to_uint8(
+    image: Float[Tensor, "*b 3 h w"], *, truncated: bool = False
+) -> UInt8[Tensor, "*b 3 h w"]:
     """The pixels a saved file would hold: [-1, 1] becomes 0..255, rounded, clipped outside.
+
+    A pixel that is not finite is a ValueError.
+
+    Args:
+        image: any shape.
+        truncated: cut off what is behind the point instead of rounding, as the authors' code does.
+    """
+    pixels = to_pixels(image)
+    # A byte that became float32 and comes back a hair smaller is still that byte.
+    return ((pixels + _HAIR).floor() if truncated else pixels.round()).to(torch.uint8)
+
+
+def to_pixels(image: Float[Tensor, "*b 3 h w"]) -> Float[Tensor, "*b 3 h w"]:
+    """[-1, 1] as 0..255, between bytes too, clipped outside.
 
     A pixel that is not finite is a ValueError.
     """
     require_finite("image", image, 0)
-    return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return ((image.float() + 1) * 127.5).clamp(0, 255)
 
 
 def psnr(
@@ -63,6 +81,7 @@ def psnr(
     reconstruction: Float[Tensor, "b 3 h w"],
     *,
     rounded: bool = True,
+    truncated: bool = False,
 ) -> Float[Tensor, "b"]:
     """Peak signal-to-noise ratio of each image, in dB; infinite where nothing differs.
 
@@ -73,8 +92,11 @@ def psnr(
         reconstruction: in [-1, 1].
         rounded: compare the pixels that saved files would hold; else the values as they are,
             whose range is 2.
+        truncated: where rounded, as in `to_uint8`.
     """
-    first, second, data_range = _comparable("psnr", image, reconstruction, rounded=rounded)
+    first, second, data_range = _comparable(
+        "psnr", image, reconstruction, rounded=rounded, truncated=truncated
+    )
     mean_squared_error = (first - second).square().mean((1, 2, 3))
     return (10 * torch.log10(data_range**2 / mean_squared_error)).float()
 
@@ -106,11 +128,55 @@ def ssim(
             f"image of {height}x{width} pixels must be at least as large as the 11x11 window of "
             "SSIM; report PSNR alone"
         )
-    first, second, data_range = _comparable("ssim", image, reconstruction, rounded=rounded)
-    first_mean, second_mean = _blur(first), _blur(second)
-    first_variance = _blur(first.square()) - first_mean.square()
-    second_variance = _blur(second.square()) - second_mean.square()
-    covariance = _blur(first * second) - first_mean * second_mean
+    pair = _comparable("ssim", image, reconstruction, rounded=rounded, truncated=False)
+    offsets = torch.arange(-5, 6, dtype=torch.float64)
+    weights = torch.exp(-0.5 * (offsets / 1.5) ** 2)
+    return _similarity(pair, weights / weights.sum(), 1.0)
+
+
+def authors_ssim(
+    image: Float[Tensor, "b 3 h w"], reconstruction: Float[Tensor, "b 3 h w"]
+) -> Float[Tensor, "b"]:
+    """Structural similarity as the authors' evaluation takes it, for numbers beside theirs.
+
+    Of bytes that are cut off, not rounded; a uniform window of 7x7, sample covariance (divided by
+    48): what scikit-image computes by default with `data_range=255`.
+
+    Args:
+        image: in [-1, 1], at least 7 pixels on each side.
+        reconstruction: in [-1, 1].
+
+    Raises:
+        ValueError: the image is smaller than the window, or a pixel is not finite.
+    """
+    height, width = image.shape[-2:]
+    if min(height, width) < 7:
+        raise ValueError(
+            f"image of {height}x{width} pixels must be at least as large as the 7x7 window of SSIM"
+        )
+    pair = _comparable("ssim", image, reconstruction, rounded=True, truncated=True)
+    return _similarity(pair, torch.full((7,), 1 / 7, dtype=torch.float64), 49 / 48)
+
+
+def _similarity(
+    pair: "_Pair", weights: Float[Tensor, "w"], correction: float
+) -> Float[Tensor, "b"]:
+    """SSIM with a window of these weights along each side.
+
+    Args:
+        pair: two images.
+        weights: summing to one.
+        correction: factor of variances and covariance.
+    """
+    first, second, data_range = pair
+
+    def blur(planes: Tensor) -> Tensor:
+        return _blur(planes, weights)
+
+    first_mean, second_mean = blur(first), blur(second)
+    first_variance = correction * (blur(first.square()) - first_mean.square())
+    second_variance = correction * (blur(second.square()) - second_mean.square())
+    covariance = correction * (blur(first * second) - first_mean * second_mean)
     luminance_floor, contrast_floor = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     luminance = (2 * first_mean * second_mean + luminance_floor) / (
         first_mean.square() + second_mean.square() + luminance_floor
@@ -398,31 +464,32 @@ def _comparable(
     reconstruction: Float[Tensor, "b 3 h w"],
     *,
     rounded: bool,
+    truncated: bool,
 ) -> _Pair:
     """Both images in float64, as files would hold them or as they are."""
     require_finite(f"{name} (image)", image, 0)
     require_finite(f"{name} (reconstruction)", reconstruction, 0)
     first, second = image.detach(), reconstruction.detach()
     if rounded:
-        first, second = to_uint8(first), to_uint8(second)
+        first, second = (to_uint8(each, truncated=truncated) for each in (first, second))
     if first.device.type == "mps":
         # MPS has no float64, and the variances of SSIM are differences that float32 would blur.
         first, second = first.cpu(), second.cpu()
     return _Pair(first.double(), second.double(), 255.0 if rounded else 2.0)
 
 
-def _blur(planes: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h-10 w-10"]:
-    """Gaussian mean of each 11x11 window that lies inside the image."""
+def _blur(
+    planes: Float[Tensor, "b c h w"], weights: Float[Tensor, "k"]
+) -> Float[Tensor, "b c h-k+1 w-k+1"]:
+    """Weighted mean of each square window that lies inside the image."""
     # Band matrices are faster than a convolution, which in float64 has no fast path on a CPU.
-    rows, columns = (_gaussian_band(length).to(planes) for length in planes.shape[2:])
+    rows, columns = (_band(length, weights).to(planes) for length in planes.shape[2:])
     return rows @ planes @ columns.T
 
 
-def _gaussian_band(length: int) -> Float[Tensor, "{length}-10 {length}"]:
+def _band(length: int, weights: Float[Tensor, "k"]) -> Float[Tensor, "_ {length}"]:
     """Row i holds the weights of the window that starts at i."""
-    offsets = torch.arange(-5, 6, dtype=torch.float64)
-    weights = torch.exp(-0.5 * (offsets / 1.5) ** 2)
-    band = torch.zeros(length - 10, length, dtype=torch.float64)
-    for start, weight in enumerate((weights / weights.sum()).tolist()):
+    band = torch.zeros(length - len(weights) + 1, length, dtype=torch.float64)
+    for start, weight in enumerate(weights.tolist()):
         band.diagonal(start).fill_(weight)
     return band

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int64
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
+from mergevq.lettering import drawable
 from mergevq.metrics import to_uint8
 
 _CELL_SIDE = 16
@@ -23,6 +24,10 @@ _LIGHT = 80
 """Luma of 0..255 above which a line is black: low, so that mid-tones do not mix both kinds."""
 _SHORT_SIDE = 128
 """Least pixels of an image on a sheet."""
+_LARGEST_SHOWN, _LEAST_SHOWN = 1024, 32
+"""Most pixels of an image's side on a sheet, and on one of very many."""
+_LARGEST_SHEET = 8192
+"""Pixels that the images of a row or column of a sheet may take together."""
 _MARGIN = 16
 _GAP = 12
 _TEXT_GAP = 4
@@ -83,6 +88,9 @@ def contact_sheet(
 ) -> Image.Image:
     """Lay images out in rows and columns on white, with text around them.
 
+    A sheet is to be looked at: images are shrunk to at most 1,024 pixels a side, and further where
+    there are so many that the sheet would be larger than about 8,192 pixels.
+
     Args:
         rows: images of any size, at least one; those of one row are shown equally high.
         column_titles: one above each column; empty for none.
@@ -98,7 +106,9 @@ def contact_sheet(
     _check_sheet(rows, column_titles, row_titles, captions)
     if scale is not None and scale < 1:
         raise ValueError(f"scale ({scale}) must be at least 1, or None")
-    table = [_equally_high(row, scale) for row in rows]
+    most = max(len(rows), *map(len, rows))
+    limit = min(_LARGEST_SHOWN, max(_LEAST_SHOWN, _LARGEST_SHEET // most))
+    table = [_equally_high(row, scale, limit) for row in rows]
     for row, texts in zip(table, captions, strict=False):
         row[:] = [
             _above(image, _text(text, _CAPTION_SIZE, _CAPTION_INK))
@@ -152,18 +162,29 @@ def _check_sheet(
         raise ValueError("captions must have one text per image, in the same rows")
 
 
-def _equally_high(row: Sequence[Image.Image], scale: int | None) -> list[Image.Image]:
-    """Enlarge the images of a row to one height, keeping pixels square and sharp."""
+def _equally_high(row: Sequence[Image.Image], scale: int | None, limit: int) -> list[Image.Image]:
+    """Bring the images of a row to one height, pixels square and, where enlarged, sharp.
+
+    Args:
+        row: the images.
+        scale: as in `contact_sheet`.
+        limit: largest side of an image that is shown.
+    """
     smallest = min(row, key=lambda image: min(image.size))
     if scale is None:
         scale = math.ceil(_SHORT_SIDE / min(smallest.size))
     height = max(scale * smallest.height, *(image.height for image in row))
-    return [_to_height(image, height) for image in row]
+    widest = max(image.width / image.height for image in row)
+    height = max(1, min(height, limit, int(limit / widest)))
+    return [_to_height(image, height, limit) for image in row]
 
 
-def _to_height(image: Image.Image, height: int) -> Image.Image:
-    """Resize to a height; whole factors repeat pixels, others interpolate."""
-    size = (round(image.width * height / image.height), height)
+def _to_height(image: Image.Image, height: int, limit: int) -> Image.Image:
+    """Resize to a height; whole factors repeat pixels, others interpolate.
+
+    A line of one pixel's height is squeezed to the limit.
+    """
+    size = (min(limit, max(1, round(image.width * height / image.height))), height)
     whole = height % image.height == 0
     method = Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS
     return image.convert("RGB").resize(size, method)
@@ -171,7 +192,7 @@ def _to_height(image: Image.Image, height: int) -> Image.Image:
 
 def _text(text: str, size: int, ink: tuple[int, int, int]) -> Image.Image:
     """Text on white, with room around it."""
-    font = ImageFont.load_default(size)
+    text, font = drawable(text, size)
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     _, _, right, bottom = draw.multiline_textbbox((0, 0), text or " ", font)
     picture = Image.new("RGB", (math.ceil(right), math.ceil(bottom)), _PAPER)

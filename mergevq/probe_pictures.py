@@ -11,6 +11,7 @@ from jaxtyping import Int64
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from mergevq.lettering import Font, drawable, shown_names
 from mergevq.pictures import contact_sheet
 
 _MARGIN = 16
@@ -64,7 +65,7 @@ def confusion_picture(
             centre = ((column + 0.5) * side, (row + 0.5) * side)
             ink = _LIGHT_INK if shares[row, column] > 0.5 else _INK
             draw.text(centre, str(counts[row, column]), ink, font, anchor="mm")
-    labels = list(class_names) if num_classes <= _MAX_NAMED else []
+    labels = shown_names(class_names) if num_classes <= _MAX_NAMED else []
     return _framed(cells, [_cut(name) for name in labels], side, title)
 
 
@@ -82,9 +83,10 @@ def _cut(name: str) -> str:
 
 def _framed(cells: Image.Image, names: Sequence[str], side: int, title: str) -> Image.Image:
     """Put a title above the cells and the class names beside and below them."""
-    font, title_font = (ImageFont.load_default(size) for size in (_TEXT_SIZE, _TITLE_SIZE))
-    widest = max((round(font.getlength(name)) for name in names), default=0)
     axes = "rows: true class, columns: predicted class"
+    _, font = drawable("".join([axes, *names]), _TEXT_SIZE)
+    title, title_font = drawable(title, _TITLE_SIZE)
+    widest = max((round(font.getlength(name)) for name in names), default=0)
     left, top = _MARGIN + widest + 8, _MARGIN + 2 * _TITLE_SIZE + 20
     words = max(round(title_font.getlength(title)), round(font.getlength(axes)))
     width = max(left + cells.width, _MARGIN + words) + _MARGIN
@@ -102,7 +104,7 @@ def _framed(cells: Image.Image, names: Sequence[str], side: int, title: str) -> 
     return picture
 
 
-def _upwards(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:
+def _upwards(name: str, font: Font) -> Image.Image:
     """A name to read from below."""
     _, first, right, bottom = font.getbbox(name)
     picture = Image.new("RGB", (max(1, round(right)), max(1, round(bottom - first) + 2)), "white")

@@ -43,6 +43,7 @@ from mergevq.features import (
 )
 from mergevq.finetune import Classifier, finetune, num_steps
 from mergevq.images import ImageDataset, open_images
+from mergevq.lettering import shown_names
 from mergevq.probe import (
     Labelled,
     Neighbours,
@@ -367,7 +368,7 @@ def _picture(
     tokenizer: Tokenizer, found: Neighbours, known: _Known, data: _Data, shown: int
 ) -> Image.Image:
     """The first image of each of some classes and its neighbours."""
-    size, names = tokenizer.config.image_size, data.train.class_names
+    size, names = tokenizer.config.image_size, shown_names(data.train.class_names)
 
     def example(images: ImageDataset, part: Extracted, row: int, similarity: float | None = None):  # noqa: ANN202 - an Example
         image = crop_square(images.read(int(part.index[row])), size)

@@ -22,6 +22,7 @@ from mergevq.sections import (
     generator_sections,
     highlights,
     introduction,
+    next_section,
     run_section,
     tokenizer_sections,
 )
@@ -117,6 +118,7 @@ def run_and_report(run: TokenizerRun, generator: GeneratorRun, out: Path) -> Fin
         [
             *tokenizer_sections(trial, plots=plots),
             *generator_sections(generator_trial, plots=plots),
+            next_section(trial),
             run_section(trial, generator_trial),
         ],
         title="MergeVQ quickstart",

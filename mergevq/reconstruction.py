@@ -17,6 +17,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mergevq import distributed
+from mergevq.config_evaluate import Protocol
 from mergevq.data import Batch
 from mergevq.extractor import FeatureExtractor
 from mergevq.frechet import FrechetStatistics, Gaussian, Rows, frechet_distance
@@ -24,11 +25,13 @@ from mergevq.merge import Bits, Source
 from mergevq.metrics import (
     CodebookStatistics,
     Mean,
+    authors_ssim,
     codebook_statistics,
     feature_cosine,
     psnr,
     source_accuracy,
     ssim,
+    to_pixels,
     to_uint8,
 )
 from mergevq.perceptual import Perceptual
@@ -41,12 +44,18 @@ class Comparison:
     Args:
         perceptual: network for LPIPS; None leaves it out.
         extractor: network for feature cosine and Frechet distance; None leaves them out.
+        protocol: how images are compared.
     """
 
     def __init__(
-        self, *, perceptual: Perceptual | None = None, extractor: FeatureExtractor | None = None
+        self,
+        *,
+        perceptual: Perceptual | None = None,
+        extractor: FeatureExtractor | None = None,
+        protocol: Protocol = "own",
     ) -> None:
         self.perceptual, self.extractor = perceptual, extractor
+        self.is_authors = protocol == "authors"
         names = ["psnr", "ssim", "l1"]
         names += [] if perceptual is None else ["lpips"]
         names += [] if extractor is None else [cosine_name(extractor)]
@@ -73,13 +82,15 @@ class Comparison:
             features: of the originals, where there is an extractor.
         """
         shown = decoded.float().clamp(-1, 1)
-        per_image = psnr(image, shown)
-        values = {"psnr": per_image, "ssim": ssim(image, shown)}
+        per_image = psnr(image, shown, truncated=self.is_authors)
+        similarity = authors_ssim if self.is_authors else ssim
+        values = {"psnr": per_image, "ssim": similarity(image, shown)}
         values["l1"] = (image - shown).abs().mean((1, 2, 3))
         if self.perceptual is not None:
             values["lpips"] = self.perceptual(image, shown)
         if self.extractor is not None and self.statistics is not None and features is not None:
-            found = self.extractor.features(to_uint8(shown))
+            pixels = to_pixels(shown) if self.is_authors else to_uint8(shown)
+            found = self.extractor.features(pixels)
             values[cosine_name(self.extractor)] = feature_cosine(features, found)
             self.statistics.update(found)
         for name, value in values.items():
@@ -136,6 +147,7 @@ class Evaluation:
         perceptual: network for LPIPS; None leaves it out.
         extractor: network for feature cosine and Frechet distance; None leaves them out.
         autocast: precision of encoder and decoder; metrics are always float32.
+        protocol: how images are compared.
     """
 
     def __init__(
@@ -146,11 +158,14 @@ class Evaluation:
         perceptual: Perceptual | None,
         extractor: FeatureExtractor | None = None,
         autocast: torch.autocast,
+        protocol: Protocol = "own",
     ) -> None:
         self.tokenizer, self.num_kept, self.autocast = tokenizer, num_kept, autocast
         self.device = next(tokenizer.parameters()).device
-        self.given = Comparison(perceptual=perceptual, extractor=extractor)
-        self.recovered = Comparison(perceptual=perceptual, extractor=extractor)
+        self.given, self.recovered = (
+            Comparison(perceptual=perceptual, extractor=extractor, protocol=protocol)
+            for _ in range(2)
+        )
         self.accuracy = Mean("source_accuracy")
         self.tokens: list[Int64[Tensor, "_"]] = []
         """Every token of every image of this rank, on the CPU."""

@@ -40,6 +40,8 @@ from mergevq.run import Progress, resolve_device
 
 CROP = "short side resized (bicubic), centre square"
 """How images are prepared, the same for a model's input and its reference."""
+AUTHORS_CROP = "short side resized (bilinear), centre square"
+"""How they are prepared in the protocol `authors`."""
 _NO_CROP = "none: of the size in the file"
 
 _ARRAY_BATCH = 64

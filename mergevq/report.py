@@ -152,11 +152,12 @@ def _paragraphs(text: str) -> str:
 def _table(table: Table) -> str:
     """A table that scrolls sideways by itself where it is too wide."""
     caption = f"<caption>{html.escape(table.caption)}</caption>" if table.caption else ""
-    header = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in table.header)
+    header = "".join(
+        f'<th scope="col"{_kind(text, _SHORT // 2)}>{html.escape(text)}</th>'
+        for text in table.header
+    )
     rows = [
-        f'<tr><th scope="row">{html.escape(name)}</th>'
-        + "".join(f"<td>{html.escape(text)}</td>" for text in texts)
-        + "</tr>"
+        f'<tr><th scope="row">{html.escape(name)}</th>' + "".join(map(_cell, texts)) + "</tr>"
         for name, *texts in table.rows
     ]
     return "\n".join(
@@ -172,15 +173,28 @@ def _table(table: Table) -> str:
     )
 
 
+def _cell(text: str) -> str:
+    """A cell of a table; numbers and other short texts are never broken."""
+    return f"<td{_kind(text, _SHORT)}>{html.escape(text)}</td>"
+
+
+def _kind(text: str, most: int) -> str:
+    """The attribute of a cell whose text stays on one line, if it is no longer than this."""
+    return ' class="short"' if len(text) <= most else ""
+
+
 def _figure(picture: Picture, png: bytes) -> str:
     """A picture inside the page, at most as wide as the page."""
     data = base64.b64encode(png).decode("ascii")
     caption = html.escape(picture.caption)
     width, height = (round(picture.scale * side) for side in picture.image.size)
+    # Small pictures are shown larger where there is room, up to their own pixels.
+    frame = f"flex: 1 1 {width}px; max-width: min(100%, {max(width, picture.image.width)}px)"
+    least = f"min-width: min({width}px, {_READABLE}px)"
     return (
-        f'<figure style="width: {width}px"><img src="data:image/png;base64,{data}" '
-        f'width="{width}" height="{height}" alt="{caption}">'
-        f"<figcaption>{caption}</figcaption></figure>"
+        f'<figure style="{frame}"><div class="scroll"><img style="{least}" '
+        f'src="data:image/png;base64,{data}" width="{width}" height="{height}" alt="{caption}">'
+        f"</div><figcaption>{caption}</figcaption></figure>"
     )
 
 
@@ -209,6 +223,13 @@ def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+_SHORT = 24
+"""Most characters of a text in a table that is kept on one line."""
+_READABLE = 520
+"""Pixels that a picture has at least, however narrow the screen: the rest is reached by scrolling
+sideways, where shrinking it would leave letters that nobody can read."""
 
 
 # Pictures are drawn on white and stay so at night, framed as prints on the dark page.
@@ -260,7 +281,9 @@ section {
 .highlights dd { margin: 0; font-size: 1.5rem; font-weight: 650; letter-spacing: -.02em; }
 .highlights dt { color: var(--soft); font-size: .85rem; line-height: 1.35; }
 .table { overflow-x: auto; margin: .75rem 0 1rem; }
-table { border-collapse: collapse; font-size: .925rem; font-variant-numeric: tabular-nums; }
+table {
+  width: 100%; border-collapse: collapse; font-size: .925rem; font-variant-numeric: tabular-nums;
+}
 caption {
   caption-side: bottom; padding-top: .5rem; color: var(--soft); font-size: .85rem;
   text-align: left;
@@ -269,9 +292,11 @@ th, td { padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--line); }
 th { font-weight: 500; text-align: left; }
 td, thead th + th { padding-left: .9rem; text-align: right; }
 td { overflow-wrap: anywhere; }
+.short { white-space: nowrap; }
 thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
-figure { max-width: 100%; margin: .5rem 0 0; }
+figure { min-width: 0; margin: .5rem 0 0; }
+.scroll { overflow-x: auto; }
 img {
   display: block; width: 100%; height: auto; background: #fff; border: 1px solid var(--line);
   border-radius: 10px;
@@ -279,8 +304,11 @@ img {
 figcaption { padding: .4rem .1rem 0; color: var(--soft); font-size: .85rem; line-height: 1.45; }
 @media (max-width: 40rem) {
   body { padding: 1.25rem .75rem 3rem; }
-  section { padding: 1rem; }
+  section { padding: 1rem .75rem; }
   h1 { font-size: 1.6rem; }
+  table { font-size: .8rem; }
+  th, td { padding-right: .3rem; }
+  td, thead th + th { padding-left: .3rem; }
 }
 @media (prefers-color-scheme: dark) { img { filter: brightness(.92); } }
 </style>

@@ -194,7 +194,11 @@ def measure_robustness(
         ball_share(config.num_bits, radius)
     tokenizer.num_tokens(torch.empty(1, 3, config.image_size, config.image_size), num_kept)
     comparisons = {
-        (fraction, radius): Comparison(perceptual=subject.perceptual, extractor=subject.extractor)
+        (fraction, radius): Comparison(
+            perceptual=subject.perceptual,
+            extractor=subject.extractor,
+            protocol=subject.subject.protocol,
+        )
         for fraction in sorted(set(fractions))
         for radius in (balls if fraction else [None])
     }

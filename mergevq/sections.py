@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
+from mergevq.lettering import shown_names
 from mergevq.merge import source_bits
 from mergevq.pictures import contact_sheet
 from mergevq.report import (
@@ -20,6 +21,7 @@ from mergevq.report import (
     loss_panels,
     psnr_panels,
 )
+from mergevq.run import RunDirectory
 from mergevq.trial import GeneratorTrial, Trial, training_seconds
 
 _SHEET_SCALE = 0.75
@@ -276,6 +278,24 @@ def run_section(trial: Trial, generator: GeneratorTrial | None = None) -> Sectio
     return Section(title="This run", tables=[Table(header=["", ""], rows=rows)])
 
 
+def next_section(trial: Trial) -> Section:
+    """What to run next, with the model that was made here and with pictures of one's own."""
+    model = RunDirectory(trial.run.out).model
+    rows = [
+        ["Look at this model in a browser", f"mergevq demo --model {model}"],
+        [
+            "Reconstruct a picture of your own",
+            f"mergevq reconstruct PICTURE --model {model} --size-policy resize",
+        ],
+        [
+            "Train on a folder of your pictures",
+            "mergevq train photos64 --data.path FOLDER --out runs/photos",
+        ],
+        ["See what else can be trained", "mergevq recipes"],
+    ]
+    return Section(title="What next", tables=[Table(header=["", "command"], rows=rows)])
+
+
 def _training_rows(trial: Trial | GeneratorTrial, what: str, name: str) -> list[list[str]]:
     """How long one of the trainings took."""
     settings = trial.run.train
@@ -291,7 +311,7 @@ def _training_rows(trial: Trial | GeneratorTrial, what: str, name: str) -> list[
 def generator_sections(trial: GeneratorTrial, *, plots: bool = True) -> list[Section]:
     """What there is to say about a generator; with `plots`, drawn too."""
     columns = [row[:_SAMPLES_PICTURED] for row in trial.samples]
-    names = trial.class_names
+    names = shown_names(trial.class_names)
     pairs = [[row[0] for row in trial.samples], trial.nearest]
     num_samples = sum(len(row) for row in trial.samples)
     table = Table(

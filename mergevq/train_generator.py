@@ -36,6 +36,7 @@ from mergevq.config_generator import GeneratorConfig, GeneratorRun
 from mergevq.generation import class_names, decode_sampled
 from mergevq.generator import Generator, GeneratorLoss, random_orders, uniform
 from mergevq.identity import Identity
+from mergevq.lettering import shown_names
 from mergevq.optim import (
     Ema,
     NonFiniteGuard,
@@ -663,7 +664,7 @@ def _picture(state: State, setting: Setting, folder: Path) -> None:
     pictures = [
         to_pil(image) for image in decode_sampled(setting.tokenizer, sampled, config.grid_size)
     ]
-    names = setting.record.class_names or ("",)
+    names = shown_names(setting.record.class_names) or [""]
     rows = [pictures[i : i + _PICTURE_COLUMNS] for i in range(0, _NUM_PICTURED, _PICTURE_COLUMNS)]
     captions = [
         [names[k % len(names)] for k in ids[i : i + _PICTURE_COLUMNS]]

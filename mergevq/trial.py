@@ -17,6 +17,7 @@ from mergevq.config_generator import GeneratorRun, SampleRun
 from mergevq.config_probe import FeatureConfig, LinearConfig
 from mergevq.data import Batch, ImageDataset, eval_batches, open_train_val
 from mergevq.generation import class_labels, generate, load_pair
+from mergevq.lettering import shown_names
 from mergevq.metrics import CodebookStatistics, CodebookUsage
 from mergevq.pictures import merge_map, to_pil
 from mergevq.probe import ProbeRow, probe_rows
@@ -223,7 +224,8 @@ def _examples(
                 images.append(image)
                 labels.append(label)
     order = sorted(range(len(images)), key=labels.__getitem__)[:_MAX_PICTURED]
-    names = ["" if labels[i] == -1 else dataset.class_names[labels[i]] for i in order]
+    class_names = shown_names(dataset.class_names)
+    names = ["" if labels[i] == -1 else class_names[labels[i]] for i in order]
     return torch.stack([images[i] for i in order]), names
 
 

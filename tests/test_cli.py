@@ -292,14 +292,20 @@ def test_an_illegal_size_says_which_image_and_what_to_do(images, model, tmp_path
 )
 def test_a_size_policy_makes_any_size_legal(images, model, tmp_path, capsys, policy, wanted):
     assert reconstruct([images / "2.png"], model, tmp_path, "--size-policy", policy) == 0
-    assert wanted in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert wanted in printed
+    assert ("resized to" in printed and "31 x 17 given" in printed) == (policy == "resize")
+    for name in ("given", "recovered"):
+        (full,) = (tmp_path / "out/2").glob(f"{name}_*.png")
+        with Image.open(full) as picture:
+            assert picture.size == (31, 17)
 
 
 def test_images_of_equal_names_do_not_overwrite_each_other(images, model, tmp_path):
     other = tmp_path / "0.jpg"
     Image.open(images / "0.png").save(other)
     assert reconstruct([images / "0.png", other], model, tmp_path) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0-2.png", "0.png"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["0-2.png", "0.png"]
 
 
 def test_an_image_is_never_overwritten(images, model, capsys):

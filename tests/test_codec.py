@@ -14,6 +14,7 @@ from mergevq.codec import (
     cut,
     decode_image,
     encode_image,
+    full_pictures,
     reconstruct_image,
     reconstruction_figure,
     tile_layout,
@@ -201,6 +202,22 @@ def test_resizing_keeps_the_shape_and_the_trained_number_of_pixels(tokenizer, si
     result = reconstruct_image(tokenizer, noise(*size), 20, size_policy="resize")
     assert result.original.size == result.given.size == expected
     assert result.num_tiles == 1
+
+
+def test_numbers_of_a_resized_picture_say_both_sizes_and_pictures_have_the_given_one(tokenizer):
+    result = reconstruct_image(tokenizer, noise(64, 16), 20, size_policy="resize")
+    assert (result.is_resized, result.given_size) == (True, (64, 16))
+    small, large = (result.bits.total / pixels for pixels in (32 * 8, 64 * 16))
+    assert result.price == (
+        f"{small:.3f} bits per pixel of the 32 x 8 it was resized to ({large:.3g} of the 64 x 16 "
+        "given)"
+    )
+    pictures = full_pictures([result])
+    assert sorted(pictures) == ["given_20.png", "merge_map_20.png", "recovered_20.png"]
+    assert pictures["given_20.png"].size == pictures["recovered_20.png"].size == (64, 16)
+    plain = reconstruct_image(tokenizer, noise(16, 16), 20, size_policy="resize")
+    assert plain.price == f"{plain.bits_per_pixel:.3f} bits per pixel"
+    assert full_pictures([plain])["given_20.png"] == plain.given
 
 
 def test_resizing_leaves_the_trained_size_alone(tokenizer):

@@ -7,9 +7,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from evaluations import CONFIG, subject_of, write_images, write_network, write_tokenizer
+from PIL import Image
 from records import assert_declared, problems
 
 from mergevq import evaluate
@@ -21,7 +23,7 @@ from mergevq.evaluate import (
     measure_reconstructions,
     rate_distortion,
 )
-from mergevq.metrics import psnr
+from mergevq.metrics import authors_ssim, psnr, to_uint8
 from mergevq.perceptual import Perceptual
 from mergevq.references import make_reference
 from mergevq.run import environment
@@ -179,6 +181,31 @@ def test_what_is_not_finite_is_an_error(folder):
         measure_reconstructions(subject_of(tokenizer, folder / "images"), [8])
     with pytest.raises(ValueError, match="lpips is not a number"):
         json_numbers({"psnr": 1.0, "lpips": float("nan")})
+
+
+def test_the_protocol_of_the_authors_resizes_and_compares_in_their_way(tmp_path, folder):
+    tokenizer = Tokenizer.from_pretrained(folder / "model")
+    images = write_images(tmp_path / "large", 4, size=40)
+    subject = subject_of(tokenizer, images, folder / "colours.pt", protocol="authors")
+    found = measure_reconstructions(subject, [8])
+    seen = torch.cat([batch.image for batch in subject.batches()])
+    for number, path in enumerate(sorted(images.glob("*.png"))):
+        with Image.open(path) as image:
+            small = np.asarray(image.resize((16, 16), Image.Resampling.BILINEAR))
+        # The image itself loses nothing, whatever float32 made of its bytes on the way.
+        found_bytes = to_uint8(seen[number], truncated=True).permute(1, 2, 0).numpy()
+        assert np.array_equal(found_bytes, small)
+    with torch.no_grad():
+        decoded = tokenizer.reconstruct(seen, 8).image.clamp(-1, 1)
+    given = found.measured[0].outcome.given
+    assert given["ssim"] == pytest.approx(float(authors_ssim(seen, decoded).mean()), abs=1e-5)
+    expected = psnr(seen, decoded, truncated=True).mean()
+    assert given["psnr"] == pytest.approx(float(expected), abs=1e-4)
+    features = subject.extractor.features((decoded + 1) * 127.5)
+    cosine = torch.cosine_similarity(features, subject.extractor.features(to_uint8(seen))).mean()
+    assert given["feature_cosine_colours"] == pytest.approx(float(cosine), abs=1e-5)
+    own = subject_of(tokenizer, images, folder / "colours.pt")
+    assert measure_reconstructions(own, [8]).pixels_sha256 != found.pixels_sha256
 
 
 def test_an_illegal_k_is_refused_before_any_image(folder):

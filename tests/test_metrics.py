@@ -12,6 +12,7 @@ from mergevq.metrics import (
     CodebookUsage,
     CollapseMonitor,
     Mean,
+    authors_ssim,
     feature_cosine,
     psnr,
     source_accuracy,
@@ -225,6 +226,39 @@ def test_a_mean_of_nothing_is_an_error():
 
 
 # ----------------------------------------------------------------------------------- codebook
+
+
+def test_authors_ssim_by_definition(generator):
+    """Window by window, in the words of the definition."""
+    image = torch.rand(1, 3, 9, 8, generator=generator) * 2 - 1
+    other = (image + torch.randn(image.shape, generator=generator) * 0.2).clamp(-1, 1)
+    first, second = (((each + 1) * 127.5 + 1e-3).floor().double()[0] for each in (image, other))
+    values = []
+    for channel in range(3):
+        for top in range(3):
+            for left in range(2):
+                x, y = (
+                    each[channel, top : top + 7, left : left + 7].flatten()
+                    for each in (first, second)
+                )
+                covariance = ((x - x.mean()) * (y - y.mean())).sum() / 48
+                c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+                values.append(
+                    (2 * x.mean() * y.mean() + c1)
+                    * (2 * covariance + c2)
+                    / ((x.mean() ** 2 + y.mean() ** 2 + c1) * (x.var() + y.var() + c2))
+                )
+    expected = float(torch.stack(values).mean())
+    assert float(authors_ssim(image, other)) == pytest.approx(expected, abs=1e-6)
+    assert float(authors_ssim(image, image)) == pytest.approx(1)
+    with pytest.raises(ValueError, match="6x9 pixels must be at least as large as the 7x7"):
+        authors_ssim(torch.zeros(1, 3, 6, 9), torch.zeros(1, 3, 6, 9))
+
+
+def test_truncated_bytes_lose_what_is_behind_the_point():
+    image = torch.tensor([-1.0, -1 + 1.9 / 127.5, 1.0]).view(3, 1, 1)
+    assert to_uint8(image, truncated=True).flatten().tolist() == [0, 1, 255]
+    assert to_uint8(image).flatten().tolist() == [0, 2, 255]
 
 
 def usage_of(indices, num_bits, batch_size=None):

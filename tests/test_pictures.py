@@ -116,6 +116,22 @@ def test_small_images_are_enlarged_by_repeating_pixels():
     assert np.array_equal(sheet[16:-16, 16:-16], array(image).repeat(4, 0).repeat(4, 1))
 
 
+@pytest.mark.parametrize(
+    ("size", "num_rows", "num_columns"),
+    [((1, 5000), 1, 4), ((5000, 1), 3, 4), ((4000, 3000), 1, 4), ((64, 64), 200, 8)],
+)
+def test_a_sheet_is_bounded_whatever_is_on_it(size, num_rows, num_columns):
+    image = Image.new("RGB", size)
+    sheet = contact_sheet(
+        [[image] * num_columns] * num_rows, captions=[["x"] * num_columns] * num_rows
+    )
+    texts = (num_rows + 1) * 40
+    assert sheet.width <= 8192 + 400
+    assert sheet.height <= 8192 + texts
+    cell = contact_sheet([[image]])
+    assert max(cell.size) <= 1024 + 32
+
+
 def test_the_scale_can_be_chosen():
     assert contact_sheet([[noise(32, 32)]], scale=2).size == (64 + 32, 64 + 32)
 

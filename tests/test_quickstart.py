@@ -142,7 +142,7 @@ def test_bits_are_those_of_the_tokens_and_of_the_source(trial):
     assert rows["Bits per image: tokens"] == ["128", "192"]
     assert rows["Bits per image: source"] == [f"{source_bits(64, k):.1f}" for k in (16, 24)]
     assert rows["Bits per image: total"] == [f"{total:.1f}" for total in totals]
-    assert rows["Bits per pixel"] == [f"{total / 32**2:.3f}" for total in totals]
+    assert rows["Bits per pixel, given source"] == [f"{total / 32**2:.3f}" for total in totals]
 
 
 def test_one_digit_of_each_class_is_pictured(trial, finished):

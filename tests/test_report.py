@@ -138,7 +138,23 @@ def test_a_picture_is_shown_at_its_scale(tmp_path):
     page, _ = written(tmp_path, Section(title="S", pictures=[picture]))
     (shown,) = page.all("img")
     assert (shown["width"], shown["height"]) == ("30", "20")
-    assert page.all("figure") == [{"style": "width: 30px"}]
+    assert page.all("figure") == [{"style": "flex: 1 1 30px; max-width: min(100%, 60px)"}]
+
+
+def test_numbers_stay_on_one_line_and_large_pictures_stay_readable(tmp_path):
+    table = Table(header=["", "K = 10"], rows=[["PSNR", "20.48"], ["Command", "long " * 30]])
+    picture = Picture(name="p", image=noise(width=900, height=40), caption="c")
+    write_report(
+        tmp_path / "r.html",
+        [Section(title="s", tables=[table], pictures=[picture])],
+        title="t",
+    )
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert '<td class="short">20.48</td>' in page
+    assert '<th scope="col" class="short">K = 10</th>' in page
+    assert "<td>long " in page
+    assert "min-width: min(900px, 520px)" in page
+    assert ".short { white-space: nowrap; }" in page
 
 
 def test_pictures_of_one_name_are_refused_before_anything_is_written(tmp_path):

@@ -7,7 +7,13 @@ from PIL import Image
 
 from mergevq.probe import ProbeRow
 from mergevq.recipes import digits32, digits32_ar
-from mergevq.sections import duration, generator_sections, highlights, probe_section
+from mergevq.sections import (
+    duration,
+    generator_sections,
+    highlights,
+    next_section,
+    probe_section,
+)
 from mergevq.trial import GeneratorTrial, Trial
 
 pytest.importorskip("matplotlib")
@@ -76,3 +82,10 @@ def test_the_first_numbers_are_of_both_models():
 @pytest.mark.parametrize(("seconds", "words"), [(59.4, "59 s"), (60, "1 min 00 s")])
 def test_durations_are_in_words(seconds, words):
     assert duration(seconds) == words
+
+
+def test_the_page_says_what_to_run_next():
+    (table,) = next_section(TRIAL).tables
+    commands = [row[1] for row in table.rows]
+    assert f"mergevq demo --model {TRIAL.run.out}/model" in commands
+    assert any(command.startswith("mergevq train photos64 --data.path") for command in commands)

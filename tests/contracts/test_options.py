@@ -37,8 +37,9 @@ LIBRARY = {
     "reconstruct": {
         "tokenizer.Tokenizer.from_pretrained": TOKENIZER,
         "run.resolve_device": None,
-        "codec.load_picture": SimpleNamespace(size=(8, 8)),
+        "decoding.load_picture": SimpleNamespace(size=(8, 8)),
         "codec.reconstruct_image": None,
+        "codec.full_pictures": {},
         "codec.reconstruction_figure": None,
     },
     "encode": {"encode.encode": STOP},
