@@ -111,7 +111,7 @@ Subject = Annotated[SubjectOptions, tyro.conf.arg(name="")]
 Features = Annotated[FeatureOptions, tyro.conf.arg(name="")]
 
 
-def linear(
+def linear(  # noqa: PLR0913 - each is an option
     *,
     subject: Subject,
     features: Features,
@@ -120,6 +120,8 @@ def linear(
     epochs: int = 90,
     batch_size: int | None = 1024,
     weight_decay: float = 0.0,
+    warmup_fraction: float = LinearConfig().warmup_fraction,
+    crops: int = 0,
     held_out_fraction: float = 0.2,
 ) -> None:
     """Train a linear classifier on frozen features, beside raw pixels and their PCA.
@@ -135,6 +137,9 @@ def linear(
         epochs: passes over the training images.
         batch_size: images per step, but at least 8 steps an epoch; None is all images at once.
         weight_decay: on the weights.
+        warmup_fraction: share of the steps in which the rate rises, before it falls to 0.
+        crops: random crops of each training image, from which epochs learn in turn; 0 learns from
+            the centre squares. Features of all crops are kept in memory.
         held_out_fraction: share of the training images that chooses the rate.
     """
     method = LinearConfig(
@@ -143,6 +148,8 @@ def linear(
         num_epochs=epochs,
         batch_size=batch_size,
         weight_decay=weight_decay,
+        warmup_fraction=warmup_fraction,
+        num_crops=crops,
     )
     _run(subject.run(method, features.config(subject.num_kept), out))
 
@@ -184,6 +191,7 @@ def finetune(  # noqa: PLR0913 - each is an option
     rate: float = 1.25e-3,
     layer_decay: float = FinetuneConfig().layer_decay,
     weight_decay: float = 0.05,
+    warmup_fraction: float = FinetuneConfig().warmup_fraction,
     label_smoothing: float = 0.1,
     mixup: float = 0.8,
     cutmix: float = 1.0,
@@ -210,6 +218,7 @@ def finetune(  # noqa: PLR0913 - each is an option
         rate: peak learning rate of the classifier for 512 images, scaled to the batch.
         layer_decay: rate of a block over that of the next one.
         weight_decay: on matrices.
+        warmup_fraction: share of the steps in which the rate rises, before it falls to 0.
         label_smoothing: share of the target that is spread over all classes.
         mixup: parameter of the beta distribution of mixup; 0 is off.
         cutmix: parameter of the beta distribution of cutmix; 0 is off.
@@ -230,6 +239,7 @@ def finetune(  # noqa: PLR0913 - each is an option
         rate=rate,
         layer_decay=layer_decay,
         weight_decay=weight_decay,
+        warmup_fraction=warmup_fraction,
         label_smoothing=label_smoothing,
         mixup=mixup,
         cutmix=cutmix,

@@ -7,7 +7,7 @@ imported inside.
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -16,9 +16,12 @@ from mergevq.config_source import SourceRun
 from mergevq.recipes import SOURCE_RECIPES
 from mergevq.terminal import MAY_BE_EMPTY, prepare_to_compute
 
+Recipe = Literal["none", "imagenet256_g_source", "imagenet256_gr_source"]
+"""Names of `SOURCE_RECIPES`, and that of the defaults."""
+
 
 def finetune_source(  # noqa: PLR0913 - each is an option
-    recipe: tyro.conf.Positional[str | None] = None,
+    recipe: tyro.conf.Positional[Recipe] = "none",
     *,
     tokenizer: str | None = None,
     tokens: str | None = None,
@@ -43,11 +46,12 @@ def finetune_source(  # noqa: PLR0913 - each is an option
     tokens and generators of the tokenizer go with the result too.
 
     Args:
-        recipe: name of a run, such as imagenet256_gr_source; options replace its settings, and
-            those that are not given are the recipe's, or without one the defaults of `SourceRun`.
-        tokenizer: directory of the tokenizer, or owner/name@revision on Hugging Face.
-        tokens: folder of its tokens (`mergevq encode`).
-        generator: directory of the generator, or owner/name@revision on Hugging Face.
+        recipe: name of a run; options replace what it says.
+        tokenizer: directory of the tokenizer, or owner/name@revision on Hugging Face; without a
+            recipe runs/tokenizer/model.
+        tokens: folder of its tokens (`mergevq encode`); without a recipe runs/tokens.
+        generator: directory of the generator, or owner/name@revision on Hugging Face; without a
+            recipe runs/generator/model.
         out: where the tokenizer with the new predictor goes; runs/source without a recipe.
         num_kept: each K to train on; all that tokens and generator have if there are none.
         max_replaced: largest share of an image's tokens that is made anew (0.5).
@@ -61,18 +65,8 @@ def finetune_source(  # noqa: PLR0913 - each is an option
         precision: of the predictor.
         device: where to compute.
         seed: of every random number.
-
-    Raises:
-        ValueError: there is no such recipe, or neither a recipe nor the options name a tokenizer,
-            tokens and a generator.
     """
-    start = _recipe(recipe)
-    if recipe is None:
-        needed = {"tokenizer": tokenizer, "tokens": tokens, "generator": generator}
-        if missing := [f"--{name}" for name, value in needed.items() if value is None]:
-            raise ValueError(
-                f"{', '.join(missing)} must be given, or a recipe: {', '.join(SOURCE_RECIPES)}"
-            )
+    start = SourceRun() if recipe == "none" else SOURCE_RECIPES[recipe]()
     prepare_to_compute()
     from mergevq.train_source import finetune_source as finetune
 
@@ -105,19 +99,6 @@ def finetune_source(  # noqa: PLR0913 - each is an option
         f"clean: an image's own tokens; new: {run.max_replaced:.0%} of them made by the generator"
     )
     print(f"tokenizer: {done.directory}")
-
-
-def _recipe(name: str | None) -> SourceRun:
-    """The run of a name; the defaults without one.
-
-    Raises:
-        ValueError: there is no such recipe.
-    """
-    if name is None:
-        return SourceRun()
-    if name not in SOURCE_RECIPES:
-        raise ValueError(f"recipe ({name}) must be one of {', '.join(SOURCE_RECIPES)}")
-    return SOURCE_RECIPES[name]()
 
 
 COMMANDS: dict[str, Callable[..., object]] = {"finetune-source": finetune_source}

@@ -80,9 +80,13 @@ class LinearConfig:
     """On the weights, not on the biases."""
     warmup_fraction: float = 0.1
     """Share of the steps in which the rate rises; then it falls to 0 as a cosine."""
+    num_crops: int = 0
+    """Random crops of each training image, mirrored half of the time, from which epochs learn in
+    turn; 0 learns from the centre squares, and as many as there are epochs is a new one in each."""
 
     def __post_init__(self) -> None:
         """Reject settings that cannot train or choose."""
+        _require(self.num_crops >= 0, f"num_crops ({self.num_crops}) must be at least 0")
         _require(len(self.rates) > 0, "rates must name at least one learning rate")
         _require(min(self.rates) > 0, f"rates {self.rates} must all be above 0")
         _require(len(set(self.rates)) == len(self.rates), f"rates {self.rates} must differ")

@@ -275,17 +275,15 @@ class _TrainFetcher(Dataset[_Fetched]):
         square = crop_square(image, self.image_size, place)
         if self.data.flip:
             square = random_flip(square, generator)
+        if self.augment is not None and self.student_size is None:
+            square = self.augment(square, generator)
         # Each view has its own stream: adding one does not change another.
         student = teacher = None
         if self.student_size is not None:
             generator = _generator("student", self.seed, k)
             student = random_resized_crop(image, self.student_size, generator)
             student = random_flip(student, generator)
-        if self.augment is not None:
-            generator = _generator("augment", self.seed, k)
-            if student is None:
-                square = self.augment(square, generator)
-            else:
+            if self.augment is not None:
                 student = self.augment(student, generator)
         if self.teacher_size is not None:
             generator = _generator("teacher", self.seed, k)

@@ -129,6 +129,7 @@ def linear_probe(
     num_classes: int,
     config: LinearConfig,
     *,
+    crops: Sequence[Float[Tensor, "n c"]] = (),
     seed: int = 0,
     progress: Progress | None = None,
 ) -> LinearResult:
@@ -141,6 +142,9 @@ def linear_probe(
         val: the same of other images, anywhere.
         num_classes: Y.
         config: how.
+        crops: features of random crops of the training images, in their order, from which epochs
+            learn in turn; without any they learn from `train`, which in any case gives the
+            statistics of the normalisation and is what chooses.
         seed: of the held-out part, the first weights and the orders.
         progress: counts as many steps as `linear_steps` says.
 
@@ -152,12 +156,13 @@ def linear_probe(
     device = train.values.device
     chooses = held_out(train.label.cpu(), config.held_out_fraction, step_generator(seed, "held", 0))
     fitted, other = _split(train, chooses.to(device))
-    trained = _train(fitted, num_classes, config, seed, progress)
+    cut = [crop[~chooses.to(device)] for crop in crops]
+    trained = _train(fitted, cut, num_classes, config, seed, progress)
     logits = _classify(trained, fitted.values, other.values)
     choices = [(accuracy(own, other.label), -_loss(own, other.label)) for own in logits]
     _require_finite(config.rates, [loss for _, loss in choices])
     chosen = choices.index(max(choices))
-    trained = _train(train, num_classes, config, seed, progress)
+    trained = _train(train, crops, num_classes, config, seed, progress)
     logits = _classify(trained, train.values, val.values.to(device)).cpu()
     _require_finite(config.rates, [_loss(own, val.label) for own in logits])
     sweep = tuple(
@@ -224,14 +229,15 @@ def _batch_size(num_images: int, config: LinearConfig) -> int:
 
 def _train(
     data: Labelled,
+    crops: Sequence[Float[Tensor, "n c"]],
     num_classes: int,
     config: LinearConfig,
     seed: int,
     progress: Progress | None,
 ) -> _Heads:
     """Train a linear layer at each rate, all on the same batches."""
-    values = standardize(data.values, data.values)
-    device, (num_images, dim) = values.device, values.shape
+    views = [standardize(data.values, each) for each in (crops or [data.values])]
+    device, (num_images, dim) = views[0].device, views[0].shape
     batch_size = _batch_size(num_images, config)
     num_steps = _num_steps(num_images, config)
     first = torch.empty(dim, num_classes)
@@ -248,6 +254,7 @@ def _train(
     )
     step = 0
     for epoch in range(config.num_epochs):
+        values = views[epoch % len(views)]
         order = torch.randperm(num_images, generator=step_generator(seed, "order", epoch))
         for rows in order.to(device).split(batch_size):
             share = learning_rate(step, schedule, num_steps, batch_size)
@@ -380,15 +387,15 @@ def vote(
 
 
 def with_pca(
-    train: Extracted, val: Extracted, dim: int, *, seed: int = 0
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Features of both sets by name, with the principal components of the training pixels added."""
+    train: Extracted, others: Sequence[Extracted], dim: int, *, seed: int = 0
+) -> list[dict[str, Tensor]]:
+    """Features of training images and of others by name, with the principal components of pixels.
+
+    The components are those of the training pixels.
+    """
     pca = fit_pca(train.features[PIXELS], dim, step_generator(seed, "pca", 0))
     name = f"PCA of pixels, {pca.directions.shape[1]} components"
-    return (
-        train.features | {name: pca.project(train.features[PIXELS])},
-        val.features | {name: pca.project(val.features[PIXELS])},
-    )
+    return [each.features | {name: pca.project(each.features[PIXELS])} for each in (train, *others)]
 
 
 class ProbeRow(NamedTuple):
@@ -448,7 +455,7 @@ def probe_rows(
     require_labels(known.label, "the training data")
     require_labels(asked.label, "the validation data")
     num_classes = 1 + int(max(known.label.max(), asked.label.max()))
-    banks, queries = with_pca(known, asked, features.pca_dim or tokenizer.config.dim, seed=seed)
+    banks, queries = with_pca(known, [asked], features.pca_dim or tokenizer.config.dim, seed=seed)
     steps = linear_steps(known.label, linear, seed=seed) * len(banks)
     rows = []
     with contextlib.closing(Progress(steps, unit="probe step")) as progress:

@@ -6,6 +6,7 @@ beside it show confusions and neighbours.
 
 import contextlib
 import logging
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from mergevq.checkpoint import model_hash, resolve, to_json, write_json
-from mergevq.config import FORMAT_VERSION
+from mergevq.config import FORMAT_VERSION, DataConfig
 from mergevq.config_probe import (
     FeatureConfig,
     FinetuneConfig,
@@ -33,7 +34,7 @@ from mergevq.config_probe import (
     ProbeRun,
     ScoredRow,
 )
-from mergevq.data import crop_square, eval_batches, open_train_val
+from mergevq.data import crop_square, eval_batches, open_train_val, train_batches
 from mergevq.features import (
     Extracted,
     FeatureKind,
@@ -207,6 +208,8 @@ class _Known(NamedTuple):
     val: Extracted
     banks: dict[str, Float[Tensor, "n _c"]]
     queries: dict[str, Float[Tensor, "m _c"]]
+    crops: list[dict[str, Float[Tensor, "n _c"]]]
+    """Of random crops of the training images, each in their order."""
 
 
 def _extract(run: ProbeRun, features: FeatureConfig, tokenizer: Tokenizer, data: _Data) -> _Known:
@@ -231,7 +234,66 @@ def _extract(run: ProbeRun, features: FeatureConfig, tokenizer: Tokenizer, data:
         ]
     train, val = extracted[0], extracted[-1]
     dim = features.pca_dim or tokenizer.config.dim
-    return _Known(train, val, *with_pca(train, val, dim, seed=run.seed))
+    crops = _crops(run, features, kinds, tokenizer, data.train, train.index)
+    banks, queries, *others = with_pca(train, [val, *crops], dim, seed=run.seed)
+    return _Known(train, val, banks, queries, others)
+
+
+def _crops(
+    run: ProbeRun,
+    features: FeatureConfig,
+    kinds: Sequence[FeatureKind],
+    tokenizer: Tokenizer,
+    images: ImageDataset,
+    index: Int64[Tensor, "n"],
+) -> list[Extracted]:
+    """Features of the random crops that a linear probe learns from, in the order of `index`."""
+    method = run.method.linear if isinstance(run.method, FinetuneConfig) else run.method
+    num_crops = method.num_crops if isinstance(method, LinearConfig) else 0
+    count, size = len(images), tokenizer.config.image_size
+    num_seen = num_crops * count
+    if num_crops == 0:
+        return []
+    batches = train_batches(
+        images,
+        DataConfig(),
+        image_size=size,
+        batch_size=features.batch_size,
+        num_steps=math.ceil(num_seen / features.batch_size),
+        seed=run.seed,
+        student_size=size,
+        teacher_size=None,
+        num_workers=run.data.num_workers,
+    )
+    with contextlib.closing(Progress(num_seen, unit="crop")) as progress:
+        seen = extract(
+            tokenizer,
+            (batch._replace(image=_present(batch.student_view)) for batch in batches),
+            kinds,
+            pixel_side=features.pixel_side,
+            progress=progress,
+        )
+    parts: list[Extracted] = []
+    for first in range(0, num_seen, count):
+        # Each image is once in an epoch, in another order.
+        place = {each: first + row for row, each in enumerate(seen.index[first:][:count].tolist())}
+        rows = torch.tensor([place[each] for each in index.tolist()])
+        parts.append(
+            Extracted(
+                features={name: values[rows] for name, values in seen.features.items()},
+                label=seen.label[rows],
+                index=index,
+                digests=tuple(seen.digests[row] for row in rows.tolist()),
+            )
+        )
+    return parts
+
+
+def _present(view: Float[Tensor, "b 3 h w"] | None) -> Float[Tensor, "b 3 h w"]:
+    """The view that was asked for."""
+    if view is None:
+        raise RuntimeError("a batch has no view of its images")
+    return view
 
 
 def _describe(data: _Data, known: _Known) -> ProbedData:
@@ -280,6 +342,7 @@ def _linear(run: ProbeRun, config: LinearConfig, known: _Known, data: _Data) -> 
                 Labelled(known.queries[name], known.val.label),
                 data.train.num_classes,
                 config,
+                crops=[crop[name].to(device) for crop in known.crops],
                 seed=run.seed,
                 progress=progress,
             )

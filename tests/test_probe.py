@@ -1,6 +1,8 @@
 """Probes: hand-computed votes, separable and random classes, and what may see what."""
 
+import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,6 +52,24 @@ def test_all_images_at_once_are_a_batch_too(generator):
     train, val = clusters(generator), clusters(generator)
     config = LinearConfig(rates=(1e-1,), num_epochs=30, batch_size=None)
     assert accuracy(linear_probe(train, val, 3, config).scores, val.label) > 0.95
+
+
+def test_epochs_learn_from_crops_in_turn(generator):
+    train, val = clusters(generator, spread=9.0), clusters(generator)
+    plain = linear_probe(train, val, 3, QUICK)
+    # The images themselves as their only crop change nothing, nor do they twice.
+    for crops in ([train.values], [train.values] * 2):
+        assert torch.equal(linear_probe(train, val, 3, QUICK, crops=crops).scores, plain.scores)
+    others = [clusters(generator, spread=9.0).values for _ in range(2)]
+    found = [
+        linear_probe(train, val, 3, QUICK, crops=crops).scores
+        for crops in ([others[0]], [others[1]], others)
+    ]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations([plain.scores, *found], 2))
+    # With one epoch only the first crop is learnt from.
+    once = replace(QUICK, num_epochs=1)
+    first, both = (linear_probe(train, val, 3, once, crops=c).scores for c in (others[:1], others))
+    assert torch.equal(first, both)
 
 
 def test_random_classes_are_guessed(generator):

@@ -193,3 +193,36 @@ def test_what_cannot_be_probed_is_refused_before_any_work(folder, tmp_path):
         assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="choose another directory with --out"):
         probe(run(folder, folder / "model"))
+
+
+def test_crops_are_of_the_images_whose_place_they_have(folder, tmp_path):
+    # Each image has one colour, so its crops are the image again, in whatever order they come.
+    for number in range(24):
+        place = tmp_path / "plain" / str(number % 2)
+        place.mkdir(parents=True, exist_ok=True)
+        colour = (10 * number, 240 - 7 * number, 90 * (number % 3))
+        Image.new("RGB", (16, 16), colour).save(place / f"{number}.png")
+    hard = replace(LINEAR, num_epochs=2, rates=(1e-3, 1e-2))
+    sweeps = []
+    for name, method in (("plain", hard), ("crops", replace(hard, num_crops=2))):
+        job = run(folder, tmp_path / f"out-{name}", method)
+        data = DataConfig(path=str(tmp_path / "plain"), val_fraction=0.3, num_workers=0)
+        rows = probe(replace(job, data=data))["rows"]
+        sweeps.append({row["name"]: row["sweep"] for row in rows})
+    assert sweeps[0]["raw pixels"] == sweeps[1]["raw pixels"]
+    assert sweeps[0].keys() == sweeps[1].keys()
+
+
+def test_crops_of_pictures_change_what_is_learnt(folder, tmp_path, monkeypatch):
+    seen = []
+    from mergevq import probing
+
+    whole = probing.linear_probe
+    monkeypatch.setattr(
+        probing, "linear_probe", lambda *a, crops, **k: seen.append(crops) or whole(*a, **k)
+    )
+    probe(run(folder, tmp_path / "out", replace(LINEAR, num_crops=3)))
+    assert {len(crops) for crops in seen} == {3}
+    for crops in seen:
+        assert not torch.equal(crops[0], crops[1])
+        assert not torch.equal(crops[1], crops[2])

@@ -536,7 +536,7 @@ STEP = """
 import sys
 import torch
 from generators import tiny_generator
-from mergevq.config import SamplingSettings
+from mergevq.config_generator import SamplingSettings
 from mergevq.sampling import make_cache, prefill
 
 model = tiny_generator(sys.argv[1])
