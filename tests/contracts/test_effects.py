@@ -1,0 +1,609 @@
+"""Every setting of every run has an effect, or is named here with the reason why it has none.
+
+A small run is done twice, the second time with one setting changed: what it writes and measures
+must differ. Settings are read off their classes, so that a new one without an effect fails. A run
+that refuses the change has seen it, so that counts as well.
+"""
+
+import hashlib
+import json
+import typing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from leaves import changed, leaf_kinds, replaced
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mergevq import probing, train_generator, train_source, train_tokenizer
+from mergevq.config import (
+    DataConfig,
+    GeneratorRun,
+    SampleRun,
+    SamplingSettings,
+    TokenizerRun,
+    TokensConfig,
+)
+from mergevq.config_evaluate import (
+    GenerationSettings,
+    ReconstructionSettings,
+    RobustnessSettings,
+    Subject,
+)
+from mergevq.config_probe import FeatureConfig, FinetuneConfig, KnnConfig, LinearConfig, ProbeRun
+from mergevq.config_source import SourceRun
+from mergevq.encode import encode
+from mergevq.evaluate import evaluate_reconstruction
+from mergevq.evaluate_generation import evaluate_generation
+from mergevq.perceptual import Perceptual
+from mergevq.recipes import digits32, digits32_ar, shrink, shrink_generator
+from mergevq.references import make_reference
+from mergevq.robustness import evaluate_robustness
+
+pytest.importorskip("transformers")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning")]
+
+# ------------------------------------------------------------------------------ small bases
+
+TRAIN = {
+    "num_steps": 4,
+    "log_every": 1,
+    "eval_every": 2,
+    "image_every": 2,
+    "save_every": 2,
+    "keep_last": 1,
+    "precision": "float32",
+    "device": "cpu",
+}
+
+
+def tokenizer_run(folder):
+    """All parts take part: an adversary, and a teacher that is an average of the encoder."""
+    small = shrink(digits32())
+    return replace(
+        small,
+        data=DataConfig(path=str(folder / "images"), val_fraction=0.3, num_workers=0),
+        loss=replace(
+            small.loss,
+            adversarial_weight=0.1,
+            adversarial_start_step=1,
+            adversarial_ramp_steps=1,
+            discriminator_channels=8,
+        ),
+        teacher=replace(small.teacher, kind="self"),
+        optim=replace(small.optim, warmup_steps=1),
+        train=replace(small.train, **TRAIN),
+    )
+
+
+def generator_run(folder):
+    """Of order `merge`, with much guidance, so that pictures tell settings of sampling apart."""
+    small = shrink_generator(digits32_ar())
+    return replace(
+        small,
+        tokens=TokensConfig(
+            path=str(folder / "tokens"), tokenizer=str(folder / "tokenizer"), val_fraction=0.3
+        ),
+        optim=replace(small.optim, warmup_steps=1, lr=3e-2),
+        train=replace(small.train, **TRAIN),
+        sampling=SamplingSettings(guidance_scale=8.0),
+    )
+
+
+def source_run(folder):
+    return SourceRun(
+        tokenizer=str(folder / "tokenizer"),
+        tokens=str(folder / "tokens"),
+        generator=str(folder / "random"),
+        num_passes=3,
+        num_steps=3,
+        batch_size=4,
+        num_eval_images=4,
+        val_fraction=0.3,
+        num_kept=(16, 24),
+        optim=replace(SourceRun().optim, ema_decay=0.5),
+        precision="float32",
+        device="cpu",
+    )
+
+
+def probe_run(method):
+    def make(folder):
+        return ProbeRun(
+            model=str(folder / "tokenizer"),
+            out="",
+            method=method,
+            data=DataConfig(path=str(folder / "images"), val_fraction=0.3, num_workers=0),
+            features=FeatureConfig(num_kept=(16,), stages=("merged",), pools=("mean",), pca_dim=3),
+            device="cpu",
+        )
+
+    return make
+
+
+def subject(folder):
+    return Subject(
+        model=str(folder / "tokenizer"),
+        data=str(folder / "images"),
+        lpips=str(folder / "lpips"),
+        lpips_trunk="squeeze",
+        extractor=str(folder / "colours.pt"),
+        max_images=8,
+        device="cpu",
+        num_workers=0,
+    )
+
+
+def reconstruction_settings(folder):
+    return ReconstructionSettings(
+        subject=subject(folder), out="", num_shown=2, num_baseline_images=2
+    )
+
+
+def robustness_settings(folder):
+    return RobustnessSettings(subject=subject(folder), out="", fractions=(0.0, 0.5))
+
+
+def generation_settings(folder):
+    return GenerationSettings(
+        reference=str(folder / "reference.npz"),
+        extractor=str(folder / "colours.pt"),
+        out="",
+        data=str(folder / "images"),
+        num_looked_up=2,
+        batch_size=4,
+        device="cpu",
+        run=SampleRun(
+            model=str(folder / "merge"),
+            tokenizer=str(folder / "tokenizer"),
+            num_images=6,
+            batch_size=3,
+            device="cpu",
+            settings=SamplingSettings(guidance_scale=8.0),
+        ),
+    )
+
+
+LINEAR = LinearConfig(rates=(1e-2, 1e-1), num_epochs=3, batch_size=8)
+FINETUNE = FinetuneConfig(num_epochs=2, batch_size=4, precision="float32", linear=LINEAR)
+
+
+class Kind(typing.NamedTuple):
+    """One kind of run."""
+
+    base: object
+    """Makes the run, from the folder of the material."""
+    do: object
+    """Does it; what it returns is compared too."""
+    leaves: dict
+    """Type by name of each setting."""
+
+
+def with_part(cls, name, part):
+    """The settings of a class of which one has one of several classes."""
+    inside = {f"{name}.{leaf}": kind for leaf, kind in leaf_kinds(part).items()}
+    return leaf_kinds(cls, skip=(name,)) | inside
+
+
+KINDS = {
+    "tokenizer": Kind(tokenizer_run, train_tokenizer.train, leaf_kinds(TokenizerRun)),
+    "generator": Kind(generator_run, train_generator.train, leaf_kinds(GeneratorRun)),
+    "source": Kind(source_run, train_source.finetune_source, leaf_kinds(SourceRun)),
+    "linear": Kind(probe_run(LINEAR), probing.probe, with_part(ProbeRun, "method", LinearConfig)),
+    "knn": Kind(
+        probe_run(KnnConfig(num_neighbours=(3,), temperature=1.0)),
+        probing.probe,
+        with_part(ProbeRun, "method", KnnConfig),
+    ),
+    "finetune": Kind(
+        probe_run(FINETUNE), probing.probe, with_part(ProbeRun, "method", FinetuneConfig)
+    ),
+    "reconstruction": Kind(
+        reconstruction_settings, evaluate_reconstruction, leaf_kinds(ReconstructionSettings)
+    ),
+    "robustness": Kind(robustness_settings, evaluate_robustness, leaf_kinds(RobustnessSettings)),
+    "generation": Kind(
+        generation_settings, evaluate_generation, with_part(GenerationSettings, "run", SampleRun)
+    ),
+}
+
+# ------------------------------------------------------------------- what a setting needs, or lacks
+
+GAUSSIAN = {"kept.distribution": "gaussian"}
+FROZEN = {"teacher.kind": "huggingface", "teacher.path": "@dinov2", "teacher.teacher_size": 28}
+PERCEPTUAL = {
+    "loss.perceptual_weight": 1.0,
+    "loss.perceptual_trunk": "squeeze",
+    "loss.perceptual_path": "@lpips",
+}
+RANDOM = {"model.order": "random"}
+RASTER = {
+    "model.order": "raster",
+    "model.num_kept": 64,
+    "model.kept_candidates": (64,),
+    "kept.candidates": (64,),
+}
+OPTIM = {
+    "optim.milestones": {"optim.schedule": "step"},
+    "optim.final_lr_ratio": {"optim.schedule": "cosine"},
+}
+OVERFLOW = {"optim.lr": 1e20, "optim.clip_norm": None, "train.num_steps": 12}
+KEPT = {
+    "kept.rate": {"kept.distribution": "exponential"},
+    "kept.mean": GAUSSIAN,
+    "kept.std": GAUSSIAN,
+    "kept.floor": GAUSSIAN,
+}
+NEEDS = {
+    "tokenizer": {
+        **OPTIM,
+        **KEPT,
+        "model.patch_dim": {"model.stem": "patch", "model.position_embedding": True},
+        "teacher.label_smoothing": {"teacher.kind": "labels"},
+        "teacher.path": FROZEN,
+        "teacher.loss": FROZEN,
+        "teacher.temperature": FROZEN,
+        "teacher.teacher_size": FROZEN,
+        "loss.perceptual_weight": PERCEPTUAL,
+        "loss.perceptual_trunk": PERCEPTUAL,
+        "loss.perceptual_path": PERCEPTUAL,
+        "train.max_nonfinite": OVERFLOW,
+    },
+    "generator": {
+        **OPTIM,
+        **KEPT,
+        "model.kept_candidates": RASTER,
+        "model.rotate_instruction": RANDOM,
+        "sampling.num_steps": RANDOM,
+        "sampling.guidance_power": {"sampling.guidance_schedule": "power"},
+        "train.max_nonfinite": OVERFLOW,
+    },
+    "source": OPTIM,
+    "generation": {
+        "run.settings.guidance_power": {"run.settings.guidance_schedule": "power"},
+        "run.settings.num_steps": {"run.model": "@random"},
+        "run.keep_from": {"run.model": "@random", "run.keep_from": "@a.png", "run.mask": "@b.png"},
+        "run.mask": {"run.model": "@random", "run.keep_from": "@a.png", "run.mask": "@b.png"},
+    },
+}
+"""Changes to the base without which a setting has no meaning."""
+VALUES = {
+    "tokenizer": {
+        "kept.rate": 0.01,
+        "kept.mean": 9.0,
+        "kept.std": 90.0,
+        "kept.floor": 9.0,
+        "data.path": "@others",
+        "data.val_path": "@others",
+        "loss.perceptual_path": "@lpips-2",
+        "teacher.path": "@dinov2-2",
+        "teacher.teacher_size": 42,
+        "init_from": "@tokenizer",
+        "init_vit": "@dinov2",
+        "optim.milestones": (0.5, 0.75),
+        "optim.base_batch_size": 8,
+    },
+    "generator": {
+        "kept.rate": 0.01,
+        "kept.mean": 9.0,
+        "kept.std": 90.0,
+        "kept.floor": 9.0,
+        "model.kept_candidates": (),
+        "tokens.path": "@tokens-2",
+        "tokens.tokenizer": "@tokenizer-2",
+        "init_from": "@merge",
+        "optim.milestones": (0.5, 0.75),
+        "optim.base_batch_size": 8,
+    },
+    "source": {
+        "tokenizer": "@tokenizer-2",
+        "tokens": "@tokens-2",
+        "generator": "@random-2",
+        "optim.milestones": (0.34, 0.67),
+        "optim.base_batch_size": 8,
+        "num_kept": (16,),
+    },
+}
+PROBE_VALUES = {
+    "model": "@tokenizer-2",
+    "data.path": "@others",
+    "data.val_path": "@others",
+    "features.num_kept": (24,),
+    "features.layers": (1, 2),
+    "max_images": 8,
+    "features.pixel_side": 8,
+}
+SUBJECT_VALUES = {
+    "subject.model": "@tokenizer-2",
+    "subject.data": "@others",
+    "subject.lpips": "@lpips-2",
+    "subject.extractor": "@colours-2.pt",
+    "reference": "@pairs.npz",
+}
+VALUES |= dict.fromkeys(("linear", "knn", "finetune"), PROBE_VALUES)
+VALUES |= dict.fromkeys(("reconstruction", "robustness"), SUBJECT_VALUES)
+VALUES["generation"] = {
+    "reference": "@reference-2.npz",
+    "extractor": "@colours-2.pt",
+    "classifier": "@colours.pt",
+    "data": "@others",
+    "samples": "@others",
+    "run.model": "@merge-2",
+    "run.tokenizer": "@tokenizer-2",
+    "run.classes": (1,),
+    "run.num_kept": 24,
+    "run.keep_from": "@b.png",
+    "run.mask": "@a.png",
+}
+"""What to change to, where the first value that comes to mind would not do."""
+TOGETHER = {
+    ("generator", "model.num_bits"): {"model.factor_bits": (4, 5), "model.num_bits": 9},
+    ("generator", "model.grid_size"): {"model.grid_size": (4, 16)},
+    ("generation", "samples"): {"samples": "@others", "run": None},
+}
+"""Changes that need another beside them."""
+_WORKERS = "loads in other processes, and loads the same"
+_DEVICE = "says where, and this machine may have one place"
+_PLACE = "says where, and all of these runs are read from there"
+NO_EFFECT = {
+    ("tokenizer", "model.kept_range"): "training writes it",
+    ("tokenizer", "data.num_workers"): _WORKERS,
+    ("tokenizer", "train.device"): _DEVICE,
+    ("tokenizer", "train.parallel"): "is for several processes",
+    ("tokenizer", "train.checkpointing"): "saves memory, which test_estimate measures",
+    ("tokenizer", "out"): _PLACE,
+    ("generator", "model.flex_attention"): "is for CUDA",
+    ("generator", "train.device"): _DEVICE,
+    ("generator", "train.parallel"): "is for several processes",
+    ("generator", "train.checkpointing"): "saves memory",
+    ("generator", "out"): _PLACE,
+    ("source", "device"): _DEVICE,
+    ("source", "out"): _PLACE,
+    **{(kind, "data.num_workers"): _WORKERS for kind in ("linear", "knn", "finetune")},
+    **{(kind, "device"): _DEVICE for kind in ("linear", "knn", "finetune", "generation")},
+    **{(kind, "out"): _PLACE for kind in KINDS},
+    ("finetune", "features.stages"): "fine-tuning has a stage of its own",
+    ("finetune", "features.pools"): "fine-tuning has a pool of its own",
+    ("finetune", "features.layers"): "fine-tuning trains all blocks",
+    **{
+        (kind, f"subject.{name}"): reason
+        for kind in ("reconstruction", "robustness")
+        for name, reason in (("device", _DEVICE), ("num_workers", _WORKERS))
+    },
+    ("generation", "run.device"): _DEVICE,
+}
+"""Settings that change no number and no file, and why."""
+
+
+# ------------------------------------------------------------------------------------ material
+
+
+class Colours(nn.Module):
+    """Five features of an image, and the softmax of three of them as classes."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
+        means = images.mean([2, 3]) * self.scale
+        if return_features:
+            return torch.cat([means, images.std([2, 3])[:, :2]], 1)
+        return torch.softmax(means / 16, -1)
+
+
+def pictures(folder, count, first_seed):
+    """Smooth pictures of two classes, wider than high."""
+    for number in range(count):
+        place = folder / ("even", "odd")[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        coarse = np.random.default_rng(first_seed + number).integers(0, 256, (4, 5, 3), np.uint8)
+        image = Image.fromarray(coarse).resize((44, 36), Image.Resampling.BICUBIC)
+        image.save(place / f"{number:03d}.png")
+
+
+def vision_model(folder, seed):
+    """A tiny random DINOv2 in the format of the real one."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    torch.manual_seed(seed)
+    model = Dinov2Model(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+
+
+def perceptual_weights(folder, seed):
+    """Random weights of two trunks."""
+    folder.mkdir()
+    for trunk in ("squeeze", "alex"):
+        numbers = torch.Generator().manual_seed(seed)
+        state = {
+            name: torch.rand(tensor.shape, generator=numbers) * 0.1
+            for name, tensor in Perceptual(trunk).state_dict().items()
+        }
+        save_file(state, folder / f"lpips_{trunk}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """Two of everything that a setting names."""
+    folder = tmp_path_factory.mktemp("material")
+    with pytest.MonkeyPatch.context() as patch:
+        without_plots(patch)
+        for number, suffix in enumerate(("", "-2")):
+            pictures(folder / ("images", "others")[number], 16, 50 * number)
+            vision_model(folder / f"dinov2{suffix}", number)
+            perceptual_weights(folder / f"lpips{suffix}", number)
+            torch.jit.script(Colours(scale=1.0 + number)).save(folder / f"colours{suffix}.pt")
+            small = replaced(
+                tokenizer_run(folder),
+                {"out": str(folder / f"run{suffix}"), "train.seed": number, "optim.lr": 1e-2},
+            )
+            train_tokenizer.train(small).rename(folder / f"tokenizer{suffix}")
+            encode(
+                folder / f"tokenizer{suffix}",
+                str(folder / "images"),
+                folder / f"tokens{suffix}",
+                num_kept=(16, 24, 64),
+                num_workers=0,
+                device="cpu",
+            )
+            for order in ("merge", "random"):
+                # Both of the first tokenizer, so that one may stand in the other's place.
+                made = {"model.order": order, "train.seed": number, "train.num_steps": 8}
+                made["out"] = str(folder / f"run-{order}{suffix}")
+                done = train_generator.train(replaced(generator_run(folder), made))
+                done.rename(folder / f"{order}{suffix}")
+            make_reference(
+                str(folder / ("images", "others")[number]),
+                folder / f"reference{suffix}.npz",
+                "generation",
+                extractor=folder / "colours.pt",
+                image_size=32,
+                num_features=12,
+                batch_size=4,
+                device="cpu",
+            )
+    make_reference(
+        str(folder / "images"),
+        folder / "pairs.npz",
+        "reconstruction",
+        extractor=folder / "colours.pt",
+        image_size=32,
+        max_images=8,
+        batch_size=4,
+        device="cpu",
+    )
+    Image.open(folder / "images/even/000.png").save(folder / "a.png")
+    half = np.zeros((36, 44, 3), np.uint8)
+    half[:18] = 255
+    Image.fromarray(half).save(folder / "b.png")
+    return folder
+
+
+# -------------------------------------------------------------------------------------- outcomes
+
+
+OWN_WORDS = {"run.json", "config.json", "probe.json", "evaluation.json"}
+"""Files that repeat the settings."""
+ECHOES = {"settings", "run", "environment", "command", "path", "array", "config"}
+"""Entries that repeat the settings, or say where and when."""
+
+
+def without_plots(patch):
+    """Curves take longer than the steps."""
+    for module in (train_tokenizer, train_generator):
+        patch.setattr(module, "has_plots", lambda _: False)
+
+
+def numbers_of(value):
+    """What a record says, without what it repeats and without how long it took."""
+    if isinstance(value, dict):
+        return {
+            name: numbers_of(part)
+            for name, part in value.items()
+            if name not in ECHOES and not name.endswith("_per_second")
+        }
+    if isinstance(value, list | tuple):
+        return [numbers_of(part) for part in value]
+    return None if isinstance(value, Path) else value
+
+
+def contents(path):
+    """What a file says."""
+    if path.name == "metrics.jsonl":
+        return [numbers_of(json.loads(line)) for line in path.read_text().splitlines()]
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def outcome(kind, settings, out):
+    """All that a run measures and writes; a refusal in its own words."""
+    scores = []
+    accuracy = probing.accuracy
+
+    def seen(values, *args, **kwargs):
+        scores.append(hashlib.sha256(values.numpy().tobytes()).hexdigest())
+        return accuracy(values, *args, **kwargs)
+
+    returned = None
+    with pytest.MonkeyPatch.context() as patch:
+        without_plots(patch)
+        # Shares of a few images hardly move, where the scores do.
+        patch.setattr(probing, "accuracy", seen)
+        try:
+            returned = numbers_of(KINDS[kind].do(replace(settings, out=str(out))))
+        except (ValueError, RuntimeError) as error:
+            returned = str(error)
+    files = {
+        str(path.relative_to(out)): contents(path)
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and path.name not in OWN_WORDS
+    }
+    return {"returned": returned, "scores": scores, "files": files}
+
+
+@pytest.fixture(scope="module")
+def before(material, tmp_path_factory):
+    """The outcome of a base by kind of run and of what was changed for the setting's sake."""
+    known = {}
+
+    def find(kind, needs):
+        key = kind, repr(needs)
+        if key not in known:
+            base = replaced(KINDS[kind].base(material), in_folder(material, needs))
+            known[key] = base, outcome(kind, base, tmp_path_factory.mktemp("base") / "out")
+        return known[key]
+
+    return find
+
+
+def in_folder(material, changes):
+    """With the names of material, which begin with @, as paths."""
+    return {
+        name: str(material / value[1:]) if str(value).startswith("@") else value
+        for name, value in changes.items()
+    }
+
+
+CASES = [
+    (kind, leaf)
+    for kind, each in KINDS.items()
+    for leaf in each.leaves
+    if (kind, leaf) not in NO_EFFECT
+]
+
+
+@pytest.mark.parametrize(("kind", "leaf"), CASES, ids=[" ".join(case) for case in CASES])
+def test_a_setting_has_an_effect(kind, leaf, material, before, tmp_path):
+    base, old = before(kind, NEEDS.get(kind, {}).get(leaf, {}))
+    if (kind, leaf) in TOGETHER:
+        new = replaced(base, in_folder(material, TOGETHER[kind, leaf]))
+    elif leaf in VALUES.get(kind, {}):
+        new = replaced(base, in_folder(material, {leaf: VALUES[kind][leaf]}))
+    else:
+        new = changed(base, leaf, KINDS[kind].leaves[leaf])
+    assert new != base
+    assert outcome(kind, new, tmp_path / "out") != old, f"{leaf} has no effect"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_run_has_the_same_outcome(kind, before, tmp_path):
+    base, old = before(kind, {})
+    again = outcome(kind, base, tmp_path / "out")
+    assert again == old
+    assert again["files"]
+    assert not isinstance(again["returned"], str), "a run that is refused tells nothing"
+
+
+def test_no_entry_outlives_its_setting():
+    there = {(kind, leaf) for kind, each in KINDS.items() for leaf in each.leaves}
+    assert set(NO_EFFECT) | set(TOGETHER) <= there
+    assert {(kind, leaf) for kind, leaves in NEEDS.items() for leaf in leaves} <= there
