@@ -20,20 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mergevq import probing, train_generator, train_source, train_tokenizer
-from mergevq.config import (
-    DataConfig,
-    GeneratorRun,
-    SampleRun,
-    SamplingSettings,
-    TokenizerRun,
-    TokensConfig,
-)
+from mergevq.config import DataConfig, TokenizerRun
 from mergevq.config_evaluate import (
     GenerationSettings,
     ReconstructionSettings,
     RobustnessSettings,
     Subject,
 )
+from mergevq.config_generator import GeneratorRun, SampleRun, SamplingSettings, TokensConfig
 from mergevq.config_probe import FeatureConfig, FinetuneConfig, KnnConfig, LinearConfig, ProbeRun
 from mergevq.config_source import SourceRun
 from mergevq.encode import encode
@@ -286,6 +280,7 @@ VALUES = {
         "init_vit": "@dinov2",
         "optim.milestones": (0.5, 0.75),
         "optim.base_batch_size": 8,
+        "train.max_minutes": 1e-6,
     },
     "generator": {
         "kept.rate": 0.01,
@@ -298,6 +293,7 @@ VALUES = {
         "init_from": "@merge",
         "optim.milestones": (0.5, 0.75),
         "optim.base_batch_size": 8,
+        "train.max_minutes": 1e-6,
     },
     "source": {
         "tokenizer": "@tokenizer-2",

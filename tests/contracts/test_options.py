@@ -21,7 +21,8 @@ from leaves import bare, changed, leaf_kinds, others, replaced, value_at
 
 from mergevq import cli
 from mergevq.cli import COMMANDS, GROUPS, main
-from mergevq.config import GeneratorRun, TokenizerRun
+from mergevq.config import TokenizerRun
+from mergevq.config_generator import GeneratorRun
 from mergevq.recipes import GENERATOR_RECIPES, RECIPES
 
 ALL = {(name,): command for name, command in COMMANDS.items() if name != "train"} | {
