@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import platform
+import shlex
 import signal
 import sys
 import warnings
@@ -22,6 +23,14 @@ import tyro
 
 from mergevq import cli_bench, cli_evaluate, cli_probe, cli_source
 from mergevq.choices import nearest
+from mergevq.cli_errors import (
+    command_line,
+    options_of_command,
+    options_of_settings,
+    parsed,
+    problem,
+)
+from mergevq.cli_errors import speaks_for_itself as _speaks_for_itself
 from mergevq.cli_evaluate import (
     Counts,
     Sampling,
@@ -57,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 when done, 1 for an error whose message says what to do, 2 for an unknown command or
         recipe, 130 when interrupted.
     """
-    name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    given = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    name, *arguments = map(_at_home, given)
     if name == "--version":
         print(f"mergevq {installed_version('mergevq') or 'not installed'}")
         return 0
@@ -94,7 +104,7 @@ def _call(command: Callable[..., object], arguments: list[str], *, prog: str) ->
                 _require_one_process(prog)
             if command is train:
                 return train(arguments)
-            tyro.cli(command, args=arguments, prog=prog)
+            command_line(command, arguments, prog=prog)()
         except KeyboardInterrupt:
             return 130
         except BrokenPipeError:
@@ -104,7 +114,7 @@ def _call(command: Callable[..., object], arguments: list[str], *, prog: str) ->
         except Exception as error:
             if not _speaks_for_itself(error):
                 raise
-            print(f"mergevq: error: {error}", file=sys.stderr)
+            print(f"mergevq: error: {_problem(error, command, arguments)}", file=sys.stderr)
             return 1
     return 0
 
@@ -136,13 +146,15 @@ def train(arguments: list[str]) -> int:
         print(f"{problem}\n\n{_recipe_list()}", file=sys.stderr)
         return 2
     run = RECIPES[name]()
-    options = tyro.cli(
-        _TrainOptions[type(run)],
-        default=_TrainOptions(run=run),
-        args=overrides,
-        prog=f"mergevq train {name}",
-        description=inspect.getdoc(RECIPES[name]),
-        config=(tyro.conf.AvoidSubcommands,),
+    options = parsed(
+        lambda: tyro.cli(
+            _TrainOptions[type(run)],
+            default=_TrainOptions(run=run),
+            args=overrides,
+            prog=f"mergevq train {name}",
+            description=inspect.getdoc(RECIPES[name]),
+            config=(tyro.conf.AvoidSubcommands,),
+        )
     )
     prepare_to_compute()
     if options.dry_run:
@@ -171,10 +183,26 @@ def quickstart(*, out: Path = Path("runs/quickstart"), num_steps: int | None = N
     prepare_to_compute()
     from mergevq.quickstart import quickstart as run_quickstart
 
-    report = run_quickstart(out, num_steps)
-    for picture in sorted(report.parent.glob("*.png")):
-        print(f"picture: {picture}")
-    print(f"report: {report} (open it in a browser)")
+    done = run_quickstart(out, num_steps)
+    print("reached:")
+    for number in done.reached:
+        print(f"  {number.value:<14} {number.label}")
+    print(f"report: {done.report} (open it in a browser; its pictures are beside it)")
+    print("next:")
+    for line in _after_quickstart(done.tokenizer, done.generator):
+        print(f"  {line}")
+
+
+def _after_quickstart(tokenizer: Path, generator: Path) -> list[str]:
+    """Commands to go on with."""
+    models = ["--model", str(tokenizer), "--generator", str(generator)]
+    commands = [
+        ["sample", "--generator", str(generator), "--guidance", "2", "--out", "samples"],
+        ["reconstruct", "PICTURE", "--model", str(tokenizer), "--size-policy", "resize"],
+        ["demo", *models, "--data", "digits"],
+        ["train", "photos64", "--data.path", "FOLDER"],
+    ]
+    return [shlex.join(["mergevq", *command]) for command in commands]
 
 
 def recipes() -> None:
@@ -539,18 +567,28 @@ def _show_warning(message: Warning | str, *_: object) -> None:
     print(f"mergevq: warning: {message}", file=sys.stderr)
 
 
-def _speaks_for_itself(error: Exception) -> bool:
-    """Whether an error's message is enough: one we raised, or one about a file."""
-    if isinstance(error, OSError):
-        return True
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
-    return isinstance(error, ValueError | RuntimeError) and raised_in.startswith("mergevq.")
+def _problem(error: Exception, command: Callable[..., object], arguments: Sequence[str]) -> str:
+    """An error's message in the words of the command line."""
+    if command is train:
+        run = RECIPES[arguments[0]]()
+        return problem(error, arguments, options_of_settings(run), run.out)
+    out = inspect.signature(command).parameters.get("out")
+    default = str(out.default) if out is not None and isinstance(out.default, Path) else None
+    return problem(error, arguments, options_of_command(command), default)
 
 
 # ------------------------------------------------------------------------- what is looked up
+
+
+def _at_home(argument: str) -> str:
+    """A word of a command line, with the user's folder for `~` as shells put it for a whole word.
+
+    They leave that of `--out=~/x` as it is.
+    """
+    option, equals, value = argument.partition("=")
+    if option.startswith("--") and equals:
+        return f"{option}={os.path.expanduser(value)}"
+    return os.path.expanduser(argument)
 
 
 def _require_one_process(prog: str) -> None:

@@ -26,7 +26,7 @@ def finetune_source(  # noqa: PLR0913 - each is an option
     num_kept: tuple[int, ...] = (),
     max_replaced: float = 0.5,
     passes: int = 8,
-    steps: int | None = None,
+    num_steps: int | None = None,
     batch_size: int = 256,
     lr: float = 1e-4,
     val_images: int = 256,
@@ -50,7 +50,7 @@ def finetune_source(  # noqa: PLR0913 - each is an option
         num_kept: each K to train on; all that tokens and generator have if there are none.
         max_replaced: largest share of an image's tokens that is made anew.
         passes: forward passes of the generator in which they are made.
-        steps: optimizer steps; 1,000 without a recipe, and 25,000 are the paper's 5 epochs.
+        num_steps: optimizer steps; 1,000 without a recipe, and 25,000 are the paper's 5 epochs.
         batch_size: images per step.
         lr: learning rate; it falls to a tenth after 85 and 95 % of the steps.
         val_images: held-out images looked at before and after.
@@ -84,7 +84,7 @@ def finetune_source(  # noqa: PLR0913 - each is an option
             num_kept=num_kept or start.num_kept,
             max_replaced=max_replaced,
             num_passes=passes,
-            num_steps=start.num_steps if steps is None else steps,
+            num_steps=start.num_steps if num_steps is None else num_steps,
             batch_size=batch_size,
             num_eval_images=val_images,
             val_fraction=val_fraction,

@@ -25,6 +25,10 @@ _TRACKED_IMAGES = 4
 """Images per pass at which memory is measured; more are extrapolated from this and its half."""
 _LONG_STEP = 2.0
 """Seconds from which a step is long enough to be timed."""
+_TIMED_SECONDS = 5.0
+"""Least time over which speed is measured, in as many steps as it takes."""
+_OWN = 0.85
+"""Share of the time that a step has a processor, from which it counts as its own."""
 
 
 class Estimate(NamedTuple):
@@ -53,6 +57,9 @@ class Estimate(NamedTuple):
     """Images of the pass that was timed; at most `pass_images`."""
     images_per_second: float
     """At that size, with loading left out."""
+    cpu_share: float | None
+    """CPU seconds over seconds of the thread that timed it: less than about 1 where other work has
+    the processor too. None where another device computes."""
 
 
 class _Trainee(NamedTuple):
@@ -72,6 +79,7 @@ class _Measured(NamedTuple):
     memory_bytes: float
     timed_images: int
     images_per_second: float
+    cpu_share: float | None
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -208,8 +216,8 @@ def describe(run: TokenizerRun | GeneratorRun, found: Estimate) -> dict[str, str
     num_images = run.train.num_steps * run.train.batch_size
     products = ", ".join(f"{count / 1e9:.3g} {name}" for name, count in found.products.items())
     classes = f"{found.num_classes} classes" if found.num_classes else "no labels"
-    hours, rest = divmod(num_images / found.images_per_second, 3600)
-    return {
+    seconds = num_images / found.images_per_second
+    lines = {
         "parameters": f"{sum(found.num_parameters.values()):,} ({parts})",
         "products": f"10^9 multiply-adds of a forward pass of one {unit} at {run.model.num_kept} "
         f"tokens: {products}",
@@ -225,9 +233,21 @@ def describe(run: TokenizerRun | GeneratorRun, found: Estimate) -> dict[str, str
         f"{unit}s at once (estimate)",
         "speed": f"{found.images_per_second:.3g} {unit}s per second without loading (measured "
         f"with {found.timed_images} at once)",
-        "time": f"{hours:.0f} h {rest / 60:.0f} min at that speed",
+        "time": f"{_hours(seconds)} at that speed",
         "out": run.out,
     }
+    if found.cpu_share is not None and found.cpu_share < _OWN:
+        lines["processor"] = (
+            f"other work has it too: this run had it for {found.cpu_share:.0%} of the time, and "
+            f"would take about {_hours(seconds * found.cpu_share)} alone"
+        )
+    return lines
+
+
+def _hours(seconds: float) -> str:
+    """Hours and minutes in words."""
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min"
 
 
 def _estimate_tokenizer(run: TokenizerRun, world: distributed.World) -> Estimate:
@@ -335,6 +355,7 @@ def _estimate(
         memory_bytes=measured.memory_bytes,
         timed_images=measured.timed_images,
         images_per_second=measured.images_per_second,
+        cpu_share=measured.cpu_share,
     )
 
 
@@ -351,15 +372,17 @@ def _measure(make: Callable[[], _Trainee], most: int, device: torch.device) -> _
             trainee.step(num_images)
             peaks.append(tracker.peak)
     per_image = (peaks[2] - peaks[1]) / max(1, large - small)
-    timed, seconds = _time(trainee.step, start=large, most=most, device=device)
+    timed = _size_to_time(trainee.step, start=large, most=most, device=device)
+    seconds, cpu_seconds = _time(lambda: trainee.step(timed), device)
     memory = peaks[2] + per_image * (most - large)
-    return _Measured(trainee, memory, timed, timed / seconds)
+    share = cpu_seconds / seconds if device.type == "cpu" else None
+    return _Measured(trainee, memory, timed, timed / seconds, share)
 
 
-def _time(
+def _size_to_time(
     step: Callable[[int], object], *, start: int, most: int, device: torch.device
-) -> tuple[int, float]:
-    """Double the images of a step until it takes long enough; the last size, and its seconds."""
+) -> int:
+    """Double the images of a step until it takes long enough; the last size."""
     num_images = start
     while True:
         step(num_images)  # Kernels of a new size may be chosen or compiled first.
@@ -367,8 +390,19 @@ def _time(
         step(num_images)
         seconds = _now(device) - started_at
         if num_images == most or seconds > _LONG_STEP:
-            return num_images, seconds
+            return num_images
         num_images = min(2 * num_images, most)
+
+
+def _time(step: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Seconds of a step, and those in which the processor was at work on it in this thread."""
+    num_steps, started_at, cpu_started_at = 0, _now(device), time.thread_time()
+    while True:
+        step()
+        num_steps += 1
+        seconds, cpu_seconds = _now(device) - started_at, time.thread_time() - cpu_started_at
+        if seconds >= _TIMED_SECONDS:
+            return seconds / num_steps, cpu_seconds / num_steps
 
 
 def _now(device: torch.device) -> float:

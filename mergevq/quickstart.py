@@ -9,13 +9,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from mergevq.checkpoint import changed_settings, load_model, to_json
 from mergevq.config import TokenizerRun
 from mergevq.config_generator import GeneratorRun
 from mergevq.encode import encode
 from mergevq.recipes import digits32, digits32_ar
-from mergevq.report import has_plots, write_report
+from mergevq.report import Highlight, has_plots, write_report
 from mergevq.run import RunDirectory, read_run_record
 from mergevq.sections import (
     generator_sections,
@@ -31,8 +32,21 @@ from mergevq.trial import examine, examine_generator
 logger = logging.getLogger("mergevq")
 
 
-def quickstart(out: Path, num_steps: int | None = None) -> Path:
-    """Train `digits32` and `digits32_ar` and write a report on them; returns the page's path.
+class Finished(NamedTuple):
+    """A finished quickstart."""
+
+    report: Path
+    """The page; pictures lie beside it."""
+    tokenizer: Path
+    """Directory of the model."""
+    generator: Path
+    """Directory of the model."""
+    reached: list[Highlight]
+    """What was measured, in few numbers."""
+
+
+def quickstart(out: Path, num_steps: int | None = None) -> Finished:
+    """Train `digits32` and `digits32_ar` and write a report on them.
 
     What is there is kept: a finished training is reported on again, one that was interrupted goes
     on, and one with other settings is refused.
@@ -55,7 +69,7 @@ def quickstart(out: Path, num_steps: int | None = None) -> Path:
     return run_and_report(run, generator, out)
 
 
-def run_and_report(run: TokenizerRun, generator: GeneratorRun, out: Path) -> Path:
+def run_and_report(run: TokenizerRun, generator: GeneratorRun, out: Path) -> Finished:
     """Train a tokenizer, encode its images, train a generator, and write `out/report.html`.
 
     What is finished is not done again.
@@ -77,7 +91,7 @@ def run_and_report(run: TokenizerRun, generator: GeneratorRun, out: Path) -> Pat
     generator = replace(generator, tokens=tokens, out=str(out / "generator"))
     _check_directory(run, generator, out)
     if not _is_finished(run) or not _is_finished(generator):
-        _finish(run, lambda resume: train_tokenizer(run, resume=resume))
+        _finish(run, lambda resume: train_tokenizer(run, resume=resume, brief=True))
         encode(
             model,
             run.data.path,
@@ -86,7 +100,7 @@ def run_and_report(run: TokenizerRun, generator: GeneratorRun, out: Path) -> Pat
             num_workers=run.data.num_workers,
             device=run.train.device,
         )
-        _finish(generator, lambda resume: train_generator(generator, resume=resume))
+        _finish(generator, lambda resume: train_generator(generator, resume=resume, brief=True))
     else:
         logger.warning(
             "%s and %s are trained already, so only the report is made again; delete %s to train "
@@ -97,6 +111,7 @@ def run_and_report(run: TokenizerRun, generator: GeneratorRun, out: Path) -> Pat
         )
     trial = examine(run)
     generator_trial = examine_generator(generator, run)
+    reached = highlights(trial, generator_trial)
     write_report(
         report,
         [
@@ -106,9 +121,9 @@ def run_and_report(run: TokenizerRun, generator: GeneratorRun, out: Path) -> Pat
         ],
         title="MergeVQ quickstart",
         text=introduction(trial),
-        highlights=highlights(trial, generator_trial),
+        highlights=reached,
     )
-    return report
+    return Finished(report, model, RunDirectory(generator.out).model, reached)
 
 
 def _finish(run: TokenizerRun | GeneratorRun, train: Callable[[bool], object]) -> None:

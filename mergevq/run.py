@@ -276,10 +276,21 @@ def environment(device: torch.device) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------- logging
 
 
+_VALIDATED = ("psnr", "psnr_recovered", "val_nll")
+"""Numbers by which a person follows a training."""
+
+
 class MetricsLog:
     """Numbers by step: a line to read on stderr, and the same as a line of JSON in a file."""
 
-    def __init__(self, path: Path, *, first_step: int = 0, tensorboard: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        first_step: int = 0,
+        tensorboard: bool = False,
+        brief: int | None = None,
+    ) -> None:
         """Open the log.
 
         Args:
@@ -287,7 +298,10 @@ class MetricsLog:
                 later is cut off, so that no step appears twice.
             first_step: first step that will be written.
             tensorboard: also write TensorBoard events beside `path`.
+            brief: K whose validations alone have a line to read; None shows every interval. The
+                file has all in either case.
         """
+        self._brief = brief
         self._file = self._events = None
         if not distributed.is_main():
             return
@@ -328,15 +342,18 @@ class MetricsLog:
             line["nonfinite"] = nonfinite
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         # tqdm moves a progress bar out of the way; without a bar this is a plain line.
+        if self._brief is not None:
+            shown = {f"{name}@{self._brief}" for name in _VALIDATED}
         glance = {name: v for name, v in values.items() if shown is None or name in shown}
-        tqdm.write(format_line(step, glance), file=sys.stderr)
+        if glance or self._brief is None:
+            tqdm.write(format_line(step, glance), file=sys.stderr)
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
 
     def note(self, text: str) -> None:
         """Show a line that is no interval's; it is not in the file."""
-        if self._file is not None:
+        if self._file is not None and self._brief is None:
             tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:

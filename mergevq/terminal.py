@@ -1,8 +1,11 @@
-"""What all commands do: lay out what they print, and set threads and memory up to compute."""
+"""Common to all commands: how they print, how they say errors, and threads and memory."""
 
 import ctypes
+import errno
 import os
+import re
 import sys
+from collections.abc import Mapping
 
 # Of glibc's malloc.h, with the largest values that it takes.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -14,6 +17,81 @@ def print_table(title: str, rows: dict[str, str]) -> None:
     print(title)
     for name, value in rows.items():
         print(f"  {name:<14} {value}")
+
+
+# --------------------------------------------------------------------------------------- errors
+
+
+_FULL = "no space is left to write {place}: make room{elsewhere}"
+_FOLDER = "{place} needs a folder where there is a file: move the file away{elsewhere}"
+_FORBIDDEN = "{place} may not be read or written by this user: change that{elsewhere}"
+_FILE_PROBLEMS = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EFBIG: _FULL,
+    errno.EEXIST: _FOLDER,
+    errno.ENOTDIR: _FOLDER,
+    errno.EACCES: _FORBIDDEN,
+    errno.EPERM: _FORBIDDEN,
+    errno.EISDIR: "{place} is a folder, and a file is needed there",
+    errno.EROFS: "{place} is where nothing can be written: make it writable{elsewhere}",
+    errno.ENOENT: "{place} is not there: check the path",
+}
+
+
+def as_file_error(error: Exception) -> OSError | None:
+    """The error of the system behind another one; None if it is about no file.
+
+    Libraries in Rust, as safetensors is, give no `OSError` but its number in words.
+    """
+    if isinstance(error, OSError):
+        return error
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+
+
+def file_problem(error: OSError, out: str | None) -> str:
+    """What is wrong with which file, and a way out, in one line.
+
+    Args:
+        error: of the system, or a library's that says all itself.
+        out: where the command writes, for errors that name no file; None where it does not.
+    """
+    if error.errno is None or (error.filename is None and out is None):
+        return str(error)
+    place = error.filename if error.filename is not None else out
+    elsewhere = "" if out is None else ", or choose another place with --out"
+    if error.errno not in _FILE_PROBLEMS:
+        return f"{place}: {os.strerror(error.errno)}"
+    return _FILE_PROBLEMS[error.errno].format(place=place, elsewhere=elsewhere)
+
+
+def in_options(message: str, options: Mapping[str, str]) -> str:
+    """A message in which settings are called as on the command line.
+
+    A setting's name is one with `_` or a dot in it, or any before ` (VALUE)` at the beginning.
+    What may be a part of a path or of an option stays.
+
+    Args:
+        message: in the library's words, such as "num_kept (0) must be at least 1".
+        options: option by name of a setting, such as `--model.num-kept` by `num_kept`.
+    """
+    if not options:
+        return message
+    known = "|".join(sorted(map(re.escape, options), key=len, reverse=True))
+
+    def said(found: re.Match[str]) -> str:
+        name = found[0]
+        is_first = re.fullmatch(r"(.*[:;] )?", message[: found.start()], re.DOTALL)
+        is_setting = "_" in name or "." in name
+        if is_setting or (is_first and message[found.end() :].startswith(" (")):
+            return options[name]
+        return name
+
+    return re.sub(rf"(?<![\w./\\'\"-])({known})(?![\w/\\'\"=-]|\.\w)", said, message)
+
+
+# ---------------------------------------------------------------------------- threads and memory
 
 
 def prepare_to_compute() -> None:

@@ -232,12 +232,13 @@ class Setting:
         return autocast(self.world.device, self.dtype)
 
 
-def train(run: TokenizerRun, *, resume: bool = False) -> Path:
+def train(run: TokenizerRun, *, resume: bool = False, brief: bool = False) -> Path:
     """Train a tokenizer; returns the directory of the finished model.
 
     Args:
         run: all settings.
         resume: go on from the newest checkpoint in `run.out`; with none there, start.
+        brief: show a bar and a short line for each validation, none for each logged interval.
 
     Raises:
         ValueError: settings, data or the run directory do not fit.
@@ -245,12 +246,12 @@ def train(run: TokenizerRun, *, resume: bool = False) -> Path:
     """
     world = distributed.init(resolve_device(run.train.device))
     try:
-        return _train(run, world, resume=resume)
+        return _train(run, world, resume=resume, brief=brief)
     finally:
         distributed.shutdown()
 
 
-def _train(run: TokenizerRun, world: distributed.World, *, resume: bool) -> Path:
+def _train(run: TokenizerRun, world: distributed.World, *, resume: bool, brief: bool) -> Path:
     """The whole run on one rank."""
     settings = run.train
     distributed.local_batch(settings.batch_size, world, accumulation=settings.accumulation)
@@ -267,7 +268,7 @@ def _train(run: TokenizerRun, world: distributed.World, *, resume: bool) -> Path
             learns_labels=run.teacher.kind == "labels",
             fixed=_FIXED,
         )
-        _run_steps(state, setting, directory, train_set, val_set, resume=resume)
+        _run_steps(state, setting, directory, train_set, val_set, resume=resume, brief=brief)
     return directory.model
 
 
@@ -279,6 +280,7 @@ def _run_steps(
     val_set: ImageDataset,
     *,
     resume: bool,
+    brief: bool,
 ) -> None:
     """Every step that is left, and what is written along the way."""
     run, world, settings = setting.run, setting.world, setting.run.train
@@ -287,7 +289,12 @@ def _run_steps(
     if latest is not None:
         with restoring(latest):
             state.load_state_dict(load_state(latest / "state"), world)
-    log = MetricsLog(directory.metrics, first_step=state.step, tensorboard=settings.tensorboard)
+    log = MetricsLog(
+        directory.metrics,
+        first_step=state.step,
+        tensorboard=settings.tensorboard,
+        brief=run.model.num_kept if brief else None,
+    )
     bar = Progress(
         settings.num_steps * settings.batch_size,
         done=state.step * settings.batch_size,

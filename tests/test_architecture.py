@@ -47,6 +47,7 @@ TORCH_FREE = {
     "__main__",
     "cli",
     "cli_bench",
+    "cli_errors",
     "cli_evaluate",
     "cli_probe",
     "cli_source",

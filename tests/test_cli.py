@@ -263,7 +263,7 @@ def test_several_numbers_of_tokens_are_several_rows(images, model, tmp_path, cap
 
 def test_tokens_that_are_no_numbers_are_an_error(images, model, tmp_path, capsys):
     assert reconstruct([images / "0.png"], model, tmp_path, "--num-kept", "16,many") == 1
-    assert "num_kept (16,many) must be whole numbers: --num-kept 16,20" in capsys.readouterr().err
+    assert "--num-kept (16,many) must be whole numbers: --num-kept 16,20" in capsys.readouterr().err
 
 
 def test_an_illegal_size_says_which_image_and_what_to_do(images, model, tmp_path, capsys):
@@ -324,6 +324,35 @@ def test_threads_sleep_unless_the_user_says_otherwise(
         monkeypatch.setenv("OMP_WAIT_POLICY", chosen)
     assert reconstruct([images / "0.png"], model, tmp_path) == 0
     assert os.environ["OMP_WAIT_POLICY"] == expected
+
+
+# ------------------------------------------------------------------------- how errors are said
+
+
+def test_a_picture_of_another_size_is_answered_with_the_option(images, model, tmp_path, capsys):
+    assert reconstruct([images / "2.png"], model, tmp_path) == 1
+    assert "--size-policy 'resize' or 'tile'" in capsys.readouterr().err
+
+
+def test_an_out_that_is_a_file_is_told_with_a_way_out(images, model, tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    assert reconstruct([images / "0.png"], model, tmp_path) == 1
+    printed = capsys.readouterr().err
+    assert f"{tmp_path / 'out'} needs a folder where there is a file" in printed
+    assert "another place with --out" in printed
+    assert printed.count("\n") == 1
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("words", [["--out=~/x"], ["--out", "~/x"]])
+def test_a_tilde_is_the_users_folder_in_every_option(words, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    seen = []
+    monkeypatch.setattr("mergevq.train_tokenizer.train", lambda run, **_: seen.append(run))
+    main(["train", "digits32", *words, "--data.path=~/pictures"])
+    assert seen[0].out == f"{tmp_path}/x"
+    assert seen[0].data.path == f"{tmp_path}/pictures"
 
 
 # ----------------------------------------------------------------------- the other commands

@@ -27,7 +27,7 @@ def test_the_command_passes_its_options_on_and_says_what_it_gained(material, cap
     places = {name: str(material / name) for name in ("tokenizer", "tokens", "generator", "new")}
     arguments = ["--tokenizer", places["tokenizer"], "--tokens", places["tokens"]]
     arguments += ["--generator", places["generator"], "--out", places["new"]]
-    arguments += ["--steps", "2", "--batch-size", "4", "--lr", "0.01", "--passes", "3"]
+    arguments += ["--num-steps", "2", "--batch-size", "4", "--lr", "0.01", "--passes", "3"]
     arguments += ["--max-replaced", "0.25", "--val-images", "3", "--val-fraction", "0.2"]
     arguments += ["--seed", "5", "--device", "cpu", "--precision", "float32"]
     tyro.cli(COMMANDS["finetune-source"], args=[*arguments, "--num-kept", str(NUM_KEPT)])

@@ -1,3 +1,4 @@
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from mergevq.config import (
     TrainConfig,
 )
 from mergevq.config_generator import GeneratorConfig
-from mergevq.estimate import MemoryTracker, count_products, describe, estimate
+from mergevq.estimate import MemoryTracker, _time, count_products, describe, estimate
 from mergevq.generator import Generator
 from mergevq.merge import merge_schedule
 from mergevq.recipes import TOKENIZER_RECIPES
@@ -28,6 +29,13 @@ from mergevq.tokens import open_tokens
 from mergevq.train_generator import fitted_config
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_measurements():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mergevq.estimate._TIMED_SECONDS", 0.0)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -292,3 +300,32 @@ def test_a_generator_that_cannot_start_says_why(material):
     absent = replace(run, tokens=replace(run.tokens, path="nowhere"))
     with pytest.raises(ValueError, match="nowhere holds no tokens"):
         estimate(absent)
+
+
+# ------------------------------------------------------------------------------------- speed
+
+
+def test_speed_is_measured_over_several_steps(monkeypatch):
+    monkeypatch.setattr("mergevq.estimate._TIMED_SECONDS", 0.2)
+    calls = []
+
+    def step():
+        calls.append(1)
+        time.sleep(0.03)
+
+    seconds, cpu_seconds = _time(step, CPU)
+    assert len(calls) >= 5
+    assert seconds >= 0.03
+    # Asleep it has no processor, as while another process has it.
+    assert cpu_seconds < 0.5 * seconds
+
+
+def test_a_processor_that_others_have_too_is_told(run, found):
+    long = replace(run, train=replace(run.train, num_steps=3600, batch_size=1))
+    own = found._replace(images_per_second=1.0, cpu_share=0.97)
+    assert "processor" not in describe(long, own)
+    assert "processor" not in describe(long, own._replace(cpu_share=None))
+    shared = describe(long, own._replace(cpu_share=0.25))
+    assert shared["time"] == "1 h 0 min at that speed"
+    assert "for 25% of the time" in shared["processor"]
+    assert "about 0 h 15 min alone" in shared["processor"]

@@ -2,18 +2,21 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from mergevq import quickstart as quickstart_module
 from mergevq import trial as trial_module
-from mergevq.cli import main
+from mergevq.cli import _after_quickstart, main
 from mergevq.config_probe import LinearConfig
 from mergevq.data import load_square, open_train_val, to_tensor
 from mergevq.merge import source_bits
@@ -65,7 +68,7 @@ def _short_measurements():
 def finished(tmp_path_factory):
     """Directory of a finished quickstart; tests that change it take a copy."""
     out = tmp_path_factory.mktemp("quickstart") / "out"
-    assert run_and_report(RUN, GENERATOR, out) == out / "report.html"
+    assert run_and_report(RUN, GENERATOR, out).report == out / "report.html"
     return out
 
 
@@ -182,6 +185,51 @@ def test_the_nearest_training_image_is_one(generator_trial):
     assert all(to_tensor(image).numpy().tobytes() in real for image in generator_trial.nearest)
 
 
+# ------------------------------------------------------------------------------- what is printed
+
+
+def test_a_quickstart_prints_little_and_ends_with_numbers_and_what_is_next(
+    tmp_path, capsys, monkeypatch
+):
+    whole = quickstart_module.run_and_report
+    monkeypatch.setattr(
+        quickstart_module, "run_and_report", lambda *_: whole(RUN, GENERATOR, tmp_path / "out")
+    )
+    assert main(["quickstart", "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr()
+    noise = ("image ", "sequence ", "row ", "step")  # Bars without a terminal are lines.
+    lines = [line for line in printed.err.splitlines() if line.strip()]
+    validations = [line for line in lines if line.startswith("step")]
+    assert [line.split()[2::2] for line in validations] == [
+        ["psnr@16", "psnr_recovered@16"],
+        ["val_nll@16"],
+    ]
+    assert len([line for line in lines if not line.startswith(noise)]) <= 10
+    assert max(map(len, lines)) < 200
+    told = printed.out.splitlines()
+    assert told[0] == "reached:"
+    assert any("dB" in line and "PSNR, recovered source" in line for line in told)
+    assert any("training time" in line for line in told)
+    assert [line.split()[1] for line in told[told.index("next:") + 1 :]] == [
+        "sample",
+        "reconstruct",
+        "demo",
+        "train",
+    ]
+
+
+def test_what_is_next_after_a_quickstart_can_be_done(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = _after_quickstart(finished / "tokenizer/model", finished / "generator/model")
+    Image.new("RGB", (40, 30)).save("PICTURE")
+    Path("PICTURE").rename("PICTURE.png")
+    for line in lines[:2]:
+        words = shlex.split(line.replace("PICTURE", "PICTURE.png"))
+        assert main(words[1:]) == 0
+    assert Path("samples/grid.png").is_file()
+    assert Path("reconstructions/PICTURE.png").is_file()
+
+
 # --------------------------------------------------------------------------------- second calls
 
 
@@ -205,7 +253,7 @@ def test_without_matplotlib_the_report_has_all_but_its_plots(
     for path in (*out.glob("*.png"), out / "report.html"):
         path.unlink()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    page = run_and_report(RUN, GENERATOR, out).read_text(encoding="utf-8")
+    page = run_and_report(RUN, GENERATOR, out).report.read_text(encoding="utf-8")
     assert {path.stem for path in out.glob("*.png")} == {
         *("reconstructions", "tokens", "samples", "memory")
     }

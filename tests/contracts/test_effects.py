@@ -207,6 +207,7 @@ KINDS = {
 
 # ------------------------------------------------------------------- what a setting needs, or lacks
 
+PATCH = {"model.stem": "patch", "model.position_embedding": True}
 GAUSSIAN = {"kept.distribution": "gaussian"}
 FROZEN = {"teacher.kind": "huggingface", "teacher.path": "@dinov2", "teacher.teacher_size": 28}
 PERCEPTUAL = {
@@ -236,7 +237,8 @@ NEEDS = {
     "tokenizer": {
         **OPTIM,
         **KEPT,
-        "model.patch_dim": {"model.stem": "patch", "model.position_embedding": True},
+        "model.patch_dim": PATCH,
+        "model.patch_norm_eps": PATCH,
         "teacher.label_smoothing": {"teacher.kind": "labels"},
         "teacher.path": FROZEN,
         "teacher.loss": FROZEN,
@@ -267,6 +269,8 @@ NEEDS = {
 """Changes to the base without which a setting has no meaning."""
 VALUES = {
     "tokenizer": {
+        "model.transformer_norm_eps": 0.01,
+        "model.patch_norm_eps": 0.01,
         "kept.rate": 0.01,
         "kept.mean": 9.0,
         "kept.std": 90.0,
