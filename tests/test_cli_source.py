@@ -67,7 +67,10 @@ def test_a_recipe_fills_in_what_the_options_leave_out(monkeypatch):
         raise InterruptedError
 
     monkeypatch.setattr(train_source, "finetune_source", stop)
-    for more in ([], ["--steps", "9", "--generator", "mine", "--out", "here", "--num-kept", "36"]):
+    for more in (
+        [],
+        ["--num-steps", "9", "--generator", "mine", "--out", "here", "--num-kept", "36"],
+    ):
         with pytest.raises(InterruptedError):
             tyro.cli(COMMANDS["finetune-source"], args=["imagenet256_gr_source", *more])
     plain, changed = seen
