@@ -216,6 +216,11 @@ class ProbeRun:
             self.max_images is None or self.max_images >= 2,
             f"max_images ({self.max_images}) must be at least 2, or None for all",
         )
+        _require(
+            self.data.crop == "center" and not self.data.flip,
+            f"data.crop ({self.data.crop}) must be center and data.flip ({self.data.flip}) False: "
+            "a probe sees centre squares, and fine-tuning has method.augmentation",
+        )
 
 
 # ------------------------------------------------------------------------------- what is written

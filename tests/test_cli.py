@@ -369,7 +369,7 @@ def test_a_tilde_is_the_users_folder_in_every_option(words, monkeypatch, tmp_pat
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     seen = []
-    monkeypatch.setattr("mergevq.train_tokenizer.train", lambda run, **_: seen.append(run))
+    monkeypatch.setattr("mergevq.training.train", lambda run, **_: seen.append(run))
     main(["train", "digits32", *words, "--data.path=~/pictures"])
     assert seen[0].out == f"{tmp_path}/x"
     assert seen[0].data.path == f"{tmp_path}/pictures"

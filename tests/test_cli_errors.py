@@ -70,6 +70,6 @@ def test_the_folder_of_a_recipe_is_told_when_the_disk_is_full(monkeypatch, capsy
     def fail(*_, **__):
         raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr("mergevq.train_tokenizer.train", fail)
+    monkeypatch.setattr("mergevq.training.train", fail)
     assert main(["train", "digits32"]) == 1
     assert "no space is left to write runs/digits32: make room" in capsys.readouterr().err

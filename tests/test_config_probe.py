@@ -3,6 +3,7 @@
 import pytest
 
 from mergevq.checkpoint import to_json
+from mergevq.config import DataConfig
 from mergevq.config_probe import (
     FeatureConfig,
     FinetuneConfig,
@@ -39,6 +40,12 @@ from mergevq.config_probe import (
 def test_impossible_settings_are_errors_that_name_them(kind, values, message):
     with pytest.raises(ValueError, match=message):
         kind(**values)
+
+
+@pytest.mark.parametrize("setting", [{"crop": "random"}, {"flip": True}])
+def test_a_probe_refuses_what_it_would_not_do_to_images(setting):
+    with pytest.raises(ValueError, match=r"a probe sees centre squares"):
+        ProbeRun(model="m", out="o", method=KnnConfig(), data=DataConfig(**setting))
 
 
 def test_a_run_refuses_to_keep_one_image():

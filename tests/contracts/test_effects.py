@@ -16,7 +16,7 @@ import pytest
 import torch
 from leaves import changed, leaf_kinds, replaced
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mergevq import probing, train_generator, train_source, train_tokenizer
@@ -247,6 +247,7 @@ NEEDS = {
         "loss.perceptual_weight": PERCEPTUAL,
         "loss.perceptual_trunk": PERCEPTUAL,
         "loss.perceptual_path": PERCEPTUAL,
+        "train.save_every": {"train.keep_last": 4},
         "train.max_nonfinite": OVERFLOW,
     },
     "generator": {
@@ -256,6 +257,7 @@ NEEDS = {
         "model.rotate_instruction": RANDOM,
         "sampling.num_steps": RANDOM,
         "sampling.guidance_power": {"sampling.guidance_schedule": "power"},
+        "train.save_every": {"train.keep_last": 4},
         "train.max_nonfinite": OVERFLOW,
     },
     "source": OPTIM,
@@ -269,6 +271,10 @@ NEEDS = {
 """Changes to the base without which a setting has no meaning."""
 VALUES = {
     "tokenizer": {
+        "model.image_size": 24,
+        "optim.ema_decay": 0.05,
+        "train.num_eval_images": 2,
+        "train.max_nonfinite": 2,
         "model.transformer_norm_eps": 0.01,
         "model.patch_norm_eps": 0.01,
         "kept.rate": 0.01,
@@ -287,8 +293,13 @@ VALUES = {
         "train.max_minutes": 1e-6,
     },
     "generator": {
+        "model.num_kept": 24,
+        "model.factor_bits": (2, 6),
+        "optim.ema_decay": 0.05,
+        "train.eval_num_kept": (24,),
+        "train.max_nonfinite": 2,
         "kept.rate": 0.01,
-        "kept.mean": 9.0,
+        "kept.mean": -9.0,
         "kept.std": 90.0,
         "kept.floor": 9.0,
         "model.kept_candidates": (),
@@ -306,6 +317,9 @@ VALUES = {
         "optim.milestones": (0.34, 0.67),
         "optim.base_batch_size": 8,
         "num_kept": (16,),
+        "num_passes": 16,
+        "optim.schedule": "cosine",
+        "optim.ema_decay": 0.05,
     },
 }
 PROBE_VALUES = {
@@ -316,6 +330,9 @@ PROBE_VALUES = {
     "features.layers": (1, 2),
     "max_images": 8,
     "features.pixel_side": 8,
+    "method.held_out_fraction": 0.5,
+    "method.linear.held_out_fraction": 0.5,
+    "method.linear.batch_size": None,
 }
 SUBJECT_VALUES = {
     "subject.model": "@tokenizer-2",
@@ -325,6 +342,7 @@ SUBJECT_VALUES = {
     "reference": "@pairs.npz",
 }
 VALUES |= dict.fromkeys(("linear", "knn", "finetune"), PROBE_VALUES)
+VALUES["linear"] = PROBE_VALUES | {"method.batch_size": None}
 VALUES |= dict.fromkeys(("reconstruction", "robustness"), SUBJECT_VALUES)
 VALUES["generation"] = {
     "reference": "@reference-2.npz",
@@ -348,6 +366,7 @@ TOGETHER = {
 """Changes that need another beside them."""
 _WORKERS = "loads in other processes, and loads the same"
 _DEVICE = "says where, and this machine may have one place"
+_AT_ONCE = "says how many images at once, and each is measured alone"
 _PLACE = "says where, and all of these runs are read from there"
 NO_EFFECT = {
     ("tokenizer", "model.kept_range"): "training writes it",
@@ -355,17 +374,24 @@ NO_EFFECT = {
     ("tokenizer", "train.device"): _DEVICE,
     ("tokenizer", "train.parallel"): "is for several processes",
     ("tokenizer", "train.checkpointing"): "saves memory, which test_estimate measures",
-    ("tokenizer", "out"): _PLACE,
     ("generator", "model.flex_attention"): "is for CUDA",
     ("generator", "train.device"): _DEVICE,
     ("generator", "train.parallel"): "is for several processes",
     ("generator", "train.checkpointing"): "saves memory",
-    ("generator", "out"): _PLACE,
+    ("generator", "train.quantize_start_step"): "is refused: tokens are codes",
     ("source", "device"): _DEVICE,
-    ("source", "out"): _PLACE,
     **{(kind, "data.num_workers"): _WORKERS for kind in ("linear", "knn", "finetune")},
     **{(kind, "device"): _DEVICE for kind in ("linear", "knn", "finetune", "generation")},
     **{(kind, "out"): _PLACE for kind in KINDS},
+    **{
+        (kind, f"data.{name}"): "is refused: probes see centre squares"
+        for kind in ("linear", "knn", "finetune")
+        for name in ("crop", "flip")
+    },
+    **{(kind, "features.batch_size"): _AT_ONCE for kind in ("linear", "knn", "finetune")},
+    **{(kind, "subject.batch_size"): _AT_ONCE for kind in ("reconstruction", "robustness")},
+    ("generation", "batch_size"): _AT_ONCE,
+    ("generation", "run.batch_size"): _AT_ONCE,
     ("finetune", "features.stages"): "fine-tuning has a stage of its own",
     ("finetune", "features.pools"): "fine-tuning has a pool of its own",
     ("finetune", "features.layers"): "fine-tuning trains all blocks",
@@ -432,6 +458,16 @@ def perceptual_weights(folder, seed):
         save_file(state, folder / f"lpips_{trunk}.safetensors")
 
 
+def scatter(weights, seed):
+    """Let a generator of a few steps tell its inputs apart as a trained one does."""
+    numbers = torch.Generator().manual_seed(seed)
+    state = load_file(weights)
+    save_file(
+        {name: t + 0.3 * torch.randn(t.shape, generator=numbers) for name, t in state.items()},
+        weights,
+    )
+
+
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
     """Two of everything that a setting names."""
@@ -461,6 +497,7 @@ def material(tmp_path_factory):
                 made = {"model.order": order, "train.seed": number, "train.num_steps": 8}
                 made["out"] = str(folder / f"run-{order}{suffix}")
                 done = train_generator.train(replaced(generator_run(folder), made))
+                scatter(done / "model.safetensors", number)
                 done.rename(folder / f"{order}{suffix}")
             make_reference(
                 str(folder / ("images", "others")[number]),

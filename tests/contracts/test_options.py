@@ -23,7 +23,7 @@ from mergevq import cli
 from mergevq.cli import COMMANDS, GROUPS, main
 from mergevq.config import TokenizerRun
 from mergevq.config_generator import GeneratorRun
-from mergevq.recipes import GENERATOR_RECIPES, RECIPES
+from mergevq.recipes import RECIPES
 
 ALL = {(name,): command for name, command in COMMANDS.items() if name != "train"} | {
     (group, name): command for group, members in GROUPS.items() for name, command in members.items()
@@ -53,7 +53,7 @@ LIBRARY = {
         "interop.load_official": None,
         "perceptual.convert_perceptual_files": None,
     },
-    "demo": {"app.build_page": None},
+    "demo": {"app.serve": STOP},
     "finetune-source": {"train_source.finetune_source": STOP},
     "evaluate reconstruction": {"evaluate.evaluate_reconstruction": STOP},
     "evaluate robustness": {"robustness.evaluate_robustness": STOP},
@@ -80,6 +80,7 @@ LIBRARY = {
 """Functions that do a command's work, and what they return instead; None is anything."""
 SILENT = {
     "reconstruct": ("cli._result_line",),
+    "demo": ("cli.signal.signal",),
     "bench tokenizer": ("bench.conditions", "bench.record"),
     "bench generator": ("bench_generator.record",),
 }
@@ -90,6 +91,11 @@ GIVEN = {
     "convert": {"checkpoint": Path("a.ckpt"), "image_size": 8, "num_kept": 3, "num_heads": 2},
     "evaluate generation": {"generator": "a-generator", "tokenizer": "a-tokenizer"},
     "evaluate reference": {"kind": "generation"},
+    "finetune-source": {
+        "tokenizer": "a-tokenizer",
+        "tokens": "a-folder",
+        "generator": "a-generator",
+    },
     "bench tokenizer": {"out": Path("bench.json"), "reference": Path("plain.py")},
     "bench generator": {"out": Path("bench.json"), "reference": Path("plain.py")},
 }
@@ -106,6 +112,7 @@ VALUES = {
     ("evaluate robustness", "fractions"): (("0.25", "0.75"), (0.25, 0.75)),
     ("reconstruct", "out"): (Path("other"), "other/a.png"),
     ("sample", "classes"): ("2,1", (2, 1)),
+    ("finetune-source", "recipe"): ("imagenet256_gr_source", "imagenet256_gr_source"),
     ("bench tokenizer", "recipe"): ("digits32", "digits32"),
     ("bench generator", "recipe"): ("digits32_ar", "digits32_ar"),
     ("bench generator", "grid_tokens"): ("64", 64),
@@ -115,7 +122,6 @@ VALUES = {
 CALLED = {
     "guidance": "guidance_scale",
     "num": "num_images",
-    "port": "server_port",
     "show": "num_shown",
     "baseline_images": "num_baseline_images",
     "features": "num_features",
@@ -158,6 +164,7 @@ MORE = {
 """Options that change more than one setting of the library, and why."""
 OTHERWISE = {
     ("convert", "lpips"): "it stands instead of a checkpoint, as two files",
+    ("finetune-source", "recipe"): "it is a name for many settings",
     ("bench tokenizer", "recipe"): "it is a name for many settings",
     ("bench tokenizer", "profile"): "it calls one more function",
     ("bench generator", "recipe"): "it stands instead of a size",
@@ -350,6 +357,8 @@ CASES = [
 
 @pytest.mark.parametrize(("command", "name"), CASES, ids=[f"{c} {n}" for c, n in CASES])
 def test_an_option_reaches_the_library_and_changes_nothing_else(command, name, monkeypatch):
+    if command == "demo":
+        pytest.importorskip("gradio")
     options = options_of(ALL[tuple(command.split())])
     base = {
         each: others(option.kind, None, f"given-{each}")[0]
@@ -390,8 +399,8 @@ def test_every_command_is_one_of_these():
 
 
 TRAIN = {
-    "digits32": (TokenizerRun, "train_tokenizer.train"),
-    "digits32_ar": (GeneratorRun, "train_generator.train"),
+    "digits32": (TokenizerRun, "training.train"),
+    "digits32_ar": (GeneratorRun, "training.train"),
 }
 TRAIN_VALUES = {
     ("digits32", "model.image_size"): {"model.image_size": 36},
@@ -447,8 +456,10 @@ def test_a_setting_of_a_recipe_reaches_training_and_changes_nothing_else(
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_reaches_training_as_it_is(recipe, monkeypatch):
-    target = f"train_{'generator' if recipe in GENERATOR_RECIPES else 'tokenizer'}.train"
-    assert trained(monkeypatch, target, [recipe]) == ((RECIPES[recipe](),), {"resume": False})
+    assert trained(monkeypatch, "training.train", [recipe]) == (
+        (RECIPES[recipe](),),
+        {"resume": False},
+    )
 
 
 @pytest.mark.parametrize("recipe", TRAIN)
