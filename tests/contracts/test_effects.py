@@ -16,10 +16,11 @@ import pytest
 import torch
 from leaves import changed, leaf_kinds, replaced
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mergevq import probing, train_generator, train_source, train_tokenizer
+from mergevq.checkpoint import tokens_hash
 from mergevq.config import DataConfig, TokenizerRun
 from mergevq.config_evaluate import (
     GenerationSettings,
@@ -33,6 +34,7 @@ from mergevq.config_source import SourceRun
 from mergevq.encode import encode
 from mergevq.evaluate import evaluate_reconstruction
 from mergevq.evaluate_generation import evaluate_generation
+from mergevq.generator import Generator
 from mergevq.perceptual import Perceptual
 from mergevq.recipes import digits32, digits32_ar, shrink, shrink_generator
 from mergevq.references import make_reference
@@ -227,6 +229,7 @@ OPTIM = {
     "optim.final_lr_ratio": {"optim.schedule": "cosine"},
 }
 OVERFLOW = {"optim.lr": 1e20, "optim.clip_norm": None, "train.num_steps": 12}
+OVERFLOW |= {f"train.{name}_every": 12 for name in ("eval", "image", "save")}
 KEPT = {
     "kept.rate": {"kept.distribution": "exponential"},
     "kept.mean": GAUSSIAN,
@@ -458,13 +461,15 @@ def perceptual_weights(folder, seed):
         save_file(state, folder / f"lpips_{trunk}.safetensors")
 
 
-def scatter(weights, seed):
+def scatter(directory, tokenizer, seed):
     """Let a generator of a few steps tell its inputs apart as a trained one does."""
+    generator = Generator.from_pretrained(directory)
     numbers = torch.Generator().manual_seed(seed)
-    state = load_file(weights)
-    save_file(
-        {name: t + 0.3 * torch.randn(t.shape, generator=numbers) for name, t in state.items()},
-        weights,
+    with torch.no_grad():
+        for parameter in generator.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=numbers))
+    generator.save_pretrained(
+        directory, tokenizer=tokens_hash(tokenizer), class_names=("even", "odd")
     )
 
 
@@ -497,7 +502,7 @@ def material(tmp_path_factory):
                 made = {"model.order": order, "train.seed": number, "train.num_steps": 8}
                 made["out"] = str(folder / f"run-{order}{suffix}")
                 done = train_generator.train(replaced(generator_run(folder), made))
-                scatter(done / "model.safetensors", number)
+                scatter(done, folder / "tokenizer", number)
                 done.rename(folder / f"{order}{suffix}")
             make_reference(
                 str(folder / ("images", "others")[number]),
