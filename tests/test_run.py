@@ -20,11 +20,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mergevq.config import (
     FORMAT_VERSION,
-    GeneratorRun,
     OptimConfig,
     TokenizerRun,
     TrainConfig,
 )
+from mergevq.config_generator import GeneratorRun
 from mergevq.distributed import World
 from mergevq.identity import Identity
 from mergevq.run import (
@@ -553,3 +553,15 @@ def test_a_record_of_a_run_that_lacks_something_is_not_resumed(tmp_path, name, v
     directory.record.write_text(json.dumps(record))
     with pytest.raises(ValueError, match=rf"run.json is damaged: {name} must be there"):
         directory.open(TokenizerRun(), device=torch.device("cpu"), resume=True)
+
+
+def test_a_brief_log_shows_validations_at_one_k_and_keeps_all(tmp_path, capsys):
+    log = MetricsLog(tmp_path / "metrics.jsonl", brief=16)
+    log.note("a long line")
+    log.write(0, {"loss": 3.0})
+    log.write(1, {"loss": 2.0, "psnr@16": 20.0, "psnr@24": 21.0}, shown={"loss"})
+    log.close()
+    assert [line.split() for line in capsys.readouterr().err.splitlines()] == [
+        ["step", "1", "psnr@16", "20"]
+    ]
+    assert [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [3.0, 2.0]

@@ -112,6 +112,8 @@ VALUES = {
     ("evaluate robustness", "fractions"): (("0.25", "0.75"), (0.25, 0.75)),
     ("reconstruct", "out"): (Path("other"), "other/a.png"),
     ("sample", "classes"): ("2,1", (2, 1)),
+    ("finetune-source", "precision"): ("float32", "float32"),
+    ("finetune-source", "device"): ("cpu", "cpu"),
     ("finetune-source", "recipe"): ("imagenet256_gr_source", "imagenet256_gr_source"),
     ("bench tokenizer", "recipe"): ("digits32", "digits32"),
     ("bench generator", "recipe"): ("digits32_ar", "digits32_ar"),
