@@ -22,8 +22,8 @@ from mergevq.attention import attend
 
 NORM_EPS = 1e-5
 """Of every normalisation, as in LlamaGen."""
-# `addcmul` adds to nothing but a tensor, of the type of the product.
-_EPS = {dtype: torch.tensor(NORM_EPS, dtype=dtype) for dtype in (torch.float32, torch.float64)}
+# `addcmul` adds to nothing but a tensor.
+_EPS = torch.tensor(NORM_EPS)
 ROTATION_BASE = 10000.0
 """Longest wavelength of the rotary embedding over 2 pi, in cells."""
 Mask = Bool[Tensor, "r n m"] | Float[Tensor, "r n m"] | BlockMask
@@ -116,9 +116,8 @@ def normalized(x: Float[Tensor, "*shape c"], dtype: torch.dtype) -> Float[Tensor
     # The same in half as many operators, of which decoding a token needs hundreds.
     exact = torch.promote_types(x.dtype, torch.float32)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
-    return (x * torch.addcmul(_EPS[exact], length, length, value=1 / x.shape[-1]).rsqrt_()).to(
-        dtype
-    )
+    square = torch.addcmul(_EPS.to(exact), length, length, value=1 / x.shape[-1])
+    return (x * square.rsqrt_()).to(dtype)
 
 
 class RmsNorm(nn.Module):
@@ -264,7 +263,7 @@ class Dropout(nn.Dropout):
         """Drop; in evaluation the input itself."""
         index, count = self.share
         if count == 1 or self.p == 0 or not self.training:
-            return super().forward(input)
+            return functional.dropout(input, self.p, self.training)
         size = len(input)
         whole = functional.dropout(input.new_ones(count * size, *input.shape[1:]), self.p)
         return input * (whole[index * size : (index + 1) * size] != 0) * (1 / (1 - self.p))

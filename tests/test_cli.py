@@ -145,12 +145,10 @@ def test_a_wrong_choice_lists_the_choices(option, capsys):
 
 
 def test_an_impossible_value_is_explained_in_our_words(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main(["train", "digits32", "--model.num-kept", "3000"])
-    assert exit_.value.code == 2
-    assert "num_kept (3000) must be between 1 and the 64" in " ".join(
-        capsys.readouterr().err.replace("\u2502", " ").split()
-    )
+    assert main(["train", "digits32", "--model.num-kept", "3000"]) == 1
+    said = capsys.readouterr().err
+    assert "num-kept (3000) must be between 1 and the 64" in said
+    assert said.count("\n") == 1
 
 
 def test_help_of_a_recipe_says_what_its_fields_mean(capsys):
@@ -258,7 +256,7 @@ def test_what_several_processes_share_is_left_to_them(monkeypatch, capsys):
 def test_reconstruct_writes_a_picture_for_every_image(images, model, tmp_path, capsys):
     paths = [images / "0.png", images / "1.png"]
     assert reconstruct(paths, model, tmp_path) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "1.png"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["0.png", "1.png"]
     with Image.open(tmp_path / "out" / "0.png") as figure:
         assert figure.width > 4 * 128
     printed = capsys.readouterr().out
@@ -294,11 +292,11 @@ def test_a_size_policy_makes_any_size_legal(images, model, tmp_path, capsys, pol
     assert reconstruct([images / "2.png"], model, tmp_path, "--size-policy", policy) == 0
     printed = capsys.readouterr().out
     assert wanted in printed
-    assert ("resized to" in printed and "31 x 17 given" in printed) == (policy == "resize")
+    assert ("resized to" in printed and "17 x 31 given" in printed) == (policy == "resize")
     for name in ("given", "recovered"):
         (full,) = (tmp_path / "out/2").glob(f"{name}_*.png")
         with Image.open(full) as picture:
-            assert picture.size == (31, 17)
+            assert picture.size == (17, 31)
 
 
 def test_images_of_equal_names_do_not_overwrite_each_other(images, model, tmp_path):

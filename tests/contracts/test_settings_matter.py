@@ -73,6 +73,7 @@ ELSEWHERE = {
     "data.path": "the images themselves",
     "data.val_path": "validation: test_data",
     "data.crop": "images that are no squares: test_data",
+    "data.max_pixels": "larger pictures than digits: test_data",
     "data.num_workers": "changes nothing: test_data",
     "loss.perceptual_weight": "needs weights: test_perceptual",
     "loss.perceptual_trunk": "needs weights: test_perceptual",
