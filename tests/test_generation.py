@@ -376,8 +376,8 @@ def test_the_command_prints_what_8_bits_cost(folder, tmp_path, capsys):
     [
         (["--classes", "3,12"], "class (12) must be between 0 and 9"),
         (["--classes", "three"], "classes (three) must be whole numbers"),
-        (["--num-kept", "7"], "num_kept (7) must be one of those trained on"),
-        (["--guidance", "-1"], "guidance_scale (-1.0) must be between 0"),
+        (["--num-kept", "7"], "--num-kept (7) must be one of those trained on"),
+        (["--guidance", "-1"], "--guidance (-1.0) must be between 0"),
     ],
 )
 def test_the_command_refuses_what_cannot_be_and_writes_nothing(
