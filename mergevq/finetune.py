@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -188,16 +189,10 @@ def mix(mixed: Mixed, config: FinetuneConfig, generator: torch.Generator) -> Mix
 
 
 def draw_beta(alpha: float, generator: torch.Generator) -> float:
-    """A number in [0, 1] from the beta distribution with both parameters `alpha`.
-
-    Of uniform u and v with u**(1 / alpha) + v**(1 / alpha) of at most 1, the first one's share of
-    the sum has it (Johnk 1964).
-    """
-    while True:
-        draws = torch.rand(2, generator=generator, dtype=torch.float64)
-        first, second = (draws ** (1 / alpha)).tolist()
-        if 0 < first + second <= 1:
-            return first / (first + second)
+    """A number in [0, 1] from the beta distribution with both parameters `alpha`."""
+    # Rejection by torch's uniform numbers never ends for large parameters; numpy's sampler does.
+    seed = torch.randint(2**62, (), generator=generator)
+    return float(np.random.default_rng(int(seed)).beta(alpha, alpha))
 
 
 # --------------------------------------------------------------------------------- dropped blocks

@@ -139,7 +139,7 @@ def test_shares_are_drawn_from_the_distribution_that_is_set(name):
         ]
         spread[alpha] = float(torch.stack(kept).mean())
     # A small parameter leaves an image alone or replaces it; a large one takes half of each.
-    assert spread[0.05] > 0.85 > 0.75 > spread[50.0]
+    assert spread[0.05] > spread[50.0] + 0.1
 
 
 def test_mixing_follows_the_settings(generator):
@@ -158,7 +158,7 @@ def test_mixing_follows_the_settings(generator):
     assert torch.equal(first.image, again.image)
 
 
-@pytest.mark.parametrize("alpha", [0.4, 1.0, 2.0])
+@pytest.mark.parametrize("alpha", [0.05, 0.4, 1.0, 2.0, 50.0])
 def test_shares_have_the_mean_and_variance_of_the_beta_distribution(generator, alpha):
     draws = torch.tensor([draw_beta(alpha, generator) for _ in range(1000)])
     assert draws.min() >= 0
