@@ -12,7 +12,7 @@ from typing import Annotated, TypeVar
 
 import tyro
 
-from mergevq.config import Device
+from mergevq.config import MAX_PIXELS, Device
 from mergevq.config_evaluate import (
     FRACTIONS,
     BaselineRecord,
@@ -220,6 +220,7 @@ def reference(  # noqa: PLR0913 - each is an option
     extractor: Path,
     image_size: int,
     max_images: int | None = None,
+    max_pixels: int = MAX_PIXELS,
     features: int = 10_000,
     array: Path | None = None,
     batch_size: int = 64,
@@ -238,6 +239,8 @@ def reference(  # noqa: PLR0913 - each is an option
         extractor: TorchScript file of the network that sees the images.
         image_size: side in pixels that images are cropped to, the model's.
         max_images: take only so many, evenly spaced.
+        max_pixels: largest picture that is read, as width times height; larger ones count as
+            unreadable.
         features: also keep the features of so many images, for kernel distance, precision and
             recall of generated images; 0 for none.
         array: also write the images as one `.npz` (arr_0, uint8, NHWC), as the ADM evaluator reads
@@ -255,6 +258,7 @@ def reference(  # noqa: PLR0913 - each is an option
         extractor=extractor,
         image_size=image_size,
         max_images=max_images,
+        max_pixels=max_pixels,
         num_features=features if kind == "generation" else 0,
         array=array,
         batch_size=batch_size,
@@ -280,6 +284,7 @@ def generation(  # noqa: PLR0913 - each is an option
     out: Path = Path("evaluations/generation"),
     classifier: Path | None = None,
     data: str | None = None,
+    max_pixels: int = MAX_PIXELS,
     neighbours: int = 8,
     npz: tyro.conf.FlagCreatePairsOff[bool] = False,
     batch_size: int = 64,
@@ -303,6 +308,7 @@ def generation(  # noqa: PLR0913 - each is an option
         out: where samples and results go.
         classifier: TorchScript file that tells the generator's classes, for class accuracy.
         data: training images, to show the nearest of them beside some samples.
+        max_pixels: largest picture of these and of samples that is read, as width times height.
         neighbours: samples shown so.
         npz: also write OUT/samples.npz (arr_0), as the ADM evaluator reads it.
         batch_size: images at once.
@@ -318,6 +324,7 @@ def generation(  # noqa: PLR0913 - each is an option
         samples=_text(samples),
         classifier=_text(classifier),
         data=data,
+        max_pixels=max_pixels,
         num_looked_up=neighbours,
         write_array=npz,
         batch_size=batch_size,

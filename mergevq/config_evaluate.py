@@ -4,7 +4,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
-from mergevq.config import Device, Precision, TokenizerConfig, check_numbers
+from mergevq.config import (
+    MAX_PIXELS,
+    Device,
+    Precision,
+    TokenizerConfig,
+    check_max_pixels,
+    check_numbers,
+)
 from mergevq.config_generator import MAX_GUIDANCE, SampleRun
 
 TrunkName = Literal["vgg", "alex", "squeeze"]
@@ -52,6 +59,8 @@ class Subject:
     """Side the model must have been trained at, in pixels; None accepts any."""
     max_images: int | None = None
     """Only so many, evenly spaced; None is all."""
+    max_pixels: int = MAX_PIXELS
+    """Largest picture that is read, as width times height; larger ones count as unreadable."""
     batch_size: int = 64
     """Images at once, over all ranks."""
     device: Device = "auto"
@@ -71,6 +80,7 @@ class Subject:
             self.max_images is None or self.max_images >= 1,
             f"max_images ({self.max_images}) must be at least 1, or None for all",
         )
+        check_max_pixels(self.max_pixels)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,6 +149,8 @@ class GenerationSettings:
     """TorchScript file that tells the generator's classes; None leaves class accuracy out."""
     data: str | None = None
     """Training images, to find nearest neighbours in; None leaves them out."""
+    max_pixels: int = MAX_PIXELS
+    """Largest picture that is read, as width times height, of these and of samples."""
     num_looked_up: int = 8
     """Samples whose neighbours are shown."""
     write_array: bool = False
@@ -159,6 +171,7 @@ class GenerationSettings:
             self.classifier is None or self.run is not None,
             "--classifier needs the classes, which only a generator has (--model)",
         )
+        check_max_pixels(self.max_pixels)
         for name in ("batch_size", "num_looked_up"):
             _require(getattr(self, name) >= 1, f"{name} ({getattr(self, name)}) must be at least 1")
 

@@ -367,6 +367,16 @@ def test_a_reference_for_reconstruction_is_refused_before_sampling(tmp_path, fol
     assert not (tmp_path / "samples").exists()
 
 
+@pytest.mark.parametrize("of", ["samples", "data"])
+def test_pictures_larger_than_asked_for_are_not_read(tmp_path, folder, of):
+    large = write_images(tmp_path / "large", 3, size=20)
+    given = dict.fromkeys(("samples", "data"), str(folder / "images"))
+    evaluate_generation(settings(folder, tmp_path / "in", max_pixels=256, **given))
+    given |= {of: str(large)}
+    with pytest.raises(ValueError, match=r"400 pixels, more than max_pixels \(256\)"):
+        evaluate_generation(settings(folder, tmp_path / "out", max_pixels=256, **given))
+
+
 def test_samples_of_another_size_are_refused_with_both_numbers(tmp_path, folder):
     large = write_images(tmp_path / "large", 3, size=32)
     with pytest.raises(ValueError, match=r"is of 16 x 16 pixels .* have 32 x 32"):

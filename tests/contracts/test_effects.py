@@ -288,6 +288,8 @@ NEEDS = {
     },
 }
 """Changes to the base without which a setting has no meaning."""
+TOO_FEW = 44 * 36 - 1
+"""Pixels, for the pictures below."""
 VALUES = {
     "tokenizer": {
         "model.image_size": 24,
@@ -302,6 +304,7 @@ VALUES = {
         "kept.floor": 9.0,
         "data.path": "@others",
         "data.val_path": "@others",
+        "data.max_pixels": TOO_FEW,
         "loss.perceptual_path": "@lpips-2",
         "teacher.path": "@dinov2-2",
         "teacher.teacher_size": 42,
@@ -345,6 +348,7 @@ PROBE_VALUES = {
     "model": "@tokenizer-2",
     "data.path": "@others",
     "data.val_path": "@others",
+    "data.max_pixels": TOO_FEW,
     "features.num_kept": (24,),
     "features.layers": (1, 2),
     "max_images": 8,
@@ -356,6 +360,7 @@ PROBE_VALUES = {
 SUBJECT_VALUES = {
     "subject.model": "@tokenizer-2",
     "subject.data": "@others",
+    "subject.max_pixels": TOO_FEW,
     "subject.lpips": "@lpips-2",
     "subject.extractor": "@colours-2.pt",
     "reference": "@pairs.npz",
@@ -368,6 +373,7 @@ VALUES["generation"] = {
     "extractor": "@colours-2.pt",
     "classifier": "@colours.pt",
     "data": "@others",
+    "max_pixels": TOO_FEW,
     "samples": "@others",
     "run.model": "@merge-2",
     "run.tokenizer": "@tokenizer-2",
