@@ -37,7 +37,7 @@ from mergevq.cli_evaluate import (
     logit_error_line,
     whole_numbers,
 )
-from mergevq.config import Device, SizePolicy
+from mergevq.config import MAX_PIXELS, Device, SizePolicy
 from mergevq.config_generator import GeneratorRun
 from mergevq.extras import EXTRAS, install_command, installed_version, missing
 from mergevq.recipes import RECIPES
@@ -277,13 +277,14 @@ def reconstruct(
         raise ValueError(f"{len(failed)} of {len(images)} images could not be done: {problems}")
 
 
-def encode(
+def encode(  # noqa: PLR0913 - each is an option
     *,
     model: str,
     data: str,
     out: Path,
     num_kept: Counts = (),
     flip: tyro.conf.FlagCreatePairsOff[bool] = False,
+    max_pixels: int = MAX_PIXELS,
     batch_size: int = 64,
     device: Device = "auto",
     num_workers: int = 2,
@@ -299,6 +300,8 @@ def encode(
         out: folder of the tokens.
         num_kept: K, one or several (16,20); the tokenizer's own if there are none.
         flip: also encode the mirror image of each image.
+        max_pixels: largest picture that is read, as width times height; larger ones count as
+            unreadable.
         batch_size: images encoded at once, a divisor of the 1024 of a shard.
         device: where to compute.
         num_workers: loader processes; 0 loads in this one.
@@ -313,6 +316,7 @@ def encode(
         out,
         num_kept=whole_numbers("num_kept", num_kept),
         flip=flip,
+        max_pixels=max_pixels,
         batch_size=batch_size,
         device=device,
         num_workers=num_workers,

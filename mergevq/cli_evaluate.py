@@ -12,12 +12,14 @@ from typing import Annotated, TypeVar
 
 import tyro
 
-from mergevq.config import Device
+from mergevq.config import MAX_PIXELS, Device
 from mergevq.config_evaluate import (
     FRACTIONS,
     BaselineRecord,
     GenerationRecord,
     GenerationSettings,
+    GuidanceRecord,
+    GuidanceSettings,
     Numbers,
     ReconstructionRecord,
     ReconstructionSettings,
@@ -113,7 +115,18 @@ class SamplingOptions:
         )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweptOptions(SamplingOptions):
+    """What samples, and how, at each of several guidance scales."""
+
+    guidance: float = _PLAIN.guidance_scale
+    """first scale of classifier-free guidance; 1 is none."""
+    guidance_schedule: GuidanceSchedule = "linear"
+    """how it rises from 1 as an image grows; the paper's is linear."""
+
+
 Sampling = Annotated[SamplingOptions, tyro.conf.arg(name="")]
+Swept = Annotated[SweptOptions, tyro.conf.arg(name="")]
 
 
 def reconstruction(
@@ -207,6 +220,7 @@ def reference(  # noqa: PLR0913 - each is an option
     extractor: Path,
     image_size: int,
     max_images: int | None = None,
+    max_pixels: int = MAX_PIXELS,
     features: int = 10_000,
     array: Path | None = None,
     batch_size: int = 64,
@@ -225,6 +239,8 @@ def reference(  # noqa: PLR0913 - each is an option
         extractor: TorchScript file of the network that sees the images.
         image_size: side in pixels that images are cropped to, the model's.
         max_images: take only so many, evenly spaced.
+        max_pixels: largest picture that is read, as width times height; larger ones count as
+            unreadable.
         features: also keep the features of so many images, for kernel distance, precision and
             recall of generated images; 0 for none.
         array: also write the images as one `.npz` (arr_0, uint8, NHWC), as the ADM evaluator reads
@@ -242,6 +258,7 @@ def reference(  # noqa: PLR0913 - each is an option
         extractor=extractor,
         image_size=image_size,
         max_images=max_images,
+        max_pixels=max_pixels,
         num_features=features if kind == "generation" else 0,
         array=array,
         batch_size=batch_size,
@@ -267,6 +284,7 @@ def generation(  # noqa: PLR0913 - each is an option
     out: Path = Path("evaluations/generation"),
     classifier: Path | None = None,
     data: str | None = None,
+    max_pixels: int = MAX_PIXELS,
     neighbours: int = 8,
     npz: tyro.conf.FlagCreatePairsOff[bool] = False,
     batch_size: int = 64,
@@ -290,6 +308,7 @@ def generation(  # noqa: PLR0913 - each is an option
         out: where samples and results go.
         classifier: TorchScript file that tells the generator's classes, for class accuracy.
         data: training images, to show the nearest of them beside some samples.
+        max_pixels: largest picture of these and of samples that is read, as width times height.
         neighbours: samples shown so.
         npz: also write OUT/samples.npz (arr_0), as the ADM evaluator reads it.
         batch_size: images at once.
@@ -305,6 +324,7 @@ def generation(  # noqa: PLR0913 - each is an option
         samples=_text(samples),
         classifier=_text(classifier),
         data=data,
+        max_pixels=max_pixels,
         num_looked_up=neighbours,
         write_array=npz,
         batch_size=batch_size,
@@ -317,6 +337,64 @@ def generation(  # noqa: PLR0913 - each is an option
         print(_numbers_table(record))
         if record["logit_error"] is not None:
             print(logit_error_line(sampling.weights, record["logit_error"]))
+        _print_left_out(record["left_out"])
+        print(f"results: {out}")
+
+
+def guidance(  # noqa: PLR0913 - each is an option
+    *,
+    reference: Path,
+    extractor: Path,
+    sampling: Swept,
+    stop: float = 4.0,
+    step: float = 0.1,
+    num: Annotated[int, tyro.conf.arg(aliases=["--num-images"])] = 50_000,
+    out: Path = Path("evaluations/guidance"),
+    classifier: Path | None = None,
+    npz: tyro.conf.FlagCreatePairsOff[bool] = False,
+    batch_size: int = 64,
+) -> None:
+    """Evaluate a generator at each guidance scale from --guidance to --stop, and name the best.
+
+    Each scale is sampled and measured as by `mergevq evaluate generation`, in OUT/SCALE. Writes
+    OUT/evaluation.json with the numbers of all, and OUT/guidance.png. Stopped and started again it
+    goes on where it was; under torchrun the processes share the work. A scale takes as long as one
+    `evaluate generation`, and keeps its samples; find the region with few images (--num) first.
+
+    Args:
+        reference: statistics of the training set (`mergevq evaluate reference --kind generation`),
+            or an `.npz` of the ADM evaluator.
+        extractor: TorchScript file of the network that sees the images. Only the Inception-2015
+            file gives numbers called FID, Inception score and KID.
+        sampling: what samples, and how.
+        stop: last scale, a whole number of steps from the first.
+        step: from one scale to the next.
+        num: images at each scale, of class 0, 1, .. in turn. Under torchrun it is called
+            --num-images.
+        out: where the folders of the scales and the results go.
+        classifier: TorchScript file that tells the generator's classes, for class accuracy.
+        npz: also write OUT/SCALE/samples.npz (arr_0), as the ADM evaluator reads it.
+        batch_size: images at once.
+    """
+    settings = GuidanceSettings(
+        evaluation=GenerationSettings(
+            reference=str(reference),
+            extractor=str(extractor),
+            out=str(out),
+            run=sampling.run(num_images=num, batch_size=batch_size),
+            classifier=_text(classifier),
+            write_array=npz,
+            batch_size=batch_size,
+            device=sampling.device,
+        ),
+        stop=stop,
+        step=step,
+    )
+    from mergevq.guidance_sweep import evaluate_guidance
+
+    record = evaluate_guidance(settings)
+    if record is not None:
+        print(guidance_table(record))
         _print_left_out(record["left_out"])
         print(f"results: {out}")
 
@@ -437,6 +515,20 @@ def robustness_table(record: RobustnessRecord) -> str:
     return "\n".join(lines)
 
 
+def guidance_table(record: GuidanceRecord) -> str:
+    """The numbers of a sweep, a row for each scale, and which scale is the best."""
+    results = record["results"]
+    names = [name for name in results[0]["metrics"] if not name.startswith("num_")]
+    rows = [["guidance", *names]]
+    rows += [[f"{each['scale']}", *(_number(each, name) for name in names)] for each in results]
+    lines = [_columns(rows), ""]
+    lines += [
+        f"best {best['metric']}: {best['value']:.4f} at guidance {best['scale']}"
+        for best in record["best"]
+    ]
+    return "\n".join(lines)
+
+
 def _numbers_table(record: GenerationRecord | RobustnessRecord) -> str:
     """The numbers of an evaluation as a whole, a row each."""
     return _columns([[name, _number(record, name)] for name in record["metrics"]])
@@ -527,5 +619,5 @@ def _fractions(texts: Sequence[str]) -> tuple[float, ...]:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     command.__name__: command
-    for command in (reconstruction, generation, reference, robustness, selftest)
+    for command in (reconstruction, generation, guidance, reference, robustness, selftest)
 }

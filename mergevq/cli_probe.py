@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mergevq.config import DataConfig, Device, Precision
+from mergevq.config import MAX_PIXELS, DataConfig, Device, Precision
 from mergevq.config_probe import (
     FeatureConfig,
     FinetuneConfig,
@@ -45,6 +45,8 @@ class SubjectOptions:
     """share of `data` to test on, without `val_data`; by default as the small recipes hold out."""
     max_images: int | None = None
     """use only so many training and so many test images, evenly spaced."""
+    max_pixels: int = MAX_PIXELS
+    """largest picture that is read, as width times height; larger ones count as unreadable."""
     num_kept: Counts = ()
     """K, one or several, as in 36,144; the tokenizer's own if there are none. Merging off is always
     added."""
@@ -67,6 +69,7 @@ class SubjectOptions:
                 path=self.data,
                 val_path=self.val_data,
                 val_fraction=self.val_fraction,
+                max_pixels=self.max_pixels,
                 num_workers=self.num_workers,
             ),
             features=features,

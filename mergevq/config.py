@@ -56,6 +56,18 @@ def check_numbers(settings: object, where: str = "") -> None:
                 raise ValueError(f"{name} ({value}) must be a finite number of at most 64 bits")
 
 
+def check_max_pixels(max_pixels: int) -> None:
+    """Check a limit on the pixels of a picture, wherever one is given.
+
+    Raises:
+        ValueError: below 1, or more than twice the default: a few pictures would fill the memory.
+    """
+    _require(
+        1 <= max_pixels <= 2 * MAX_PIXELS,
+        f"max_pixels ({max_pixels}) must be between 1 and {2 * MAX_PIXELS}",
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerConfig:
     """Architecture of a tokenizer: encoder, quantizer, source predictor and decoder."""
@@ -267,10 +279,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Reject a validation share outside (0, 1), and counts below what is possible."""
         _require(0 < self.val_fraction < 1, f"val_fraction ({self.val_fraction}) must be in (0, 1)")
-        _require(
-            1 <= self.max_pixels <= 2 * MAX_PIXELS,
-            f"max_pixels ({self.max_pixels}) must be between 1 and {2 * MAX_PIXELS}",
-        )
+        check_max_pixels(self.max_pixels)
         _require(self.num_workers >= 0, f"num_workers ({self.num_workers}) must be at least 0")
 
 

@@ -1,10 +1,18 @@
 """Every setting of an evaluation, and every key of its record: `mergevq evaluate`; no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
-from mergevq.config import Device, Precision, TokenizerConfig, check_numbers
-from mergevq.config_generator import SampleRun
+from mergevq.config import (
+    MAX_PIXELS,
+    Device,
+    Precision,
+    TokenizerConfig,
+    check_max_pixels,
+    check_numbers,
+)
+from mergevq.config_generator import MAX_GUIDANCE, SampleRun
 
 TrunkName = Literal["vgg", "alex", "squeeze"]
 """Networks of LPIPS."""
@@ -18,6 +26,10 @@ covariance; the extractor sees bytes. `authors`: as their evaluation code, for n
 beside theirs: resized bilinear; pixels are cut off to bytes; SSIM has a uniform window of 7 x 7 and
 sample covariance; the extractor sees pixels between bytes too.
 """
+_LEAST_STEP = 1e-3
+"""Of guidance scales: far below what changes a score."""
+_MOST_SCALES = 1000
+"""Of one sweep."""
 FRACTIONS = (0.0, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Shares of wrong tokens: none, few, and those whose mean `evaluate robustness` gives."""
 
@@ -47,6 +59,8 @@ class Subject:
     """Side the model must have been trained at, in pixels; None accepts any."""
     max_images: int | None = None
     """Only so many, evenly spaced; None is all."""
+    max_pixels: int = MAX_PIXELS
+    """Largest picture that is read, as width times height; larger ones count as unreadable."""
     batch_size: int = 64
     """Images at once, over all ranks."""
     device: Device = "auto"
@@ -66,6 +80,7 @@ class Subject:
             self.max_images is None or self.max_images >= 1,
             f"max_images ({self.max_images}) must be at least 1, or None for all",
         )
+        check_max_pixels(self.max_pixels)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,6 +149,8 @@ class GenerationSettings:
     """TorchScript file that tells the generator's classes; None leaves class accuracy out."""
     data: str | None = None
     """Training images, to find nearest neighbours in; None leaves them out."""
+    max_pixels: int = MAX_PIXELS
+    """Largest picture that is read, as width times height, of these and of samples."""
     num_looked_up: int = 8
     """Samples whose neighbours are shown."""
     write_array: bool = False
@@ -154,8 +171,77 @@ class GenerationSettings:
             self.classifier is None or self.run is not None,
             "--classifier needs the classes, which only a generator has (--model)",
         )
+        check_max_pixels(self.max_pixels)
         for name in ("batch_size", "num_looked_up"):
             _require(getattr(self, name) >= 1, f"{name} ({getattr(self, name)}) must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GuidanceSettings:
+    """All that a sweep of guidance scales depends on."""
+
+    evaluation: GenerationSettings
+    """At each scale. Its own scale is the first, and each has a folder in its directory."""
+    stop: float = 4.0
+    """Last scale; a whole number of steps from the first."""
+    step: float = 0.1
+    """From one scale to the next."""
+
+    def __post_init__(self) -> None:
+        """Reject images that are there already, and a range that does not end at its end."""
+        check_numbers(self)
+        first, stop, step = self.run.settings.guidance_scale, self.stop, self.step
+        _require(
+            _LEAST_STEP <= step <= MAX_GUIDANCE,
+            f"step ({step}) must be between {_LEAST_STEP:g} and {MAX_GUIDANCE:g}",
+        )
+        _require(
+            first <= stop <= MAX_GUIDANCE,
+            f"stop ({stop}) must be between the first guidance_scale ({first}) and "
+            f"{MAX_GUIDANCE:g}",
+        )
+        _require(
+            self._num_steps < _MOST_SCALES,
+            f"from {first} to {stop} in steps of {step} are {self._num_steps + 1} scales, and "
+            f"at most {_MOST_SCALES} are evaluated: take a larger step, or a lower stop",
+        )
+        end = first + self._num_steps * step
+        _require(
+            abs(end - stop) < 1e-6,
+            f"stop ({stop}) must be a whole number of steps ({step}) from the first "
+            f"guidance_scale ({first}), such as {end:.6g}",
+        )
+
+    @property
+    def run(self) -> SampleRun:
+        """How images are sampled, at the first scale.
+
+        Raises:
+            ValueError: nothing is sampled: the images are there already.
+        """
+        if self.evaluation.run is None:
+            raise ValueError("a sweep of guidance needs a generator: --generator")
+        return self.evaluation.run
+
+    @property
+    def _num_steps(self) -> int:
+        """From the first scale to the last."""
+        return round((self.stop - self.run.settings.guidance_scale) / self.step)
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """Each scale, ascending, without the rounding errors of a sum."""
+        first = self.run.settings.guidance_scale
+        return tuple(round(first + n * self.step, 6) for n in range(self._num_steps + 1))
+
+    def at(self, scale: float) -> GenerationSettings:
+        """The evaluation at one scale, in its folder."""
+        settings = replace(self.run.settings, guidance_scale=scale)
+        return replace(
+            self.evaluation,
+            out=str(Path(self.evaluation.out) / f"{scale}"),
+            run=replace(self.run, settings=settings),
+        )
 
 
 # ------------------------------------------------------------------------------- what is written
@@ -367,3 +453,38 @@ class GenerationRecord(EvaluationRecord, Numbers):
     reference: OwnReference | ForeignReference
     left_out: list[str]
     nearest_distances: list[list[float]] | None
+
+
+class ScaleResult(Numbers):
+    """What was found at one guidance scale."""
+
+    scale: float
+    folder: str
+    """Of samples and their evaluation, in the directory of the sweep."""
+    pixels_sha256: str
+
+
+class BestScale(TypedDict):
+    """A guidance scale that no other is better than, by one metric."""
+
+    metric: str
+    scale: float
+    value: float
+
+
+class GuidanceRecord(EvaluationRecord):
+    """`evaluation.json` of `mergevq evaluate guidance`."""
+
+    kind: Literal["guidance evaluation"]
+    settings: Annotated[dict[str, Any], GuidanceSettings]
+    generator: str | None
+    """Hash."""
+    tokenizer: str | None
+    extractor: ExtractorRecord
+    classifier: ExtractorRecord | None
+    reference: OwnReference | ForeignReference
+    results: list[ScaleResult]
+    """By ascending scale."""
+    best: list[BestScale]
+    """By Frechet distance and, where it was measured, by class score."""
+    left_out: list[str]

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from mergevq import distributed
 from mergevq.checkpoint import resolve, tokens_hash
+from mergevq.config import MAX_PIXELS
 from mergevq.data import Batch, eval_batches
 from mergevq.images import ImageDataset, open_images
 from mergevq.run import Progress, deterministic, environment, resolve_device
@@ -38,13 +39,14 @@ from mergevq.tokens import (
 logger = logging.getLogger("mergevq")
 
 
-def encode(
+def encode(  # noqa: PLR0913 - each is an option of the command
     model: str | Path,
     data: str,
     out: str | Path,
     *,
     num_kept: Sequence[int] = (),
     flip: bool = False,
+    max_pixels: int = MAX_PIXELS,
     batch_size: int = 64,
     device: str = "auto",
     num_workers: int = 2,
@@ -57,6 +59,8 @@ def encode(
         out: folder of tokens; one that was begun is gone on with.
         num_kept: each K to encode with; none is the tokenizer's own.
         flip: also encode each image's mirror image.
+        max_pixels: largest picture that is read, as width times height; larger ones count as
+            unreadable.
         batch_size: images encoded at once, a divisor of the images of a shard.
         device: where to encode.
         num_workers: loading processes; 0 loads in this one.
@@ -69,7 +73,7 @@ def encode(
     try:
         directory = resolve(model)
         tokenizer = Tokenizer.from_pretrained(directory).to(world.device)
-        images = open_images(data)
+        images = open_images(data, max_pixels=max_pixels)
         record = token_record(
             tokenizer, tokens_hash(directory), images, data=data, num_kept=num_kept, flip=flip
         )
@@ -119,6 +123,7 @@ def token_record(
         num_images=identity.num_images,
         class_names=identity.class_names,
         flip=flip,
+        max_pixels=images.max_pixels,
     )
 
 

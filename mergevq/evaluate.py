@@ -333,7 +333,7 @@ def opened(subject: Subject) -> Iterator[Opened]:
                 f"model in {directory} was trained at; leave --image-size out, or give a model of "
                 f"{subject.image_size} pixels"
             )
-        images = open_images(subject.data)
+        images = open_images(subject.data, max_pixels=subject.max_pixels)
         if distributed.is_main():
             _warn_of_enlarging(images, trained_size)
         perceptual = None

@@ -182,7 +182,8 @@ def evaluate_generation(settings: GenerationSettings) -> GenerationRecord | None
             return None
         out.mkdir(parents=True, exist_ok=True)
         if neighbours is not None and settings.data is not None:
-            picture = neighbour_picture(samples, open_images(settings.data), neighbours, size)
+            images = open_images(settings.data, max_pixels=settings.max_pixels)
+            picture = neighbour_picture(samples, images, neighbours, size)
             picture.save(out / "nearest_neighbours.png")
         record: GenerationRecord = {
             "kind": "generation evaluation",
@@ -458,7 +459,7 @@ def _sample_images(settings: GenerationSettings, out: Path) -> ImageDataset | Sa
     elif settings.samples is not None and is_sample_folder(Path(settings.samples)):
         files = SampleFiles(Path(settings.samples))
     else:
-        return open_images(str(settings.samples))
+        return open_images(str(settings.samples), max_pixels=settings.max_pixels)
     strangers = files.strangers()
     if strangers and distributed.is_main():
         warnings.warn(
@@ -587,7 +588,7 @@ def _look_up(
         return None
     return nearest_neighbours(
         scores.features[: settings.num_looked_up],
-        open_images(settings.data),
+        open_images(settings.data, max_pixels=settings.max_pixels),
         extractor,
         world,
         image_size=image_size,

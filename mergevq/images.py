@@ -17,7 +17,7 @@ from jaxtyping import Shaped, UInt8
 from numpy.typing import NDArray
 from PIL import Image
 
-from mergevq.config import MAX_PIXELS
+from mergevq.config import MAX_PIXELS, check_max_pixels
 from mergevq.decoding import BrokenImageError, decode, most_bytes, read_bounded
 from mergevq.extras import needing
 from mergevq.identity import Identity, identify
@@ -188,8 +188,10 @@ def open_images(
         max_pixels: largest width times height that is decoded.
 
     Raises:
-        ValueError: the path is missing, mixes kinds of files or splits, or holds no usable image.
+        ValueError: the path is missing, mixes kinds of files or splits, or holds no usable image,
+            or the limit on pixels is no possible one.
     """
+    check_max_pixels(max_pixels)
     content, unused = (_open_digits(), Unused()) if path == "digits" else _open_files(path)
     dataset = ImageDataset(*content, unused=unused, max_pixels=max_pixels)
     for line in unused.lines():

@@ -174,7 +174,7 @@ def _open(run: ProbeRun) -> _Data:
                 "leave_one_out classifies the training images by each other, without validation "
                 f"images; leave out one of it and val_data ({val_path})"
             )
-        train = val = open_images(path, max_images=run.max_images)
+        train = val = open_images(path, max_images=run.max_images, max_pixels=run.data.max_pixels)
     else:
         if val_path is not None and Path(val_path).resolve() == Path(path).resolve():
             raise ValueError(

@@ -208,7 +208,7 @@ def tiny64_r() -> TokenizerRun:
         ),
         kept=KeptConfig(distribution="exponential", candidates=(36, 49, 64, 81, 100), floor=0.05),
         loss=replace(run.loss, source_weight=1.0),
-        train=replace(run.train, eval_num_kept=(36, 64, 144)),
+        train=replace(run.train, eval_num_kept=(36, 64, 144, 256)),
         out="runs/tiny64_r",
     )
 

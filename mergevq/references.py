@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mergevq import distributed
 from mergevq.checkpoint import require_entries
+from mergevq.config import MAX_PIXELS
 from mergevq.config_evaluate import ReferenceKind, ReferenceRecord
 from mergevq.data import eval_batches
 from mergevq.extractor import INCEPTION_SHA256, FeatureExtractor
@@ -155,6 +156,7 @@ def make_reference(  # noqa: PLR0913 - each is an option
     image_size: int,
     batch_size: int,
     max_images: int | None = None,
+    max_pixels: int = MAX_PIXELS,
     num_features: int = 0,
     array: Path | None = None,
     device: str = "auto",
@@ -170,6 +172,7 @@ def make_reference(  # noqa: PLR0913 - each is an option
         image_size: side they are cropped to, in pixels.
         batch_size: images at once, over all ranks.
         max_images: only so many, evenly spaced; None is all.
+        max_pixels: largest picture that is read, as width times height.
         num_features: keep the features of so many, evenly spaced.
         array: also write the images there, as the ADM evaluator reads them.
         device: where to compute.
@@ -189,7 +192,8 @@ def make_reference(  # noqa: PLR0913 - each is an option
                 f"array ({array}) is written by one process, and there are {world.world_size}; "
                 "leave it out, or start without torchrun"
             )
-        network, images = FeatureExtractor(extractor, world.device), open_images(data)
+        network = FeatureExtractor(extractor, world.device)
+        images = open_images(data, max_pixels=max_pixels)
         count = len(images) if max_images is None else min(max_images, len(images))
         with contextlib.ExitStack() as stack:
             writer = None

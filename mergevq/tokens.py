@@ -26,7 +26,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from mergevq.checkpoint import from_json, read_json, require_entries, to_json, write_json
-from mergevq.config import FORMAT_VERSION
+from mergevq.config import FORMAT_VERSION, MAX_PIXELS
 from mergevq.files import open_tensors, parse_json, sha256_of
 from mergevq.identity import Identity
 from mergevq.merge import Source
@@ -70,6 +70,8 @@ class TokenRecord:
     """Changes when a file of the images is touched (`ImageDataset.stamp`); empty if not kept."""
     flip: bool = False
     """Whether the row of an image is followed by the row of its mirror image."""
+    max_pixels: int = MAX_PIXELS
+    """Largest picture that was read, as width times height."""
     shard_size: int = 1024
     """Images of a shard; the last may have fewer."""
 

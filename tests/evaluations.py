@@ -8,10 +8,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mergevq import distributed
+from mergevq.checkpoint import tokens_hash
 from mergevq.config import TokenizerConfig
 from mergevq.config_evaluate import Subject
+from mergevq.config_generator import GeneratorConfig
 from mergevq.evaluate import Opened
 from mergevq.extractor import FeatureExtractor
+from mergevq.generator import Generator
 from mergevq.images import open_images
 from mergevq.tokenizer import Tokenizer
 
@@ -29,6 +32,19 @@ CONFIG = TokenizerConfig(
     source_dim=16,
     num_source_layers=1,
     num_source_heads=2,
+)
+GENERATOR = GeneratorConfig(
+    order="merge",
+    dim=32,
+    num_layers=1,
+    num_heads=2,
+    ffn_dim=32,
+    num_classes=3,
+    grid_size=(4, 4),
+    kept_candidates=(8,),
+    num_kept=8,
+    num_bits=4,
+    factor_bits=(2, 2),
 )
 ALONE = distributed.World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -71,6 +87,17 @@ def write_tokenizer(path, config=CONFIG, seed=0):
             noise = torch.randn(parameter.shape, generator=numbers)
             parameter.copy_(noise * 0.2 + (parameter == 1))
     tokenizer.save_pretrained(path)
+    return path
+
+
+def write_generator(path, tokenizer, seed=0):
+    """A random generator of a tokenizer's tokens, of three classes."""
+    numbers = torch.Generator().manual_seed(seed)
+    generator = Generator(GENERATOR)
+    with torch.no_grad():
+        for parameter in generator.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=numbers) * 0.3)
+    generator.save_pretrained(path, tokenizer=tokens_hash(tokenizer), class_names=["a", "b", "c"])
     return path
 
 

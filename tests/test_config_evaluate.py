@@ -22,6 +22,15 @@ def test_a_subject_needs_images(name):
         Subject(model="model", data="data", **{name: 0})
 
 
+@pytest.mark.parametrize("max_pixels", [0, 10**9])
+def test_a_limit_on_pixels_is_possible(max_pixels):
+    message = rf"max_pixels \({max_pixels}\) must be between 1 and 178956970"
+    with pytest.raises(ValueError, match=message):
+        Subject(model="model", data="data", max_pixels=max_pixels)
+    with pytest.raises(ValueError, match=message):
+        GenerationSettings(**PATHS, samples="there", max_pixels=max_pixels)
+
+
 def test_processes_cannot_be_negative():
     with pytest.raises(ValueError, match=r"num_workers \(-1\) must be at least 0"):
         Subject(model="model", data="data", num_workers=-1)

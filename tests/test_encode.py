@@ -353,6 +353,17 @@ def test_a_picture_that_changed_while_encoding_was_stopped_is_seen(tmp_path, tok
         encode_images(tokenizer, images, folder, record, WORLD, **LOADING)
 
 
+def test_larger_pictures_than_asked_for_are_not_read_and_the_limit_stays(tmp_path, folders, capsys):
+    model, data = folders
+    Image.new("RGB", (33, 32)).save(data / "cat/large.png")
+    command = ["encode", "--model", str(model), "--data", str(data), "--out", str(tmp_path / "out")]
+    options = ["--num-workers", "0", "--device", "cpu", "--max-pixels"]
+    assert main([*command, *options, "1055"]) == 0
+    assert "from 6 images; 1 cannot be read" in capsys.readouterr().out
+    assert main([*command, *options, "1056"]) == 1
+    assert "--max-pixels: 1055 there, 1056 asked for" in capsys.readouterr().err
+
+
 def test_the_command_says_what_it_wrote(tmp_path, folders, capsys):
     model, data = folders
     out = tmp_path / "tokens"

@@ -342,6 +342,19 @@ def test_another_resolution_is_refused_with_both_numbers(tmp_path, folder):
         evaluate_reconstruction(settings(folder, tmp_path / "out", image_size=128))
 
 
+def test_pictures_larger_than_asked_for_are_not_read(tmp_path, folder):
+    images = write_images(tmp_path / "images", 2)
+    write_images(tmp_path / "large", 1, size=20)
+    (tmp_path / "large/000.png").rename(images / "large.png")
+    changes = {"data": str(images), "max_images": None, "max_pixels": 256}
+    record = evaluate_reconstruction(settings(folder, tmp_path / "out", **changes))
+    assert (record["data"]["num_images"], record["data"]["num_unreadable"]) == (2, 1)
+    with pytest.raises(ValueError, match=r"256 pixels, more than max_pixels \(255\)"):
+        evaluate_reconstruction(
+            settings(folder, tmp_path / "none", **changes | {"max_pixels": 255})
+        )
+
+
 def test_enlarged_images_give_a_warning(tmp_path, folder):
     small = write_images(tmp_path / "small", 3, size=8)
     with pytest.warns(UserWarning, match="8 x 8 pixels and is enlarged to 16 x 16"):

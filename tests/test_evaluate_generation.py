@@ -7,7 +7,14 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from evaluations import ALONE, write_images, write_network, write_tokenizer
+from evaluations import (
+    ALONE,
+    GENERATOR,
+    write_generator,
+    write_images,
+    write_network,
+    write_tokenizer,
+)
 from PIL import Image
 from ranks import run_on_two_ranks
 from records import assert_declared
@@ -17,7 +24,7 @@ from mergevq import distributed
 from mergevq.checkpoint import tokens_hash
 from mergevq.cli import main
 from mergevq.config_evaluate import GenerationRecord, GenerationSettings
-from mergevq.config_generator import GeneratorConfig, SampleRun, SamplingSettings
+from mergevq.config_generator import SampleRun, SamplingSettings
 from mergevq.evaluate_generation import (
     evaluate_generation,
     nearest_neighbours,
@@ -34,19 +41,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:a (Frechet distance|reference) of:UserWarning",
     "ignore:.*is enlarged:UserWarning",
     "ignore:.*images are not as many of each:UserWarning",
-)
-GENERATOR = GeneratorConfig(
-    order="merge",
-    dim=32,
-    num_layers=1,
-    num_heads=2,
-    ffn_dim=32,
-    num_classes=3,
-    grid_size=(4, 4),
-    kept_candidates=(8,),
-    num_kept=8,
-    num_bits=4,
-    factor_bits=(2, 2),
 )
 
 
@@ -69,16 +63,7 @@ def write_reference(folder, path, kind, array=None):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generation")
     write_tokenizer(folder / "tokenizer")
-    torch.manual_seed(0)
-    generator = Generator(GENERATOR)
-    with torch.no_grad():
-        for parameter in generator.parameters():
-            parameter.add_(torch.randn(parameter.shape) * 0.3)
-    generator.save_pretrained(
-        folder / "generator",
-        tokenizer=tokens_hash(folder / "tokenizer"),
-        class_names=["a", "b", "c"],
-    )
+    write_generator(folder / "generator", folder / "tokenizer")
     write_images(folder / "images", 12)
     write_network(folder / "colours.pt")
     for kind in ("generation", "reconstruction"):
@@ -380,6 +365,16 @@ def test_a_reference_for_reconstruction_is_refused_before_sampling(tmp_path, fol
             )
         )
     assert not (tmp_path / "samples").exists()
+
+
+@pytest.mark.parametrize("of", ["samples", "data"])
+def test_pictures_larger_than_asked_for_are_not_read(tmp_path, folder, of):
+    large = write_images(tmp_path / "large", 3, size=20)
+    given = dict.fromkeys(("samples", "data"), str(folder / "images"))
+    evaluate_generation(settings(folder, tmp_path / "in", max_pixels=256, **given))
+    given |= {of: str(large)}
+    with pytest.raises(ValueError, match=r"400 pixels, more than max_pixels \(256\)"):
+        evaluate_generation(settings(folder, tmp_path / "out", max_pixels=256, **given))
 
 
 def test_samples_of_another_size_are_refused_with_both_numbers(tmp_path, folder):

@@ -157,6 +157,8 @@ def test_the_limit_on_pixels_is_a_setting_that_subsets_keep(tmp_path):
     with pytest.raises(BrokenImageError, match=r"b\.png: 9 x 9 are 81 pixels, .*max_pixels \(80\)"):
         dataset.subset([1]).read(0)
     assert open_images(str(tmp_path), max_pixels=81).read(1).size == (9, 9)
+    with pytest.raises(ValueError, match=r"max_pixels \(0\) must be between 1 and 178956970"):
+        open_images(str(tmp_path), max_pixels=0)
 
 
 def test_a_file_that_becomes_a_pipe_is_a_broken_image(tmp_path):

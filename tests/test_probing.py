@@ -101,6 +101,14 @@ def test_neighbours_are_pictured_and_every_k_is_reported(folder, tmp_path):
     assert " ".join(summary(record)[2].split()).startswith("features channels k = 3 k = 1 +-")
 
 
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_pictures_larger_than_asked_for_are_not_read(folder, tmp_path, leave_one_out):
+    probed = run(folder, tmp_path, KnnConfig(num_neighbours=(1,), leave_one_out=leave_one_out))
+    data = replace(probed.data, val_path=None, val_fraction=0.3, max_pixels=1)
+    with pytest.raises(ValueError, match=r"pixels, more than max_pixels \(1\)"):
+        probe(replace(probed, data=data))
+
+
 def test_leaving_one_out_uses_the_training_images_alone(folder, tmp_path):
     method = KnnConfig(num_neighbours=(1,), leave_one_out=True)
     alone = run(folder, tmp_path / "out", method)

@@ -274,3 +274,9 @@ def test_a_mistyped_recipe_is_told_the_nearest_and_all_there_are():
     with pytest.raises(ValueError, match=r"no recipe 'x'; there are digits32, tiny64_g"):
         recipe("x")
     assert recipe("digits32") == RECIPES["digits32"]()
+
+
+@pytest.mark.parametrize("name", [name for name in TOKENIZER_RECIPES if name != "digits32"])
+def test_images_are_reconstructed_from_all_tokens_too_and_from_the_model_s_own_k(name):
+    run = TOKENIZER_RUNS[name]()
+    assert {run.model.num_kept, run.model.num_tokens} <= set(run.train.eval_num_kept)

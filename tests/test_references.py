@@ -76,6 +76,11 @@ def test_a_reference_says_what_it_is_of(tmp_path, folder, extractor):
     assert opened(path, "generation", extractor).statistics.num_samples == 5
 
 
+def test_pictures_larger_than_asked_for_are_not_read(tmp_path, folder):
+    with pytest.raises(ValueError, match=r"256 pixels, more than max_pixels \(255\)"):
+        make(folder, tmp_path / "none.npz", max_pixels=255)
+
+
 def test_few_images_give_a_warning(tmp_path, folder):
     with pytest.warns(UserWarning, match=r"of 7 images biases .* use at least 2048"):
         make(folder, tmp_path / "reference.npz")

@@ -24,6 +24,7 @@ from mergevq.checkpoint import tokens_hash
 from mergevq.config import DataConfig, TokenizerRun
 from mergevq.config_evaluate import (
     GenerationSettings,
+    GuidanceSettings,
     ReconstructionSettings,
     RobustnessSettings,
     Subject,
@@ -35,6 +36,7 @@ from mergevq.encode import encode
 from mergevq.evaluate import evaluate_reconstruction
 from mergevq.evaluate_generation import evaluate_generation
 from mergevq.generator import Generator
+from mergevq.guidance_sweep import evaluate_guidance
 from mergevq.perceptual import Perceptual
 from mergevq.recipes import digits32, digits32_ar, shrink, shrink_generator
 from mergevq.references import make_reference
@@ -164,6 +166,10 @@ def generation_settings(folder):
     )
 
 
+def guidance_settings(folder):
+    return GuidanceSettings(evaluation=generation_settings(folder), stop=9.0, step=0.5)
+
+
 LINEAR = LinearConfig(rates=(1e-2, 1e-1), num_epochs=3, batch_size=8)
 FINETUNE = FinetuneConfig(num_epochs=2, batch_size=4, precision="float32", linear=LINEAR)
 
@@ -177,6 +183,8 @@ class Kind(typing.NamedTuple):
     """Does it; what it returns is compared too."""
     leaves: dict
     """Type by name of each setting."""
+    out: str = "out"
+    """Name of the setting that says where it writes."""
 
 
 def with_part(cls, name, part):
@@ -204,6 +212,14 @@ KINDS = {
     "robustness": Kind(robustness_settings, evaluate_robustness, leaf_kinds(RobustnessSettings)),
     "generation": Kind(
         generation_settings, evaluate_generation, with_part(GenerationSettings, "run", SampleRun)
+    ),
+    "guidance": Kind(
+        guidance_settings,
+        evaluate_guidance,
+        # What a sweep has beside the settings of each evaluation, which are above.
+        leaf_kinds(GuidanceSettings, skip=("evaluation",))
+        | {"evaluation.out": str, "evaluation.run.settings.guidance_scale": float},
+        out="evaluation.out",
     ),
 }
 
@@ -272,6 +288,8 @@ NEEDS = {
     },
 }
 """Changes to the base without which a setting has no meaning."""
+TOO_FEW = 44 * 36 - 1
+"""Pixels, for the pictures below."""
 VALUES = {
     "tokenizer": {
         "model.image_size": 24,
@@ -286,6 +304,7 @@ VALUES = {
         "kept.floor": 9.0,
         "data.path": "@others",
         "data.val_path": "@others",
+        "data.max_pixels": TOO_FEW,
         "loss.perceptual_path": "@lpips-2",
         "teacher.path": "@dinov2-2",
         "teacher.teacher_size": 42,
@@ -329,6 +348,7 @@ PROBE_VALUES = {
     "model": "@tokenizer-2",
     "data.path": "@others",
     "data.val_path": "@others",
+    "data.max_pixels": TOO_FEW,
     "features.num_kept": (24,),
     "features.layers": (1, 2),
     "max_images": 8,
@@ -340,6 +360,7 @@ PROBE_VALUES = {
 SUBJECT_VALUES = {
     "subject.model": "@tokenizer-2",
     "subject.data": "@others",
+    "subject.max_pixels": TOO_FEW,
     "subject.lpips": "@lpips-2",
     "subject.extractor": "@colours-2.pt",
     "reference": "@pairs.npz",
@@ -352,6 +373,7 @@ VALUES["generation"] = {
     "extractor": "@colours-2.pt",
     "classifier": "@colours.pt",
     "data": "@others",
+    "max_pixels": TOO_FEW,
     "samples": "@others",
     "run.model": "@merge-2",
     "run.tokenizer": "@tokenizer-2",
@@ -360,6 +382,7 @@ VALUES["generation"] = {
     "run.keep_from": "@b.png",
     "run.mask": "@a.png",
 }
+VALUES["guidance"] = {"stop": 8.5, "evaluation.run.settings.guidance_scale": 8.5}
 """What to change to, where the first value that comes to mind would not do."""
 TOGETHER = {
     ("generator", "model.num_bits"): {"model.factor_bits": (4, 5), "model.num_bits": 9},
@@ -385,7 +408,7 @@ NO_EFFECT = {
     ("source", "device"): _DEVICE,
     **{(kind, "data.num_workers"): _WORKERS for kind in ("linear", "knn", "finetune")},
     **{(kind, "device"): _DEVICE for kind in ("linear", "knn", "finetune", "generation")},
-    **{(kind, "out"): _PLACE for kind in KINDS},
+    **{(kind, each.out): _PLACE for kind, each in KINDS.items()},
     **{
         (kind, f"data.{name}"): "is refused: probes see centre squares"
         for kind in ("linear", "knn", "finetune")
@@ -581,7 +604,7 @@ def outcome(kind, settings, out):
         # Shares of a few images hardly move, where the scores do.
         patch.setattr(probing, "accuracy", seen)
         try:
-            returned = numbers_of(KINDS[kind].do(replace(settings, out=str(out))))
+            returned = numbers_of(KINDS[kind].do(replaced(settings, {KINDS[kind].out: str(out)})))
         except (ValueError, RuntimeError) as error:
             returned = str(error)
     files = {

@@ -10,14 +10,19 @@ import pytest
 from test_settings import example
 
 from mergevq.config import TokenizerRun
-from mergevq.config_evaluate import GenerationSettings, ReconstructionSettings, RobustnessSettings
+from mergevq.config_evaluate import (
+    GenerationSettings,
+    GuidanceSettings,
+    ReconstructionSettings,
+    RobustnessSettings,
+)
 from mergevq.config_generator import GeneratorRun, SampleRun, SamplingSettings
 from mergevq.config_probe import ProbeRun
 from mergevq.config_source import SourceRun
 
 RUNS = [
     *(TokenizerRun, GeneratorRun, SampleRun, SamplingSettings, ProbeRun, SourceRun),
-    *(ReconstructionSettings, RobustnessSettings, GenerationSettings),
+    *(ReconstructionSettings, RobustnessSettings, GenerationSettings, GuidanceSettings),
 ]
 IMPOSSIBLE = {float: [math.inf, -math.inf, math.nan], int: [2**63, -(2**70)]}
 

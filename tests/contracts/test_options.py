@@ -59,6 +59,7 @@ LIBRARY = {
     "evaluate robustness": {"robustness.evaluate_robustness": STOP},
     "evaluate reference": {"references.make_reference": STOP},
     "evaluate generation": {"evaluate_generation.evaluate_generation": STOP},
+    "evaluate guidance": {"guidance_sweep.evaluate_guidance": STOP},
     "evaluate selftest": {"evaluate.check_metrics": STOP},
     "probe linear": {"probing.probe": STOP},
     "probe knn": {"probing.probe": STOP},
@@ -90,6 +91,7 @@ GIVEN = {
     "sample": {"generator": "a-generator", "tokenizer": "a-tokenizer"},
     "convert": {"checkpoint": Path("a.ckpt"), "image_size": 8, "num_kept": 3, "num_heads": 2},
     "evaluate generation": {"generator": "a-generator", "tokenizer": "a-tokenizer"},
+    "evaluate guidance": {"generator": "a-generator", "tokenizer": "a-tokenizer"},
     "evaluate reference": {"kind": "generation"},
     "finetune-source": {
         "tokenizer": "a-tokenizer",
@@ -109,6 +111,9 @@ NEEDS = {
 WITHOUT = {("evaluate generation", "samples"): ("generator", "tokenizer")}
 """Options that do not go with others, which are left out."""
 VALUES = {
+    ("evaluate guidance", "guidance"): ("1.5", 1.5),
+    ("evaluate guidance", "stop"): ("2.5", 2.5),
+    ("evaluate guidance", "step"): ("0.25", 0.25),
     ("evaluate robustness", "fractions"): (("0.25", "0.75"), (0.25, 0.75)),
     ("reconstruct", "out"): (Path("other"), "other/a.png"),
     ("sample", "classes"): ("2,1", (2, 1)),
@@ -144,7 +149,11 @@ CALLED = {
     "images": {"bench tokenizer": "batch_size", "sample": "image_ids"},
     "model": {"reconstruct": "path"},
     "checkpoint": "path",
-    "generator": {"sample": "model", "evaluate generation": "model"},
+    "generator": {
+        "sample": "model",
+        "evaluate generation": "model",
+        "evaluate guidance": "model",
+    },
     "grid_tokens": "num_cells",
     "out": {
         "convert": "0",
