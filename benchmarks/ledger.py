@@ -40,8 +40,8 @@ def find(name, *modules):
 
 RECIPES = ("mergevq.config.recipes", "mergevq.recipes")
 SMALL = ("tests.support.small", *RECIPES)
-TOKENIZER = ("mergevq.train.tokenizer", "mergevq.train_tokenizer")
-GENERATOR = ("mergevq.train.generator", "mergevq.train_generator")
+TOKENIZER = ("mergevq.training.tokenizer", "mergevq.train_tokenizer")
+GENERATOR = ("mergevq.training.generator", "mergevq.train_generator")
 ENCODE = ("mergevq.tokenizer.encode", "mergevq.encode")
 
 

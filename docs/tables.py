@@ -317,7 +317,7 @@ def _require_generator(name: str, record: Record, generator: Record) -> None:
     Raises:
         ValueError: they are of another, or of none.
     """
-    # As mergevq.checkpoint.model_hash, which reads the weights too.
+    # As mergevq.runtime.artefacts.model_hash, which reads the weights too.
     identity = [generator["kind"], generator["config"], generator["weights_sha256"]]
     found = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     if record["generator"] != found:

@@ -2,25 +2,25 @@
 
 The names below are imported when they are first used, so `import mergevq` and `mergevq --help` do
 not load torch. Everything else is in the module that its noun names:
-`from mergevq.metrics import psnr`.
+`from mergevq.metrics.image import psnr`.
 """
 
 import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mergevq.codec import decode_image, encode_image, reconstruct_image
-    from mergevq.config import TokenizerConfig
-    from mergevq.config_generator import GeneratorConfig
-    from mergevq.evaluate import evaluate_reconstruction
-    from mergevq.generation import generate, load_pair
-    from mergevq.generator import Generator
-    from mergevq.images import open_images
-    from mergevq.merge import Source
-    from mergevq.recipes import recipe
-    from mergevq.tokenizer import Tokenizer
-    from mergevq.tokens import open_tokens
-    from mergevq.training import train
+    from mergevq.config.generator import GeneratorConfig
+    from mergevq.config.recipes import recipe
+    from mergevq.config.tokenizer import TokenizerConfig
+    from mergevq.data.images import open_images
+    from mergevq.data.layouts import Source
+    from mergevq.data.token_files import open_tokens
+    from mergevq.evaluate.reconstruction import evaluate_reconstruction
+    from mergevq.generator.autoregressive import Generator
+    from mergevq.generator.generation import generate, load_pair
+    from mergevq.tokenizer.codec import decode_image, encode_image, reconstruct_image
+    from mergevq.tokenizer.tokenizer import Tokenizer
+    from mergevq.training.train import train
 
 __all__ = [
     "Generator",
@@ -40,21 +40,21 @@ __all__ = [
     "train",
 ]
 _MODULES = {
-    "Generator": "generator",
-    "GeneratorConfig": "config_generator",
-    "Source": "merge",
-    "Tokenizer": "tokenizer",
-    "TokenizerConfig": "config",
-    "decode_image": "codec",
-    "encode_image": "codec",
-    "evaluate_reconstruction": "evaluate",
-    "generate": "generation",
-    "load_pair": "generation",
-    "open_images": "images",
-    "open_tokens": "tokens",
-    "recipe": "recipes",
-    "reconstruct_image": "codec",
-    "train": "training",
+    "Generator": "generator.autoregressive",
+    "GeneratorConfig": "config.generator",
+    "Source": "data.layouts",
+    "Tokenizer": "tokenizer.tokenizer",
+    "TokenizerConfig": "config.tokenizer",
+    "decode_image": "tokenizer.codec",
+    "encode_image": "tokenizer.codec",
+    "evaluate_reconstruction": "evaluate.reconstruction",
+    "generate": "generator.generation",
+    "load_pair": "generator.generation",
+    "open_images": "data.images",
+    "open_tokens": "data.token_files",
+    "recipe": "config.recipes",
+    "reconstruct_image": "tokenizer.codec",
+    "train": "training.train",
 }
 """Module of each name above."""
 

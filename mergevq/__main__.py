@@ -2,7 +2,7 @@
 
 import sys
 
-from mergevq.cli import main
+from mergevq.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -71,8 +71,8 @@ def card_of(weights):
 
 def test_the_weights_of_the_package_are_the_two_of_the_demo():
     assert [path.relative_to(PACKAGE).as_posix() for path in WEIGHTS] == [
-        "toy/generator/model.safetensors",
-        "toy/tokenizer/model.safetensors",
+        "demo/toy/generator/model.safetensors",
+        "demo/toy/tokenizer/model.safetensors",
     ]
 
 
@@ -92,7 +92,7 @@ def test_a_card_is_of_the_weights_that_are_there(weights):
 
 @pytest.mark.parametrize("document", ["THIRD_PARTY.md", "CONTRIBUTING.md"])
 def test_what_is_said_of_weights_leads_to_those_that_are_shipped(document):
-    assert "mergevq/toy/" in (REPOSITORY / document).read_text(encoding="utf-8")
+    assert "mergevq/demo/toy/" in (REPOSITORY / document).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["LPIPS", "VGG-16", "Inception-2015", "DINOv2"])

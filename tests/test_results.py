@@ -8,19 +8,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from evaluations import write_images, write_network, write_tokenizer
-from probes import tiny_tokenizer, write_colours
 
-from mergevq.checkpoint import model_hash, tokens_hash
-from mergevq.config import DataConfig
-from mergevq.config_evaluate import GenerationSettings, ReconstructionSettings, Subject
-from mergevq.config_generator import GeneratorConfig, SampleRun
-from mergevq.config_probe import FeatureConfig, KnnConfig, LinearConfig, ProbeRun
-from mergevq.evaluate import evaluate_reconstruction
-from mergevq.evaluate_generation import evaluate_generation
-from mergevq.generator import Generator
-from mergevq.probing import probe
-from mergevq.references import make_reference
+from mergevq.config.evaluation import GenerationSettings, ReconstructionSettings, Subject
+from mergevq.config.generator import GeneratorConfig, SampleRun
+from mergevq.config.probing import FeatureConfig, KnnConfig, LinearConfig, ProbeRun
+from mergevq.config.training import DataConfig
+from mergevq.evaluate.generation import evaluate_generation
+from mergevq.evaluate.probe.run import probe
+from mergevq.evaluate.reconstruction import evaluate_reconstruction
+from mergevq.generator.autoregressive import Generator
+from mergevq.metrics.references import make_reference
+from mergevq.runtime.artefacts import model_hash, tokens_hash
+from tests.support.evaluations import write_images, write_network, write_tokenizer
+from tests.support.probes import tiny_tokenizer, write_colours
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")

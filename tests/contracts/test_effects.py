@@ -14,33 +14,37 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from leaves import changed, leaf_kinds, replaced
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mergevq import probing, train_generator, train_source, train_tokenizer
-from mergevq.checkpoint import tokens_hash
-from mergevq.config import DataConfig, TokenizerRun
-from mergevq.config_evaluate import (
+from mergevq.config.evaluation import (
     GenerationSettings,
-    GuidanceSettings,
     ReconstructionSettings,
     RobustnessSettings,
     Subject,
 )
-from mergevq.config_generator import GeneratorRun, SampleRun, SamplingSettings, TokensConfig
-from mergevq.config_probe import FeatureConfig, FinetuneConfig, KnnConfig, LinearConfig, ProbeRun
-from mergevq.config_source import SourceRun
-from mergevq.encode import encode
-from mergevq.evaluate import evaluate_reconstruction
-from mergevq.evaluate_generation import evaluate_generation
-from mergevq.generator import Generator
-from mergevq.guidance_sweep import evaluate_guidance
-from mergevq.perceptual import Perceptual
-from mergevq.recipes import digits32, digits32_ar, shrink, shrink_generator
-from mergevq.references import make_reference
-from mergevq.robustness import evaluate_robustness
+from mergevq.config.generator import SampleRun, SamplingSettings
+from mergevq.config.probing import FeatureConfig, FinetuneConfig, KnnConfig, LinearConfig, ProbeRun
+from mergevq.config.recipes.digits import digits32, digits32_ar
+from mergevq.config.records import GuidanceSettings
+from mergevq.config.training import DataConfig, GeneratorRun, SourceRun, TokenizerRun, TokensConfig
+from mergevq.evaluate.generation import evaluate_generation
+from mergevq.evaluate.guidance_sweep import evaluate_guidance
+from mergevq.evaluate.probe import linear
+from mergevq.evaluate.probe import run as probing
+from mergevq.evaluate.reconstruction import evaluate_reconstruction
+from mergevq.evaluate.robustness import evaluate_robustness
+from mergevq.generator.autoregressive import Generator
+from mergevq.metrics.lpips import Perceptual
+from mergevq.metrics.references import make_reference
+from mergevq.runtime.artefacts import tokens_hash
+from mergevq.tokenizer.encode import encode
+from mergevq.training import generator as training_generator
+from mergevq.training import source as train_source
+from mergevq.training import tokenizer as train_tokenizer
+from tests.support.leaves import changed, leaf_kinds, replaced
+from tests.support.small import shrink, shrink_generator
 
 pytest.importorskip("transformers")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning")]
@@ -195,7 +199,7 @@ def with_part(cls, name, part):
 
 KINDS = {
     "tokenizer": Kind(tokenizer_run, train_tokenizer.train, leaf_kinds(TokenizerRun)),
-    "generator": Kind(generator_run, train_generator.train, leaf_kinds(GeneratorRun)),
+    "generator": Kind(generator_run, training_generator.train, leaf_kinds(GeneratorRun)),
     "source": Kind(source_run, train_source.finetune_source, leaf_kinds(SourceRun)),
     "linear": Kind(probe_run(LINEAR), probing.probe, with_part(ProbeRun, "method", LinearConfig)),
     "knn": Kind(
@@ -524,7 +528,7 @@ def material(tmp_path_factory):
                 # Both of the first tokenizer, so that one may stand in the other's place.
                 made = {"model.order": order, "train.seed": number, "train.num_steps": 8}
                 made["out"] = str(folder / f"run-{order}{suffix}")
-                done = train_generator.train(replaced(generator_run(folder), made))
+                done = training_generator.train(replaced(generator_run(folder), made))
                 scatter(done, folder / "tokenizer", number)
                 done.rename(folder / f"{order}{suffix}")
             make_reference(
@@ -565,7 +569,7 @@ ECHOES = {"settings", "run", "environment", "command", "path", "array", "config"
 
 def without_plots(patch):
     """Curves take longer than the steps."""
-    for module in (train_tokenizer, train_generator):
+    for module in (train_tokenizer, training_generator):
         patch.setattr(module, "has_plots", lambda _: False)
 
 
@@ -592,7 +596,7 @@ def contents(path):
 def outcome(kind, settings, out):
     """All that a run measures and writes; a refusal in its own words."""
     scores = []
-    accuracy = probing.accuracy
+    accuracy = linear.accuracy
 
     def seen(values, *args, **kwargs):
         scores.append(hashlib.sha256(values.numpy().tobytes()).hexdigest())

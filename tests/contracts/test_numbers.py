@@ -7,18 +7,13 @@ import typing
 from functools import partial
 
 import pytest
-from test_settings import example
 
-from mergevq.config import TokenizerRun
-from mergevq.config_evaluate import (
-    GenerationSettings,
-    GuidanceSettings,
-    ReconstructionSettings,
-    RobustnessSettings,
-)
-from mergevq.config_generator import GeneratorRun, SampleRun, SamplingSettings
-from mergevq.config_probe import ProbeRun
-from mergevq.config_source import SourceRun
+from mergevq.config.evaluation import GenerationSettings, ReconstructionSettings, RobustnessSettings
+from mergevq.config.generator import SampleRun, SamplingSettings
+from mergevq.config.probing import ProbeRun
+from mergevq.config.records import GuidanceSettings
+from mergevq.config.training import GeneratorRun, SourceRun, TokenizerRun
+from tests.contracts.test_settings import example
 
 RUNS = [
     *(TokenizerRun, GeneratorRun, SampleRun, SamplingSettings, ProbeRun, SourceRun),

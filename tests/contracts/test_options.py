@@ -17,13 +17,12 @@ from unittest import mock
 
 import pytest
 import tyro
-from leaves import bare, changed, leaf_kinds, others, replaced, value_at
 
-from mergevq import cli
-from mergevq.cli import COMMANDS, GROUPS, main
-from mergevq.config import TokenizerRun
-from mergevq.config_generator import GeneratorRun
-from mergevq.recipes import RECIPES
+from mergevq.cli import train
+from mergevq.cli.main import COMMANDS, GROUPS, main
+from mergevq.config.recipes import RECIPES
+from mergevq.config.training import GeneratorRun, TokenizerRun
+from tests.support.leaves import bare, changed, leaf_kinds, others, replaced, value_at
 
 ALL = {(name,): command for name, command in COMMANDS.items() if name != "train"} | {
     (group, name): command for group, members in GROUPS.items() for name, command in members.items()
@@ -33,57 +32,59 @@ STOP = object()
 TOKENIZER = SimpleNamespace(config=SimpleNamespace(image_size=8, patch_size=2, grid_size=4))
 TOKENIZER.to = lambda _: TOKENIZER
 LIBRARY = {
-    "quickstart": {"quickstart.quickstart": STOP},
+    "quickstart": {"demo.quickstart.quickstart": STOP},
     "reconstruct": {
-        "tokenizer.Tokenizer.from_pretrained": TOKENIZER,
-        "run.resolve_device": None,
-        "decoding.load_picture": SimpleNamespace(size=(8, 8)),
-        "codec.reconstruct_image": None,
-        "codec.full_pictures": {},
-        "codec.reconstruction_figure": None,
+        "tokenizer.tokenizer.Tokenizer.from_pretrained": TOKENIZER,
+        "runtime.device.resolve_device": None,
+        "data.prepare.load_picture": SimpleNamespace(size=(8, 8)),
+        "tokenizer.codec.reconstruct_image": None,
+        "tokenizer.codec.full_pictures": {},
+        "tokenizer.codec.reconstruction_figure": None,
     },
-    "encode": {"encode.encode": STOP},
+    "encode": {"tokenizer.encode.encode": STOP},
     "sample": {
-        "generation.make_again": lambda _, images: [SimpleNamespace(save=str)] * len(images),
-        "generation.write_samples": STOP,
+        "generator.generation.make_again": lambda _, images: (
+            [SimpleNamespace(save=str)] * len(images)
+        ),
+        "generator.generation.write_samples": STOP,
     },
     "convert": {
-        "interop.read_official": None,
-        "interop.official_config": None,
-        "interop.load_official": None,
-        "perceptual.convert_perceptual_files": None,
+        "tokenizer.interop.read_official": None,
+        "tokenizer.interop.official_config": None,
+        "tokenizer.interop.load_official": None,
+        "metrics.lpips.convert_perceptual_files": None,
     },
-    "demo": {"app.serve": STOP},
-    "finetune-source": {"train_source.finetune_source": STOP},
-    "evaluate reconstruction": {"evaluate.evaluate_reconstruction": STOP},
-    "evaluate robustness": {"robustness.evaluate_robustness": STOP},
-    "evaluate reference": {"references.make_reference": STOP},
-    "evaluate generation": {"evaluate_generation.evaluate_generation": STOP},
-    "evaluate guidance": {"guidance_sweep.evaluate_guidance": STOP},
-    "evaluate selftest": {"evaluate.check_metrics": STOP},
-    "probe linear": {"probing.probe": STOP},
-    "probe knn": {"probing.probe": STOP},
-    "probe finetune": {"probing.probe": STOP},
+    "demo": {"demo.app.serve": STOP},
+    "finetune-source": {"training.source.finetune_source": STOP},
+    "evaluate reconstruction": {"evaluate.reconstruction.evaluate_reconstruction": STOP},
+    "evaluate robustness": {"evaluate.robustness.evaluate_robustness": STOP},
+    "evaluate reference": {"metrics.references.make_reference": STOP},
+    "evaluate generation": {"evaluate.generation.evaluate_generation": STOP},
+    "evaluate guidance": {"evaluate.guidance_sweep.evaluate_guidance": STOP},
+    "evaluate selftest": {"evaluate.selftest.check_metrics": STOP},
+    "probe linear": {"evaluate.probe.run.probe": STOP},
+    "probe knn": {"evaluate.probe.run.probe": STOP},
+    "probe finetune": {"evaluate.probe.run.probe": STOP},
     "bench tokenizer": {
-        "bench.bench_tokenizer": [],
-        "bench.profile_train_step": [],
-        "checkpoint.write_json": None,
+        "training.bench.bench_tokenizer": [],
+        "training.bench.profile_train_step": [],
+        "runtime.files.write_json": None,
     },
     "bench generator": {
-        "run.resolve_device": None,
-        "bench_generator.size_config": "an architecture",
-        "bench_generator.grid_config": "an architecture on a grid",
-        "bench.load_reference": None,
-        "bench_generator.bench_generator": [],
-        "checkpoint.write_json": None,
+        "runtime.device.resolve_device": None,
+        "generator.bench.size_config": "an architecture",
+        "generator.bench.grid_config": "an architecture on a grid",
+        "training.bench.load_reference": None,
+        "generator.bench.bench_generator": [],
+        "runtime.files.write_json": None,
     },
 }
 """Functions that do a command's work, and what they return instead; None is anything."""
 SILENT = {
-    "reconstruct": ("cli._result_line",),
-    "demo": ("cli.signal.signal",),
-    "bench tokenizer": ("bench.conditions", "bench.record"),
-    "bench generator": ("bench_generator.record",),
+    "reconstruct": ("cli.images._result_line",),
+    "demo": ("cli.main.signal.signal",),
+    "bench tokenizer": ("training.bench.conditions", "training.bench.record"),
+    "bench generator": ("generator.bench.record",),
 }
 """Functions that only write down what was asked for, which is not yet doing it."""
 GIVEN = {
@@ -410,8 +411,8 @@ def test_every_command_is_one_of_these():
 
 
 TRAIN = {
-    "digits32": (TokenizerRun, "training.train"),
-    "digits32_ar": (GeneratorRun, "training.train"),
+    "digits32": (TokenizerRun, "training.train.train"),
+    "digits32_ar": (GeneratorRun, "training.train.train"),
 }
 TRAIN_VALUES = {
     ("digits32", "model.image_size"): {"model.image_size": 36},
@@ -467,7 +468,7 @@ def test_a_setting_of_a_recipe_reaches_training_and_changes_nothing_else(
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_reaches_training_as_it_is(recipe, monkeypatch):
-    assert trained(monkeypatch, "training.train", [recipe]) == (
+    assert trained(monkeypatch, "training.train.train", [recipe]) == (
         (RECIPES[recipe](),),
         {"resume": False},
     )
@@ -477,6 +478,6 @@ def test_a_recipe_reaches_training_as_it_is(recipe, monkeypatch):
 def test_how_a_recipe_is_run_reaches_the_library(recipe, monkeypatch):
     target, run = TRAIN[recipe][1], RECIPES[recipe]()
     assert trained(monkeypatch, target, [recipe, "--resume"]) == ((run,), {"resume": True})
-    assert trained(monkeypatch, "estimate.estimate", [recipe, "--dry-run"]) == ((run,), {})
-    ways = {field.name for field in dataclasses.fields(cli._TrainOptions)} - {"run"}
+    assert trained(monkeypatch, "training.estimate.estimate", [recipe, "--dry-run"]) == ((run,), {})
+    ways = {field.name for field in dataclasses.fields(train._TrainOptions)} - {"run"}
     assert ways == {"resume", "dry_run"}, "test the new option here"

@@ -9,17 +9,17 @@ from dataclasses import replace
 
 import pytest
 
-from mergevq import config, config_evaluate, config_generator, config_probe, config_source
-from mergevq.checkpoint import from_json, to_json
-from mergevq.config import TokenizerRun
-from mergevq.config_generator import GeneratorRun, SampleRun, SamplingSettings
-from mergevq.config_probe import FinetuneConfig, KnnConfig, LinearConfig, ProbeRun
-from mergevq.recipes import RECIPES
+from mergevq.config import evaluation, generator, objective, probing, tokenizer, training
+from mergevq.config.generator import SampleRun, SamplingSettings
+from mergevq.config.probing import FinetuneConfig, KnnConfig, LinearConfig, ProbeRun
+from mergevq.config.recipes import RECIPES
+from mergevq.config.training import GeneratorRun, TokenizerRun
+from mergevq.runtime.settings import from_json, to_json
 
 CLASSES = sorted(
     {
         item
-        for module in (config, config_evaluate, config_generator, config_probe, config_source)
+        for module in (evaluation, generator, objective, probing, tokenizer, training)
         for _, item in inspect.getmembers(module, dataclasses.is_dataclass)
     },
     key=lambda item: item.__name__,

@@ -12,19 +12,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mergevq import distributed
-from mergevq.config import (
-    DataConfig,
-    KeptConfig,
-    LossConfig,
-    OptimConfig,
-    TeacherConfig,
-    TokenizerRun,
-    TrainConfig,
-)
-from mergevq.data import open_train_val
-from mergevq.recipes import shrink, tiny64_gr
-from mergevq.train_tokenizer import build, run_batches, train_step
+from mergevq.config.objective import LossConfig, TeacherConfig
+from mergevq.config.recipes.tiny64 import tiny64_gr
+from mergevq.config.tokenizer import KeptConfig
+from mergevq.config.training import DataConfig, OptimConfig, TokenizerRun, TrainConfig
+from mergevq.data.batches import open_train_val
+from mergevq.runtime import distributed
+from mergevq.training.tokenizer import build, run_batches, train_step
+from tests.support.small import shrink
 
 WORLD = distributed.World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 NUM_STEPS = 3

@@ -19,7 +19,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_fuzz_models import (
+
+from mergevq.cli.errors import speaks_for_itself
+from mergevq.config.training import DataConfig
+from mergevq.data.arrays import ImageArray
+from mergevq.data.batches import eval_batches, open_train_val
+from mergevq.data.images import open_images
+from mergevq.data.prepare import FORMATS, BrokenImageError, load_picture
+from tests.fuzz.test_fuzz_models import (
     STRANGE,
     TEXTS,
     bounded,
@@ -28,13 +35,6 @@ from test_fuzz_models import (
     needs_linux,
     pick,
 )
-
-from mergevq.cli import _speaks_for_itself
-from mergevq.config import DataConfig
-from mergevq.data import eval_batches, open_train_val
-from mergevq.decoding import FORMATS, BrokenImageError, load_picture
-from mergevq.image_arrays import ImageArray
-from mergevq.images import open_images
 
 SIZES = [0, 1, 3, 255, 2**15, 2**16, 2**28, 2**31 - 1, 2**31, 2**32 - 1]
 CLASSES = ("cat", "dog")
@@ -364,7 +364,7 @@ def attempt(material: Path, scratch: Path, number: int) -> str | None:
         with bounded(), warnings.catch_warnings(action="ignore"):
             USES[kind](folder)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is reported
-        if not _speaks_for_itself(error):
+        if not speaks_for_itself(error):
             return f"mutation {number} of {kind}: {type(error).__name__}: {str(error)[:300]}"
         if len(str(error)) > 3000:
             return f"mutation {number} of {kind}: a message of {len(str(error))} letters"

@@ -10,8 +10,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluations import write_network, write_tokenizer
-from test_fuzz_models import (
+
+from mergevq.cli.errors import speaks_for_itself
+from mergevq.config.generator import GeneratorConfig, SampleRun
+from mergevq.data.arrays import ImageArray
+from mergevq.generator.autoregressive import Generator
+from mergevq.generator.generation import make_again, write_samples
+from mergevq.metrics.extractor import FeatureExtractor
+from mergevq.metrics.frechet import Gaussian
+from mergevq.metrics.references import (
+    Described,
+    open_reference,
+    reference_features,
+    write_reference,
+)
+from mergevq.runtime.artefacts import tokens_hash
+from tests.fuzz.test_fuzz_models import (
     STRANGE,
     TEXTS,
     bounded,
@@ -21,16 +35,7 @@ from test_fuzz_models import (
     needs_linux,
     pick,
 )
-
-from mergevq.checkpoint import tokens_hash
-from mergevq.cli import _speaks_for_itself
-from mergevq.config_generator import GeneratorConfig, SampleRun
-from mergevq.extractor import FeatureExtractor
-from mergevq.frechet import Gaussian
-from mergevq.generation import make_again, write_samples
-from mergevq.generator import Generator
-from mergevq.image_arrays import ImageArray
-from mergevq.references import Described, open_reference, reference_features, write_reference
+from tests.support.evaluations import write_network, write_tokenizer
 
 CONFIG = GeneratorConfig(
     order="merge",
@@ -168,7 +173,7 @@ def attempt(material: Path, scratch: Path, number: int) -> str | None:
         with bounded(), warnings.catch_warnings(action="ignore"):
             USES[kind](file, extractor)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is reported
-        if not _speaks_for_itself(error) or len(str(error)) > 3000:
+        if not speaks_for_itself(error) or len(str(error)) > 3000:
             return f"mutation {number} of {kind}: {type(error).__name__}: {str(error)[:300]}"
     return None
 

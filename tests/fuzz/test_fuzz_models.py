@@ -20,25 +20,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from generators import tiny_generator
-from official import official_state
-from probes import tiny_tokenizer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mergevq.cli import _speaks_for_itself
-from mergevq.generation import load_pair
-from mergevq.generator import Generator
-from mergevq.interop import (
+from mergevq.cli.errors import speaks_for_itself
+from mergevq.data.token_files import TokenRecord, TokenRows, claim, finish, open_tokens, write_shard
+from mergevq.generator.autoregressive import Generator
+from mergevq.generator.generation import load_pair
+from mergevq.runtime.checkpoints import _digest, load_state, save_state
+from mergevq.tokenizer.interop import (
     initialize_from_dinov2,
     load_official,
     official_config,
     read_official,
     read_vit,
 )
-from mergevq.run_state import _digest, load_state, save_state
-from mergevq.tokenizer import Tokenizer
-from mergevq.tokens import TokenRecord, TokenRows, claim, finish, open_tokens, write_shard
+from mergevq.tokenizer.tokenizer import Tokenizer
+from tests.support.generators import tiny_generator
+from tests.support.official import official_state
+from tests.support.probes import tiny_tokenizer
 
 MORE_MEMORY = 2**30
 """Bytes of address space that reading may take beyond what the process has."""
@@ -436,7 +436,7 @@ def attempt(material: Path, scratch: Path, number: int) -> str | None:
         with bounded(), warnings.catch_warnings(action="ignore"):
             USES[kind](folder)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is reported
-        if not _speaks_for_itself(error):
+        if not speaks_for_itself(error):
             return f"mutation {number} of a {kind}: {type(error).__name__}: {str(error)[:300]}"
         if len(str(error)) > 3000:
             return f"mutation {number} of a {kind}: a message of {len(str(error))} letters"

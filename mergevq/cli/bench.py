@@ -1,0 +1,193 @@
+"""The commands `mergevq bench tokenizer` and `mergevq bench generator`: how fast this machine is.
+
+As in `mergevq.cli.main.main`, a signature is the options, a docstring is the help, and what is
+heavy is imported inside.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from mergevq.cli.tables import print_table
+from mergevq.config.base import Device
+from mergevq.config.generator import Weights
+from mergevq.config.recipes import GENERATOR_RECIPES, TOKENIZER_RECIPES
+
+Counts = Annotated[str, tyro.conf.arg(metavar="N,N,..")]
+
+
+def generator(  # noqa: PLR0913 - each is an option
+    *,
+    recipe: str | None = None,
+    size: str = "B",
+    grid_tokens: Counts = "256,1024",
+    batch_sizes: Counts = "1,8",
+    repeats: int = 3,
+    max_steps: int | None = 32,
+    weights: tuple[Weights, ...] = ("bf16", "int8"),
+    reference: Path = Path("benchmarks/reference_generator.py"),
+    device: Device = "auto",
+    out: Path | None = None,
+) -> None:
+    """Measure how fast generators of all four orders decode, and how large their caches are.
+
+    In a checkout, beside plain loops over the same weights, on a CPU. Needs no trained model. Set
+    OMP_NUM_THREADS for the number of threads, and leave the machine alone meanwhile: the defaults
+    take about ten minutes on two cores.
+
+    Args:
+        recipe: take the architecture of this recipe.
+        size: or the architecture of this size: tiny, small, B, L, XL or XXL.
+        grid_tokens: cells of the grids, each with its nominal number of kept tokens.
+        batch_sizes: images decoded at once.
+        repeats: turns; of each step the median counts.
+        max_steps: steps timed of each sequence, evenly spread over it; None times all.
+        weights: types of weights, each with all orders. The plain loops have bf16.
+        reference: file of the plain loops; if it is not there, nothing is compared.
+        device: where to compute.
+        out: JSON file with all numbers and conditions.
+
+    Raises:
+        ValueError: there is no such recipe or size, or nothing to time.
+    """
+    if recipe is not None and recipe not in GENERATOR_RECIPES:
+        names = ", ".join(GENERATOR_RECIPES)
+        raise ValueError(f"recipe ({recipe}) must be a recipe for a generator: {names}")
+    grids, batches = _numbers("grid_tokens", grid_tokens), _numbers("batch_sizes", batch_sizes)
+    from mergevq.generator import bench as benchmark
+    from mergevq.runtime.device import resolve_device
+    from mergevq.runtime.files import write_json
+    from mergevq.training.bench import load_reference
+
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    place = resolve_device(device)
+    model = benchmark.size_config(size)
+    if recipe is not None:
+        model = GENERATOR_RECIPES[recipe]().resolved_model
+    configs = [benchmark.grid_config(model, num_cells) for num_cells in grids]
+    plain = load_reference(reference) if reference.is_file() else None
+    if plain is None:
+        print(f"no {reference} here: measuring without comparison")
+    print(
+        "every step is timed"
+        if max_steps is None
+        else f"{max_steps} steps of a sequence are timed, in runs that are evenly spread over it"
+    )
+    speeds = []
+    for config in configs:
+        for speed in benchmark.bench_generator(
+            config,
+            batch_sizes=batches,
+            num_repeats=repeats,
+            max_steps=max_steps,
+            weights=weights,
+            device=place,
+            plain=plain,
+        ):
+            speeds.append(speed)
+            print(benchmark.line(speed), flush=True)
+    if out is not None:
+        options = {
+            "recipe": recipe,
+            "size": size if recipe is None else None,
+            "grid_tokens": grids,
+            "batch_sizes": batches,
+            "repeats": repeats,
+            "max_steps": max_steps,
+            "weights": list(weights),
+            "reference": None if plain is None else str(reference),
+            "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        }
+        write_json(out, benchmark.record(place, options, configs, speeds))
+
+
+def tokenizer(  # noqa: PLR0913 - each is an option
+    *,
+    recipe: str = "tiny64_gr",
+    images: int = 16,
+    repeats: int = 5,
+    lpips: str | None = None,
+    subjects: tuple[Literal["merge", "lfq", "images"], ...] = ("merge", "lfq", "images"),
+    profile: tyro.conf.FlagCreatePairsOff[bool] = False,
+    reference: Path = Path("benchmarks/reference.py"),
+    device: Device = "auto",
+    out: Path | None = None,
+) -> None:
+    """Measure how fast this machine encodes, decodes, trains and merges, and in what memory.
+
+    In a checkout, beside plain definitions of the same. Needs no data and no trained model; set
+    OMP_NUM_THREADS for the number of threads, and leave the machine alone meanwhile.
+
+    Args:
+        recipe: model, losses and precision of the train step.
+        images: batch of encode, decode and train step.
+        repeats: timed calls; the median counts.
+        lpips: file or folder with LPIPS weights; the cache is looked into without.
+        subjects: merging, the quantizer's loss, and encode, decode and train step.
+        profile: also say which share each part of a train step takes.
+        reference: file of the plain definitions; if it is not there, nothing is compared.
+        device: where to compute.
+        out: JSON file with all numbers and conditions.
+
+    Raises:
+        ValueError: there is no such recipe.
+    """
+    if recipe not in TOKENIZER_RECIPES:
+        names = ", ".join(TOKENIZER_RECIPES)
+        raise ValueError(f"recipe ({recipe}) must be a recipe for a tokenizer: {names}")
+    from mergevq.runtime.files import write_json
+    from mergevq.training import bench as benchmark
+
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    run = TOKENIZER_RECIPES[recipe]()
+    if run.teacher.kind in ("dinov2", "huggingface"):
+        print(f"teacher {run.teacher.kind}, which is not this code, is left out")
+        run = replace(run, teacher=replace(run.teacher, kind="none"))
+    run = replace(
+        run,
+        init_vit=None,
+        loss=replace(run.loss, perceptual_path=lpips or run.loss.perceptual_path),
+        train=replace(run.train, batch_size=images, accumulation=1, device=device),
+    )
+    conditions = benchmark.conditions(run)
+    print_table("conditions", {name: str(value) for name, value in conditions.items()})
+    if not reference.is_file():
+        print(f"no {reference} here: measuring without comparison")
+    measurements, parts = [], []
+    for measurement in benchmark.bench_tokenizer(
+        run,
+        num_repeats=repeats,
+        reference=reference if reference.is_file() else None,
+        subjects=subjects,
+    ):
+        measurements.append(measurement)
+        print(benchmark.line(measurement), flush=True)
+    if profile:
+        parts = benchmark.profile_train_step(run, num_repeats=repeats)
+        shares = {part.name: f"{part.share:6.1%} {part.seconds:8.3f} s" for part in parts}
+        print_table("parts of a train step", shares)
+    if out is not None:
+        write_json(out, benchmark.record(conditions, measurements, parts))
+
+
+COMMANDS: dict[str, Callable[..., object]] = {
+    command.__name__: command for command in (tokenizer, generator)
+}
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    """Whole numbers separated by commas.
+
+    Raises:
+        ValueError: something else, or a number below 1.
+    """
+    items = text.split(",")
+    if not all(item.strip().isdecimal() and int(item) > 0 for item in items):
+        raise ValueError(f"{name} ({text}) must be whole numbers from 1, as in 256,1024")
+    return [int(item) for item in items]

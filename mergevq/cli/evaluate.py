@@ -1,0 +1,384 @@
+"""The command line of evaluations: `mergevq evaluate NAME`.
+
+Each is a function whose signature is its options and whose docstring is its help. What is heavy is
+imported inside, so that help and mistyped options never wait for torch.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mergevq.cli.options import (
+    _PLAIN,
+    Counts,
+    Sampling,
+    SamplingOptions,
+    as_text,
+    read_fractions,
+    whole_numbers,
+)
+from mergevq.cli.tables import (
+    columns,
+    guidance_table,
+    logit_error_line,
+    numbers_table,
+    reconstruction_table,
+    robustness_table,
+)
+from mergevq.config.base import MAX_PIXELS, Device
+from mergevq.config.evaluation import (
+    FRACTIONS,
+    GenerationSettings,
+    ReconstructionSettings,
+    ReferenceKind,
+    RobustnessSettings,
+    Subject,
+    TrunkName,
+)
+from mergevq.config.generator import GuidanceSchedule
+from mergevq.config.records import GuidanceSettings, ReconstructionRecord, RobustnessRecord
+
+SubjectOptions = Annotated[Subject, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweptOptions(SamplingOptions):
+    """What samples, and how, at each of several guidance scales."""
+
+    guidance: float = _PLAIN.guidance_scale
+    """first scale of classifier-free guidance; 1 is none."""
+    guidance_schedule: GuidanceSchedule = "linear"
+    """how it rises from 1 as an image grows; the paper's is linear."""
+
+
+Swept = Annotated[SweptOptions, tyro.conf.arg(name="")]
+
+
+def reconstruction(
+    *,
+    subject: SubjectOptions,
+    num_kept: Counts = (),
+    out: Path = Path("evaluations/reconstruction"),
+    reference: Path | None = None,
+    show: int = 4,
+    baseline_images: int = 500,
+) -> None:
+    """Measure how well images come back, with the given and with the recovered source.
+
+    Writes OUT/evaluation.json with every number, setting, hash and version;
+    OUT/rate_distortion.png, PSNR over bits per pixel beside JPEG and WebP of the same images; and
+    OUT/worst_best_K.png for each K. Under torchrun the processes share the images.
+
+    Args:
+        subject: what is evaluated, and by what.
+        num_kept: K, one or several (36,64,144); the tokenizer's own if there are none.
+        out: where the results go.
+        reference: statistics of the very images (`mergevq evaluate reference --kind
+            reconstruction`); taken on the way without.
+        show: worst and best images in a picture.
+        baseline_images: images that JPEG and WebP compress too, evenly spaced; 0 for none.
+    """
+    settings = ReconstructionSettings(
+        subject=subject,
+        out=str(out),
+        num_kept=whole_numbers("num_kept", num_kept),
+        reference=as_text(reference),
+        num_shown=show,
+        num_baseline_images=baseline_images,
+    )
+    from mergevq.evaluate.reconstruction import evaluate_reconstruction
+
+    record = evaluate_reconstruction(settings)
+    if record is not None:
+        print(reconstruction_table(record))
+        _print_unmeasured(record)
+        print(f"results: {out}")
+
+
+def robustness(
+    *,
+    subject: SubjectOptions,
+    num_kept: int | None = None,
+    fractions: tuple[str, ...] = tuple(map(str, FRACTIONS)),
+    radius: int | None = None,
+    seed: int = 0,
+    out: Path = Path("evaluations/robustness"),
+) -> None:
+    """Measure what wrong tokens do to images: some are replaced by nearby codes, then decoded.
+
+    Generators make such mistakes and encoders do not. Writes OUT/evaluation.json and
+    OUT/robustness.png. A fraction of 0 is the reconstruction. With an extractor the mean of the
+    Frechet distances at 0.5 to 0.9 is given too: pFID, called after the extractor.
+
+    Args:
+        subject: what is evaluated, and by what.
+        num_kept: K; the tokenizer's own by default.
+        fractions: shares of the tokens that are replaced (0,0.5,0.9).
+        radius: most bits in which a replacement differs; by default the three of pFID, which are
+            the smallest with at least 200, 280 and 360 of 4096 codes within them, and may be one.
+        seed: of which tokens and which bits.
+        out: where the results go.
+    """
+    settings = RobustnessSettings(
+        subject=subject,
+        out=str(out),
+        num_kept=num_kept,
+        fractions=read_fractions(fractions),
+        radius=radius,
+        seed=seed,
+    )
+    from mergevq.evaluate.robustness import evaluate_robustness
+
+    record = evaluate_robustness(settings)
+    if record is not None:
+        print(robustness_table(record))
+        _print_unmeasured(record)
+        _print_left_out(record["left_out"])
+        print(f"results: {out}")
+
+
+def reference(  # noqa: PLR0913 - each is an option
+    *,
+    data: str,
+    out: Path,
+    kind: ReferenceKind,
+    extractor: Path,
+    image_size: int,
+    max_images: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    features: int = 10_000,
+    array: Path | None = None,
+    batch_size: int = 64,
+    device: Device = "auto",
+    num_workers: int = 2,
+) -> None:
+    """Write the statistics of images that others will be compared with.
+
+    Reconstructions are compared with the very images that went in, generated images with the
+    training set; the file says which it is for, and evaluating the other refuses it.
+
+    Args:
+        data: a folder of images, a parquet file, WebDataset shards, or `digits`.
+        out: `.npz` file with mu and sigma, as other tools read it.
+        kind: what will be compared with it.
+        extractor: TorchScript file of the network that sees the images.
+        image_size: side in pixels that images are cropped to, the model's.
+        max_images: take only so many, evenly spaced.
+        max_pixels: largest picture that is read, as width times height; larger ones count as
+            unreadable.
+        features: also keep the features of so many images, for kernel distance, precision and
+            recall of generated images; 0 for none.
+        array: also write the images as one `.npz` (arr_0, uint8, NHWC), as the ADM evaluator reads
+            samples and references; with one process.
+        batch_size: images at once, over all processes.
+        device: where to compute.
+        num_workers: loader processes; 0 loads in this one.
+    """
+    from mergevq.metrics.references import make_reference
+
+    written = make_reference(
+        data,
+        out,
+        kind,
+        extractor=extractor,
+        image_size=image_size,
+        max_images=max_images,
+        max_pixels=max_pixels,
+        num_features=features if kind == "generation" else 0,
+        array=array,
+        batch_size=batch_size,
+        device=device,
+        num_workers=num_workers,
+    )
+    if written is not None:
+        size = f"{written['image_size']} x {written['image_size']}"
+        print(f"{out}: for {kind}, {written['num_images']} images of {size} pixels")
+        print(f"extractor: {written['extractor']} ({written['extractor_sha256'][:12]})")
+        if array is not None:
+            print(f"images: {array}")
+
+
+def generation(  # noqa: PLR0913 - each is an option
+    *,
+    reference: Path,
+    extractor: Path,
+    sampling: Sampling,
+    # torchrun takes --num for an abbreviation of an option of its own.
+    num: Annotated[int, tyro.conf.arg(aliases=["--num-images"])] = 50_000,
+    samples: Path | None = None,
+    out: Path = Path("evaluations/generation"),
+    classifier: Path | None = None,
+    data: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+    neighbours: int = 8,
+    npz: tyro.conf.FlagCreatePairsOff[bool] = False,
+    batch_size: int = 64,
+) -> None:
+    """Sample images, as many of each class, and compare them with the training set.
+
+    Frechet distance, class score (Inception score), kernel distance, precision and recall. Writes
+    OUT/samples, OUT/evaluation.json and, with --data, OUT/nearest_neighbours.png. Stopped and
+    started again it goes on where it was; under torchrun the processes share the work, and the
+    images are the same.
+
+    Args:
+        reference: statistics of the training set (`mergevq evaluate reference --kind generation`),
+            or an `.npz` of the ADM evaluator.
+        extractor: TorchScript file of the network that sees the images. Only the Inception-2015
+            file gives numbers called FID, Inception score and KID.
+        sampling: what samples, and how.
+        num: images, of class 0, 1, .. in turn; a multiple of the classes makes them uniform. Under
+            torchrun it is called --num-images.
+        samples: evaluate these instead, a folder of images or an `.npz` with arr_0.
+        out: where samples and results go.
+        classifier: TorchScript file that tells the generator's classes, for class accuracy.
+        data: training images, to show the nearest of them beside some samples.
+        max_pixels: largest picture of these and of samples that is read, as width times height.
+        neighbours: samples shown so.
+        npz: also write OUT/samples.npz (arr_0), as the ADM evaluator reads it.
+        batch_size: images at once.
+    """
+    run = None
+    if sampling.generator or sampling.tokenizer:
+        run = sampling.run(num_images=num, batch_size=batch_size)
+    settings = GenerationSettings(
+        reference=str(reference),
+        extractor=str(extractor),
+        out=str(out),
+        run=run,
+        samples=as_text(samples),
+        classifier=as_text(classifier),
+        data=data,
+        max_pixels=max_pixels,
+        num_looked_up=neighbours,
+        write_array=npz,
+        batch_size=batch_size,
+        device=sampling.device,
+    )
+    from mergevq.evaluate.generation import evaluate_generation
+
+    record = evaluate_generation(settings)
+    if record is not None:
+        print(numbers_table(record))
+        if record["logit_error"] is not None:
+            print(logit_error_line(sampling.weights, record["logit_error"]))
+        _print_left_out(record["left_out"])
+        print(f"results: {out}")
+
+
+def guidance(  # noqa: PLR0913 - each is an option
+    *,
+    reference: Path,
+    extractor: Path,
+    sampling: Swept,
+    stop: float = 4.0,
+    step: float = 0.1,
+    num: Annotated[int, tyro.conf.arg(aliases=["--num-images"])] = 50_000,
+    out: Path = Path("evaluations/guidance"),
+    classifier: Path | None = None,
+    npz: tyro.conf.FlagCreatePairsOff[bool] = False,
+    batch_size: int = 64,
+) -> None:
+    """Evaluate a generator at each guidance scale from --guidance to --stop, and name the best.
+
+    Each scale is sampled and measured as by `mergevq evaluate generation`, in OUT/SCALE. Writes
+    OUT/evaluation.json with the numbers of all, and OUT/guidance.png. Stopped and started again it
+    goes on where it was; under torchrun the processes share the work. A scale takes as long as one
+    `evaluate generation`, and keeps its samples; find the region with few images (--num) first.
+
+    Args:
+        reference: statistics of the training set (`mergevq evaluate reference --kind generation`),
+            or an `.npz` of the ADM evaluator.
+        extractor: TorchScript file of the network that sees the images. Only the Inception-2015
+            file gives numbers called FID, Inception score and KID.
+        sampling: what samples, and how.
+        stop: last scale, a whole number of steps from the first.
+        step: from one scale to the next.
+        num: images at each scale, of class 0, 1, .. in turn. Under torchrun it is called
+            --num-images.
+        out: where the folders of the scales and the results go.
+        classifier: TorchScript file that tells the generator's classes, for class accuracy.
+        npz: also write OUT/SCALE/samples.npz (arr_0), as the ADM evaluator reads it.
+        batch_size: images at once.
+    """
+    settings = GuidanceSettings(
+        evaluation=GenerationSettings(
+            reference=str(reference),
+            extractor=str(extractor),
+            out=str(out),
+            run=sampling.run(num_images=num, batch_size=batch_size),
+            classifier=as_text(classifier),
+            write_array=npz,
+            batch_size=batch_size,
+            device=sampling.device,
+        ),
+        stop=stop,
+        step=step,
+    )
+    from mergevq.evaluate.guidance_sweep import evaluate_guidance
+
+    record = evaluate_guidance(settings)
+    if record is not None:
+        print(guidance_table(record))
+        _print_left_out(record["left_out"])
+        print(f"results: {out}")
+
+
+def selftest(
+    *,
+    extractor: Path | None = None,
+    lpips: Path | None = None,
+    lpips_trunk: TrunkName = "alex",
+    device: Device = "auto",
+) -> None:
+    """Check the metrics on this machine where the answer is known.
+
+    Images that come back exactly have infinite PSNR, SSIM 1, LPIPS 0 and a Frechet distance below
+    0.001; of two Gaussians the distance is that of the closed form. Ends with an error if not.
+
+    Args:
+        extractor: TorchScript file whose Frechet distance is checked too.
+        lpips: file or folder with LPIPS weights, to check them too.
+        lpips_trunk: network of LPIPS.
+        device: where to compute.
+
+    Raises:
+        RuntimeError: a metric is wrong.
+    """
+    from mergevq.evaluate.selftest import check_metrics
+
+    checks = check_metrics(as_text(extractor), as_text(lpips), lpips_trunk, device)
+    rows = [["metric", "found", "must be", ""]]
+    rows += [
+        [check.name, f"{check.found:.6g}", check.wanted, "ok" if check.passed else "WRONG"]
+        for check in checks
+    ]
+    print(columns(rows))
+    wrong = [check.name for check in checks if not check.passed]
+    if wrong:
+        raise RuntimeError(
+            f"{', '.join(wrong)}: not what it must be; no result here is to be trusted"
+        )
+
+
+def _print_unmeasured(record: ReconstructionRecord | RobustnessRecord) -> None:
+    """Say which networks were not given."""
+    if record["lpips"] is None:
+        print("without LPIPS: give its weights with --lpips")
+    if record["extractor"] is None:
+        print("without Frechet distance and feature cosine: give a network with --extractor")
+
+
+def _print_left_out(texts: Sequence[str]) -> None:
+    """Say what was not measured, and why."""
+    for text in texts:
+        print(f"without {text}")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    command.__name__: command
+    for command in (reconstruction, generation, guidance, reference, robustness, selftest)
+}

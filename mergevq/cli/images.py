@@ -1,0 +1,326 @@
+"""Commands that read and write images, tokens and weights.
+
+As in `mergevq.cli.main`, a signature is the options, a docstring is the help, and heavy modules are
+imported inside.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from mergevq.cli.options import MAY_BE_EMPTY, Counts, Sampling, whole_numbers
+from mergevq.cli.tables import logit_error_line
+from mergevq.config.base import MAX_PIXELS, Device, SizePolicy
+from mergevq.runtime.environment import let_products_repeat, prepare_to_compute
+
+if TYPE_CHECKING:
+    from mergevq.config.tokenizer import TokenizerConfig
+    from mergevq.tokenizer.codec import ImageReconstruction
+
+
+_LARGE = 8
+"""Times the trained number of pixels from which a picture passed whole gets a warning."""
+
+
+def reconstruct(
+    images: Annotated[tyro.conf.Positional[tuple[Path, ...]], MAY_BE_EMPTY],
+    *,
+    model: str,
+    num_kept: Counts = (),
+    out: Path = Path("reconstructions"),
+    size_policy: SizePolicy = "error",
+    device: Device = "auto",
+) -> None:
+    """Show what a tokenizer makes of images, and what that costs.
+
+    Writes OUT/NAME.png: original, merge map, and reconstruction with the given and with the
+    recovered source map, a row for each number of tokens; and in OUT/NAME the merge map and both
+    reconstructions as pictures of their own, in the size of the image.
+
+    Args:
+        images: files of any format and mode that Pillow reads.
+        model: directory of a tokenizer, or owner/name@revision on Hugging Face.
+        num_kept: K, one or several (16,20); the tokenizer's own if there are none.
+        out: where the pictures go.
+        size_policy: for images of another size than trained: `error` takes multiples of the patch
+            size as they are, `resize` keeps the aspect ratio and about the trained number of
+            pixels, `tile` blends overlapping tiles of the trained size.
+        device: where to compute.
+
+    Raises:
+        ValueError: an image could not be done; all others are.
+    """
+    outputs, num_kepts = _output_paths(images, out), whole_numbers("num_kept", num_kept)
+    prepare_to_compute()
+    from mergevq.data.prepare import load_picture
+    from mergevq.runtime.device import resolve_device
+    from mergevq.tokenizer.codec import full_pictures, reconstruct_image, reconstruction_figure
+    from mergevq.tokenizer.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_pretrained(model).to(resolve_device(device))
+    out.mkdir(parents=True, exist_ok=True)
+    failed: list[ValueError] = []
+    for path, output in zip(images, outputs, strict=True):
+        try:
+            picture = load_picture(path)
+            if size_policy == "error":
+                _warn_if_large(path, picture.size, tokenizer.config)
+            with _naming(path):
+                results = [
+                    reconstruct_image(tokenizer, picture, count, size_policy=size_policy)
+                    for count in num_kepts or (None,)
+                ]
+        except ValueError as error:
+            failed.append(error)
+            continue
+        # Saved first: a console that cannot show a name must not cost the picture.
+        reconstruction_figure(results).save(output)
+        folder = output.with_suffix("")
+        folder.mkdir(exist_ok=True)
+        for name, full in full_pictures(results).items():
+            full.save(folder / name)
+        for result in results:
+            print(f"{path}: {_result_line(result)}")
+        print(f"{path}: -> {output}, full size in {folder}")
+    if len(images) == 1 and failed:
+        raise failed[0]
+    if failed:
+        problems = "; ".join(map(str, failed))
+        raise ValueError(f"{len(failed)} of {len(images)} images could not be done: {problems}")
+
+
+def encode(  # noqa: PLR0913 - each is an option
+    *,
+    model: str,
+    data: str,
+    out: Path,
+    num_kept: Counts = (),
+    flip: tyro.conf.FlagCreatePairsOff[bool] = False,
+    max_pixels: int = MAX_PIXELS,
+    batch_size: int = 64,
+    device: Device = "auto",
+    num_workers: int = 2,
+) -> None:
+    """Write the tokens of all images of a data set, for training generators.
+
+    Stopped and started again it goes on where it was, and writes the same bytes. Under torchrun the
+    processes share the work.
+
+    Args:
+        model: directory of a tokenizer, or owner/name@revision on Hugging Face.
+        data: a folder of images, parquet files, WebDataset shards, or `digits`.
+        out: folder of the tokens.
+        num_kept: K, one or several (16,20); the tokenizer's own if there are none.
+        flip: also encode the mirror image of each image.
+        max_pixels: largest picture that is read, as width times height; larger ones count as
+            unreadable.
+        batch_size: images encoded at once, a divisor of the 1024 of a shard.
+        device: where to compute.
+        num_workers: loader processes; 0 loads in this one.
+    """
+    prepare_to_compute()
+    let_products_repeat()
+    from mergevq.tokenizer.encode import encode as encode_data
+
+    written = encode_data(
+        model,
+        data,
+        out,
+        num_kept=whole_numbers("num_kept", num_kept),
+        flip=flip,
+        max_pixels=max_pixels,
+        batch_size=batch_size,
+        device=device,
+        num_workers=num_workers,
+    )
+    record = written.record
+    kept = " and ".join(map(str, record.num_kept))
+    broken = f"; {len(written.broken)} cannot be read" if written.broken else ""
+    print(
+        f"{out}: {kept} tokens of {record.num_bits} bits for each of {len(written)} rows, from "
+        f"{record.num_images} images{broken}"
+    )
+
+
+def sample(  # noqa: PLR0913 - each is an option
+    *,
+    out: Path,
+    sampling: Sampling,
+    classes: str = "",
+    num: int = 16,
+    batch_size: int = 16,
+    keep_from: Path | None = None,
+    mask: Path | None = None,
+    again: Path | None = None,
+    images: Annotated[tuple[int, ...], MAY_BE_EMPTY] = (),
+) -> None:
+    """Sample images from a generator, or make earlier ones again.
+
+    Writes OUT/000000.png and so on, OUT/grid.png, and OUT/samples.json, from which
+    `mergevq sample --again OUT/samples.json --images 3 --out DIR` makes image 3 again. An image
+    depends on the seed and its number, not on how many there are.
+
+    Args:
+        out: folder of the images; one that the same command left unfinished is completed.
+        sampling: what samples, and how.
+        classes: class ids separated by commas, one for each image in turn; all there are if empty.
+        num: images.
+        batch_size: images sampled at once.
+        keep_from: image to keep tokens of; of random order only, with `--mask`.
+        mask: image as large, white where that one is made anew.
+        again: `samples.json` of earlier images, which says all but `--out` and `--images`.
+        images: numbers of the images to make again.
+    """
+    prepare_to_compute()
+    from mergevq.generator.generation import make_again, write_samples
+
+    if again is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        for number, picture in zip(images, make_again(again, images), strict=True):
+            path = _unused(out / f"{number:06d}.png")
+            picture.save(path)
+            print(f"image: {path}")
+        return
+    run = replace(
+        sampling.run(num_images=num, batch_size=batch_size),
+        classes=whole_numbers("classes", [classes]),
+        keep_from=None if keep_from is None else str(keep_from),
+        mask=None if mask is None else str(mask),
+    )
+    written = write_samples(run, out)
+    if written.logit_error is not None:
+        print(logit_error_line(run.weights, written.logit_error))
+    if written.num_made == 0:
+        print("complete already, nothing was sampled")
+    print(f"{len(written.images)} images: {out}")
+    print(f"grid: {written.grid}")
+
+
+def convert(
+    checkpoint: tyro.conf.Positional[Path | None] = None,
+    *,
+    out: Path,
+    image_size: int | None = None,
+    num_kept: int | None = None,
+    num_heads: int | None = None,
+    num_decoder_heads: int | None = None,
+    lpips: tuple[Path, Path] | None = None,
+) -> None:
+    """Turn a checkpoint of the authors' code into a model directory of this one, or LPIPS weights.
+
+    What shapes cannot tell has to be said. The source predictor, which the authors' code does not
+    train, is left random: only the given source map is of use.
+
+    Args:
+        checkpoint: their `.ckpt`, a torch state dict or safetensors.
+        out: directory to write; of LPIPS, the safetensors file.
+        image_size: side of the training images in pixels.
+        num_kept: K the model was trained for.
+        num_heads: attention heads of the encoder.
+        num_decoder_heads: attention heads of the decoder; none is 12 where it is 768 wide (d96),
+            else 8.
+        lpips: instead of a checkpoint, torchvision's file of a VGG-16, AlexNet or SqueezeNet and
+            the LPIPS authors' file of its heads.
+
+    Raises:
+        ValueError: neither a checkpoint with all that shapes cannot tell nor LPIPS is named.
+    """
+    from mergevq.metrics.lpips import convert_perceptual_files
+    from mergevq.tokenizer.interop import load_official, official_config, read_official, read_state
+
+    if lpips is not None:
+        print(f"LPIPS: {convert_perceptual_files(*lpips, out, read=read_state)}")
+        return
+    if checkpoint is None or image_size is None or num_kept is None or num_heads is None:
+        raise ValueError(
+            "name a checkpoint with --image-size, --num-kept and --num-heads, "
+            "or --lpips TRUNK HEADS"
+        )
+    state = read_official(checkpoint)
+    config = official_config(
+        state,
+        image_size=image_size,
+        num_kept=num_kept,
+        num_heads=num_heads,
+        num_decoder_heads=num_decoder_heads,
+    )
+    load_official(state, config).tokenizer.save_pretrained(out)
+    print(
+        f"{out}: {config.stem} stem, width {config.dim}, {config.num_layers} encoder and "
+        f"{config.num_decoder_layers} decoder blocks, {config.num_bits} bits; its source "
+        "predictor is untrained"
+    )
+
+
+def _result_line(result: "ImageReconstruction") -> str:
+    """Tokens, bits and quality of one reconstruction."""
+    tiles = f"{result.num_tiles} tiles x " if result.num_tiles > 1 else ""
+    return (
+        f"{tiles}{result.num_kept} of {result.num_cells} tokens, "
+        f"{result.bits.total:.0f} bits ({result.bits.tokens:.0f} tokens + "
+        f"{result.bits.source:.0f} source), {result.price}, "
+        f"PSNR {result.psnr_given:.2f} dB given source, "
+        f"{result.psnr_recovered:.2f} dB recovered source"
+    )
+
+
+def _output_paths(images: Sequence[Path], out: Path) -> list[Path]:
+    """OUT/NAME.png for every image, numbered where names are equal.
+
+    Raises:
+        ValueError: there are no images, or one would be overwritten.
+    """
+    if not images:
+        raise ValueError("name at least one image: mergevq reconstruct IMAGE.. --model DIR")
+    outputs: list[Path] = []
+    for image in images:
+        candidates = [out / f"{image.stem}.png"]
+        candidates += [out / f"{image.stem}-{number}.png" for number in range(2, len(images) + 1)]
+        outputs.append(next(path for path in candidates if path not in outputs))
+    overwritten = {path.resolve() for path in images} & {path.resolve() for path in outputs}
+    if overwritten:
+        raise ValueError(f"out ({out}) would overwrite {overwritten.pop()}; choose another folder")
+    return outputs
+
+
+def _warn_if_large(path: Path, size: tuple[int, int], config: "TokenizerConfig") -> None:
+    """Say how much more a picture of (width, height) takes than one of the trained size."""
+    times = size[0] * size[1] / config.image_size**2
+    if times >= _LARGE:
+        cells = size[0] * size[1] // config.patch_size**2
+        print(
+            f"mergevq: {path}: {size[0]} x {size[1]} pixels are {cells} tokens at once, "
+            f"{times:.0f} times the {config.grid_size**2} trained on, "
+            "which may take minutes and much memory; "
+            "--size-policy tile or resize takes less",
+            file=sys.stderr,
+        )
+
+
+def _unused(path: Path) -> Path:
+    """A path where nothing is.
+
+    Raises:
+        ValueError: there is something.
+    """
+    if path.exists():
+        raise ValueError(f"{path} is there already; choose another folder with --out")
+    return path
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the file that an error is about before its message.
+
+    Raises:
+        ValueError: whatever was raised inside.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -1,0 +1,249 @@
+"""The command line: `mergevq COMMAND`.
+
+Each command is a function whose signature is its options and whose docstring is its help. What is
+heavy is imported inside, so that help, recipes and mistyped options never wait for torch.
+"""
+
+import inspect
+import io
+import logging
+import os
+import shlex
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from mergevq.cli import bench as cli_bench
+from mergevq.cli import evaluate as cli_evaluate
+from mergevq.cli import probe as cli_probe
+from mergevq.cli import train as cli_source
+from mergevq.cli.doctor import doctor
+from mergevq.cli.errors import command_line, options_of_command, options_of_settings, problem
+from mergevq.cli.errors import speaks_for_itself as _speaks_for_itself
+from mergevq.cli.images import convert, encode, reconstruct, sample
+from mergevq.cli.tables import summary
+from mergevq.cli.train import recipes, train
+from mergevq.config.base import Device
+from mergevq.config.choices import nearest
+from mergevq.config.recipes import RECIPES
+from mergevq.runtime.environment import installed_version, let_products_repeat, prepare_to_compute
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; options that cannot be parsed end in `SystemExit(2)`.
+
+    Args:
+        argv: command and options; None takes those of the process.
+
+    Returns:
+        0 when done, 1 for an error whose message says what to do, 2 for an unknown command or
+        recipe, 130 when interrupted.
+    """
+    given = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    name, *arguments = map(_at_home, given)
+    if name == "--version":
+        print(f"mergevq {installed_version('mergevq') or 'not installed'}")
+        return 0
+    if name in {"-h", "--help"}:
+        print(_usage())
+        return 0
+    prog, commands = "mergevq", COMMANDS
+    if name in GROUPS:
+        prog, commands = f"mergevq {name}", GROUPS[name]
+        name, *arguments = arguments or ["--help"]
+        if name in {"-h", "--help"}:
+            print(_listed(prog, commands))
+            return 0
+        prepare_to_compute()
+        let_products_repeat()
+    if name not in commands:
+        usage = _usage() if commands is COMMANDS else _listed(prog, commands)
+        print(f"{prog}: no command {name!r}{nearest(name, commands)}\n\n{usage}", file=sys.stderr)
+        return 2
+    return _call(commands[name], arguments, prog=f"{prog} {name}")
+
+
+def _call(command: Callable[..., object], arguments: list[str], *, prog: str) -> int:
+    """Run a command, and say what went wrong; see `main`."""
+    logging.basicConfig(format="mergevq: %(message)s")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name that the console cannot show is escaped, and ends nothing.
+            stream.reconfigure(errors="backslashreplace")
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            if command in ALONE:
+                _require_one_process(prog)
+            if command is train:
+                return train(arguments)
+            command_line(command, arguments, prog=prog)()
+        except KeyboardInterrupt:
+            return 130
+        except BrokenPipeError:
+            # Whoever read the output has seen enough. Python would fail again as it ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except Exception as error:
+            if not _speaks_for_itself(error):
+                raise
+            print(f"mergevq: error: {_problem(error, command, arguments)}", file=sys.stderr)
+            return 1
+    return 0
+
+
+def quickstart(*, out: Path = Path("runs/quickstart"), num_steps: int | None = None) -> None:
+    """Train a small tokenizer and generator on handwritten digits and write a report, in minutes.
+
+    What is in OUT is kept: an interrupted training goes on, a finished one is reported on again.
+
+    Args:
+        out: where training, report and pictures go.
+        num_steps: optimizer steps of the tokenizer, for a shorter or longer training of both.
+    """
+    prepare_to_compute()
+    from mergevq.demo.quickstart import quickstart as run_quickstart
+
+    done = run_quickstart(out, num_steps)
+    print("reached:")
+    for number in done.reached:
+        print(f"  {number.value:<14} {number.label}")
+    print(f"report: {done.report} (open it in a browser; its pictures are beside it)")
+    print("next:")
+    for line in _after_quickstart(done.tokenizer, done.generator):
+        print(f"  {line}")
+
+
+def _after_quickstart(tokenizer: Path, generator: Path) -> list[str]:
+    """Commands to go on with."""
+    models = ["--model", str(tokenizer), "--generator", str(generator)]
+    commands = [
+        ["sample", "--generator", str(generator), "--guidance", "2", "--out", "samples"],
+        ["reconstruct", "PICTURE", "--model", str(tokenizer), "--size-policy", "resize"],
+        ["demo", *models, "--data", "digits"],
+        ["train", "photos64", "--data.path", "FOLDER"],
+    ]
+    return [shlex.join(["mergevq", *command]) for command in commands]
+
+
+def demo(
+    *,
+    model: str | None = None,
+    generator: str | None = None,
+    data: str | None = None,
+    port: int = 7860,
+    device: Device = "auto",
+) -> None:
+    """Serve a web page to try a model on: reconstruct pictures, draw samples, find neighbours.
+
+    Args:
+        model: a tokenizer's directory, or owner/name@revision on Hugging Face; without one,
+            the tokenizer and the generator of handwritten digits that come with the package.
+        generator: a generator trained on its tokens; samples are left out without.
+        data: images to find neighbours among, in any form that training reads; the digits when
+            there is no model.
+        port: of this machine, where the page is; nobody else can reach it.
+        device: where to compute.
+    """
+    prepare_to_compute()
+    from mergevq.demo.app import serve
+
+    # Ended by either signal, the page takes its pictures with it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with serve(model, generator=generator, data=data, device=device, port=port) as page:
+        print(f"page: {page.local_url} (Ctrl-C ends it)")
+        page.block_thread()
+
+
+COMMANDS: dict[str, Callable[..., object]] = {
+    command.__name__: command
+    for command in (quickstart, train, recipes, reconstruct, encode, sample, convert, demo, doctor)
+}
+COMMANDS |= cli_source.COMMANDS
+GROUPS = {
+    "evaluate": cli_evaluate.COMMANDS,
+    "probe": cli_probe.COMMANDS,
+    "bench": cli_bench.COMMANDS,
+}
+"""Commands of two words."""
+ALONE: set[Callable[..., object]] = {
+    reconstruct,
+    sample,
+    cli_evaluate.selftest,
+    *cli_probe.COMMANDS.values(),
+    *cli_source.COMMANDS.values(),
+}
+"""Commands that several processes would only do several times over, into one folder."""
+
+
+# -------------------------------------------------------------------------------- what is said
+
+
+def _usage() -> str:
+    """The commands, one line each."""
+    commands = COMMANDS | {
+        f"{group} {name}": command
+        for group, members in GROUPS.items()
+        for name, command in members.items()
+    }
+    return _listed("mergevq", commands)
+
+
+def _listed(prog: str, commands: Mapping[str, Callable[..., object]]) -> str:
+    """Some commands, one line each."""
+    width = max(map(len, commands))
+    lines = [f"  {name:<{width}}  {summary(command)}" for name, command in commands.items()]
+    return "\n".join(
+        [
+            f"usage: {prog} COMMAND [OPTIONS]",
+            "",
+            *lines,
+            "",
+            f"`{prog} COMMAND --help` lists the options of a command.",
+        ]
+    )
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    """Print a warning as one line, without the code that gave it."""
+    print(f"mergevq: warning: {message}", file=sys.stderr)
+
+
+def _problem(error: Exception, command: Callable[..., object], arguments: Sequence[str]) -> str:
+    """An error's message in the words of the command line."""
+    if command is train:
+        run = RECIPES[arguments[0]]()
+        return problem(error, arguments, options_of_settings(run), run.out)
+    out = inspect.signature(command).parameters.get("out")
+    default = str(out.default) if out is not None and isinstance(out.default, Path) else None
+    return problem(error, arguments, options_of_command(command), default)
+
+
+# ------------------------------------------------------------------------- what is looked up
+
+
+def _at_home(argument: str) -> str:
+    """A word of a command line, with the user's folder for `~` as shells put it for a whole word.
+
+    They leave that of `--out=~/x` as it is.
+    """
+    option, equals, value = argument.partition("=")
+    if option.startswith("--") and equals:
+        return f"{option}={os.path.expanduser(value)}"
+    return os.path.expanduser(argument)
+
+
+def _require_one_process(prog: str) -> None:
+    """Refuse to be one of several processes.
+
+    Raises:
+        ValueError: there are several.
+    """
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size != "1":
+        raise ValueError(
+            f"{prog} runs in one process, and there are {world_size} (WORLD_SIZE); start it "
+            "without torchrun"
+        )

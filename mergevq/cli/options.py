@@ -1,0 +1,147 @@
+"""Options that several commands share, and how their text is read."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import tyro
+
+from mergevq.config.base import Device
+from mergevq.config.generator import GuidanceSchedule, SampleRun, SamplingSettings, Weights
+
+
+def shown_default(default: str) -> str:
+    """End of an option's help: its default, and nothing where that is empty."""
+    return f"(default: {default})" if default else ""
+
+
+MAY_BE_EMPTY = tyro.conf.arg(help_behavior_hint=shown_default)
+"""For options whose empty default their help explains."""
+
+Number = TypeVar("Number", int, float)
+
+Counts = Annotated[
+    tuple[str, ...], tyro.conf.arg(metavar="K,K,..", help_behavior_hint=shown_default)
+]
+"""An option that takes numbers with commas or spaces between them; see `whole_numbers`."""
+_PLAIN = SamplingSettings()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingOptions:
+    """What samples, and how: options of `mergevq sample` and of `mergevq evaluate generation`."""
+
+    generator: str = ""
+    """directory of the generator, or owner/name@revision on Hugging Face."""
+    tokenizer: str = ""
+    """directory of the tokenizer of its tokens, or owner/name@revision on Hugging Face; by default
+    where it was when the generator was trained."""
+    num_kept: int | None = None
+    """K, one of those trained on; the generator's own by default."""
+    guidance: float = _PLAIN.guidance_scale
+    """scale of classifier-free guidance; 1 is none."""
+    guidance_schedule: GuidanceSchedule = _PLAIN.guidance_schedule
+    """how it rises from 1 as an image grows."""
+    guidance_power: float = _PLAIN.guidance_power
+    """exponent of the schedule `power`."""
+    guidance_interval: tuple[float, float] = _PLAIN.guidance_interval
+    """part of the sequence that is guided."""
+    temperature: tuple[float, ...] = (1.0,)
+    """one number, or one for each part of a token; 0 takes the most likely value."""
+    top_k: tuple[int, ...] = (0,)
+    """sample among the so many most likely values; 0 is all; one number, or one for each part."""
+    top_p: tuple[float, ...] = (1.0,)
+    """sample among the most likely values that together have this probability; one number, or one
+    for each part."""
+    steps: int | None = None
+    """of random order: forward passes, several tokens in each; one token each by default."""
+    budget: bool = True
+    """of merge order: hold an image to K distinct tokens."""
+    seed: int = 0
+    """of the run."""
+    weights: Weights = "float32"
+    """bf16 and int8 are faster, and change what is sampled a little."""
+    device: Device = "auto"
+    """where to compute."""
+
+    def run(self, *, num_images: int, batch_size: int) -> SampleRun:
+        """The run that these options ask for.
+
+        Raises:
+            ValueError: there is no generator, its tokenizer is not known, or a setting is wrong.
+        """
+        if not self.generator:
+            raise ValueError("--generator is missing: the directory of the generator")
+        tokenizer = self.tokenizer
+        if not tokenizer:
+            from mergevq.generator.generation import known_tokenizer
+
+            tokenizer = known_tokenizer(self.generator)
+        return SampleRun(
+            model=self.generator,
+            tokenizer=tokenizer,
+            num_images=num_images,
+            num_kept=self.num_kept,
+            seed=self.seed,
+            batch_size=batch_size,
+            weights=self.weights,
+            device=self.device,
+            settings=SamplingSettings(
+                guidance_scale=self.guidance,
+                guidance_schedule=self.guidance_schedule,
+                guidance_power=self.guidance_power,
+                guidance_interval=self.guidance_interval,
+                temperature=_one_or_several(self.temperature),
+                top_k=_one_or_several(self.top_k),
+                top_p=_one_or_several(self.top_p),
+                budget=self.budget,
+                num_steps=self.steps,
+            ),
+        )
+
+
+Sampling = Annotated[SamplingOptions, tyro.conf.arg(name="")]
+
+
+def as_text(path: Path | None) -> str | None:
+    """A path as it is recorded."""
+    return None if path is None else str(path)
+
+
+def whole_numbers(name: str, texts: Sequence[str]) -> tuple[int, ...]:
+    """Whole numbers, separated by commas or spaces.
+
+    Raises:
+        ValueError: something else is between them.
+    """
+    try:
+        return tuple(int(part) for text in texts for part in text.split(",") if part.strip())
+    except ValueError:
+        option = name.replace("_", "-")
+        raise ValueError(
+            f"{name} ({' '.join(texts)}) must be whole numbers: --{option} 16,20"
+        ) from None
+
+
+def _one_or_several(numbers: tuple[Number, ...]) -> Number | tuple[Number, ...]:
+    """A single number for all parts of a token, or one for each."""
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def read_fractions(texts: Sequence[str]) -> tuple[float, ...]:
+    """Shares, separated by commas or spaces.
+
+    Raises:
+        ValueError: something else is between them, or there is none.
+    """
+    try:
+        shares = tuple(float(part) for text in texts for part in text.split(",") if part.strip())
+    except ValueError:
+        shares = ()
+    if not shares or not all(map(math.isfinite, shares)):
+        raise ValueError(
+            f"fractions ({' '.join(texts)}) must be numbers from 0 to 1: --fractions 0,0.5"
+        )
+    return shares

@@ -1,0 +1,145 @@
+"""Tables of results as text."""
+
+import inspect
+from collections.abc import Callable, Sequence
+
+from mergevq.config.generator import Weights
+from mergevq.config.records import (
+    BaselineRecord,
+    GenerationRecord,
+    GuidanceRecord,
+    Numbers,
+    ReconstructionRecord,
+    RobustnessRecord,
+)
+
+
+def print_table(title: str, rows: dict[str, str]) -> None:
+    """Print a title, and names and values in two columns."""
+    print(title)
+    for name, value in rows.items():
+        print(f"  {name:<14} {value}")
+
+
+def summary(function: Callable[..., object]) -> str:
+    """First line of a docstring."""
+    return (inspect.getdoc(function) or "").partition("\n")[0]
+
+
+def reconstruction_table(record: ReconstructionRecord) -> str:
+    """The numbers of an evaluation, a column for each K."""
+    results = record["results"]
+    rows = [["", *(f"K = {result['num_kept']}" for result in results)]]
+    parts = {
+        "given": [result["given"] for result in results],
+        "recovered": [result["recovered"] for result in results],
+    }
+    names = [name for numbers in parts.values() for each in numbers for name in each["metrics"]]
+    for name in dict.fromkeys(names):
+        for source, numbers in parts.items():
+            rows.append([f"{name}, {source}", *(_number(each, name) for each in numbers)])
+    rows.append(["source accuracy", *(f"{r['source_accuracy']:.4f}" for r in results)])
+    rows.append(["codebook usage", *(f"{r['codebook']['usage']:.1%}" for r in results)])
+    rows.append(["codebook perplexity", *(f"{r['codebook']['perplexity']:.4g}" for r in results)])
+    balance = [[min(p, 1 - p) for p in result["codebook"]["bit_probs"]] for result in results]
+    rows.append(["rarer value of a bit, least", *(f"{min(values):.4f}" for values in balance)])
+    rows.append(
+        ["rarer value of a bit, mean", *(f"{sum(values) / len(values):.4f}" for values in balance)]
+    )
+    for name in ("tokens", "source", "total"):
+        rows.append([f"bits, {name}", *(f"{r['bits'][name]:.1f}" for r in results)])
+    for source, name in (("given", "per_pixel"), ("recovered", "per_pixel_recovered")):
+        rows.append([f"bits per pixel, {source}", *(f"{r['bits'][name]:.4f}" for r in results)])
+    rows.append(["images per second", *(f"{r['images_per_second']:.3g}" for r in results)])
+    data = record["data"]
+    lines = [columns(rows), "", f"{data['num_images']} images of {data['image_size']} pixels"]
+    if data["num_unreadable"]:
+        lines[-1] += f"; {data['num_unreadable']} cannot be read"
+    if record["baselines"]:
+        lines += ["", columns(_baseline_rows(record["baselines"]))]
+    return "\n".join(lines)
+
+
+def _baseline_rows(baselines: Sequence[BaselineRecord]) -> list[list[str]]:
+    """JPEG and WebP at the bytes of each K."""
+    rows = [["whole files", "budget", "bytes", "psnr", "above budget"]]
+    rows += [
+        [
+            baseline["file_format"],
+            str(baseline["budget_bytes"]),
+            f"{baseline['mean_bytes']:.1f}",
+            _number(baseline, "psnr"),
+            f"{baseline['num_above_budget']} of {baseline['num_images']}",
+        ]
+        for baseline in baselines
+    ]
+    return rows
+
+
+def robustness_table(record: RobustnessRecord) -> str:
+    """The numbers of a curve, a row for each fraction in each ball."""
+    results = record["results"]
+    names = list(results[0]["metrics"])
+    rows = [["fraction", "bits", "tokens", *names]]
+    rows += [
+        [
+            f"{result['fraction']:g}",
+            "-" if result["radius"] is None else str(result["radius"]),
+            str(result["num_replaced"]),
+            *(_number(result, name) for name in names),
+        ]
+        for result in results
+    ]
+    lines = [columns(rows), ""]
+    for ball in record["balls"]:
+        stands = f", for {' and '.join(map(str, ball['neighbours']))} of 4096"
+        lines.append(
+            f"replaced by codes of at most {ball['radius']} other bits, {ball['share']:.3%} of the "
+            f"codebook{stands if ball['neighbours'] else ''}"
+        )
+    if record["metrics"]:
+        lines += ["", numbers_table(record)]
+    return "\n".join(lines)
+
+
+def guidance_table(record: GuidanceRecord) -> str:
+    """The numbers of a sweep, a row for each scale, and which scale is the best."""
+    results = record["results"]
+    names = [name for name in results[0]["metrics"] if not name.startswith("num_")]
+    rows = [["guidance", *names]]
+    rows += [[f"{each['scale']}", *(_number(each, name) for name in names)] for each in results]
+    lines = [columns(rows), ""]
+    lines += [
+        f"best {best['metric']}: {best['value']:.4f} at guidance {best['scale']}"
+        for best in record["best"]
+    ]
+    return "\n".join(lines)
+
+
+def numbers_table(record: GenerationRecord | RobustnessRecord) -> str:
+    """The numbers of an evaluation as a whole, a row each."""
+    return columns([[name, _number(record, name)] for name in record["metrics"]])
+
+
+def _number(part: Numbers, name: str) -> str:
+    """A number as text; infinite ones say so."""
+    if name in part["infinite"]:
+        return "inf"
+    value = part["metrics"].get(name)
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if name.startswith("num_") else f"{value:.4f}"
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text in columns, the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in rows
+    )
+
+
+def logit_error_line(weights: Weights, error: float) -> str:
+    """What weights of fewer bits cost, in words."""
+    return f"{weights} weights: logits are off by {error:.2%} of their spread"

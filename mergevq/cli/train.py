@@ -1,0 +1,175 @@
+"""Commands that train: `mergevq train`, `recipes` and `finetune-source`.
+
+As in `mergevq.cli.main`, a signature is the options, a docstring is the help, and heavy modules are
+imported inside.
+"""
+
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Generic, Literal, TypeVar
+
+import tyro
+
+from mergevq.cli.errors import parsed
+from mergevq.cli.options import MAY_BE_EMPTY
+from mergevq.cli.tables import print_table, summary
+from mergevq.config.base import Device, Precision
+from mergevq.config.choices import nearest
+from mergevq.config.recipes import RECIPES, SOURCE_RECIPES
+from mergevq.config.training import GeneratorRun, SourceRun
+from mergevq.runtime.environment import prepare_to_compute
+
+Run = TypeVar("Run")
+_TRAIN_USAGE = "usage: mergevq train RECIPE [--section.field VALUE ..]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TrainOptions(Generic[Run]):
+    """What `mergevq train RECIPE` takes: the recipe's fields, and how to run it."""
+
+    run: Annotated[Run, tyro.conf.arg(name="")]
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Only print what the run would take, from a few small steps of it; nothing is written."""
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Go on from the newest checkpoint in `--out`."""
+
+
+def train(arguments: list[str]) -> int:
+    """Train a recipe, with any of its fields changed."""
+    name, *overrides = arguments or [""]
+    if name in {"-h", "--help"}:
+        print(f"{_TRAIN_USAGE}\n\n{_recipe_list()}")
+        return 0
+    if name not in RECIPES:
+        problem = _TRAIN_USAGE
+        if name:
+            problem = f"mergevq train: no recipe {name!r}{nearest(name, RECIPES)}"
+        print(f"{problem}\n\n{_recipe_list()}", file=sys.stderr)
+        return 2
+    run = RECIPES[name]()
+    options = parsed(
+        lambda: tyro.cli(
+            _TrainOptions[type(run)],
+            default=_TrainOptions(run=run),
+            args=overrides,
+            prog=f"mergevq train {name}",
+            description=inspect.getdoc(RECIPES[name]),
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+    )
+    prepare_to_compute()
+    if options.dry_run:
+        from mergevq.training.estimate import describe, estimate
+
+        print_table("dry run", describe(options.run, estimate(options.run)))
+        return 0
+    from mergevq.training.train import train as train_run
+
+    model = train_run(options.run, resume=options.resume)
+    kind = "generator" if isinstance(options.run, GeneratorRun) else "tokenizer"
+    if os.environ.get("RANK", "0") == "0":
+        print(f"trained {kind}: {model}")
+    return 0
+
+
+def recipes() -> None:
+    """List the recipes of `train`."""
+    print(_recipe_list())
+
+
+def _recipe_list() -> str:
+    """The recipes, one line each."""
+    lines = [f"  {name:<22} {summary(recipe)}" for name, recipe in RECIPES.items()]
+    return "\n".join(["recipes:", *lines])
+
+
+Recipe = Literal["none", "imagenet256_g_source", "imagenet256_gr_source"]
+"""Names of `SOURCE_RECIPES`, and that of the defaults."""
+
+
+def finetune_source(  # noqa: PLR0913 - each is an option
+    recipe: tyro.conf.Positional[Recipe] = "none",
+    *,
+    tokenizer: str | None = None,
+    tokens: str | None = None,
+    generator: str | None = None,
+    out: Path | None = None,
+    num_kept: Annotated[tuple[int, ...], MAY_BE_EMPTY] = (),
+    max_replaced: float | None = None,
+    passes: int | None = None,
+    num_steps: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    val_images: int | None = None,
+    val_fraction: float | None = None,
+    precision: Precision | None = None,
+    device: Device | None = None,
+    seed: int | None = None,
+) -> None:
+    """Teach a tokenizer to find the source map of tokens that a generator made.
+
+    A generator of order `random` makes a part of each image's tokens anew, and the source predictor
+    learns to find the image's own source map all the same. Encoder and decoder stay as they are, so
+    tokens and generators of the tokenizer go with the result too.
+
+    Args:
+        recipe: name of a run; options replace what it says.
+        tokenizer: directory of the tokenizer, or owner/name@revision on Hugging Face; without a
+            recipe runs/tokenizer/model.
+        tokens: folder of its tokens (`mergevq encode`); without a recipe runs/tokens.
+        generator: directory of the generator, or owner/name@revision on Hugging Face; without a
+            recipe runs/generator/model.
+        out: where the tokenizer with the new predictor goes; runs/source without a recipe.
+        num_kept: each K to train on; all that tokens and generator have if there are none.
+        max_replaced: largest share of an image's tokens that is made anew (0.5).
+        passes: forward passes of the generator in which they are made (8).
+        num_steps: optimizer steps; 1,000 without a recipe, and 25,000 are the paper's 5 epochs.
+        batch_size: images per step (256).
+        lr: learning rate (1e-4); it falls to a tenth after 85 and 95 % of the steps.
+        val_images: held-out images looked at before and after (256).
+        val_fraction: share of the images held out, the same ones as in training a generator with
+            this share (0.05).
+        precision: of the predictor.
+        device: where to compute.
+        seed: of every random number.
+    """
+    start = SourceRun() if recipe == "none" else SOURCE_RECIPES[recipe]()
+    prepare_to_compute()
+    from mergevq.training.source import finetune_source as finetune
+
+    given = {
+        "tokenizer": tokenizer,
+        "tokens": tokens,
+        "generator": generator,
+        "out": None if out is None else str(out),
+        "num_kept": num_kept or None,
+        "max_replaced": max_replaced,
+        "num_passes": passes,
+        "num_steps": num_steps,
+        "batch_size": batch_size,
+        "num_eval_images": val_images,
+        "val_fraction": val_fraction,
+        "optim": None if lr is None else replace(start.optim, lr=lr),
+        "precision": precision,
+        "device": device,
+        "seed": seed,
+    }
+    run = replace(start, **{name: value for name, value in given.items() if value is not None})
+    done = finetune(run)
+    print(f"{'source of':<12} {'nats a cell':>24} {'cells found':>24}")
+    for name, before in done.before.items():
+        after = done.after[name]
+        losses = f"{before.loss:.4f} -> {after.loss:.4f}"
+        shares = f"{before.accuracy:.2%} -> {after.accuracy:.2%}"
+        print(f"{name:<12} {losses:>24} {shares:>24}")
+    print(
+        f"clean: an image's own tokens; new: {run.max_replaced:.0%} of them made by the generator"
+    )
+    print(f"tokenizer: {done.directory}")
+
+
+COMMANDS: dict[str, Callable[..., object]] = {"finetune-source": finetune_source}

@@ -1,0 +1,1 @@
+"""Settings of everything, as frozen values that check themselves; no torch."""

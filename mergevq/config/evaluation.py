@@ -1,0 +1,165 @@
+"""Settings of evaluations: `mergevq evaluate`; no torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mergevq.config.base import (
+    MAX_PIXELS,
+    Device,
+    Precision,
+    check_max_pixels,
+    check_numbers,
+    require,
+)
+from mergevq.config.generator import SampleRun
+
+TrunkName = Literal["vgg", "alex", "squeeze"]
+"""Networks of LPIPS."""
+ReferenceKind = Literal["reconstruction", "generation"]
+"""What a reference is compared with: the very images that went in, or a training set."""
+Protocol = Literal["own", "authors"]
+"""How images are prepared and compared, other than by which network.
+
+`own`: resized bicubic; pixels are rounded to bytes; SSIM has a Gaussian window and population
+covariance; the extractor sees bytes. `authors`: as their evaluation code, for numbers that are put
+beside theirs: resized bilinear; pixels are cut off to bytes; SSIM has a uniform window of 7 x 7 and
+sample covariance; the extractor sees pixels between bytes too.
+"""
+FRACTIONS = (0.0, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Shares of wrong tokens: none, few, and those whose mean `evaluate robustness` gives."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subject:
+    """A tokenizer, images, and the networks that compare them."""
+
+    model: str
+    """Directory of a tokenizer, or owner/name@revision on Hugging Face."""
+    data: str
+    """A folder of images, a parquet file, WebDataset shards, or `digits`."""
+    lpips: str | None = None
+    """File or folder with the LPIPS weights; None leaves LPIPS out."""
+    lpips_trunk: TrunkName = "alex"
+    """Network of LPIPS."""
+    extractor: str | None = None
+    """TorchScript file for Frechet distance and feature cosine; None leaves them out. Only the
+    Inception-2015 file gives a distance called FID."""
+    image_size: int | None = None
+    """Side the model must have been trained at, in pixels; None accepts any."""
+    max_images: int | None = None
+    """Only so many, evenly spaced; None is all."""
+    max_pixels: int = MAX_PIXELS
+    """Largest picture that is read, as width times height; larger ones count as unreadable."""
+    batch_size: int = 64
+    """Images at once, over all ranks."""
+    device: Device = "auto"
+    """Where to compute."""
+    precision: Precision = "float32"
+    """Of the model; metrics are always float32 or better."""
+    num_workers: int = 2
+    """Loading processes; 0 loads in this one."""
+    protocol: Protocol = "own"
+    """How images are prepared and compared; `authors` for numbers beside those of the paper."""
+
+    def __post_init__(self) -> None:
+        """Reject impossible counts."""
+        require(self.batch_size >= 1, f"batch_size ({self.batch_size}) must be at least 1")
+        require(self.num_workers >= 0, f"num_workers ({self.num_workers}) must be at least 0")
+        require(
+            self.max_images is None or self.max_images >= 1,
+            f"max_images ({self.max_images}) must be at least 1, or None for all",
+        )
+        check_max_pixels(self.max_pixels)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReconstructionSettings:
+    """All that an evaluation of reconstructions depends on."""
+
+    subject: Subject
+    out: str
+    """Directory of results; must not hold any."""
+    num_kept: tuple[int, ...] = ()
+    """Each K; none is the tokenizer's own."""
+    reference: str | None = None
+    """Statistics of the very images, of kind `reconstruction`; None takes them on the way."""
+    num_shown: int = 4
+    """Worst and best images that are shown."""
+    num_baseline_images: int = 500
+    """Images that JPEG and WebP compress too, evenly spaced; 0 leaves them out."""
+
+    def __post_init__(self) -> None:
+        """Reject counts below 0."""
+        check_numbers(self)
+        for name in ("num_shown", "num_baseline_images"):
+            require(getattr(self, name) >= 0, f"{name} ({getattr(self, name)}) must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RobustnessSettings:
+    """All that a curve of robustness depends on."""
+
+    subject: Subject
+    out: str
+    """Directory of results; must not hold any."""
+    num_kept: int | None = None
+    """K; None is the tokenizer's own."""
+    fractions: tuple[float, ...] = FRACTIONS
+    """Shares of the tokens that are replaced."""
+    radius: int | None = None
+    """Most bits that differ; None is each of the smallest whose balls have 200, 280 and 360 of
+    4,096 codes or more."""
+    seed: int = 0
+    """Of which tokens and which bits."""
+
+    def __post_init__(self) -> None:
+        """Reject fractions outside [0, 1], and none at all."""
+        check_numbers(self)
+        require(len(self.fractions) > 0, "fractions () must hold at least one: 0 is none replaced")
+        for fraction in self.fractions:
+            require(0 <= fraction <= 1, f"fraction ({fraction}) must be between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationSettings:
+    """All that an evaluation of generated images depends on."""
+
+    reference: str
+    """Statistics of the training set, of kind `generation`, or a file of the ADM evaluator."""
+    extractor: str
+    """TorchScript file of the network that sees the images."""
+    out: str
+    """Directory of samples and results; one that was begun is gone on with."""
+    run: SampleRun | None = None
+    """What samples; its device is used throughout."""
+    samples: str | None = None
+    """Images that are there already instead: a folder, or an `.npz` with arr_0."""
+    classifier: str | None = None
+    """TorchScript file that tells the generator's classes; None leaves class accuracy out."""
+    data: str | None = None
+    """Training images, to find nearest neighbours in; None leaves them out."""
+    max_pixels: int = MAX_PIXELS
+    """Largest picture that is read, as width times height, of these and of samples."""
+    num_looked_up: int = 8
+    """Samples whose neighbours are shown."""
+    write_array: bool = False
+    """Also write the samples as one `.npz`, for the ADM evaluator."""
+    batch_size: int = 64
+    """Images measured at once."""
+    device: Device = "auto"
+    """Where to compute."""
+
+    def __post_init__(self) -> None:
+        """Reject both or neither of what samples and what is there."""
+        check_numbers(self)
+        require(
+            (self.run is None) != (self.samples is None),
+            "either a generator (--model) or --samples is needed, not both",
+        )
+        require(
+            self.classifier is None or self.run is not None,
+            "--classifier needs the classes, which only a generator has (--model)",
+        )
+        check_max_pixels(self.max_pixels)
+        for name in ("batch_size", "num_looked_up"):
+            require(getattr(self, name) >= 1, f"{name} ({getattr(self, name)}) must be at least 1")

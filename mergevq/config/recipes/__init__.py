@@ -1,0 +1,112 @@
+"""Named runs: what `mergevq train RECIPE` trains.
+
+Each is a function that returns a complete run, most of them another one with a few fields changed.
+The docstring says on what hardware, for how long, and which number to expect; "measured" numbers
+are in docs/results.md with their command, all others are the paper's or the authors' README. Where
+nobody has measured, it says how many steps of how many images there are, and no hours.
+"""
+
+from collections.abc import Callable
+
+from mergevq.config.choices import nearest
+from mergevq.config.recipes.digits import digits32, digits32_ar
+from mergevq.config.recipes.imagenet256 import (
+    imagenet256_g,
+    imagenet256_g_d32,
+    imagenet256_g_d96,
+    imagenet256_g_mergear,
+    imagenet256_g_randar,
+    imagenet256_g_raster,
+    imagenet256_g_source,
+    imagenet256_gr,
+    imagenet256_gr_d32,
+    imagenet256_gr_d96,
+    imagenet256_gr_mergear,
+    imagenet256_gr_randar,
+    imagenet256_gr_raster,
+    imagenet256_gr_source,
+    imagenet256_r,
+)
+from mergevq.config.recipes.images128 import (
+    imagenet128_g,
+    imagenet128_gr,
+    imagenet128_r,
+    images128_gr,
+)
+from mergevq.config.recipes.photos import photos64, photos64_mergear
+from mergevq.config.recipes.tiny64 import (
+    tiny64_anchored,
+    tiny64_g,
+    tiny64_gr,
+    tiny64_mergear,
+    tiny64_r,
+    tiny64_randar,
+    tiny64_raster,
+)
+from mergevq.config.training import GeneratorRun, SourceRun, TokenizerRun
+
+GENERATOR_RECIPES: dict[str, Callable[[], GeneratorRun]] = {
+    recipe.__name__: recipe
+    for recipe in (
+        digits32_ar,
+        photos64_mergear,
+        tiny64_mergear,
+        tiny64_randar,
+        tiny64_raster,
+        tiny64_anchored,
+        imagenet256_gr_mergear,
+        imagenet256_gr_randar,
+        imagenet256_gr_raster,
+        imagenet256_g_mergear,
+        imagenet256_g_randar,
+        imagenet256_g_raster,
+    )
+}
+"""Every recipe of a generator by name."""
+
+TOKENIZER_RECIPES: dict[str, Callable[[], TokenizerRun]] = {
+    recipe.__name__: recipe
+    for recipe in (
+        digits32,
+        photos64,
+        tiny64_g,
+        tiny64_gr,
+        tiny64_r,
+        images128_gr,
+        imagenet128_g,
+        imagenet128_gr,
+        imagenet128_r,
+        imagenet256_g,
+        imagenet256_g_d32,
+        imagenet256_g_d96,
+        imagenet256_gr,
+        imagenet256_gr_d32,
+        imagenet256_gr_d96,
+        imagenet256_r,
+    )
+}
+"""Every recipe of a tokenizer by name."""
+
+SOURCE_RECIPES: dict[str, Callable[[], SourceRun]] = {
+    recipe.__name__: recipe for recipe in (imagenet256_g_source, imagenet256_gr_source)
+}
+"""Every recipe of `mergevq finetune-source` by name."""
+
+RECIPES: dict[str, Callable[[], TokenizerRun | GeneratorRun]] = {
+    **TOKENIZER_RECIPES,
+    **GENERATOR_RECIPES,
+}
+"""Every recipe of `mergevq train` by name."""
+
+
+def recipe(name: str) -> TokenizerRun | GeneratorRun:
+    """The run of a recipe.
+
+    Raises:
+        ValueError: there is no recipe of this name.
+    """
+    if name not in RECIPES:
+        raise ValueError(
+            f"no recipe {name!r}{nearest(name, RECIPES)}; there are {', '.join(RECIPES)}"
+        )
+    return RECIPES[name]()

@@ -1,0 +1,111 @@
+"""Recipes for handwritten digits, minutes on a CPU."""
+
+from mergevq.config.generator import GeneratorConfig, SamplingSettings
+from mergevq.config.objective import LossConfig, TeacherConfig
+from mergevq.config.tokenizer import KeptConfig, TokenizerConfig
+from mergevq.config.training import (
+    DataConfig,
+    GeneratorRun,
+    OptimConfig,
+    TokenizerRun,
+    TokensConfig,
+    TrainConfig,
+)
+
+
+def digits32() -> TokenizerRun:
+    """Handwritten digits at 32 pixels, 12 to 32 of 64 tokens: the quickstart.
+
+    Hardware and time: 2 CPU cores, 2.4 minutes at 293 images a second (measured). Expected: digits
+    plainly legible, 21.4 dB with the given source and 18.7 dB with the recovered one (measured,
+    docs/results.md).
+    """
+    return TokenizerRun(
+        model=TokenizerConfig(
+            image_size=32,
+            channels=16,
+            channel_mult=(1, 2, 4),
+            num_res_blocks=1,
+            num_layers=4,
+            num_heads=2,
+            layer_scale=0.1,
+            num_kept=20,
+            num_bits=8,
+            num_decoder_layers=2,
+            num_decoder_heads=2,
+            source_dim=128,
+            num_source_heads=4,
+        ),
+        kept=KeptConfig(candidates=(12, 16, 20, 24, 32)),
+        data=DataConfig(path="digits", val_fraction=0.2, num_workers=0),
+        loss=LossConfig(
+            perceptual_weight=0.0,
+            adversarial_weight=0.0,
+            alignment_weight=0.1,
+            entropy_weight=0.05,
+            source_weight=1.0,
+            source_gradient=0.1,
+            recovered_share=0.5,
+        ),
+        teacher=TeacherConfig(kind="labels", num_head_layers=2),
+        optim=OptimConfig(
+            lr=2e-3, betas=(0.9, 0.95), warmup_steps=50, schedule="cosine", ema_decay=0.99
+        ),
+        train=TrainConfig(
+            num_steps=640,
+            batch_size=64,
+            image_every=320,
+            eval_every=160,
+            num_eval_images=64,
+            save_every=320,
+            log_every=10,
+            eval_num_kept=(12, 20, 32),
+        ),
+        out="runs/digits32",
+    )
+
+
+def digits32_ar() -> GeneratorRun:
+    """MergeAR on the tokens of `digits32`, 16 to 24 distinct ones on a grid of 64: the quickstart.
+
+    Tokens: `mergevq encode --model runs/digits32/model --data digits --num-kept 16 20 24
+    --out runs/digits32/tokens`. Hardware and time: 2 CPU cores, 45 seconds at 879 sequences a
+    second (measured). Expected: 96.5 % of 200 samples at guidance 2 are taken for the class that
+    was asked for (measured, docs/results.md).
+    """
+    return GeneratorRun(
+        model=GeneratorConfig(
+            order="merge",
+            dim=96,
+            num_layers=4,
+            num_heads=2,
+            ffn_dim=192,
+            grid_size=(8, 8),
+            num_kept=20,
+            kept_candidates=(16, 20, 24),
+            num_bits=8,
+            factor_bits=(4, 4),
+            dropout=0.0,
+            label_smoothing=0.0,
+        ),
+        tokens=TokensConfig(path="runs/digits32/tokens", tokenizer="runs/digits32/model"),
+        kept=KeptConfig(distribution="gaussian", candidates=(16, 20, 24)),
+        optim=OptimConfig(
+            lr=3e-3,
+            betas=(0.9, 0.95),
+            weight_decay=0.05,
+            warmup_steps=50,
+            schedule="cosine",
+            ema_decay=0.99,
+        ),
+        train=TrainConfig(
+            num_steps=600,
+            batch_size=64,
+            image_every=300,
+            eval_every=300,
+            save_every=300,
+            log_every=10,
+        ),
+        sampling=SamplingSettings(guidance_scale=2.0),
+        out="runs/digits32_ar",
+    )

@@ -1,0 +1,439 @@
+"""Keys of the records that evaluations and probes write; no torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypedDict
+
+from mergevq.config.base import check_numbers, require
+from mergevq.config.evaluation import (
+    GenerationSettings,
+    ReconstructionSettings,
+    ReferenceKind,
+    RobustnessSettings,
+    TrunkName,
+)
+from mergevq.config.generator import MAX_GUIDANCE, SampleRun
+from mergevq.config.probing import ProbeRun
+from mergevq.config.tokenizer import TokenizerConfig
+
+_LEAST_STEP = 1e-3
+"""Of guidance scales: far below what changes a score."""
+_MOST_SCALES = 1000
+"""Of one sweep."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GuidanceSettings:
+    """All that a sweep of guidance scales depends on."""
+
+    evaluation: GenerationSettings
+    """At each scale. Its own scale is the first, and each has a folder in its directory."""
+    stop: float = 4.0
+    """Last scale; a whole number of steps from the first."""
+    step: float = 0.1
+    """From one scale to the next."""
+
+    def __post_init__(self) -> None:
+        """Reject images that are there already, and a range that does not end at its end."""
+        check_numbers(self)
+        first, stop, step = self.run.settings.guidance_scale, self.stop, self.step
+        require(
+            _LEAST_STEP <= step <= MAX_GUIDANCE,
+            f"step ({step}) must be between {_LEAST_STEP:g} and {MAX_GUIDANCE:g}",
+        )
+        require(
+            first <= stop <= MAX_GUIDANCE,
+            f"stop ({stop}) must be between the first guidance_scale ({first}) and "
+            f"{MAX_GUIDANCE:g}",
+        )
+        require(
+            self._num_steps < _MOST_SCALES,
+            f"from {first} to {stop} in steps of {step} are {self._num_steps + 1} scales, and "
+            f"at most {_MOST_SCALES} are evaluated: take a larger step, or a lower stop",
+        )
+        end = first + self._num_steps * step
+        require(
+            abs(end - stop) < 1e-6,
+            f"stop ({stop}) must be a whole number of steps ({step}) from the first "
+            f"guidance_scale ({first}), such as {end:.6g}",
+        )
+
+    @property
+    def run(self) -> SampleRun:
+        """How images are sampled, at the first scale.
+
+        Raises:
+            ValueError: nothing is sampled: the images are there already.
+        """
+        if self.evaluation.run is None:
+            raise ValueError("a sweep of guidance needs a generator: --generator")
+        return self.evaluation.run
+
+    @property
+    def _num_steps(self) -> int:
+        """From the first scale to the last."""
+        return round((self.stop - self.run.settings.guidance_scale) / self.step)
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """Each scale, ascending, without the rounding errors of a sum."""
+        first = self.run.settings.guidance_scale
+        return tuple(round(first + n * self.step, 6) for n in range(self._num_steps + 1))
+
+    def at(self, scale: float) -> GenerationSettings:
+        """The evaluation at one scale, in its folder."""
+        settings = replace(self.run.settings, guidance_scale=scale)
+        return replace(
+            self.evaluation,
+            out=str(Path(self.evaluation.out) / f"{scale}"),
+            run=replace(self.run, settings=settings),
+        )
+
+
+# ------------------------------------------------------------------------------- what is written
+
+
+class Numbers(TypedDict):
+    """Metrics as JSON, which has no word for infinity."""
+
+    metrics: dict[str, float | None]
+    """By name; infinite ones are null."""
+    infinite: list[str]
+    """Names of those."""
+
+
+class ExtractorRecord(TypedDict):
+    """Which network saw the images."""
+
+    name: str
+    path: str
+    sha256: str
+    dim: int
+
+
+class LpipsRecord(TypedDict):
+    """Which LPIPS compared them."""
+
+    trunk: TrunkName
+    sha256: str
+
+
+class ReferenceRecord(TypedDict):
+    """What a reference says about itself, in its file: `mergevq evaluate reference`."""
+
+    kind: ReferenceKind
+    extractor: str
+    extractor_sha256: str
+    data: str
+    pixels_sha256: str
+    num_images: int
+    image_size: int
+    crop: str
+
+
+class ForeignReference(TypedDict):
+    """A reference of another tool, which says nothing about itself."""
+
+    path: str
+    sha256: str
+
+
+class OwnReference(ForeignReference, ReferenceRecord):
+    """A reference of this one, or images that were described on the way."""
+
+
+class ModelRecord(TypedDict):
+    """Which tokenizer was evaluated."""
+
+    path: str
+    hash: str
+    config: Annotated[dict[str, Any], TokenizerConfig]
+
+
+class DataRecord(TypedDict):
+    """Which images it was evaluated on."""
+
+    path: str
+    num_images: int
+    num_unreadable: int
+    pixels_sha256: str
+    """Over the images after the crop."""
+    image_size: int
+    crop: str
+
+
+class EvaluationRecord(TypedDict):
+    """Of every evaluation."""
+
+    format_version: int
+    world_size: int
+    command: str
+    environment: dict[str, Any]
+    """Versions, commit and machine: `mergevq.runtime.run.environment`."""
+
+
+class SubjectRecord(TypedDict):
+    """Of every evaluation of a tokenizer."""
+
+    model: ModelRecord
+    data: DataRecord
+    lpips: LpipsRecord | None
+    extractor: ExtractorRecord | None
+    precision: str
+
+
+class CodebookRecord(TypedDict):
+    """How tokens use the codebook."""
+
+    usage: float
+    attained: float
+    perplexity: float
+    num_tokens: int
+    bit_probs: list[float]
+
+
+class BitsRecord(TypedDict):
+    """Bits of one image."""
+
+    tokens: float
+    source: float
+    total: float
+    per_pixel: float
+    """With the given source: tokens and map."""
+    per_pixel_recovered: float
+    """With the recovered source, which needs tokens only."""
+
+
+class ExtremeRecord(Numbers):
+    """One of the worst or best images."""
+
+    image: str
+
+
+class ReconstructionResult(TypedDict):
+    """What was found at one K."""
+
+    num_kept: int
+    given: Numbers
+    recovered: Numbers
+    source_accuracy: float
+    codebook: CodebookRecord
+    bits: BitsRecord
+    worst: list[ExtremeRecord]
+    best: list[ExtremeRecord]
+    images_per_second: float
+
+
+class BaselineRecord(Numbers):
+    """Files of another format at the bytes of one K."""
+
+    file_format: str
+    budget_bytes: int
+    mean_bytes: float
+    num_images: int
+    num_above_budget: int
+
+
+class ReconstructionRecord(EvaluationRecord, SubjectRecord):
+    """`evaluation.json` of `mergevq evaluate reconstruction`."""
+
+    kind: Literal["reconstruction evaluation"]
+    settings: Annotated[dict[str, Any], ReconstructionSettings]
+    reference: OwnReference | None
+    results: list[ReconstructionResult]
+    baselines: list[BaselineRecord]
+
+
+class BallRecord(TypedDict):
+    """The codes that may replace one."""
+
+    radius: int
+    """Most bits in which they differ from it."""
+    share: float
+    """Of the codebook."""
+    neighbours: list[int]
+    """Which of the paper's numbers of neighbours, among 4,096 codes, it stands for."""
+
+
+class RobustnessResult(Numbers):
+    """What was found at one fraction in one ball."""
+
+    fraction: float
+    radius: int | None
+    """None where nothing is replaced."""
+    num_replaced: int
+
+
+class RobustnessRecord(EvaluationRecord, SubjectRecord, Numbers):
+    """`evaluation.json` of `mergevq evaluate robustness`; its metrics are over all results."""
+
+    kind: Literal["robustness evaluation"]
+    settings: Annotated[dict[str, Any], RobustnessSettings]
+    balls: list[BallRecord]
+    results: list[RobustnessResult]
+    left_out: list[str]
+
+
+class SamplesRecord(TypedDict):
+    """Which samples were evaluated."""
+
+    num_images: int
+    size: list[int]
+    pixels_sha256: str
+    array: str | None
+
+
+class GenerationRecord(EvaluationRecord, Numbers):
+    """`evaluation.json` of `mergevq evaluate generation`."""
+
+    kind: Literal["generation evaluation"]
+    settings: Annotated[dict[str, Any], GenerationSettings]
+    generator: str | None
+    """Hash; None where samples were given."""
+    tokenizer: str | None
+    logit_error: float | None
+    """Of the weights that sampled; None for those of the file."""
+    samples: SamplesRecord
+    extractor: ExtractorRecord
+    classifier: ExtractorRecord | None
+    reference: OwnReference | ForeignReference
+    left_out: list[str]
+    nearest_distances: list[list[float]] | None
+
+
+class ScaleResult(Numbers):
+    """What was found at one guidance scale."""
+
+    scale: float
+    folder: str
+    """Of samples and their evaluation, in the directory of the sweep."""
+    pixels_sha256: str
+
+
+class BestScale(TypedDict):
+    """A guidance scale that no other is better than, by one metric."""
+
+    metric: str
+    scale: float
+    value: float
+
+
+class GuidanceRecord(EvaluationRecord):
+    """`evaluation.json` of `mergevq evaluate guidance`."""
+
+    kind: Literal["guidance evaluation"]
+    settings: Annotated[dict[str, Any], GuidanceSettings]
+    generator: str | None
+    """Hash."""
+    tokenizer: str | None
+    extractor: ExtractorRecord
+    classifier: ExtractorRecord | None
+    reference: OwnReference | ForeignReference
+    results: list[ScaleResult]
+    """By ascending scale."""
+    best: list[BestScale]
+    """By Frechet distance and, where it was measured, by class score."""
+    left_out: list[str]
+
+
+# ------------------------------------------------------------------------------- what is written
+
+
+class ProbedModel(TypedDict):
+    """Which tokenizer was probed."""
+
+    sha256: str
+    config: Annotated[dict[str, Any], TokenizerConfig]
+    teacher: str | None
+    """What its class token was aligned with; None if its training run is not there."""
+
+
+class ProbedImages(TypedDict):
+    """Images to learn from, or to be tested on."""
+
+    num_images: int
+    num_broken: int
+    sha256: str
+    """Over the images after the crop."""
+
+
+class ProbedData(TypedDict):
+    """Both sets; the same one when one image is left out at a time."""
+
+    class_names: list[str]
+    num_unseen_class: int
+    """Test images of classes that no training image has."""
+    most_frequent_class_accuracy: float
+    train: ProbedImages
+    val: ProbedImages
+    num_in_both: int | None
+    """Test images that are training images too; None when one is left out at a time."""
+
+
+class ScoredRow(TypedDict):
+    """Accuracies and confusions of one feature."""
+
+    name: str
+    accuracy: float
+    standard_error: float
+    top5_accuracy: float | None
+    confusion: list[str]
+    """Counts by predicted class, a line for each class."""
+    pictures: list[str]
+    dim: int
+    """Channels."""
+
+
+class SweptRate(TypedDict):
+    """One learning rate of a linear probe."""
+
+    rate: float
+    held_out_accuracy: float
+    accuracy: float
+
+
+class LinearRow(ScoredRow):
+    """A linear probe."""
+
+    rate: float
+    rate_at_edge: bool
+    sweep: list[SweptRate]
+
+
+class NumNeighbours(TypedDict):
+    """One k."""
+
+    k: int
+    accuracy: float
+
+
+class KnnRow(ScoredRow):
+    """A vote of neighbours; its accuracy is of the first k."""
+
+    by_k: list[NumNeighbours]
+
+
+class FinetuneRow(ScoredRow):
+    """A fine-tuned encoder."""
+
+    rate: float
+    num_steps: int
+    batch_size: int
+    num_skipped_steps: int
+    losses: list[float]
+
+
+class ProbeRecord(TypedDict):
+    """`probe.json`."""
+
+    format_version: int
+    kind: Literal["probe"]
+    method: Literal["linear", "knn", "finetune"]
+    run: Annotated[dict[str, Any], ProbeRun]
+    model: ProbedModel
+    data: ProbedData
+    environment: dict[str, Any]
+    """Versions, commit and machine: `mergevq.runtime.run.environment`."""
+    rows: Sequence[LinearRow | KnnRow | FinetuneRow]
+    """One for each feature; of fine-tuning, linear ones of frozen features before."""

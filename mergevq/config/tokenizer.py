@@ -1,0 +1,193 @@
+"""Settings of a tokenizer, and the choice of K in training; no torch."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from mergevq.config.base import require
+
+MergeShape = Literal["linear", "square", "constant"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerConfig:
+    """Architecture of a tokenizer: encoder, quantizer, source predictor and decoder."""
+
+    image_size: int = 64
+    """Side of the square training images, in pixels."""
+    stem: Literal["cnn", "patch"] = "cnn"
+    """How pixels become grid tokens: residual CNN (versions G, G+R) or one patch layer (R)."""
+    channels: int = 64
+    """CNN base channels: the paper's d32, d64, d96."""
+    channel_mult: tuple[int, ...] = (1, 2, 4)
+    """Channels of each CNN level over `channels`; every level but one halves the side."""
+    num_res_blocks: int = 4
+    """Residual blocks per CNN level; the decoder has one more on every level but the finest."""
+    patch_dim: int = 768
+    """Encoder transformer width when `stem` is patch; with a CNN it is the last level's width."""
+    num_layers: int = 12
+    """Merging transformer blocks in the encoder."""
+    num_heads: int = 8
+    """Attention heads in the encoder."""
+    position_embedding: bool = False
+    """Add fixed sine and cosine features of the cell, for any grid; a patch stem needs them."""
+    layer_scale: float = 1e-5
+    """Initial gain of residual branches; 1e-5 suits long runs, short ones want 0.1 or more."""
+    transformer_norm_eps: float = 1e-6
+    """Added to the variance in the layer norms of the encoder's and the decoder's blocks; the
+    authors' code has 1e-5."""
+    patch_norm_eps: float = 1e-5
+    """Added to the variance in the norm of a patch stem; the authors' code has 1e-6."""
+    merge_shape: MergeShape = "linear"
+    """How merging is spread over blocks: `linear` is the authors' code, `square` the paper's."""
+    num_kept: int = 144
+    """Nominal K: tokens kept per image when a call does not say."""
+    kept_range: tuple[int, int] | None = None
+    """Smallest and largest K trained on, written by training; a K outside it warns."""
+    num_bits: int = 18
+    """D: bits of a token; the codebook has 2**D entries and is never stored."""
+    num_decoder_layers: int = 12
+    """Transformer blocks in the decoder."""
+    num_decoder_heads: int = 8
+    """Attention heads in the decoder."""
+    source_dim: int = 384
+    """Width of the source predictor (paper, Table A2)."""
+    num_source_layers: int = 2
+    """Blocks of the source predictor."""
+    num_source_heads: int = 8
+    """Attention heads of the source predictor."""
+
+    def __post_init__(self) -> None:
+        """Reject what cannot be built, naming both numbers."""
+        require(
+            min(self.channel_mult, default=0) >= 1,
+            f"channel_mult {self.channel_mult} must name one positive multiple per CNN level",
+        )
+        for name in ("channels", "num_res_blocks", "num_layers", "num_source_layers"):
+            require(getattr(self, name) >= 1, f"{name} ({getattr(self, name)}) must be at least 1")
+        require(
+            self.image_size > 0 and self.image_size % self.patch_size == 0,
+            f"image_size ({self.image_size}) must be a positive multiple of the patch size "
+            f"({self.patch_size}), which is 2 to the number of levels in channel_mult minus one",
+        )
+        require(
+            1 <= self.num_kept <= self.num_tokens,
+            f"num_kept ({self.num_kept}) must be between 1 and the {self.num_tokens} tokens of a "
+            f"{self.image_size}-pixel image with patch size {self.patch_size}",
+        )
+        least = -(-self.num_tokens >> self.num_layers)  # rounded up
+        require(
+            self.num_kept >= least,
+            f"num_kept ({self.num_kept}) must be at least {least}: each of num_layers "
+            f"({self.num_layers}) can merge half of its tokens and the first has {self.num_tokens}",
+        )
+        for name in ("transformer_norm_eps", "patch_norm_eps"):
+            eps = getattr(self, name)
+            require(0 < eps < 1, f"{name} ({eps}) must be above 0 and below 1")
+        low, high = self.kept_range or (1, 1)
+        require(
+            1 <= low <= high, f"kept_range {self.kept_range} must be a smallest and a largest K"
+        )
+        require(1 <= self.num_bits <= 63, f"num_bits ({self.num_bits}) must be between 1 and 63")
+        widths = (
+            ("encoder width", self.dim, "num_heads", self.num_heads),
+            ("decoder width", self.decoder_dim, "num_decoder_heads", self.num_decoder_heads),
+            ("source_dim", self.source_dim, "num_source_heads", self.num_source_heads),
+        )
+        for width_name, width, heads_name, heads in widths:
+            require(
+                heads > 0 and width % heads == 0,
+                f"{width_name} ({width}) must be a multiple of {heads_name} ({heads})",
+            )
+        require(
+            all((self.channels * mult) % self.num_groups == 0 for mult in self.channel_mult),
+            f"channels ({self.channels}) times each of channel_mult {self.channel_mult} must be a "
+            f"multiple of the {self.num_groups} normalisation groups",
+        )
+        # Sine and cosine of row and column.
+        require(self.source_dim % 4 == 0, f"source_dim ({self.source_dim}) must be a multiple of 4")
+        require(
+            not self.position_embedding or self.dim % 4 == 0,
+            f"encoder width ({self.dim}) must be a multiple of 4 for position_embedding",
+        )
+        require(
+            self.stem == "cnn" or self.patch_dim % self.num_groups == 0,
+            f"patch_dim ({self.patch_dim}) must be a multiple of {self.num_groups}",
+        )
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels per side of one grid cell: the downsampling factor f."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+    @property
+    def grid_size(self) -> int:
+        """Tokens per side before merging, at the trained size."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """L: tokens before merging, at the trained size."""
+        return self.grid_size**2
+
+    @property
+    def dim(self) -> int:
+        """Encoder transformer width."""
+        return self.patch_dim if self.stem == "patch" else self.decoder_dim
+
+    @property
+    def decoder_dim(self) -> int:
+        """Decoder transformer width: the channels of the coarsest level."""
+        return self.channels * self.channel_mult[-1]
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of every group normalisation: 32, or fewer where the base width is smaller."""
+        return min(32, self.channels)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeptConfig:
+    """The distribution K is drawn from, one K per optimizer step, the same on every rank.
+
+    Candidate k of n has probability proportional to `exp(-rate * k) + floor` (exponential),
+    `exp(-(k - mean)**2 / (2 * std**2)) + floor` (gaussian) or 1 (uniform).
+    """
+
+    distribution: Literal["uniform", "exponential", "gaussian"] = "uniform"
+    """Family of the distribution over the candidates' positions 0, 1, 2, .."""
+    candidates: tuple[int, ...] = (144,)
+    """The K that may be drawn; one candidate is a fixed K."""
+    rate: float = 2.0
+    """Decay of `exponential` per candidate (paper, equation 15)."""
+    mean: float = 1.0
+    """Centre of `gaussian` as a candidate position (paper, equation 16)."""
+    std: float = 0.5
+    """Width of `gaussian` in candidate positions."""
+    floor: float = 0.0
+    """Added to every candidate; the authors' code has 0.05 (gaussian), 0.05 (exponential, with
+    rate 2: theirs is 0.1 against an amplitude of 2)."""
+
+    def __post_init__(self) -> None:
+        """Reject an empty or impossible distribution."""
+        require(len(self.candidates) > 0, "candidates must name at least one number of tokens")
+        require(
+            min(self.candidates) >= 1, f"candidates {self.candidates} must all be at least 1 token"
+        )
+        require(self.std > 0, f"std ({self.std}) must be above 0")
+        require(self.floor >= 0, f"floor ({self.floor}) must be at least 0")
+
+    @property
+    def probabilities(self) -> tuple[float, ...]:
+        """One probability per candidate; they sum to 1."""
+        positions = range(len(self.candidates))
+        if self.distribution == "uniform":
+            weights = [1.0 for _ in positions]
+        elif self.distribution == "exponential":
+            weights = [math.exp(-self.rate * k) + self.floor for k in positions]
+        else:
+            weights = [
+                math.exp(-((k - self.mean) ** 2) / (2 * self.std**2)) + self.floor
+                for k in positions
+            ]
+        return tuple(weight / sum(weights) for weight in weights)

@@ -1,0 +1,316 @@
+"""Every setting of every run, as frozen values that check themselves.
+
+No torch in this file: the command line reads it before anything heavy is loaded. A recipe
+(`mergevq.config.recipes`) is a function that returns a run, the command line overrides single
+fields, and the result is written as JSON beside whatever it produced.
+
+Rules: a count is `num_*`, `None` means off, a derived quantity is a property and never stored, and
+`__post_init__` only validates.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from mergevq.config.base import (
+    MAX_PIXELS,
+    Device,
+    Precision,
+    check_max_pixels,
+    check_numbers,
+    require,
+)
+from mergevq.config.generator import GeneratorConfig, SamplingSettings
+from mergevq.config.objective import LossConfig, TeacherConfig
+from mergevq.config.tokenizer import KeptConfig, TokenizerConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Where images come from and how they are prepared."""
+
+    path: str = "digits"
+    """A folder of images, a parquet file or a folder of them, WebDataset tar shards
+    (`shards-{000..009}.tar` or a folder of .tar), or `digits` (scikit-learn's, 1,797 images)."""
+    val_path: str | None = None
+    """The same for validation; None holds out `val_fraction` of `path`."""
+    val_fraction: float = 0.05
+    """Share of `path` held out for validation, chosen by a fixed hash; used without `val_path`."""
+    max_images: int | None = None
+    """Use at most this many training images, evenly spaced over the data."""
+    max_pixels: int = MAX_PIXELS
+    """Largest picture that is read, as width times height; larger ones count as unreadable."""
+    crop: Literal["center", "random"] = "center"
+    """After the short side is resized to the image size: which square is kept in training."""
+    flip: bool = False
+    """Mirror half of the training images."""
+    num_workers: int = 2
+    """Loader processes; 0 loads in the training process."""
+
+    def __post_init__(self) -> None:
+        """Reject a validation share outside (0, 1), and counts below what is possible."""
+        require(0 < self.val_fraction < 1, f"val_fraction ({self.val_fraction}) must be in (0, 1)")
+        check_max_pixels(self.max_pixels)
+        require(self.num_workers >= 0, f"num_workers ({self.num_workers}) must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW, its schedule, clipping and the moving average of the weights."""
+
+    lr: float = 1e-4
+    """Peak learning rate at `base_batch_size`; the rate used is scaled linearly to the batch."""
+    base_batch_size: int | None = None
+    """Batch the rate was chosen for; None uses `lr` as it is at any batch size."""
+    betas: tuple[float, float] = (0.5, 0.9)
+    """AdamW's moments."""
+    weight_decay: float = 0.0
+    """On matrices only, never on gains, biases and embeddings."""
+    warmup_steps: int = 0
+    """Linear rise of the rate from 0."""
+    schedule: Literal["constant", "cosine", "step", "linear"] = "constant"
+    """After the warm-up; `step` divides by 10 at each of `milestones`."""
+    milestones: tuple[float, ...] = (0.85, 0.95)
+    """Of `step`, as shares of all steps."""
+    final_lr_ratio: float = 0.0
+    """Last rate of `cosine` and `linear` as a share of the peak."""
+    clip_norm: float | None = 1.0
+    """Largest gradient norm of each side; None does not clip."""
+    ema_decay: float = 0.999
+    """Of the averaged weights that evaluation and the saved model use."""
+
+    def __post_init__(self) -> None:
+        """Reject rates that cannot train."""
+        require(self.lr > 0, f"lr ({self.lr}) must be above 0")
+        require(0 <= self.ema_decay < 1, f"ema_decay ({self.ema_decay}) must be in [0, 1)")
+        require(
+            self.clip_norm is None or self.clip_norm > 0,
+            f"clip_norm ({self.clip_norm}) must be above 0, or None for no clipping",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """The loop: how long, how large, how precise, what is written and when."""
+
+    num_steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 64
+    """Images (or sequences) per optimizer step over all ranks and accumulated parts."""
+    accumulation: int = 1
+    """Parts each rank's share of the batch is cut into, to save memory."""
+    precision: Precision = "auto"
+    """`auto` is bf16 where the device has it, else float32; float16 only when asked for."""
+    device: Device = "auto"
+    """Where to train."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Several processes each hold all weights, moments and averages (`ddp`), or each a part of them
+    (`fsdp`, generators only), which needs less memory and a file system that all can reach."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third slower."""
+    seed: int = 0
+    """Of every random number in the run."""
+    log_every: int = 20
+    """Steps between log lines."""
+    image_every: int = 500
+    """Steps between reconstruction grids."""
+    eval_every: int = 500
+    """Steps between validations."""
+    num_eval_images: int = 256
+    """Validation images looked at each time."""
+    eval_num_kept: tuple[int, ...] = ()
+    """K at which validation reports; empty is the nominal K."""
+    save_every: int = 1000
+    """Steps between checkpoints."""
+    keep_last: int = 2
+    """Checkpoints kept."""
+    max_nonfinite: int = 20
+    """Steps in a row with a non-finite loss or gradient after which the run stops."""
+    quantize_start_step: int = 0
+    """Before this step the decoder sees the latents themselves, not the codes."""
+    max_minutes: float | None = None
+    """Minutes of steps after which a run saves and stops, for --resume; None is no limit."""
+    tensorboard: bool = False
+    """Also write TensorBoard events (the `log` extra)."""
+
+    def __post_init__(self) -> None:
+        """Reject counts below 1 and a batch that cannot be cut."""
+        counts = ("num_steps", "batch_size", "accumulation", "log_every", "image_every")
+        counts += ("eval_every", "num_eval_images", "save_every", "keep_last", "max_nonfinite")
+        for name in counts:
+            require(getattr(self, name) >= 1, f"{name} ({getattr(self, name)}) must be at least 1")
+        minutes, batch, parts = self.max_minutes, self.batch_size, self.accumulation
+        require(minutes is None or minutes > 0, f"max_minutes ({minutes}) must be above 0")
+        message = f"batch_size ({batch}) must be a multiple of accumulation ({parts})"
+        require(batch % parts == 0, message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerRun:
+    """One training run of a tokenizer: `mergevq train RECIPE`."""
+
+    model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """Architecture."""
+    kept: KeptConfig = field(default_factory=KeptConfig)
+    """Distribution of K."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Images."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """Loss weights."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """Alignment."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Loop."""
+    init_from: str | None = None
+    """Start from this tokenizer's weights (fine-tuning) instead of random ones."""
+    init_vit: str | None = None
+    """Fill the encoder's blocks from this DINOv2 ViT by weight selection: name or local folder."""
+    out: str = "runs/tokenizer"
+    """Directory of the run."""
+
+    def __post_init__(self) -> None:
+        """Reject a K that the image does not have or the layers do not reach, and sharding."""
+        check_numbers(self)
+        require(
+            self.train.parallel == "ddp",
+            f"train.parallel ({self.train.parallel}) must be ddp: only generators are sharded",
+        )
+        require(
+            None in (self.init_from, self.init_vit),
+            f"init_from ({self.init_from}) would replace init_vit ({self.init_vit}): leave one out",
+        )
+        for num_kept in (*self.kept.candidates, *self.train.eval_num_kept):
+            replace(self.model, num_kept=num_kept)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokensConfig:
+    """What a generator learns from: files of tokens, and the tokenizer that made them."""
+
+    path: str = "runs/tokens"
+    """Folder that `mergevq encode` wrote, with tokens for every K of `kept`."""
+    tokenizer: str = "runs/tokenizer/model"
+    """Directory of the tokens' own tokenizer, or owner/name@revision on Hugging Face."""
+    val_fraction: float = 0.05
+    """Share of the images held out for validation, mirror images with them; always the same."""
+
+    def __post_init__(self) -> None:
+        """Reject a validation share outside (0, 1)."""
+        require(0 < self.val_fraction < 1, f"val_fraction ({self.val_fraction}) must be in (0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GeneratorRun:
+    """One training run of a generator: `mergevq train RECIPE`.
+
+    The candidates of `kept` are those of the model; the classes come from the tokens.
+    """
+
+    model: GeneratorConfig = field(default_factory=GeneratorConfig)
+    """Architecture and order; its `kept_candidates` and, at 0, its `num_classes` are filled in."""
+    tokens: TokensConfig = field(default_factory=TokensConfig)
+    """Tokens and their tokenizer."""
+    kept: KeptConfig = field(default_factory=KeptConfig)
+    """Distribution of K; order `raster` has all cells, one candidate."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Loop. `image_every` is of sampled pictures; `quantize_start_step` has no meaning here."""
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    """Of the pictures made while training; without classes they are not guided."""
+    init_from: str | None = None
+    """Start from this generator's weights; with another number of classes, from all but those of
+    the classes."""
+    out: str = "runs/generator"
+    """Directory of the run."""
+
+    def __post_init__(self) -> None:
+        """Reject a K that the grid does not have, and settings of the tokenizer's loop."""
+        check_numbers(self)
+        num_tokens = self.model.num_tokens
+        require(
+            self.model.order != "raster" or self.kept.candidates == (num_tokens,),
+            f"kept.candidates {self.kept.candidates} must be the {num_tokens} cells of the grid in "
+            "order 'raster'",
+        )
+        require(
+            self.train.quantize_start_step == 0,
+            f"quantize_start_step ({self.train.quantize_start_step}) must be 0: tokens are codes",
+        )
+        require(
+            (self.train.parallel, self.train.precision) != ("fsdp", "float16"),
+            "train.precision (float16) must be bf16 or float32 with train.parallel fsdp",
+        )
+        for num_kept in self.train.eval_num_kept:
+            require(
+                num_kept in self.kept.candidates,
+                f"eval_num_kept ({num_kept}) must be one of kept.candidates "
+                f"{self.kept.candidates}: there are no tokens of another K",
+            )
+        self.resolved_model  # noqa: B018 - checks that the nominal K is a candidate
+
+    @property
+    def resolved_model(self) -> GeneratorConfig:
+        """The architecture with the K of this run; `raster` may do without the instruction."""
+        without = self.model.order == "raster" and not self.model.kept_candidates
+        candidates = () if without else tuple(sorted(set(self.kept.candidates)))
+        return replace(self.model, kept_candidates=candidates)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceRun:
+    """One run of `mergevq finetune-source`: all that its result depends on."""
+
+    tokenizer: str = "runs/tokenizer/model"
+    """Directory of the tokenizer, or owner/name@revision on Hugging Face."""
+    tokens: str = "runs/tokens"
+    """Folder of its tokens, with their source maps."""
+    generator: str = "runs/generator/model"
+    """Directory of the generator of order `random` whose mistakes are made, or its id."""
+    out: str = "runs/source"
+    """Directory of the tokenizer with the new predictor."""
+    num_kept: tuple[int, ...] = ()
+    """Each K to train on; empty is all that tokens and generator have."""
+    max_replaced: float = 0.5
+    """Largest share of an image's tokens that the generator makes anew; each step has a share of
+    its own, evenly distributed from 0."""
+    num_passes: int = 8
+    """Forward passes of the generator in which the tokens are made."""
+    num_steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 256
+    """Images per step."""
+    num_eval_images: int = 256
+    """Held-out images looked at before and after."""
+    val_fraction: float = 0.05
+    """Share of the images held out, the same ones as in training a generator with this share."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            betas=(0.9, 0.95),
+            weight_decay=1e-2,
+            schedule="step",
+            clip_norm=None,
+        )
+    )
+    """Optimizer; the predictor that is saved has the averaged weights."""
+    precision: Precision = "auto"
+    """Of the predictor's products; the generator samples in float32."""
+    device: Device = "auto"
+    """Where to compute."""
+    seed: int = 0
+    """Of every random number."""
+
+    def __post_init__(self) -> None:
+        """Reject shares that leave nothing to recover from, and counts below 1."""
+        check_numbers(self)
+        if not 0 <= self.max_replaced < 1:
+            raise ValueError(
+                f"max_replaced ({self.max_replaced}) must be at least 0 and below 1: where all "
+                "tokens are new, the image's own source map is no longer theirs"
+            )
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"val_fraction ({self.val_fraction}) must be in (0, 1)")
+        for name in ("num_passes", "num_steps", "batch_size", "num_eval_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")

@@ -1,0 +1,1 @@
+"""Images and tokens, as values and as files."""

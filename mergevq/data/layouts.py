@@ -1,0 +1,121 @@
+"""The source map: which kept token each grid token joined, its canonical order, its bits.
+
+Source: Li et al. 2025, "MergeVQ", section 3.2 and appendix A.1 (arXiv:2504.00999).
+
+Differs: the paper's source matrix is never built, an index per grid token does its work in O(L);
+kept tokens leave in canonical order (by the lowest raster cell of their group), not in the order
+the matching happens to produce.
+
+Shape letters: B batch, L grid tokens, K kept tokens, C channels.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from mergevq.nn.rows import take_rows, weighted_sum
+
+
+class Bits(NamedTuple):
+    """What storing one image costs, in bits."""
+
+    tokens: float
+    """K tokens of D bits each."""
+    source: float
+    """The source map: log2 of the number of maps that exist for this L and K."""
+
+    @property
+    def total(self) -> float:
+        """Tokens and source."""
+        return self.tokens + self.source
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Which kept token each grid token went into.
+
+    The paper's source matrix S of shape (B, K, L) is `one_hot(index).mT`. In canonical order the
+    map is a causal sequence: in raster order every cell either opens the next kept token or copies
+    one that is open.
+    """
+
+    index: Int64[Tensor, "b l"]
+    """Position of the kept token, in [0, num_kept)."""
+
+    num_kept: int
+    """K."""
+
+    def sizes(self) -> Int64[Tensor, "b k"]:
+        """Grid tokens per kept token; each row sums to L."""
+        zeros = self.index.new_zeros(self.index.shape[0], self.num_kept)
+        return zeros.scatter_add(1, self.index, torch.ones_like(self.index))
+
+    def anchors(self) -> Int64[Tensor, "b k"]:
+        """Lowest raster cell of each kept token's group; increasing in canonical order.
+
+        A kept token that no cell points to, as a predicted source may have, gets L.
+        """
+        batch, num_tokens = self.index.shape
+        cells = torch.arange(num_tokens, device=self.index.device).expand(batch, -1)
+        last = self.index.new_full((batch, self.num_kept), num_tokens)
+        return last.scatter_reduce(1, self.index, cells, reduce="amin")
+
+    def bits(self, num_bits: int) -> Bits:
+        """Bits of one image: its K tokens of `num_bits` each, and its source map.
+
+        The source is counted as an index into all maps of L cells onto K tokens in canonical
+        order, of which there are as many as partitions of L things into K groups: the shortest
+        code of one length for all, and the same number for every image.
+        """
+        num_tokens = self.index.shape[1]
+        return Bits(self.num_kept * num_bits, source_bits(num_tokens, self.num_kept))
+
+
+@functools.cache
+def source_bits(num_tokens: int, num_kept: int) -> float:
+    """Log2 of the Stirling number of the second kind S(num_tokens, num_kept).
+
+    Example:
+        Three cells onto two tokens: 0 0 1, 0 1 0 and 0 1 1.
+
+        >>> round(2 ** source_bits(3, 2))
+        3
+    """
+    # S(n, k) = k S(n-1, k) + S(n-1, k-1); Python's integers keep it exact at any size.
+    row = [1] + [0] * num_kept
+    for _ in range(num_tokens):
+        row = [0] + [k * row[k] + row[k - 1] for k in range(1, num_kept + 1)]
+    return math.log2(row[num_kept])
+
+
+def merge(grid: Float[Tensor, "b l c"], source: Source) -> Float[Tensor, "b k c"]:
+    """Average the grid tokens that share a kept token; one that no cell points to is 0."""
+    sizes = source.sizes().to(torch.promote_types(grid.dtype, torch.float32))
+    shares = 1 / sizes.gather(1, source.index)
+    return weighted_sum(grid, shares, source.index, source.num_kept).to(grid.dtype)
+
+
+def unmerge(kept: Float[Tensor, "b k c"], source: Source) -> Float[Tensor, "b l c"]:
+    """Copy each kept token to every grid cell it stands for (paper, equation 11)."""
+    return take_rows(kept, source.index)
+
+
+class Canonical(NamedTuple):
+    """Kept tokens in canonical order."""
+
+    source: Source
+    """The source map of the ordered tokens."""
+    order: Int64[Tensor, "b k"]
+    """Position each of them had before; `take_rows(tokens, order)` orders them."""
+
+
+def canonicalize(source: Source) -> Canonical:
+    """Sort kept tokens by anchor, the lowest raster cell of their group."""
+    order = source.anchors().argsort(-1)
+    rank = order.argsort(-1)
+    return Canonical(Source(rank.gather(1, source.index), source.num_kept), order)

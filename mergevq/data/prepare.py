@@ -1,0 +1,262 @@
+"""Bytes of pictures to upright RGB, and pictures to tensors: squares, crops and flips.
+
+Only a fixed list of formats is opened, whatever a file is called: Pillow would hand PostScript to
+an interpreter. The number of pixels is compared with a limit before any is decoded.
+
+Source: Szegedy et al. 2015, "Going Deeper with Convolutions", section 6 (arXiv:1409.4842) for the
+random resized crop.
+
+Shape letters: B batch, S image side.
+"""
+
+import io
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from mergevq.config.base import MAX_PIXELS
+from mergevq.runtime.files import require_regular
+
+FORMATS = {
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "JPEG": (".jfif", ".jpe", ".jpeg", ".jpg"),
+    "JPEG2000": (".j2k", ".jp2"),
+    "PNG": (".png",),
+    "PPM": (".pbm", ".pgm", ".pnm", ".ppm"),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+}
+"""Endings of file names, in lower case, by each format of Pillow that is read."""
+ENDINGS = frozenset(ending for endings in FORMATS.values() for ending in endings)
+"""Endings of the names of pictures that are read."""
+
+_PLAIN_BYTES = 2**26
+"""Bytes a file may have for other things than pixels."""
+
+
+class BrokenImageError(RuntimeError):
+    """One image cannot be read; the others of its data set may be fine."""
+
+
+def most_bytes(max_pixels: int) -> int:
+    """Largest file that is read of a picture: 4 bytes for each pixel, and 64 MiB."""
+    return 4 * max_pixels + _PLAIN_BYTES
+
+
+def load_picture(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read an image file as upright RGB.
+
+    Args:
+        path: regular file in one of `FORMATS`, whatever its name.
+        max_pixels: largest width times height that is decoded.
+
+    Raises:
+        ValueError: it is missing, no image of these formats, damaged, or too large.
+    """
+    try:
+        return decode(read_bounded(Path(path), most_bytes(max_pixels)), max_pixels=max_pixels)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"image {path} cannot be read: {error}") from error
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """Content of a regular file.
+
+    Raises:
+        ValueError: no regular file, or one of more than `most` bytes.
+    """
+    require_regular(path)
+    with path.open("rb") as file:
+        data = file.read(most + 1) if path.stat().st_size <= most else b""
+        if len(data) > most or path.stat().st_size > most:
+            raise ValueError(f"the file is larger than the {most:,} bytes that are read of one")
+    return data
+
+
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode the content of an image file to upright RGB, transparent parts on white.
+
+    Raises:
+        ValueError: no image of `FORMATS`, damaged, larger than `max_pixels`, or a mode of no
+            defined range.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
+            _require_few_pixels(image, max_pixels)
+            return to_rgb(image)
+    except UnidentifiedImageError as error:
+        raise ValueError("no image format that is read") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"more pixels than max_pixels ({max_pixels:,}): {error}") from error
+    except Exception as error:
+        # Damaged files make Pillow raise from a dozen unrelated types.
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _require_few_pixels(image: Image.Image, max_pixels: int) -> None:
+    """Check the size before pixels are decoded.
+
+    Raises:
+        ValueError: there are too many.
+    """
+    if image.width * image.height > max_pixels:
+        raise ValueError(
+            f"{image.width:,} x {image.height:,} are {image.width * image.height:,} pixels, more "
+            f"than max_pixels ({max_pixels:,})"
+        )
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A copy in upright 8-bit RGB, of any mode, transparent parts on white.
+
+    Raises:
+        ValueError: the mode has no defined range.
+    """
+    # Known of an opened file only; turning loses it.
+    kind = image.format
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("a float image has no defined range; save it with 8 bits per channel")
+    if image.mode == "I" and kind not in ("PNG", "PPM"):
+        raise ValueError(
+            "an image of 32-bit integers has no defined range; save it with 8 or 16 bits per "
+            "channel"
+        )
+    if image.mode.startswith("I"):
+        return _from_16_bits(image)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    """Scale 65535, which Pillow opens as 16 or 32 bits, to 255."""
+    values = np.asarray(image).clip(0, 65535).astype(np.uint32)
+    if 255 < values.max(initial=0) < 4096:
+        warnings.warn(
+            "a 16-bit picture has no value above 4095 and comes out nearly black: if it holds 12 "
+            "bits, multiply its values by 16 and save it again",
+            stacklevel=3,
+        )
+    # Whole numbers: floats of 13,000 x 13,000 pixels fill gigabytes.
+    values += 128
+    values //= 257
+    return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+
+
+# A 1 x 60,000 strip would become 64 x 3,840,000: from this ratio on it is cut before it is resized.
+_LONGEST_ASPECT = 16
+
+
+# Preparation
+
+
+def to_float(pixels: UInt8[Tensor, "*b 3 h w"]) -> Float[Tensor, "*b 3 h w"]:
+    """Bytes to [-1, 1]."""
+    image = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+    return image.div_(127.5).sub_(1)
+
+
+def to_tensor(image: Image.Image) -> Float[Tensor, "3 h w"]:
+    """RGB image to [-1, 1].
+
+    Raises:
+        ValueError: the image has another mode.
+    """
+    if image.mode != "RGB":
+        raise ValueError(f"image mode ({image.mode}) must be RGB; decoding.to_rgb converts it")
+    return to_float(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+
+
+def load_square(
+    image: Image.Image, size: int, generator: torch.Generator | None = None
+) -> Float[Tensor, "3 s s"]:
+    """Prepare an RGB image for the model: `crop_square`, then `to_tensor`."""
+    return to_tensor(crop_square(image, size, generator))
+
+
+def crop_square(
+    image: Image.Image,
+    size: int,
+    generator: torch.Generator | None = None,
+    *,
+    bilinear: bool = False,
+) -> Image.Image:
+    """Resize the short side to `size` (bicubic, antialiased), then keep a square of that side.
+
+    Args:
+        image: RGB; one that already has the size comes back unchanged.
+        size: side in pixels.
+        generator: draws the square's place; None keeps the centre.
+        bilinear: resize so instead.
+    """
+    if max(image.size) > _LONGEST_ASPECT * min(image.size):
+        image = _cut(image, min(image.size), generator)
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    if (width, height) != image.size:
+        method = Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
+        image = image.resize((width, height), method)
+    return _cut(image, size, generator)
+
+
+def _cut(image: Image.Image, side: int, generator: torch.Generator | None) -> Image.Image:
+    """Keep the centre square, or one at a random place."""
+    if image.size == (side, side):
+        return image
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    if generator is not None:
+        left = _draw(image.width - side + 1, generator)
+        top = _draw(image.height - side + 1, generator)
+    return image.crop((left, top, left + side, top + side))
+
+
+def _draw(count: int, generator: torch.Generator) -> int:
+    """A uniform whole number in [0, count)."""
+    return int(torch.randint(count, (), generator=generator))
+
+
+def random_flip(image: Image.Image, generator: torch.Generator) -> Image.Image:
+    """Mirror left and right with probability one half."""
+    return ImageOps.mirror(image) if _draw(2, generator) else image
+
+
+def random_resized_crop(
+    image: Image.Image,
+    size: int,
+    generator: torch.Generator,
+    *,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Image.Image:
+    """Resize a random rectangle to a square.
+
+    Args:
+        image: RGB.
+        size: side of the result, in pixels.
+        generator: draws the rectangle.
+        scale: smallest and largest share of the area, drawn uniformly.
+        ratio: smallest and largest width over height, drawn uniformly in its logarithm. An image
+            so long that ten draws do not fit gives its centre square.
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area_draw, ratio_draw = torch.rand(2, generator=generator).tolist()
+        area = image.width * image.height * (scale[0] + area_draw * (scale[1] - scale[0]))
+        aspect = math.exp(low + ratio_draw * (high - low))
+        width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < width <= image.width and 0 < height <= image.height:
+            left = _draw(image.width - width + 1, generator)
+            top = _draw(image.height - height + 1, generator)
+            box = (left, top, left + width, top + height)
+            return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return crop_square(image, size)

@@ -1,0 +1,1 @@
+"""The quickstart, its report and the demo page."""

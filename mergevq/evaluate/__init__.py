@@ -1,0 +1,1 @@
+"""Evaluations of tokenizers and generators."""

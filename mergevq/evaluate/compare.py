@@ -1,0 +1,262 @@
+"""How well images come back, with the given and with the recovered source.
+
+Source: Li et al. 2025, "MergeVQ", section 4 and Table 2 (arXiv:2504.00999).
+
+Differs: every number is reported for the recovered source too, PSNR is per image, and the bits of
+the source map are counted beside those of the tokens.
+
+Shape letters: B batch, N all images, H and W pixels, D bits of a token, F feature channels.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from mergevq.config.evaluation import Protocol
+from mergevq.data.batches import Batch
+from mergevq.data.layouts import Bits, Source
+from mergevq.metrics.codes import CodebookStatistics, codebook_statistics, source_accuracy
+from mergevq.metrics.extractor import FeatureExtractor
+from mergevq.metrics.frechet import FrechetStatistics, Gaussian, frechet_distance
+from mergevq.metrics.image import (
+    Mean,
+    authors_ssim,
+    feature_cosine,
+    psnr,
+    ssim,
+    to_pixels,
+    to_uint8,
+)
+from mergevq.metrics.lpips import Perceptual
+from mergevq.metrics.sets import Rows
+from mergevq.runtime import distributed
+from mergevq.tokenizer.tokenizer import Tokenizer
+
+
+class Comparison:
+    """How like their originals decoded images are, over images that arrive in batches.
+
+    Args:
+        perceptual: network for LPIPS; None leaves it out.
+        extractor: network for feature cosine and Frechet distance; None leaves them out.
+        protocol: how images are compared.
+    """
+
+    def __init__(
+        self,
+        *,
+        perceptual: Perceptual | None = None,
+        extractor: FeatureExtractor | None = None,
+        protocol: Protocol = "own",
+    ) -> None:
+        self.perceptual, self.extractor = perceptual, extractor
+        self.is_authors = protocol == "authors"
+        names = ["psnr", "ssim", "l1"]
+        names += [] if perceptual is None else ["lpips"]
+        names += [] if extractor is None else [cosine_name(extractor)]
+        # All from the start: a rank that gets no image takes part in every sum.
+        self.means = {name: Mean(name, infinite=name == "psnr") for name in names}
+        self.psnr = Rows("psnr", infinite=True)
+        """PSNR of each image, one column."""
+        self.statistics = None if extractor is None else FrechetStatistics(extractor.dim)
+        """Of the decoded images' features."""
+
+    def update(
+        self,
+        image: Float[Tensor, "b 3 h w"],
+        decoded: Float[Tensor, "b 3 h w"],
+        positions: Int64[Tensor, "b"],
+        features: Float[Tensor, "b f"] | None = None,
+    ) -> None:
+        """Add a batch; a value that is not finite is a ValueError.
+
+        Args:
+            image: originals, in [-1, 1].
+            decoded: what came back; clipped to [-1, 1].
+            positions: of the images among all images.
+            features: of the originals, where there is an extractor.
+        """
+        shown = decoded.float().clamp(-1, 1)
+        per_image = psnr(image, shown, truncated=self.is_authors)
+        similarity = authors_ssim if self.is_authors else ssim
+        values = {"psnr": per_image, "ssim": similarity(image, shown)}
+        values["l1"] = (image - shown).abs().mean((1, 2, 3))
+        if self.perceptual is not None:
+            values["lpips"] = self.perceptual(image, shown)
+        if self.extractor is not None and self.statistics is not None and features is not None:
+            pixels = to_pixels(shown) if self.is_authors else to_uint8(shown)
+            found = self.extractor.features(pixels)
+            values[cosine_name(self.extractor)] = feature_cosine(features, found)
+            self.statistics.update(found)
+        for name, value in values.items():
+            self.means[name].update(value)
+        self.psnr.update(per_image[:, None], positions)
+
+    def compute(self, reference: Gaussian | None = None) -> dict[str, float]:
+        """Every mean, and with an extractor the Frechet distance to a reference.
+
+        PSNR is infinite as soon as one image came back exactly; `num_exact` counts those, and where
+        there are any, `psnr_finite` is the mean of the others.
+        """
+        numbers = {name: mean.compute().mean for name, mean in self.means.items()}
+        average = self.means["psnr"].compute()
+        numbers["num_exact"] = float(average.num_infinite)
+        if 0 < average.num_infinite < average.num_items:
+            numbers["psnr_finite"] = average.finite_mean
+        if self.extractor is not None and self.statistics is not None and reference is not None:
+            found = self.statistics.compute()
+            numbers[self.extractor.metric_name("frechet")] = frechet_distance(reference, found)
+        return numbers
+
+
+def cosine_name(extractor: FeatureExtractor) -> str:
+    """What the mean cosine between an extractor's features is called."""
+    return f"feature_cosine_{extractor.name}"
+
+
+class Outcome(NamedTuple):
+    """What one tokenizer does at one K, over all images of all ranks."""
+
+    given: dict[str, float]
+    """With the encoder's source; see `Comparison.compute`."""
+    recovered: dict[str, float]
+    """With the source inferred from the tokens: the same numbers."""
+    source_accuracy: float
+    """Share of cells whose kept token was recovered."""
+    codebook: CodebookStatistics
+    bits: Bits
+    """Of one image."""
+    num_pixels: int
+    """Of one image."""
+    num_images: int
+    images_per_second: float
+    """Encoded and decoded with the given source, over all ranks."""
+
+
+class Evaluation:
+    """Measures a tokenizer at one K, batch by batch.
+
+    Args:
+        tokenizer: in evaluation mode, where it is to run.
+        num_kept: K.
+        perceptual: network for LPIPS; None leaves it out.
+        extractor: network for feature cosine and Frechet distance; None leaves them out.
+        autocast: precision of encoder and decoder; metrics are always float32.
+        protocol: how images are compared.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        num_kept: int,
+        *,
+        perceptual: Perceptual | None,
+        extractor: FeatureExtractor | None = None,
+        autocast: torch.autocast,
+        protocol: Protocol = "own",
+    ) -> None:
+        self.tokenizer, self.num_kept, self.autocast = tokenizer, num_kept, autocast
+        self.device = next(tokenizer.parameters()).device
+        self.given, self.recovered = (
+            Comparison(perceptual=perceptual, extractor=extractor, protocol=protocol)
+            for _ in range(2)
+        )
+        self.accuracy = Mean("source_accuracy")
+        self.tokens: list[Int64[Tensor, "_"]] = []
+        """Every token of every image of this rank, on the CPU."""
+        self.seconds = 0.0
+        self.grid_size = self.image_size = (0, 0)
+
+    @torch.no_grad()
+    def update(
+        self,
+        image: Float[Tensor, "b 3 h w"],
+        positions: Int64[Tensor, "b"],
+        features: Float[Tensor, "b f"] | None = None,
+    ) -> None:
+        """Reconstruct a batch and add it; see `Comparison.update`."""
+        self._wait()
+        started_at = time.perf_counter()
+        with self.autocast:
+            given = self.tokenizer.reconstruct(image, self.num_kept)
+        self._wait()
+        self.seconds += time.perf_counter() - started_at
+        encoded = given.encoded
+        with self.autocast:
+            source = self.tokenizer.recover(encoded.codes, encoded.grid_shape)
+            recovered = self.tokenizer.decode(encoded.codes, source, encoded.grid_shape)
+        self.tokens.append(encoded.indices.flatten().cpu())
+        self.accuracy.update(source_accuracy(source.index, given.source.index))
+        self.given.update(image, given.image, positions, features)
+        self.recovered.update(image, recovered, positions, features)
+        self.grid_size, self.image_size = encoded.grid_shape, (image.shape[2], image.shape[3])
+
+    def compute(self, reference: Gaussian | None = None) -> Outcome:
+        """Everything, over all ranks; every rank must call.
+
+        Args:
+            reference: of the original images, for the Frechet distance; None leaves it out.
+        """
+        sizes = distributed.gather(torch.tensor([[*self.grid_size, *self.image_size]])).amax(0)
+        rows, columns, height, width = sizes.tolist()
+        accuracy = self.accuracy.compute()
+        rate = self.accuracy.state[1:2] / max(self.seconds, 1e-9)
+        cells = Source(torch.zeros(1, rows * columns, dtype=torch.int64), self.num_kept)
+        # A rank that got no image takes part with no token.
+        tokens = torch.cat([torch.empty(0, dtype=torch.int64), *self.tokens])
+        num_bits = self.tokenizer.config.num_bits
+        return Outcome(
+            given=self.given.compute(reference),
+            recovered=self.recovered.compute(reference),
+            source_accuracy=accuracy.mean,
+            codebook=codebook_statistics(distributed.gather(tokens), num_bits),
+            bits=cells.bits(num_bits),
+            num_pixels=height * width,
+            num_images=accuracy.num_items,
+            images_per_second=float(distributed.sum(rate)),
+        )
+
+    def _wait(self) -> None:
+        """Let a GPU finish, so that time is told right."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def measure(
+    tokenizer: Tokenizer,
+    batches: Iterable[Batch],
+    num_kept: int,
+    *,
+    perceptual: Perceptual | None,
+    autocast: torch.autocast,
+) -> Iterator[tuple[str, float]]:
+    """Reconstruct images and yield (name, value) of every number, given source first.
+
+    Args:
+        tokenizer: in evaluation mode, where it is to run.
+        batches: each image once over all ranks; see `mergevq.data.batches.eval_batches`.
+        num_kept: K.
+        perceptual: network for LPIPS; None leaves it out.
+        autocast: precision of encoder and decoder; metrics are always float32.
+
+    Yields:
+        `psnr`, `ssim`, `l1`, `lpips` and their `_recovered` twins, `source_accuracy`,
+        `codebook_usage`, `perplexity`, `bits` and `bits_per_pixel` of one image, `num_images`.
+    """
+    evaluation = Evaluation(tokenizer, num_kept, perceptual=perceptual, autocast=autocast)
+    for batch in batches:
+        evaluation.update(batch.image.to(evaluation.device), batch.index)
+    outcome = evaluation.compute()
+    for suffix, numbers in (("", outcome.given), ("_recovered", outcome.recovered)):
+        for name in evaluation.given.means:
+            yield f"{name}{suffix}", numbers[name]
+    yield "source_accuracy", outcome.source_accuracy
+    yield "codebook_usage", outcome.codebook.usage
+    yield "perplexity", outcome.codebook.perplexity
+    yield "bits", outcome.bits.total
+    yield "bits_per_pixel", outcome.bits.total / outcome.num_pixels
+    yield "num_images", float(outcome.num_images)

@@ -1,0 +1,329 @@
+"""What a generator's images are worth: `mergevq evaluate generation`.
+
+Images are sampled into a folder, image k of class k mod C, and compared with a training set. An
+interrupted run goes on where it was: images are made in batches of fixed numbers, each by one rank,
+so they are the same however many ranks there were and wherever it stopped.
+
+Source: Brock et al. 2019, "Large Scale GAN Training for High Fidelity Natural Image Synthesis",
+appendix (arXiv:1809.11096), for nearest neighbours in features as a check for memorised images.
+
+Shape letters: B batch, N images, H and W pixels, F feature channels, M samples to look up.
+"""
+
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from mergevq.config.evaluation import GenerationSettings
+from mergevq.config.records import GenerationRecord
+from mergevq.data.images import open_images
+from mergevq.evaluate.neighbours import Neighbours, nearest_neighbours, neighbour_picture
+from mergevq.evaluate.samples import (
+    ARRAY,
+    Samples,
+    open_samples,
+    sample_missing,
+    sample_size,
+    write_array,
+)
+from mergevq.evaluate.subject import (
+    RECORD,
+    evaluation_record,
+    extractor_record,
+    json_numbers,
+    reference_record,
+    require_fresh,
+)
+from mergevq.generator.generation import Pair, class_labels, load_run
+from mergevq.metrics.extractor import FeatureExtractor
+from mergevq.metrics.frechet import FrechetStatistics, Gaussian, frechet_distance
+from mergevq.metrics.references import ImageHashes, open_reference, reference_features
+from mergevq.metrics.sets import Rows, inception_score, kernel_distance, precision_recall
+from mergevq.runtime import distributed
+from mergevq.runtime.device import deterministic, resolve_device
+from mergevq.runtime.files import write_json
+from mergevq.runtime.logs import Progress
+from mergevq.runtime.random import step_generator
+from mergevq.runtime.settings import to_json
+
+_SUBSET_SIZE = 1000
+"""Images of each kind in a subset of the kernel distance, as in published numbers."""
+_PRECISION_NEIGHBOURS = 3
+"""That reach to the edge of a ball, as in published numbers."""
+
+
+class GenerationScores(NamedTuple):
+    """What was found about a set of samples."""
+
+    numbers: dict[str, float]
+    left_out: list[str]
+    """What could not be measured, and why."""
+    pixels_sha256: str
+    """Over all samples."""
+    features: Float[Tensor, "n f"]
+    """Of all samples."""
+
+
+def evaluate_generation(settings: GenerationSettings) -> GenerationRecord | None:
+    """Sample what is missing, measure, and write the results; on every rank, under `torchrun`.
+
+    Returns:
+        What was written to `evaluation.json`; None on ranks other than the main one.
+
+    Raises:
+        ValueError: generator, reference or settings do not fit, or a number is not finite.
+        RuntimeError: a file is damaged.
+    """
+    out = Path(settings.out)
+    require_fresh(out)
+    world = distributed.init(resolve_device(settings.device))
+    try:
+        extractor = FeatureExtractor(settings.extractor, world.device)
+        pair, logit_error = None, None
+        if settings.run is not None:
+            pair, logit_error = load_run(settings.run, world.device)
+        size = sample_size(settings, pair)
+        # Before any sampling, which may take days: an unfit reference is not worth them.
+        reference = open_reference(
+            Path(settings.reference), "generation", extractor=extractor, image_size=size
+        )
+        classifier = _classifier(settings, pair, world.device)
+        unscored = _without_probabilities(extractor)
+        if distributed.is_main():
+            _warn(settings, pair, unscored)
+        if settings.run is not None and pair is not None:
+            sample_missing(pair, settings.run, out, world)
+        distributed.barrier()
+        samples = open_samples(settings, out)
+        if settings.write_array and distributed.is_main():
+            out.mkdir(parents=True, exist_ok=True)
+            write_array(samples, out / ARRAY, settings.batch_size)
+        labels = None
+        if settings.run is not None and pair is not None and classifier is not None:
+            numbers = range(samples.num_images)
+            labels = class_labels(settings.run, pair.generator.config.num_classes, numbers)
+        scores = measure_generation(
+            samples,
+            world,
+            extractor=extractor,
+            reference=reference.statistics,
+            reference_features=_reference_features(settings, extractor),
+            unscored=unscored,
+            classifier=classifier,
+            labels=labels,
+            batch_size=settings.batch_size,
+        )
+        neighbours = _look_up(settings, scores, extractor, size, world)
+        if not distributed.is_main():
+            return None
+        out.mkdir(parents=True, exist_ok=True)
+        if neighbours is not None and settings.data is not None:
+            images = open_images(settings.data, max_pixels=settings.max_pixels)
+            picture = neighbour_picture(samples, images, neighbours, size)
+            picture.save(out / "nearest_neighbours.png")
+        record: GenerationRecord = {
+            "kind": "generation evaluation",
+            "settings": to_json(settings),
+            **evaluation_record(world),
+            "generator": None if pair is None else pair.generator_hash,
+            "tokenizer": None if pair is None else pair.tokenizer_hash,
+            "logit_error": logit_error,
+            "samples": {
+                "num_images": samples.num_images,
+                "size": list(samples.size),
+                "pixels_sha256": scores.pixels_sha256,
+                "array": str(out / ARRAY) if settings.write_array else None,
+            },
+            "extractor": extractor_record(extractor),
+            "classifier": None if classifier is None else extractor_record(classifier),
+            "reference": reference_record(settings.reference, reference),
+            **json_numbers(scores.numbers),
+            "left_out": scores.left_out,
+            "nearest_distances": None if neighbours is None else neighbours.distance.tolist(),
+        }
+        write_json(out / RECORD, record)
+        return record
+    finally:
+        distributed.shutdown()
+
+
+def _without_probabilities(extractor: FeatureExtractor) -> str | None:
+    """Why an extractor has no class score, which is of probabilities; None if it has one."""
+    # Not of one colour, whose features may by chance be a distribution.
+    pixels = (torch.arange(2 * 3 * 32 * 32) % 251).to(torch.uint8).view(2, 3, 32, 32)
+    try:
+        inception_score(extractor.probabilities(pixels), num_splits=1)
+    except (ValueError, RuntimeError, torch.jit.Error) as error:
+        # The last line of TorchScript's is the file's own message.
+        return str(error).strip().splitlines()[-1]
+    return None
+
+
+def _warn(settings: GenerationSettings, pair: Pair | None, unscored: str | None) -> None:
+    """Say before any sampling what will be missing or uneven."""
+    if unscored is not None:
+        warnings.warn(
+            f"extractor {settings.extractor} gives no class probabilities, so the class score is "
+            f"left out: {unscored}",
+            stacklevel=3,
+        )
+    if settings.run is None or pair is None:
+        return
+    count = len(settings.run.classes) or max(1, pair.generator.config.num_classes)
+    rest = settings.run.num_images % count
+    if rest:
+        above = settings.run.num_images - rest + count
+        warnings.warn(
+            f"{settings.run.num_images} images are not as many of each of {count} classes: {rest} "
+            f"of these have one more. Published numbers have as many of each: --num {above}",
+            stacklevel=3,
+        )
+
+
+def measure_generation(  # noqa: PLR0913 - what is compared, by what
+    samples: Samples,
+    world: distributed.World,
+    *,
+    extractor: FeatureExtractor,
+    reference: Gaussian,
+    reference_features: Float[Tensor, "r f"] | None,
+    unscored: str | None = None,
+    classifier: FeatureExtractor | None = None,
+    labels: Int64[Tensor, "n"] | None = None,
+    batch_size: int,
+    seed: int = 0,
+) -> GenerationScores:
+    """Compare samples with a training set; on every rank.
+
+    Args:
+        samples: what is evaluated.
+        world: this process.
+        extractor: what sees the images.
+        reference: statistics of the training set.
+        reference_features: of some training images, on the main rank; None leaves out what needs
+            needs them.
+        unscored: why the extractor has no class score; None measures it.
+        classifier: gives class probabilities; None leaves class accuracy out.
+        labels: classes of the samples, where there is a classifier.
+        batch_size: images at once.
+        seed: of the subsets of the kernel distance.
+    """
+    statistics, hashes = FrechetStatistics(extractor.dim), ImageHashes()
+    features, probabilities = Rows("features"), Rows("class probabilities")
+    correct = Rows("class accuracy")
+    progress = Progress(-(-samples.num_images // world.world_size), unit="image")
+    with deterministic(world.device):
+        for pixels, positions in samples.batches(batch_size, world):
+            found = extractor.features(pixels)
+            statistics.update(found)
+            features.update(found, positions)
+            if unscored is None:
+                probabilities.update(extractor.probabilities(pixels), positions)
+            hashes.update(pixels, positions)
+            if classifier is not None and labels is not None:
+                chosen = classifier.probabilities(pixels).argmax(1).cpu()
+                correct.update((chosen == labels[positions]).float()[:, None], positions)
+            progress.update(len(positions))
+    progress.close()
+    everything = features.compute()
+    numbers = {
+        extractor.metric_name("frechet"): frechet_distance(reference, statistics.compute()),
+        "num_images": float(len(everything)),
+    }
+    left_out = []
+    name = extractor.metric_name("class_score")
+    if unscored is None:
+        score = inception_score(probabilities.compute(), min(10, len(everything)))
+        numbers |= {name: score.mean, f"{name}_std": score.std}
+    else:
+        left_out.append(f"{name}: the extractor gives no class probabilities ({unscored})")
+    if reference_features is None:
+        left_out.append(
+            "kernel distance, precision and recall: the reference holds no features or images"
+        )
+    else:
+        numbers |= _feature_scores(everything, reference_features, extractor, seed)
+    if classifier is None:
+        left_out.append("class accuracy: no classifier was given")
+    else:
+        numbers["class_accuracy"] = float(correct.compute().double().mean())
+    return GenerationScores(numbers, left_out, hashes.compute(), everything)
+
+
+def _reference_features(
+    settings: GenerationSettings, extractor: FeatureExtractor
+) -> Float[Tensor, "r f"] | None:
+    """Those of the reference, on the main rank."""
+    if not distributed.is_main():
+        return None
+    return reference_features(Path(settings.reference), extractor, settings.batch_size)
+
+
+def _feature_scores(
+    fake: Float[Tensor, "n f"],
+    real: Float[Tensor, "r f"],
+    extractor: FeatureExtractor,
+    seed: int,
+) -> dict[str, float]:
+    """Kernel distance, precision and recall."""
+    smaller = min(len(fake), len(real))
+    kernel = kernel_distance(
+        real,
+        fake,
+        subset_size=min(_SUBSET_SIZE, smaller),
+        generator=step_generator(seed, "kernel distance", 0),
+    )
+    covered = precision_recall(real, fake, k=_PRECISION_NEIGHBOURS)
+    name = extractor.metric_name("kernel")
+    return {
+        name: kernel.mean,
+        f"{name}_std": kernel.std,
+        extractor.metric_name("precision"): covered.precision,
+        extractor.metric_name("recall"): covered.recall,
+        "num_reference_features": float(len(real)),
+    }
+
+
+def _classifier(
+    settings: GenerationSettings, pair: Pair | None, device: torch.device
+) -> FeatureExtractor | None:
+    """The classifier that was asked for.
+
+    Raises:
+        ValueError: its classes are not the generator's.
+    """
+    if settings.classifier is None or pair is None:
+        return None
+    classifier = FeatureExtractor(settings.classifier, device)
+    num_classes = pair.generator.config.num_classes
+    found = classifier.probabilities(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[1]
+    if found != num_classes:
+        raise ValueError(
+            f"classifier {settings.classifier} tells {found} classes and the generator has "
+            f"{num_classes}; give one of the same classes in the same order"
+        )
+    return classifier
+
+
+def _look_up(
+    settings: GenerationSettings,
+    scores: GenerationScores,
+    extractor: FeatureExtractor,
+    image_size: int,
+    world: distributed.World,
+) -> Neighbours | None:
+    """Neighbours of the first samples, where there are training images."""
+    if settings.data is None:
+        return None
+    return nearest_neighbours(
+        scores.features[: settings.num_looked_up],
+        open_images(settings.data, max_pixels=settings.max_pixels),
+        extractor,
+        world,
+        image_size=image_size,
+        batch_size=settings.batch_size,
+    )

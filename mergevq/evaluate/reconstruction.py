@@ -1,0 +1,382 @@
+"""What a tokenizer's reconstructions are worth: `mergevq evaluate reconstruction`.
+
+Every image goes once through the model's own crop, and from there to the model, to the extractor's
+reference and to JPEG and WebP alike: a model that changes nothing is at distance 0.
+
+What is written is valid JSON: a PSNR that is infinite, because an image came back exactly, is null
+there and its name is listed under `infinite`.
+
+Shape letters: B batch, N images, H and W pixels, F feature channels.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from mergevq.config.evaluation import ReconstructionSettings
+from mergevq.config.records import (
+    ExtremeRecord,
+    OwnReference,
+    ReconstructionRecord,
+    ReconstructionResult,
+)
+from mergevq.data.images import ImageDataset
+from mergevq.data.layouts import source_bits
+from mergevq.evaluate.compare import Evaluation, Outcome
+from mergevq.evaluate.subject import (
+    RECORD,
+    Opened,
+    evaluation_record,
+    images_at,
+    json_numbers,
+    opened,
+    reference_record,
+    require_fresh,
+    require_same_images,
+    subject_record,
+    subject_reference,
+)
+from mergevq.metrics.baselines import FILE_FORMATS, BaselineMeasurement, Baselines
+from mergevq.metrics.extractor import FeatureExtractor
+from mergevq.metrics.frechet import FrechetStatistics, Gaussian, Reference
+from mergevq.metrics.image import to_uint8
+from mergevq.metrics.references import ImageHashes
+from mergevq.report.pictures import contact_sheet, merge_map, to_pil
+from mergevq.report.plots import Curve, Panel, has_plots, line_plot
+from mergevq.runtime import distributed
+from mergevq.runtime.device import deterministic
+from mergevq.runtime.files import write_json
+from mergevq.runtime.logs import Progress
+from mergevq.runtime.settings import to_json
+from mergevq.tokenizer.tokenizer import Tokenizer
+
+
+class Extreme(NamedTuple):
+    """One of the worst or best images."""
+
+    position: int
+    """In the data."""
+    psnr: float
+    """With the given source."""
+    psnr_recovered: float
+
+
+class Measured(NamedTuple):
+    """What was found at one K."""
+
+    num_kept: int
+    outcome: Outcome
+    worst: list[Extreme]
+    """Lowest PSNR first."""
+    best: list[Extreme]
+    """Highest first."""
+    shared_psnr: tuple[float, float]
+    """Given and recovered, over the images that JPEG and WebP compress too, or all."""
+
+
+class Reconstructions(NamedTuple):
+    """What was found at every K, over the same images."""
+
+    measured: list[Measured]
+    baselines: list[BaselineMeasurement]
+    pixels_sha256: str
+    """Over the images after the crop."""
+    num_images: int
+
+
+def evaluate_reconstruction(settings: ReconstructionSettings) -> ReconstructionRecord | None:
+    """Evaluate and write table, plot and pictures; on every rank, under `torchrun`.
+
+    Returns:
+        What was written to `evaluation.json`; None on ranks other than the main one.
+
+    Raises:
+        ValueError: model, data, reference or settings do not fit, or a number is not finite.
+        RuntimeError: a file is damaged.
+    """
+    out = Path(settings.out)
+    require_fresh(out)
+    plotting = distributed.is_main() and has_plots(out / "rate_distortion.png")
+    with opened(settings.subject) as subject:
+        reference = subject_reference(settings, subject)
+        found = measure_reconstructions(
+            subject,
+            settings.num_kept or (subject.tokenizer.config.num_kept,),
+            reference=reference,
+            num_shown=settings.num_shown,
+            num_baseline_images=settings.num_baseline_images,
+        )
+        if not distributed.is_main():
+            return None
+        out.mkdir(parents=True, exist_ok=True)
+        if plotting:
+            curves = rate_distortion(found, subject.tokenizer.config.image_size)
+            panel = Panel(title="PSNR in dB, mean over images", curves=curves)
+            line_plot([panel], x_label="bits per pixel").save(out / "rate_distortion.png")
+        for measured in found.measured:
+            if measured.worst:
+                name = f"worst_best_{measured.num_kept}.png"
+                worst_best_picture(subject, measured).save(out / name)
+        record = _record(settings, subject, reference, found)
+        write_json(out / RECORD, record)
+        return record
+
+
+def measure_reconstructions(
+    subject: Opened,
+    num_kept: Sequence[int],
+    *,
+    reference: Reference | None = None,
+    num_shown: int = 0,
+    num_baseline_images: int = 0,
+) -> Reconstructions:
+    """Go through the images once and measure at every K; on every rank.
+
+    Args:
+        subject: what is evaluated.
+        num_kept: each K.
+        reference: of the very images; None takes it from them on the way.
+        num_shown: worst and best images to find.
+        num_baseline_images: images to compress too.
+
+    Raises:
+        ValueError: a K is not legal, a number is not finite, or the reference is of other images.
+    """
+    tokenizer, extractor, world = subject.tokenizer, subject.extractor, subject.world
+    blank = torch.empty(1, 3, tokenizer.config.image_size, tokenizer.config.image_size)
+    share = -(-subject.num_images // world.world_size)
+    evaluations = [
+        Evaluation(
+            tokenizer,
+            count,
+            perceptual=subject.perceptual,
+            extractor=extractor,
+            autocast=subject.autocast(),
+            protocol=subject.subject.protocol,
+        )
+        for count in dict.fromkeys(num_kept)
+        if tokenizer.num_tokens(blank, count)
+    ]
+    compressed = _evenly(subject.positions, num_baseline_images)
+    baselines = Baselines([_num_bytes(tokenizer, e.num_kept) for e in evaluations], compressed)
+    originals, hashes = Originals(extractor), ImageHashes()
+    progress = Progress(len(evaluations) * share, unit="reconstruction")
+    with deterministic(world.device):
+        for batch in subject.batches():
+            image = batch.image.to(world.device)
+            pixels = to_uint8(batch.image)
+            hashes.update(pixels, batch.index)
+            features = originals.update(image)
+            for evaluation in evaluations:
+                evaluation.update(image, batch.index, features)
+                progress.update(len(image))
+            baselines.update(pixels, batch.index)
+    progress.close()
+    pixels_sha256 = hashes.compute()
+    require_same_images(reference, pixels_sha256)
+    statistics = originals.compute() if reference is None else reference.statistics
+    measured = [_measured(e, statistics, num_shown, compressed) for e in evaluations]
+    return Reconstructions(
+        measured=measured,
+        baselines=baselines.compute() if compressed else [],
+        pixels_sha256=pixels_sha256,
+        num_images=measured[0].outcome.num_images,
+    )
+
+
+class Originals:
+    """Features of the original images, batch by batch.
+
+    Args:
+        extractor: what sees them; without one there are none.
+    """
+
+    def __init__(self, extractor: FeatureExtractor | None) -> None:
+        self.extractor = extractor
+        self.statistics = None if extractor is None else FrechetStatistics(extractor.dim)
+
+    def update(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b f"] | None:
+        """Add images in [-1, 1]; gives their features, or None."""
+        if self.extractor is None or self.statistics is None:
+            return None
+        features = self.extractor.features(to_uint8(image))
+        self.statistics.update(features)
+        return features
+
+    def compute(self) -> Gaussian | None:
+        """Statistics over all ranks, or None; every rank must call."""
+        return None if self.statistics is None else self.statistics.compute()
+
+
+def _measured(
+    evaluation: Evaluation, statistics: Gaussian | None, num_shown: int, compressed: Sequence[int]
+) -> Measured:
+    """Everything about one K; every rank must call."""
+    outcome = evaluation.compute(statistics)
+    positions = evaluation.given.psnr.order()
+    given = evaluation.given.psnr.compute()[:, 0]
+    recovered = evaluation.recovered.psnr.compute()[:, 0]
+    table = [
+        Extreme(*row)
+        for row in zip(positions.tolist(), given.tolist(), recovered.tolist(), strict=True)
+    ]
+    chosen = torch.tensor(compressed or positions.tolist(), dtype=torch.int64)
+    shared = torch.isin(positions, chosen)
+    means = [float(values.double()[shared].mean()) for values in (given, recovered)]
+    return Measured(
+        num_kept=evaluation.num_kept,
+        outcome=outcome,
+        worst=sorted(table, key=lambda row: (row.psnr, row.position))[:num_shown],
+        best=sorted(table, key=lambda row: (-row.psnr, row.position))[:num_shown],
+        shared_psnr=(means[0], means[1]),
+    )
+
+
+def _num_bytes(tokenizer: Tokenizer, num_kept: int) -> int:
+    """Of one image: tokens and source map, rounded up."""
+    config = tokenizer.config
+    bits = num_kept * config.num_bits + source_bits(config.num_tokens, num_kept)
+    return math.ceil(bits / 8)
+
+
+def _evenly(positions: Sequence[int], count: int) -> list[int]:
+    """Some of many, evenly spaced."""
+    count = min(count, len(positions))
+    return [positions[i * len(positions) // count] for i in range(count)]
+
+
+def _record(
+    settings: ReconstructionSettings,
+    subject: Opened,
+    reference: Reference | None,
+    found: Reconstructions,
+) -> ReconstructionRecord:
+    """Content of `evaluation.json`."""
+    compared = None
+    if settings.reference is not None and reference is not None:
+        # A file that says nothing about itself is refused for reconstructions.
+        compared = cast("OwnReference", reference_record(settings.reference, reference))
+    return {
+        "kind": "reconstruction evaluation",
+        "settings": to_json(settings),
+        **evaluation_record(subject.world),
+        **subject_record(subject, found.pixels_sha256, found.num_images),
+        "reference": compared,
+        "results": [_result(subject.images, measured) for measured in found.measured],
+        "baselines": [
+            {
+                "file_format": baseline.file_format,
+                **json_numbers({"psnr": baseline.psnr}),
+                "budget_bytes": baseline.budget_bytes,
+                "mean_bytes": baseline.mean_bytes,
+                "num_images": baseline.num_images,
+                "num_above_budget": baseline.num_above_budget,
+            }
+            for baseline in found.baselines
+        ],
+    }
+
+
+def _result(images: ImageDataset, measured: Measured) -> ReconstructionResult:
+    """One K as JSON."""
+    outcome = measured.outcome
+
+    def shown(extremes: list[Extreme]) -> list[ExtremeRecord]:
+        return [
+            {
+                "image": images.name(extreme.position),
+                **json_numbers({"psnr": extreme.psnr, "psnr_recovered": extreme.psnr_recovered}),
+            }
+            for extreme in extremes
+        ]
+
+    return {
+        "num_kept": measured.num_kept,
+        "given": json_numbers(outcome.given),
+        "recovered": json_numbers(outcome.recovered),
+        "source_accuracy": outcome.source_accuracy,
+        "codebook": {
+            "usage": outcome.codebook.usage,
+            "attained": outcome.codebook.attained,
+            "perplexity": outcome.codebook.perplexity,
+            "num_tokens": outcome.codebook.num_tokens,
+            "bit_probs": outcome.codebook.bit_probs.tolist(),
+        },
+        "bits": {
+            "tokens": outcome.bits.tokens,
+            "source": outcome.bits.source,
+            "total": outcome.bits.total,
+            "per_pixel": outcome.bits.total / outcome.num_pixels,
+            "per_pixel_recovered": outcome.bits.tokens / outcome.num_pixels,
+        },
+        "worst": shown(measured.worst),
+        "best": shown(measured.best),
+        "images_per_second": outcome.images_per_second,
+    }
+
+
+def rate_distortion(found: Reconstructions, image_size: int) -> list[Curve]:
+    """PSNR over bits per pixel: both sources, and files of about the same bytes.
+
+    The given source has to be stored beside the tokens; the recovered one needs tokens only.
+    """
+    num_pixels = image_size**2
+    ordered = sorted(found.measured, key=lambda measured: measured.num_kept)
+    bits = [measured.outcome.bits for measured in ordered]
+    curves = [
+        Curve(
+            x=[each / num_pixels for each in price],
+            y=[measured.shared_psnr[number] for measured in ordered],
+            label=label,
+            colour=number,
+        )
+        for number, (label, price) in enumerate(
+            (
+                ("given source: tokens and map", [each.total for each in bits]),
+                ("recovered source: tokens", [each.tokens for each in bits]),
+            )
+        )
+    ]
+    for number, file_format in enumerate(FILE_FORMATS, start=len(curves)):
+        files = [file for file in found.baselines if file.file_format == file_format]
+        curves.append(
+            Curve(
+                x=[8 * file.mean_bytes / num_pixels for file in files],
+                y=[file.psnr for file in files],
+                label=f"{file_format}, with header" if files else "",
+                colour=number,
+            )
+        )
+    return curves
+
+
+@torch.no_grad()
+def worst_best_picture(subject: Opened, measured: Measured) -> Image.Image:
+    """The worst and the best images: original, merge map, and both reconstructions."""
+    rows, captions, titles = [], [], []
+    named = [("worst", measured.worst), ("best", measured.best)]
+    shown = [extreme for _, extremes in named for extreme in extremes]
+    for extreme in shown:
+        images = images_at(subject, [extreme.position])
+        image = next(images).image.to(subject.world.device)
+        with subject.autocast():
+            given = subject.tokenizer.reconstruct(image, measured.num_kept)
+            recovered = subject.tokenizer.reconstruct(image, measured.num_kept, "recovered").image
+        original = image[0].cpu()
+        grid = merge_map(original, given.source.index[0].cpu(), given.encoded.grid_shape)
+        decoded = [to_pil(part[0].float().clamp(-1, 1)) for part in (given.image, recovered)]
+        rows.append([to_pil(original), grid, *decoded])
+        texts = [f"{extreme.psnr:.2f} dB", f"{extreme.psnr_recovered:.2f} dB"]
+        name = subject.images.name(extreme.position)
+        name = name if len(name) <= 24 else f"..{name[-22:]}"
+        captions.append([name, f"{measured.num_kept} tokens", *texts])
+    for label, extremes in named:
+        titles += [f"{label} {number}" for number in range(1, len(extremes) + 1)]
+    header = ("original", "merge map", "given source", "recovered source")
+    return contact_sheet(rows, header, titles, captions=captions)

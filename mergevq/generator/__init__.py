@@ -1,0 +1,1 @@
+"""Tokens from a class, one after the other."""

@@ -1,0 +1,564 @@
+"""How fast generators decode and what their caches take, beside plain loops over the same weights.
+
+Ways that are compared take turns, so that what else the machine does falls on all of them alike; of
+each step the median over turns counts. A sequence may be timed whole, or at some of its steps: then
+short runs of steps are spread evenly over it, and the caches before each run are filled with
+made-up keys. A step costs what is in the cache, nearly in proportion, so the mean over evenly
+spread steps is that of the sequence; the steps are part of every result.
+
+Weights are random, which changes no time but one: an untrained MergeAR draws its K distinct tokens
+first. Skipped tokens are filled in likewise, so its cache is as full as it can be.
+
+The plain loops are in `benchmarks/reference_generator.py` of the repository.
+
+Shape letters: B images, T tokens, P parts of a token.
+"""
+
+import copy
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from mergevq.config.generator import GENERATOR_SIZES, GeneratorConfig, SamplingSettings, Weights
+from mergevq.data.codes import indices_to_subindices
+from mergevq.generator.autoregressive import Generator
+from mergevq.generator.cache import FullCache, SlotCache
+from mergevq.generator.decoding import decode, decode_slots, make_cache, make_random_cache, prefill
+from mergevq.generator.sampling import Restrictions, arccos_schedule, choose, draw
+from mergevq.generator.weights import as_weights, logit_error
+from mergevq.runtime.logs import Progress
+from mergevq.runtime.random import step_generator
+from mergevq.runtime.run import environment
+from mergevq.runtime.settings import to_json
+
+ORDERS = ("raster", "merge", "random", "anchor")
+NAMES = {"raster": "full cache", "merge": "MergeAR", "random": "RandAR", "anchor": "anchored"}
+NOMINAL_KEPT = {256: 144, 1024: 256}
+"""K of the paper's versions by their grid cells; of other grids a quarter of the cells is kept."""
+NUM_CLASSES = 1000
+NUM_RANDOM_STEPS = 64
+"""Passes in which RandAR decodes its K tokens."""
+_STEPS_IN_A_ROW = 4
+"""A run of timed steps, where not all are timed."""
+_RECOMPUTED_STEPS = 2
+"""Timed steps of the loop without a cache, whose every step runs the sequence so far."""
+_SETTINGS = SamplingSettings()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How one way decodes one kind of sequence."""
+
+    order: str
+    way: str
+    """`mergevq`, or which plain loop."""
+    weights: Weights
+    num_cells: int
+    """L: cells of the grid."""
+    num_kept: int
+    """K."""
+    num_tokens: int
+    """Tokens of a sequence: L, or K in orders `random` and `anchor`."""
+    num_steps: int
+    """Passes through the transformer for a batch."""
+    timed_steps: tuple[int, ...]
+    """Steps that were timed, from 0."""
+    num_repeats: int
+    """Turns; of each step the median counts."""
+    num_images: int
+    """Images of a batch."""
+    seconds_per_step: float
+    """Mean over the timed steps."""
+    tokens_per_second: float
+    images_per_second: float
+    kv_bytes: int
+    """Of the cache; 0 without one."""
+    logit_error: float | None = None
+    """Of 8-bit weights against bf16 ones, as in `generator.weights.logit_error`."""
+    times_raster: float | None = None
+    """Images per second over those of order `raster` with the same weights."""
+    cache_share: float | None = None
+    """Bytes over those of order `raster`."""
+    times_plain: Mapping[str, float] | None = None
+    """Of order `raster`: tokens per second over those of each plain loop."""
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """Something that decodes step by step and can start anywhere."""
+
+    num_steps: int
+
+    @property
+    def kv_bytes(self) -> int:
+        """Memory of the cache."""
+        ...
+
+    def seek(self, step: int) -> None:
+        """Get ready for a step, with made-up tokens before it."""
+        ...
+
+    def step(self) -> None:
+        """Do it."""
+        ...
+
+
+class _Timed(NamedTuple):
+    """What takes turns."""
+
+    name: str
+    weights: Weights
+    generator: Generator
+    decoder: Decoder
+    steps: list[list[int]]
+    """Runs of steps that are timed."""
+
+
+def bench_generator(
+    config: GeneratorConfig,
+    *,
+    batch_sizes: Sequence[int],
+    num_repeats: int,
+    max_steps: int | None,
+    weights: Sequence[Weights],
+    device: torch.device,
+    plain: ModuleType | None,
+) -> Iterator[Speed]:
+    """Time all orders of one grid, batch by batch.
+
+    Args:
+        config: size and grid; the order is replaced.
+        batch_sizes: images at once.
+        num_repeats: turns.
+        max_steps: steps timed of each sequence; None is all.
+        weights: types of weights, each with all orders.
+        device: where to compute.
+        plain: the plain loops; they take bf16 weights and run on the CPU.
+
+    Raises:
+        ValueError: nothing is to be timed.
+    """
+    least = min(num_repeats, *batch_sizes, *([] if max_steps is None else [max_steps]))
+    if least < 1 or not weights:
+        raise ValueError(
+            f"num_repeats ({num_repeats}), batch_sizes {tuple(batch_sizes)} and max_steps "
+            f"({max_steps}) must be at least 1, and weights {tuple(weights)} name a type: there is "
+            "nothing to time otherwise"
+        )
+    generators: dict[tuple[str, Weights], Generator] = {}
+    errors: dict[tuple[str, Weights], float] = {}
+    baselines: dict[str, Generator] = {}
+    for order in ORDERS:
+        exact = random_generator(replace(config, order=order), device)
+        bf16 = as_weights(exact, "bf16")
+        for kind in weights:
+            generators[order, kind] = bf16 if kind == "bf16" else as_weights(exact, kind)
+        if "int8" in weights:
+            errors[order, "int8"] = _error(bf16, generators[order, "int8"])
+        if order == "raster":
+            baselines[order] = copy.deepcopy(exact).to(torch.bfloat16)
+    for num_images in batch_sizes:
+        timed = [
+            _ours(kind, generator, num_images, max_steps)
+            for (_, kind), generator in generators.items()
+        ]
+        if plain is not None and device.type == "cpu":
+            raster = baselines["raster"]
+            timed += [_plain(plain, way, raster, num_images, max_steps) for way in plain.WAYS]
+        seconds = take_turns(timed, device, num_repeats)
+        found = [
+            _speed(one, times, num_images, num_repeats)
+            for one, times in zip(timed, seconds, strict=True)
+        ]
+        for speed in compared(found):
+            yield replace(speed, logit_error=errors.get((speed.order, speed.weights)))
+
+
+def grid_config(config: GeneratorConfig, num_cells: int) -> GeneratorConfig:
+    """The same generator on a square grid, with its nominal K.
+
+    Raises:
+        ValueError: the number of cells is no square, or the grid is too small.
+    """
+    side = round(num_cells**0.5)
+    if side * side != num_cells or num_cells < 4:
+        raise ValueError(f"grid_tokens ({num_cells}) must be the square of 2 or more, as 256 is")
+    num_kept = NOMINAL_KEPT.get(num_cells, num_cells // 4)
+    return replace(config, grid_size=(side, side), num_kept=num_kept, kept_candidates=(num_kept,))
+
+
+def size_config(size: str) -> GeneratorConfig:
+    """A class-conditional generator of a named size.
+
+    Raises:
+        ValueError: there is no such size.
+    """
+    if size not in GENERATOR_SIZES:
+        raise ValueError(f"size ({size}) must be one of {', '.join(GENERATOR_SIZES)}")
+    return replace(GeneratorConfig(num_classes=NUM_CLASSES), **GENERATOR_SIZES[size])
+
+
+def random_generator(config: GeneratorConfig, device: torch.device) -> Generator:
+    """A generator with random weights, outputs too, in evaluation mode."""
+    with torch.device("meta"):
+        generator = Generator(config)
+    generator = generator.to_empty(device=device).requires_grad_(requires_grad=False)
+    numbers = step_generator(0, "bench", 0)
+    generator.reset_parameters(numbers)
+    for output in generator.head.outputs:
+        torch.nn.init.normal_(output.get_parameter("weight"), std=0.02, generator=numbers)
+    return generator.eval()
+
+
+def spread_steps(num_steps: int, max_steps: int | None) -> list[list[int]]:
+    """Runs of steps, evenly spread, at most `max_steps` in all; None is one run of all steps."""
+    if max_steps is None or max_steps >= num_steps:
+        return [list(range(num_steps))]
+    in_a_row = min(_STEPS_IN_A_ROW, max_steps)
+    num_runs = max_steps // in_a_row
+    # Each run is in the middle of its share of the sequence.
+    starts = [
+        round((run + 0.5) * num_steps / num_runs - in_a_row / 2 - 0.01) for run in range(num_runs)
+    ]
+    return [list(range(start, start + in_a_row)) for start in starts]
+
+
+def take_turns(
+    timed: Sequence[_Timed], device: torch.device, num_repeats: int
+) -> list[dict[int, float]]:
+    """Median seconds of each timed step of each way, after one step of each to warm up."""
+    times: list[dict[int, list[float]]] = [
+        {step: [] for run in one.steps for step in run} for one in timed
+    ]
+    for one in timed:
+        _time_run(one.decoder, one.steps[0][:1], device)
+    progress = Progress(num_repeats * sum(len(one.steps) for one in timed), unit="run")
+    for _ in range(num_repeats):
+        for runs in itertools.zip_longest(*(one.steps for one in timed)):
+            for one, seconds, run in zip(timed, times, runs, strict=True):
+                if run is not None:
+                    taken = _time_run(one.decoder, run, device)
+                    for step, value in zip(run, taken, strict=True):
+                        seconds[step].append(value)
+                    progress.update()
+    progress.close()
+    return [
+        {step: statistics.median(values) for step, values in seconds.items()} for seconds in times
+    ]
+
+
+def compared(speeds: Sequence[Speed]) -> list[Speed]:
+    """The same, with ratios to order `raster` and to the plain loops."""
+    ours = {speed.weights: speed for speed in speeds if _is_ours(speed) and speed.order == "raster"}
+    plain = {speed.way: speed.tokens_per_second for speed in speeds if not _is_ours(speed)}
+    found = []
+    for speed in speeds:
+        raster = ours.get(speed.weights) if _is_ours(speed) else None
+        if raster is not None and speed is not raster:
+            speed = replace(
+                speed,
+                times_raster=speed.images_per_second / raster.images_per_second,
+                cache_share=speed.kv_bytes / raster.kv_bytes,
+            )
+        if speed is raster and plain:
+            ratios = {way: speed.tokens_per_second / value for way, value in plain.items()}
+            speed = replace(speed, times_plain=ratios)
+        found.append(speed)
+    return found
+
+
+def record(
+    device: torch.device,
+    options: Mapping[str, Any],
+    configs: Sequence[GeneratorConfig],
+    speeds: Sequence[Speed],
+) -> dict[str, Any]:
+    """Everything, for a JSON file."""
+    load = {"load_average": os.getloadavg()[0]} if hasattr(os, "getloadavg") else {}
+    return {
+        "conditions": {**environment(device), **load, **options},
+        "generators": [to_json(config) for config in configs],
+        "speeds": [asdict(speed) for speed in speeds],
+    }
+
+
+def line(speed: Speed) -> str:
+    """A speed as a line of fixed columns."""
+    name = NAMES[speed.order] if _is_ours(speed) else speed.way
+    timed = len(speed.timed_steps)
+    columns = [
+        f"{speed.num_cells:>5} cells x {speed.num_images:<2} {name:<17} {speed.weights:<8}",
+        f"{speed.tokens_per_second:>7.1f} tokens/s {speed.images_per_second:>8.4f} images/s",
+        f"{1e3 * speed.seconds_per_step:>8.1f} ms x {speed.num_steps} steps ({timed} timed)",
+        f"{speed.kv_bytes / 1e6:>7.1f} MB",
+    ]
+    if speed.times_raster is not None and speed.cache_share is not None:
+        columns.append(
+            f"{speed.times_raster:.2f} x the images of full cache, {speed.cache_share:.3f} of its "
+            "bytes"
+        )
+    if speed.times_plain is not None:
+        ratios = ", ".join(f"{ratio:.2f} x {way}" for way, ratio in speed.times_plain.items())
+        columns.append(ratios)
+    if speed.logit_error is not None:
+        columns.append(f"logit error {speed.logit_error:.2%}")
+    return "  ".join(columns)
+
+
+# ---------------------------------------------------------------------------------- decoders
+
+
+class SequenceDecoder:
+    """Our decoding of orders `raster`, `merge` and `anchor`, without guidance."""
+
+    def __init__(self, generator: Generator, num_images: int) -> None:
+        """Allocate the cache and make up tokens."""
+        config = generator.config
+        self.generator, self.num_kept = generator, config.num_kept
+        anchored = config.order == "anchor"
+        self.num_steps = config.num_kept if anchored else config.num_tokens
+        self.cache = make_cache(
+            generator, batch=num_images, num_kept=config.num_kept, settings=_SETTINGS
+        )
+        _make_up(self.cache)
+        self.labels = torch.zeros(num_images, dtype=torch.int64, device=generator.device)
+        ids, num_parts = range(num_images), len(config.part_names)
+        self.draws = draw(0, ids, self.num_steps, num_parts, generator.device)
+        self.history = made_up_parts(config, num_images).to(generator.device)
+        self.token = 0
+
+    @property
+    def kv_bytes(self) -> int:
+        """Memory of keys and values."""
+        return self.cache.num_bytes
+
+    @torch.inference_mode()
+    def seek(self, step: int) -> None:
+        """Put the prefix in and take the made-up tokens before as put in."""
+        self.states = prefill(self.generator, self.cache, self.labels, self.num_kept)
+        self.restrictions = Restrictions(
+            self.generator,
+            self.cache,
+            _SETTINGS,
+            batch=len(self.labels),
+            num_kept=self.num_kept,
+        )
+        if isinstance(self.cache, SlotCache):
+            codes = self.generator.indices(self.history)
+            for token in range(step):
+                self.cache.place(codes[:, token])
+        else:
+            self.cache.advance(step)
+        self.previous = None
+        if self.generator.config.order == "anchor":
+            self.previous = self.history[:, max(step - 1, 0), 0]
+        self.token = step
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Choose a token and put it in, as sampling does."""
+        token = self.token
+        restrict = self.restrictions.of(token, self.previous)
+        uniforms = self.draws.uniforms[:, token]
+        parts = choose(
+            self.generator, self.states, uniforms, 1.0, _SETTINGS, restrict, self.previous
+        )
+        self.previous = None if self.previous is None else parts[:, 0]
+        if token + 1 < self.num_steps:
+            self.states = decode(self.generator, self.cache, parts, token)
+        self.token = token + 1
+
+
+class SlotsDecoder:
+    """Our decoding of order `random`, several tokens a step, without guidance."""
+
+    def __init__(self, generator: Generator, num_images: int, num_steps: int) -> None:
+        """Allocate the cache and draw the orders."""
+        config = generator.config
+        self.generator, self.num_kept = generator, config.num_kept
+        self.num_steps = min(num_steps, config.num_kept)
+        self.counts = arccos_schedule(config.num_kept, self.num_steps)
+        self.cache = make_random_cache(generator, batch=num_images, num_kept=config.num_kept)
+        _make_up(self.cache)
+        self.labels = torch.zeros(num_images, dtype=torch.int64, device=generator.device)
+        ids, num_parts = range(num_images), len(config.part_names)
+        self.draws = draw(0, ids, config.num_kept, num_parts, generator.device)
+        self.slots = generator.slot_positions(config.num_kept)
+        self.done = self.pass_number = 0
+
+    @property
+    def kv_bytes(self) -> int:
+        """Memory of keys and values."""
+        return self.cache.num_bytes
+
+    @torch.inference_mode()
+    def seek(self, step: int) -> None:
+        """Take all made-up tokens as put in, but those of the pass before."""
+        self.cache.reset()
+        self.pass_number, self.done = step, sum(self.counts[:step])
+        self.inputs = self.generator.embed_prefix(self.labels, self.num_kept)
+        self.positions = torch.zeros(*self.inputs.shape[:2], 2, device=self.inputs.device)
+        if step == 0:
+            return
+        last = self.counts[step - 1]
+        self.cache.advance(self.generator.config.num_prefix + 2 * (self.done - last))
+        before = self.draws.order[:, self.done - last : self.done]
+        num_parts = self.draws.uniforms.shape[-1]
+        parts = torch.zeros(*before.shape, num_parts, dtype=torch.int64, device=before.device)
+        self.inputs, self.positions = self.generator.pairs(parts, self.slots[before])
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Put in what the pass before decoded and decode some more."""
+        count = self.counts[self.pass_number]
+        wanted = self.draws.order[:, self.done : self.done + count]
+        states = decode_slots(
+            self.generator, self.cache, self.inputs, self.positions, self.slots[wanted]
+        )
+        index = wanted[..., None].expand(-1, -1, self.draws.uniforms.shape[-1])
+        uniforms = self.draws.uniforms.gather(1, index).flatten(0, 1)
+        parts = choose(self.generator, states.flatten(0, 1), uniforms, 1.0, _SETTINGS)
+        parts = parts.unflatten(0, wanted.shape)
+        self.inputs, self.positions = self.generator.pairs(parts, self.slots[wanted])
+        self.done, self.pass_number = self.done + count, self.pass_number + 1
+
+
+class PlainDecoder:
+    """A plain loop over all tokens in raster order."""
+
+    def __init__(self, plain: ModuleType, way: str, generator: Generator, num_images: int) -> None:
+        """Give the loop our weights."""
+        config = generator.config
+        self.num_steps = config.num_tokens
+        self.history = made_up_parts(config, num_images)
+        labels = torch.zeros(num_images, dtype=torch.int64)
+        self.loop = plain.Loop(generator.state_dict(), config, labels, config.num_kept, way)
+        self.step = self.loop.step
+
+    @property
+    def kv_bytes(self) -> int:
+        """Memory of keys and values."""
+        return self.loop.kv_bytes
+
+    def seek(self, step: int) -> None:
+        """Make up the tokens before, and their keys and values."""
+        self.loop.seek(self.history[:, :step], step)
+
+
+def made_up_parts(config: GeneratorConfig, num_images: int) -> Int64[Tensor, "b t p"]:
+    """Tokens of which the first K are distinct and the others repeat them in turn."""
+    anchored = config.order == "anchor"
+    length = config.num_kept if anchored else config.num_tokens
+    tokens = torch.arange(length)
+    codes = indices_to_subindices(tokens % config.num_kept, config.factor_bits)
+    if anchored:
+        cells = tokens * config.num_tokens // config.num_kept
+        codes = torch.cat([cells[:, None], codes], dim=-1)
+    return codes.expand(num_images, -1, -1).contiguous()
+
+
+def _make_up(cache: FullCache | SlotCache) -> None:
+    """Fill a cache with keys and values that are neither zero nor of any model."""
+    numbers = torch.randn(cache.keys.shape[-1], generator=torch.Generator().manual_seed(0))
+    cache.keys.copy_(numbers.expand_as(cache.keys))
+    cache.values.copy_(numbers.expand_as(cache.values))
+
+
+# ------------------------------------------------------------------------------------- times
+
+
+def _ours(weights: Weights, generator: Generator, num_images: int, max_steps: int | None) -> _Timed:
+    """Our decoder of a generator's order."""
+    if generator.config.order == "random":
+        decoder: Decoder = SlotsDecoder(generator, num_images, NUM_RANDOM_STEPS)
+    else:
+        decoder = SequenceDecoder(generator, num_images)
+    steps = spread_steps(decoder.num_steps, max_steps)
+    return _Timed("mergevq", weights, generator, decoder, steps)
+
+
+def _plain(
+    plain: ModuleType, way: str, generator: Generator, num_images: int, max_steps: int | None
+) -> _Timed:
+    """A plain loop; without a cache only a few steps are timed, however many there are."""
+    decoder = PlainDecoder(plain, way, generator, num_images)
+    if way == "recompute":
+        few = spread_steps(decoder.num_steps, _RECOMPUTED_STEPS * _STEPS_IN_A_ROW)
+        steps = [run[len(run) // 2 : len(run) // 2 + 1] for run in few]
+    else:
+        steps = spread_steps(decoder.num_steps, max_steps)
+    return _Timed(way, "bf16", generator, decoder, steps)
+
+
+def _time_run(decoder: Decoder, steps: Sequence[int], device: torch.device) -> list[float]:
+    """Seconds of each of some successive steps."""
+    decoder.seek(steps[0])
+    seconds = []
+    for _ in steps:
+        started_at = _now(device)
+        decoder.step()
+        seconds.append(_now(device) - started_at)
+    return seconds
+
+
+def _now(device: torch.device) -> float:
+    """Seconds on a clock, when the device has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def _speed(one: _Timed, times: Mapping[int, float], num_images: int, num_repeats: int) -> Speed:
+    """What the times of steps amount to."""
+    config = one.generator.config
+    num_tokens = config.num_tokens if config.order in {"raster", "merge"} else config.num_kept
+    seconds = statistics.fmean(times.values())
+    images_per_second = num_images / (seconds * one.decoder.num_steps)
+    return Speed(
+        order=config.order,
+        way=one.name,
+        weights=one.weights,
+        num_cells=config.num_tokens,
+        num_kept=config.num_kept,
+        num_tokens=num_tokens,
+        num_steps=one.decoder.num_steps,
+        timed_steps=tuple(times),
+        num_repeats=num_repeats,
+        num_images=num_images,
+        seconds_per_step=seconds,
+        tokens_per_second=num_tokens * images_per_second,
+        images_per_second=images_per_second,
+        kv_bytes=one.decoder.kv_bytes,
+    )
+
+
+def _is_ours(speed: Speed) -> bool:
+    """Whether it is the package's decoding."""
+    return speed.way == "mergevq"
+
+
+@torch.no_grad()
+def _error(right: Generator, quantized: Generator) -> float:
+    """Logit error of 8-bit weights on made-up tokens."""
+    config = right.config
+    parts = made_up_parts(config, 1).to(right.device)
+    anchored, random = config.order == "anchor", config.order == "random"
+    parts = parts[:, : config.num_kept] if random else parts
+    return logit_error(
+        right,
+        quantized,
+        right.indices(parts),
+        torch.zeros(1, dtype=torch.int64, device=right.device),
+        config.num_kept,
+        anchors=parts[..., 0] if anchored else None,
+        order=torch.arange(config.num_kept, device=right.device)[None] if random else None,
+    )

@@ -1,0 +1,558 @@
+"""Images from a generator and its tokenizer: sampling, in-painting, and making one again.
+
+A run of samples is a folder: an image for each number, a grid of the first, and `samples.json`,
+which says what makes them; an interrupted run goes on where it was. Image k depends on (seed, k)
+alone; but the last bits of a product may depend on how many images are computed at once, and with
+weights of fewer bits they decide more often, so an image is made again with the batch it was in.
+
+Shape letters: B images, L grid cells, K kept tokens, S image side.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from mergevq.config.base import FORMAT_VERSION
+from mergevq.config.generator import SampleRun, SamplingSettings
+from mergevq.data.layouts import Source
+from mergevq.data.prepare import crop_square, load_picture, load_square, to_tensor
+from mergevq.data.sample_files import SampleFiles
+from mergevq.generator.autoregressive import Generator, random_orders
+from mergevq.generator.decoding import inpaint, sample
+from mergevq.generator.sampling import Sampled, image_seed
+from mergevq.generator.weights import as_weights, logit_error
+from mergevq.report.pictures import contact_sheet, to_pil
+from mergevq.runtime.artefacts import load_model, model_hash, read_record, resolve, tokens_hash
+from mergevq.runtime.device import resolve_device
+from mergevq.runtime.files import read_json, require_entries, sha256_of, write_json
+from mergevq.runtime.logs import Progress
+from mergevq.runtime.random import step_generator
+from mergevq.runtime.run import environment
+from mergevq.runtime.settings import from_json, to_json
+from mergevq.tokenizer.tokenizer import Tokenizer
+
+RECORD = "samples.json"
+GRID = "grid.png"
+
+_GRID_COLUMNS = 8
+_GRID_IMAGES = 64
+"""The first so many images are in the grid."""
+_COMPARED = 4
+"""Sequences on which weights of fewer bits are compared with those of the file."""
+
+
+class Pair(NamedTuple):
+    """A generator and the tokenizer of its tokens."""
+
+    generator: Generator
+    """With the weights that sample."""
+    tokenizer: Tokenizer
+    """In float32."""
+    generator_hash: str
+    tokenizer_hash: str
+    class_names: tuple[str, ...]
+    """In label order; empty without classes."""
+
+
+class Written(NamedTuple):
+    """A folder of samples."""
+
+    images: list[Path]
+    """In the order of their numbers."""
+    grid: Path
+    """The first of them in one picture."""
+    logit_error: float | None
+    """Of the weights that sampled, as in `generator.weights.logit_error`; None for those of the
+    file."""
+    num_made: int
+    """Images that were not there before."""
+
+
+class Origin(NamedTuple):
+    """An image of which some tokens stay."""
+
+    indices: Int64[Tensor, "1 k"]
+    """Its tokens in canonical order."""
+    source: Source
+    """Which of them each cell copies."""
+    keep: Bool[Tensor, "1 k"]
+    """Which of them stay."""
+
+
+def require_same_tokenizer(wanted: object, tokenizer: str, *, generator: str | Path) -> None:
+    """Check that a generator's tokens are those of a tokenizer.
+
+    Args:
+        wanted: hash of the tokenizer that the generator was saved with.
+        tokenizer: hash of the one at hand (`runtime.artefacts.tokens_hash`).
+        generator: where the generator is, for the message.
+
+    Raises:
+        ValueError: they are another's.
+    """
+    if wanted != tokenizer:
+        raise ValueError(
+            f"the generator in {generator} was trained on tokens of tokenizer {wanted} and this is "
+            f"{tokenizer}: a number means another thing to each; give the tokenizer whose tokens "
+            "it was trained on"
+        )
+
+
+def known_tokenizer(model: str | Path) -> str:
+    """Where the tokenizer of a generator's tokens is, as training wrote it down.
+
+    Args:
+        model: directory of the generator, or owner/name@revision on Hugging Face.
+
+    Raises:
+        ValueError: there is no generator, training wrote nothing, or the tokenizer is not there, or
+            is another one now.
+    """
+    directory = resolve(model)
+    extra = read_record(directory).get("extra", {})
+    path = extra.get("tokenizer_path")
+    if not isinstance(path, str):
+        raise ValueError(
+            f"the generator in {directory} does not say where its tokenizer is; name it with "
+            "--tokenizer"
+        )
+    try:
+        require_same_tokenizer(
+            extra.get("tokenizer"), tokens_hash(resolve(path)), generator=directory
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{path}, where the generator in {directory} had its tokenizer, has it no longer "
+            f"({error}); name it with --tokenizer"
+        ) from error
+    return path
+
+
+def load_pair(model: str | Path, tokenizer: str | Path, device: torch.device) -> Pair:
+    """Load a generator and its tokenizer in float32.
+
+    Raises:
+        ValueError: one of them is not there, or the tokenizer is another one's.
+    """
+    model, tokenizer = resolve(model), resolve(tokenizer)
+    saved = load_model(model, kind="generator")
+    extra = saved.record["extra"]
+    require_same_tokenizer(extra.get("tokenizer"), tokens_hash(tokenizer), generator=model)
+    generator = Generator.from_saved(saved).to(device)
+    return Pair(
+        generator=generator,
+        tokenizer=Tokenizer.from_pretrained(tokenizer).to(device),
+        generator_hash=model_hash(model),
+        tokenizer_hash=model_hash(tokenizer),
+        class_names=class_names(extra, generator.config.num_classes, where=model),
+    )
+
+
+def class_names(extra: dict[str, Any], num_classes: int, *, where: Path) -> tuple[str, ...]:
+    """Names of the classes, as training wrote them down.
+
+    Raises:
+        ValueError: there are some, but not one for each class.
+    """
+    names = extra.get("class_names", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"class_names of the generator in {where} must be a list of names")
+    if len(names) not in (0, num_classes):
+        raise ValueError(
+            f"class_names of the generator in {where} has {len(names)} names and must have one for "
+            f"each of its {num_classes} classes"
+        )
+    return tuple(names)
+
+
+def load_run(run: SampleRun, device: torch.device) -> tuple[Pair, float | None]:
+    """Load what a run samples with: generator and tokenizer, with the weights it asks for.
+
+    Returns:
+        The pair, and the logit error of weights of fewer bits; None for those of the file.
+
+    Raises:
+        ValueError: one of them is not there, or the tokenizer is another one's.
+        RuntimeError: weights are broken.
+    """
+    pair = load_pair(run.model, run.tokenizer, device)
+    exact = pair.generator
+    pair = pair._replace(generator=as_weights(exact, run.weights))
+    if run.weights == "float32":
+        return pair, None
+    return pair, _weights_error(exact, pair.generator, run)
+
+
+def decode_sampled(
+    tokenizer: Tokenizer,
+    sampled: Sampled,
+    grid_shape: tuple[int, int],
+    source: Source | None = None,
+) -> Float[Tensor, "b 3 h w"]:
+    """Turn sampled tokens into images, in [-1, 1].
+
+    All cells in raster order are decoded as they are; kept tokens get the source map that the
+    tokenizer recovers from them and, where there are any, their anchors.
+
+    Args:
+        tokenizer: in evaluation mode, on any device.
+        sampled: what a generator gave.
+        grid_shape: rows and columns of the generator's grid.
+        source: of the kept tokens, where it is known.
+    """
+    device = next(tokenizer.parameters()).device
+    indices = sampled.indices.to(device)
+    num_cells = grid_shape[0] * grid_shape[1]
+    images = []
+    # One by one, so that an image is the same to the last bit in any batch.
+    for row in range(len(indices)):
+        tokens = indices[row : row + 1]
+        if source is not None:
+            known = Source(source.index[row : row + 1].to(device), source.num_kept)
+        elif tokens.shape[1] == num_cells and sampled.anchors is None:
+            known = Source(torch.arange(num_cells, device=device)[None], num_cells)
+        else:
+            anchors = sampled.anchors
+            anchors = None if anchors is None else anchors[row : row + 1].to(device)
+            known = tokenizer.recover(tokens, grid_shape, anchors)
+        images.append(tokenizer.decode(tokens, known, grid_shape))
+    return torch.cat(images).clamp(-1, 1)
+
+
+def class_labels(run: SampleRun, num_classes: int, image_ids: Sequence[int]) -> Int64[Tensor, "b"]:
+    """Classes of some images of a run: those named, or all there are, in turn.
+
+    Raises:
+        ValueError: a class does not exist.
+    """
+    for label in run.classes:
+        if num_classes == 0:
+            raise ValueError(
+                f"class {label} was asked for, and the generator was trained without classes"
+            )
+        if not 0 <= label < num_classes:
+            raise ValueError(
+                f"class ({label}) must be between 0 and {num_classes - 1}: the generator was "
+                f"trained on {num_classes} classes"
+            )
+    # Without classes the only id is that of no class, which is 0.
+    classes = run.classes or tuple(range(max(1, num_classes)))
+    labels = [classes[image_id % len(classes)] for image_id in image_ids]
+    return torch.tensor(labels, dtype=torch.int64)
+
+
+def masked_origin(
+    tokenizer: Tokenizer, image: Image.Image, mask: Image.Image, num_kept: int
+) -> Origin:
+    """Find the tokens of an image that a mask leaves alone.
+
+    Image and mask are cut to the centre square of the tokenizer's size alike.
+
+    Args:
+        tokenizer: in evaluation mode.
+        image: RGB.
+        mask: as large as the image; white where the image is made anew. A token stays if none of
+            the cells that copy it has any white.
+        num_kept: K.
+
+    Raises:
+        ValueError: image and mask differ in size, or nothing or all of the image is masked.
+    """
+    if image.size != mask.size:
+        raise ValueError(
+            f"mask ({mask.width} x {mask.height}) must be as large as the image "
+            f"({image.width} x {image.height})"
+        )
+    config, device = tokenizer.config, next(tokenizer.parameters()).device
+    pixels = load_square(image, config.image_size)[None].to(device)
+    white = to_tensor(crop_square(mask.convert("RGB"), config.image_size))[None, :1].to(device)
+    encoded = tokenizer.encode(pixels, num_kept)
+    touched = functional.max_pool2d(white, config.patch_size).flatten() > 0
+    counts = torch.zeros(num_kept, dtype=torch.int64, device=device)
+    counts.scatter_add_(0, encoded.source.index[0], touched.long())
+    keep = (counts == 0)[None]
+    if keep.all():
+        raise ValueError("the mask leaves all tokens; make it white where the image is to change")
+    return Origin(encoded.indices, encoded.source, keep)
+
+
+def generate(
+    pair: Pair,
+    run: SampleRun,
+    image_ids: Sequence[int],
+    origin: Origin | None = None,
+) -> tuple[Sampled, Float[Tensor, "b 3 h w"]]:
+    """Sample some images of a run, as one batch.
+
+    Args:
+        pair: what samples and what decodes.
+        run: how.
+        image_ids: numbers of the images.
+        origin: an image to keep tokens of, for all of them; None keeps nothing.
+
+    Raises:
+        ValueError: the run does not fit the generator.
+        RuntimeError: weights are broken.
+    """
+    config = pair.generator.config
+    labels = class_labels(run, config.num_classes, image_ids)
+    num_kept = config.num_kept if run.num_kept is None else run.num_kept
+    if origin is None:
+        sampled = sample(
+            pair.generator,
+            labels=labels,
+            num_kept=num_kept,
+            seed=run.seed,
+            image_ids=image_ids,
+            settings=run.settings,
+        )
+        return sampled, _decode(pair, sampled, None)
+    sampled = inpaint(
+        pair.generator,
+        indices=origin.indices.expand(len(labels), -1),
+        keep=origin.keep.expand(len(labels), -1),
+        labels=labels,
+        seed=run.seed,
+        image_ids=image_ids,
+        settings=run.settings,
+    )
+    # New tokens take the places of those they replace, so that what is kept stays where it is.
+    index = origin.source.index.expand(len(labels), -1)
+    return sampled, _decode(pair, sampled, Source(index, origin.source.num_kept))
+
+
+def write_samples(run: SampleRun, out: Path) -> Written:
+    """Sample all images of a run into a folder, or those that an interrupted run left out.
+
+    Raises:
+        ValueError: the run does not fit, the folder holds something else, or an image there is not
+            the one that was made.
+        RuntimeError: weights are broken.
+    """
+    device = resolve_device(run.device)
+    is_begun = _require_empty_or_begun(out)
+    pair, error = load_run(run, device)
+    origin = _origin(pair, run)
+    record = _record(pair, run, device, error)
+    if is_begun:
+        _require_same_run(out, record)
+    files = SampleFiles(out, [_file_name(image_id) for image_id in range(run.num_images)])
+    there = [image_id for image_id in range(run.num_images) if files.has(image_id)]
+    for image_id in there:
+        files.read(image_id)  # which checks that it is the one that was made
+    progress = Progress(run.num_images, done=len(there), unit="image")
+    for number in range(-(-run.num_images // run.batch_size)):
+        image_ids = _batch(run, number)
+        missing = [image_id for image_id in image_ids if not files.has(image_id)]
+        if not missing:
+            continue
+        # The whole batch, whatever is missing of it: its size may decide last bits.
+        _, images = generate(pair, run, image_ids, origin)
+        if not is_begun:
+            # Only now, so that what does not fit leaves nothing behind.
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / RECORD, record)
+            is_begun = True
+        for image_id in missing:
+            files.save(image_id, to_pil(images[image_id - image_ids[0]]))
+        progress.update(len(missing))
+    progress.close()
+    shown = [files.read(image_id) for image_id in range(min(_GRID_IMAGES, run.num_images))]
+    rows = [shown[i : i + _GRID_COLUMNS] for i in range(0, len(shown), _GRID_COLUMNS)]
+    contact_sheet(rows).save(out / GRID)
+    paths = [files.path(image_id) for image_id in range(run.num_images)]
+    return Written(paths, out / GRID, error, run.num_images - len(there))
+
+
+def _require_empty_or_begun(out: Path) -> bool:
+    """Whether a folder holds samples, which may be those of an interrupted run.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if (out / RECORD).is_file():
+        return True
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(
+            f"{out} is not empty and holds no {RECORD}; choose another folder with --out, or "
+            "delete it"
+        )
+    return False
+
+
+def _require_same_run(out: Path, record: dict[str, Any]) -> None:
+    """Check that the samples in a folder are of the run that is to go on.
+
+    Raises:
+        ValueError: they are of another.
+    """
+    there = read_json(out / RECORD)
+    known = to_json(read_sample_run(there, where=str(out / RECORD)))
+    changed = [
+        f"{name} ({known[name]}, now {value})"
+        for name, value in record["run"].items()
+        if known[name] != value
+    ]
+    compared = ["generator", "tokenizer", "keep_from_sha256", "mask_sha256", "images"]
+    changed += [name for name in compared if there.get(name) != record[name]]
+    # Another device computes other last bits.
+    environment = there.get("environment")
+    device = environment.get("device") if isinstance(environment, dict) else None
+    if device != record["environment"]["device"]:
+        changed.append(f"device ({device}, now {record['environment']['device']})")
+    if changed:
+        raise ValueError(
+            f"{out} holds samples of another run, which differs in {', '.join(changed)}; choose "
+            "another folder with --out, or delete it"
+        )
+
+
+def make_again(
+    record: Path, image_ids: Sequence[int], device: str | None = None
+) -> list[Image.Image]:
+    """Make images of an earlier run again, from its `samples.json`.
+
+    Args:
+        record: path of that file.
+        image_ids: numbers of the images.
+        device: where to compute; None is where they were made, which gives the same bits.
+
+    Raises:
+        ValueError: there is no such image, or generator, tokenizer, image or mask are others now.
+        RuntimeError: weights are broken.
+    """
+    written = read_json(record)
+    run = read_sample_run(written, where=str(record))
+    run = run if device is None else replace(run, device=device)
+    for image_id in image_ids:
+        if not 0 <= image_id < run.num_images:
+            raise ValueError(f"image ({image_id}) must be between 0 and {run.num_images - 1}")
+    pair, _ = load_run(run, resolve_device(run.device))
+    for name, now in _hashes(pair, run).items():
+        if now != written.get(name):
+            raise ValueError(
+                f"{name} is {now} and was {written.get(name)} when the samples in {record} were "
+                "made: the same files are needed to make them again"
+            )
+    origin = _origin(pair, run)
+    made: dict[int, Image.Image] = {}
+    for number in sorted({image_id // run.batch_size for image_id in image_ids}):
+        batch = _batch(run, number)
+        images = generate(pair, run, batch, origin)[1]
+        made |= dict(zip(batch, map(to_pil, images), strict=True))
+    return [made[image_id] for image_id in image_ids]
+
+
+def read_sample_run(written: dict[str, Any], *, where: str) -> SampleRun:
+    """The run that a `samples.json` records.
+
+    Raises:
+        ValueError: it is not of samples, or has a setting that does not exist.
+    """
+    if written.get("kind") != "samples":
+        raise ValueError(f"{where} holds no samples but {written.get('kind')}")
+    require_entries(
+        written, {"run": dict, "generator": str, "tokenizer": str, "images": list}, Path(where)
+    )
+    return from_json(SampleRun, written["run"], where=f"{where}: run")
+
+
+def _decode(pair: Pair, sampled: Sampled, source: Source | None) -> Float[Tensor, "b 3 h w"]:
+    """Decode without gradients."""
+    with torch.no_grad():
+        return decode_sampled(pair.tokenizer, sampled, pair.generator.config.grid_size, source)
+
+
+def _batch(run: SampleRun, number: int) -> list[int]:
+    """Numbers of the images that are sampled together."""
+    first = number * run.batch_size
+    return list(range(first, min(first + run.batch_size, run.num_images)))
+
+
+def _weights_error(exact: Generator, lighter: Generator, run: SampleRun) -> float:
+    """How far the lighter generator's logits are off, on sequences that it samples."""
+    config = exact.config
+    num_kept = config.num_kept if run.num_kept is None else run.num_kept
+    ids = range(min(_COMPARED, run.num_images))
+    labels = class_labels(run, config.num_classes, ids)
+    sampled = sample(
+        lighter,
+        labels=labels,
+        num_kept=num_kept,
+        seed=run.seed,
+        image_ids=ids,
+        settings=SamplingSettings(),
+    )
+    order = None
+    if config.order == "random":
+        numbers = step_generator(run.seed, "weights", 0)
+        order = random_orders(sampled.indices.shape, numbers, exact.device)
+    return logit_error(
+        exact,
+        lighter,
+        sampled.indices,
+        labels.to(exact.device),
+        num_kept,
+        anchors=sampled.anchors,
+        order=order,
+    )
+
+
+def _origin(pair: Pair, run: SampleRun) -> Origin | None:
+    """What is kept of an image, if there is one."""
+    if run.keep_from is None or run.mask is None:
+        return None
+    config = pair.generator.config
+    with torch.no_grad():
+        return masked_origin(
+            pair.tokenizer,
+            load_picture(run.keep_from),
+            load_picture(run.mask),
+            config.num_kept if run.num_kept is None else run.num_kept,
+        )
+
+
+def _record(
+    pair: Pair, run: SampleRun, device: torch.device, error: float | None
+) -> dict[str, Any]:
+    """Content of `samples.json`."""
+    labels = class_labels(run, pair.generator.config.num_classes, range(run.num_images)).tolist()
+    return {
+        "format_version": FORMAT_VERSION,
+        "kind": "samples",
+        "run": to_json(run),
+        **_hashes(pair, run),
+        "logit_error": error,
+        "environment": environment(device),
+        "images": [
+            {
+                "file": _file_name(image_id),
+                "id": image_id,
+                "seed": image_seed(run.seed, image_id),
+                "class": label if pair.generator.config.num_classes else None,
+                "class_name": pair.class_names[label] if pair.class_names else None,
+            }
+            for image_id, label in enumerate(labels)
+        ],
+    }
+
+
+def _hashes(pair: Pair, run: SampleRun) -> dict[str, str | None]:
+    """What the images depend on besides the settings."""
+    files = {"keep_from": run.keep_from, "mask": run.mask}
+    return {"generator": pair.generator_hash, "tokenizer": pair.tokenizer_hash} | {
+        f"{name}_sha256": None if path is None else sha256_of(Path(path))
+        for name, path in files.items()
+    }
+
+
+def _file_name(image_id: int) -> str:
+    """File of an image."""
+    return f"{image_id:06d}.png"

@@ -1,0 +1,1 @@
+"""Distributions of one token, given the state of the transformer."""

@@ -1,0 +1,182 @@
+"""Weights for decoding: laid out as the processor reads them, or stored in 8 bits.
+
+Decoding multiplies a few rows by every matrix there is, so it waits for memory, and how a matrix
+lies there decides its speed. On CPUs `PackedLinear` keeps each in the blocks of oneDNN, which
+changes no product and takes a half to a third of the time (docs/results.md). `Int8Linear` reads
+half as many bytes as bf16: each row of a matrix is stored as integers of -127 to 127 and one scale,
+activations keep their type, nothing is calibrated, and `logit_error` says what it costs in
+accuracy. With more than about six rows at a time, it is the slower of the two; guidance makes two
+rows of an image. `DecodingBlock` puts either into a block with fewer modules to call.
+
+Shape letters: O outputs, I inputs, B batch, T tokens.
+"""
+
+import copy
+
+import torch
+from jaxtyping import Float, Int8, Int64
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mergevq.config.generator import Weights
+from mergevq.generator.autoregressive import Generator
+from mergevq.nn.llama import Block, Mask, Recall, Rotation, gated, normalized
+
+# The CPU kernel reads this many inputs at a time; other widths give wrong results or crash it.
+_KERNEL_WIDTH = 32
+# With more rows than this, expanding the weights first is faster than the kernel.
+_KERNEL_ROWS = 8
+
+
+class PackedLinear(nn.Module):
+    """A linear layer without bias on a CPU, whose weight lies in the blocks that oneDNN reads."""
+
+    def __init__(self, weight: Float[Tensor, "o i"]) -> None:
+        """Lay out a weight."""
+        super().__init__()
+        # No buffer: the layout is this processor's, and a file of it would be read wrongly.
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+
+    @staticmethod
+    def serves(weight: Float[Tensor, "o i"]) -> bool:
+        """Whether this processor has a product for the weight's type."""
+        if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+            return False
+        if weight.dtype == torch.bfloat16:
+            return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return weight.dtype == torch.float32
+
+    def forward(self, x: Float[Tensor, "*shape i"]) -> Float[Tensor, "*shape o"]:
+        """Multiply."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+
+
+class Int8Linear(nn.Module):
+    """A linear layer without bias whose weight is stored in 8 bits."""
+
+    def __init__(self, weight: Float[Tensor, "o i"], dtype: torch.dtype) -> None:
+        """Round a weight, by one scale for each output; inputs and outputs are in `dtype`."""
+        super().__init__()
+        weight = weight.detach().float()
+        largest = weight.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        scale = largest / 127
+        # No buffers: nothing saves these, and a module finds its plain attributes sooner.
+        self.weight: Int8[Tensor, "o i"] = (weight / scale).round().to(torch.int8)
+        self.scale: Float[Tensor, "o"] = scale[:, 0].to(dtype)
+        # In float32 PyTorch's kernel for 8 bits is the slower way.
+        has_kernel = dtype == torch.bfloat16 and weight.device.type == "cpu"
+        fits = weight.shape[1] % _KERNEL_WIDTH == 0
+        self.most = _KERNEL_ROWS * weight.shape[1] if has_kernel and fits else 0
+
+    def forward(self, x: Float[Tensor, "*shape i"]) -> Float[Tensor, "*shape o"]:
+        """Multiply; on a CPU in bf16 without ever expanding the weight."""
+        if 0 < x.numel() <= self.most:
+            flat = x.reshape(-1, x.shape[-1])
+            product = torch.ops.aten._weight_int8pack_mm(flat, self.weight, self.scale)
+            return product.view(*x.shape[:-1], -1)
+        return functional.linear(x, self.weight.to(x.dtype)) * self.scale
+
+
+class DecodingBlock(nn.Module):
+    """A `Block` for decoding: gains are in the weights behind them, one module stands for nine.
+
+    On two cores calling modules took an eighth of the time of a token (docs/log.md).
+    """
+
+    def __init__(self, block: Block, weights: Weights) -> None:
+        """Take `block` apart; it is of no use afterwards."""
+        super().__init__()
+        attention, ffn = block.attention, block.ffn
+        self.dtype = torch.float32 if weights == "float32" else torch.bfloat16
+        # Not registered as submodules, of which a module finds the names last.
+        self.layers = (
+            _layer(attention.qkv.weight * block.attention_norm.weight, weights),
+            _layer(attention.out.weight, weights),
+            _layer(ffn.up.weight * block.ffn_norm.weight, weights),
+            _layer(ffn.down.weight, weights),
+        )
+        del attention.qkv, attention.out
+        self.attention = attention
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n c"],
+        turns: Rotation | None = None,
+        mask: Mask | None = None,
+        recall: Recall | None = None,
+    ) -> Float[Tensor, "b n c"]:
+        """Mix tokens, then channels, as `Block` does."""
+        qkv, out, up, down = self.layers
+        x = x + out(self.attention.mix(qkv(normalized(x, self.dtype)), turns, mask, recall))
+        return x + down(gated(up(normalized(x, self.dtype))))
+
+
+def as_weights(generator: Generator, weights: Weights) -> Generator:
+    """A copy of a generator for sampling only, with weights of another type.
+
+    Args:
+        generator: in evaluation mode, where it is to sample.
+        weights: `bf16` and `int8` have activations in bf16.
+    """
+    copied = copy.deepcopy(generator).requires_grad_(requires_grad=False)
+    for blocks in (copied.blocks, copied.head.blocks):
+        for number, block in enumerate(blocks):
+            if isinstance(block, Block):
+                blocks[number] = DecodingBlock(block, weights)
+    outputs = copied.head.outputs
+    for number, output in enumerate(outputs):
+        outputs[number] = _layer(output.get_parameter("weight"), weights)
+    return copied if weights == "float32" else copied.to(torch.bfloat16)
+
+
+def _layer(weight: Float[Tensor, "o i"], weights: Weights) -> nn.Module:
+    """The layer to multiply by a weight with."""
+    if weights == "int8":
+        return Int8Linear(weight, torch.bfloat16)
+    weight = weight.to(torch.float32 if weights == "float32" else torch.bfloat16)
+    if PackedLinear.serves(weight):
+        return PackedLinear(weight)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
+@torch.no_grad()
+def logit_error(
+    generator: Generator,
+    other: Generator,
+    indices: Int64[Tensor, "b t"],
+    class_label: Int64[Tensor, "b"],
+    num_kept: int,
+    *,
+    anchors: Int64[Tensor, "b t"] | None = None,
+    order: Int64[Tensor, "b t"] | None = None,
+) -> float:
+    """How far another generator's logits are off, as a share of the spread of the first's.
+
+    Args:
+        generator: the one taken as right.
+        other: the same in other types.
+        indices: sequences to compare on; they and the rest are as in `Generator.logits`.
+        class_label: their classes.
+        num_kept: their K.
+        anchors: cells of the tokens.
+        order: of the slots.
+
+    Returns:
+        Root mean square difference over the standard deviation, all parts together.
+    """
+    right, wrong = (
+        torch.cat(
+            [
+                part.flatten()
+                for part in model.logits(
+                    indices, class_label, num_kept, anchors=anchors, order=order
+                )
+            ]
+        )
+        for model in (generator, other)
+    )
+    legal = right > -torch.inf
+    difference = (right - wrong)[legal]
+    return float(difference.square().mean().sqrt() / right[legal].std())

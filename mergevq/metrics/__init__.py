@@ -1,0 +1,1 @@
+"""Numbers of images and of codes."""

@@ -1,0 +1,199 @@
+"""Metrics of codes: use of the codebook, collapse, agreement of source maps.
+
+Differs: codebook usage is of a window of tokens at least as long as the codebook, not of a batch.
+
+Source: Li et al. 2025, "MergeVQ", section 3 (arXiv:2504.00999).
+
+Shape letters: B batch, L grid cells, D bits of a token.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from mergevq.runtime import distributed
+
+USAGE_FLOOR = 0.05
+"""Share of the attainable codes below which a codebook counts as collapsing."""
+BIT_ENTROPY_FLOOR = 0.1
+"""Entropy, in bits, below which one bit of the tokens counts as collapsing."""
+
+
+def source_accuracy(
+    predicted_index: Int64[Tensor, "b l"], true_index: Int64[Tensor, "b l"]
+) -> Float[Tensor, "b"]:
+    """Share of each image's grid cells whose kept token was recovered."""
+    return (predicted_index == true_index).float().mean(-1)
+
+
+class CodebookStatistics(NamedTuple):
+    """How a window of tokens uses the codebook."""
+
+    num_tokens: int
+    """Tokens in the window, over all ranks."""
+    num_distinct: int
+    """Different codes among them."""
+    perplexity: float
+    """Exponential of the entropy of the codes' frequencies: the number of codes in even use."""
+    bit_probs: Float[Tensor, "d"]
+    """P(bit = 1) of each bit, lowest first."""
+
+    @property
+    def usage(self) -> float:
+        """Share of the whole codebook that occurs."""
+        return self.num_distinct / 2 ** len(self.bit_probs)
+
+    @property
+    def attained(self) -> float:
+        """Share of what could occur: of the codebook, or of the tokens where they are fewer."""
+        return self.num_distinct / min(2 ** len(self.bit_probs), self.num_tokens)
+
+    @property
+    def bit_entropies(self) -> Float[Tensor, "d"]:
+        """Entropy of each bit, in bits: 1 where it is a fair coin, 0 where it is constant."""
+        ones, zeros = self.bit_probs, 1 - self.bit_probs
+        return -(torch.xlogy(ones, ones) + torch.xlogy(zeros, zeros)) / math.log(2)
+
+    @property
+    def num_dead_bits(self) -> int:
+        """Bits that are the same in every token of the window."""
+        return int(((self.bit_probs == 0) | (self.bit_probs == 1)).sum())
+
+
+def codebook_statistics(tokens: Int64[Tensor, "n"], num_bits: int) -> CodebookStatistics:
+    """How tokens of D bits use the codebook.
+
+    Raises:
+        ValueError: there is no token.
+    """
+    if len(tokens) == 0:
+        raise ValueError("codebook usage has seen no token; there is nothing to count")
+    codes, counts = tokens.cpu().unique(return_counts=True)
+    frequencies = counts.double() / len(tokens)
+    ones = [int(counts[(codes >> bit) & 1 == 1].sum()) for bit in range(num_bits)]
+    return CodebookStatistics(
+        num_tokens=len(tokens),
+        num_distinct=len(codes),
+        perplexity=math.exp(-float(torch.xlogy(frequencies, frequencies).sum())),
+        bit_probs=torch.tensor(ones, dtype=torch.float64) / len(tokens),
+    )
+
+
+class CodebookUsage:
+    """The last tokens of each rank, counted exactly, however they came in batches.
+
+    Args:
+        num_bits: D, from 1 to 63.
+        window: tokens remembered on each rank, at least 2**D; None is 2**D. Above 24 bits the
+            codebook is larger than any window: there 2**24 tokens, 128 MiB, are enough.
+        device: where tokens are kept and counted.
+
+    Raises:
+        ValueError: the window is shorter than the codebook.
+    """
+
+    def __init__(
+        self, num_bits: int, window: int | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        shortest = 2 ** min(num_bits, 24)
+        if window is not None and window < shortest:
+            raise ValueError(
+                f"window ({window}) must be at least {shortest} tokens for num_bits ({num_bits}): "
+                "a shorter one cannot tell an unused code from one that had no turn"
+            )
+        self.num_bits = num_bits
+        self.window = torch.full((window or shortest,), -1, dtype=torch.int64, device=device)
+        self.num_seen = 0
+
+    def update(self, indices: Int64[Tensor, "*shape"]) -> None:
+        """Add tokens, in order; the oldest ones leave.
+
+        Raises:
+            ValueError: an index is outside the codebook.
+        """
+        tokens = indices.detach().flatten().to(self.window.device)
+        outside = ((tokens < 0) | (tokens > 2**self.num_bits - 1)).nonzero()[:, 0].tolist()
+        if outside:
+            raise ValueError(
+                f"codebook usage: index {int(tokens[outside[0]])} of token "
+                f"{self.num_seen + outside[0]} must be in [0, 2**{self.num_bits})"
+            )
+        self.num_seen += len(tokens)
+        tokens = tokens[-len(self.window) :]
+        start = self.num_seen - len(tokens)
+        positions = torch.arange(start, self.num_seen, device=tokens.device) % len(self.window)
+        self.window[positions] = tokens
+
+    def compute(self) -> CodebookStatistics:
+        """Statistics of the windows of all ranks together; sorts them: not for every step.
+
+        Raises:
+            ValueError: there was no token.
+        """
+        tokens = distributed.gather(self.window).cpu()
+        return codebook_statistics(tokens[tokens >= 0], self.num_bits)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The windows of all ranks as one list of tokens, the oldest first; every rank must call.
+
+        In this order they say which one leaves next.
+        """
+        by_age = self.window.roll(-(self.num_seen % len(self.window)))
+        tokens = distributed.gather(by_age[None]).T.flatten()
+        return {"tokens": tokens[tokens >= 0]}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a saved window, or from its newest tokens if it was longer than this one.
+
+        A token outside the codebook is a ValueError.
+        """
+        self.window.fill_(-1)
+        self.num_seen = 0
+        self.update(state["tokens"])
+
+
+class CollapseMonitor:
+    """Says once that the codebook collapses, after several bad reports in a row.
+
+    Args:
+        num_reports: bad reports in a row that make a collapse.
+    """
+
+    def __init__(self, num_reports: int) -> None:
+        self.num_reports = num_reports
+        self.num_bad = 0
+        """Bad reports in a row so far; stays at `num_reports` once the warning is given."""
+
+    def update(self, statistics: CodebookStatistics) -> str | None:
+        """Take the next report; the text of the warning comes back the first time it is due."""
+        if self.num_bad == self.num_reports:
+            return None
+        bits = (statistics.bit_entropies < BIT_ENTROPY_FLOOR).nonzero()[:, 0].tolist()
+        low_usage = statistics.attained < USAGE_FLOOR
+        self.num_bad = self.num_bad + 1 if bits or low_usage else 0
+        if self.num_bad < self.num_reports:
+            return None
+        symptoms = []
+        if low_usage:
+            symptoms.append(
+                f"{statistics.num_distinct} codes occur in {statistics.num_tokens} tokens, "
+                f"{100 * statistics.attained:.2g} % of what is attainable"
+            )
+        if bits:
+            symptoms.append(f"bits {bits} are nearly constant")
+        return (
+            f"the codebook collapses: {' and '.join(symptoms)}, {self.num_reports} reports in a "
+            "row; raise loss.entropy_weight or lower optim.lr"
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        """The count of bad reports."""
+        return {"num_bad": self.num_bad}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue counting; a warning that was given is not given again."""
+        self.num_bad = state["num_bad"]

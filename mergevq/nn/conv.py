@@ -1,0 +1,71 @@
+"""Residual and resampling convolutions.
+
+Source: Yu et al. 2024, "Language Model Beats Diffusion", appendix A (adaptive group norm,
+arXiv:2310.05737).
+
+Shape letters: B batch, C channels, H and W pixels or grid cells.
+"""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mergevq.nn.blocks import NORM_EPS
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions, each after group norm and SiLU, around a shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_groups: int) -> None:
+        """Convolutions have no bias; the shortcut is 1x1 when the width changes."""
+        super().__init__()
+        self.norm1 = nn.GroupNorm(num_groups, in_channels, eps=NORM_EPS)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.norm2 = nn.GroupNorm(num_groups, out_channels, eps=NORM_EPS)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.shortcut = (
+            nn.Identity()
+            if in_channels == out_channels
+            else nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        )
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h w"]:
+        """Transform without changing the size."""
+        hidden = self.conv1(functional.silu(self.norm1(x)))
+        hidden = self.conv2(functional.silu(self.norm2(hidden)))
+        return self.shortcut(x) + hidden
+
+
+class Upsample(nn.Module):
+    """Twice the side: a 3x3 convolution to four times the channels, then depth to space."""
+
+    def __init__(self, channels: int) -> None:
+        """Keep the number of channels."""
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 4 * channels, 3, padding=1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+        """Double height and width."""
+        return functional.pixel_shuffle(self.conv(x), 2)
+
+
+class AdaptiveGroupNorm(nn.Module):
+    """Group norm whose gain and shift come from the codes of the whole image."""
+
+    def __init__(self, num_bits: int, channels: int, num_groups: int) -> None:
+        """Gain reads the standard deviation of each bit over the grid, shift its mean."""
+        super().__init__()
+        self.norm = nn.GroupNorm(num_groups, channels, eps=NORM_EPS, affine=False)
+        self.gain = nn.Linear(num_bits, channels)
+        self.shift = nn.Linear(num_bits, channels)
+
+    def forward(
+        self, x: Float[Tensor, "b c h w"], codes: Float[Tensor, "b l d"]
+    ) -> Float[Tensor, "b c h w"]:
+        """Normalise `x` in the style of the unmerged codes."""
+        # Statistics of L signs need more than bf16's 8 bits; one cell has no deviation.
+        codes = codes.float()
+        deviation = (codes.var(1, correction=min(1, codes.shape[1] - 1)) + NORM_EPS).sqrt()
+        gain = self.gain(deviation.to(x.dtype))[..., None, None]
+        shift = self.shift(codes.mean(1).to(x.dtype))[..., None, None]
+        return gain * self.norm(x) + shift

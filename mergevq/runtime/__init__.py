@@ -1,0 +1,1 @@
+"""Everything a run needs, no matter what it trains: files, logs, ranks, random numbers."""

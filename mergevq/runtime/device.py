@@ -1,0 +1,71 @@
+"""Devices, precision and deterministic algorithms."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from mergevq.config.base import Precision
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; `auto` is cuda, else mps, else cpu.
+
+    Raises:
+        ValueError: this machine or this build of torch does not have it.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    usable = [device for device, there in available.items() if there]
+    if name == "auto":
+        return torch.device(usable[0])
+    if name not in usable:
+        raise ValueError(
+            f"device ({name}) must be one that torch {torch.__version__} has on this machine: "
+            f"auto or {' or '.join(usable)}"
+        )
+    return torch.device(name)
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype | None:
+    """The dtype to autocast to; None computes in float32.
+
+    `auto` is bf16 where the device multiplies it in hardware, else float32. What is asked for by
+    name is given, even where it is emulated and slow.
+    """
+    if precision == "auto":
+        return torch.bfloat16 if _has_bf16(device) else None
+    return {"bf16": torch.bfloat16, "float16": torch.float16, "float32": None}[precision]
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether bf16 products are native, and so faster than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return False  # mps: generations differ, and torch has no way to ask
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Let a GPU sum in one order every time, where it can; a CPU always does."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(mode=before, warn_only=only_warned)
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Mixed precision in a block: products in `dtype`; everything in float32 for None."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

@@ -1,0 +1,273 @@
+"""From gradients to weights: parameter groups, AdamW, its schedule, clipping, and weight averages.
+
+A parameter says itself that it is not to be decayed, by an attribute `no_weight_decay = True`; that
+is for class tokens, position embeddings and other tensors of two or more dimensions that are no
+matrices.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from mergevq.config.training import OptimConfig
+from mergevq.runtime import distributed
+from mergevq.runtime.artefacts import compare_states
+
+# ------------------------------------------------------------------------------------ optimizer
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters as at most two groups: matrices, which decay, and the rest.
+
+    A matrix is a linear or convolution weight: two or more dimensions, not in an embedding layer,
+    and not marked `no_weight_decay`. Gains and biases have one dimension.
+    """
+    groups: dict[float, dict[nn.Parameter, None]] = {weight_decay: {}, 0.0: {}}
+    for owner in module.modules():
+        for parameter in owner.parameters(recurse=False):
+            exempt = (
+                parameter.ndim < 2
+                or isinstance(owner, nn.Embedding)
+                or getattr(parameter, "no_weight_decay", False)
+            )
+            if parameter.requires_grad:
+                groups[0.0 if exempt else weight_decay][parameter] = None
+    return [
+        {"params": list(parameters), "weight_decay": decay}
+        for decay, parameters in groups.items()
+        if parameters
+    ]
+
+
+def build_optimizer(
+    modules: Sequence[nn.Module], config: OptimConfig, batch_size: int
+) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters of all modules, at the peak learning rate.
+
+    Args:
+        modules: unwrapped; a parameter in two of them is updated once.
+        config: rate, moments and decay.
+        batch_size: images per optimizer step over all ranks.
+    """
+    groups = parameter_groups(nn.ModuleList(modules), config.weight_decay)
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    return torch.optim.AdamW(
+        groups,
+        lr=peak_learning_rate(config, batch_size),
+        betas=config.betas,
+        # Elsewhere torch picks between its foreach kernels and a loop.
+        fused=True if devices <= {"cpu", "cuda"} else None,
+    )
+
+
+def check_coverage(
+    modules: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer]
+) -> None:
+    """Check that every trainable parameter is in exactly one optimizer, and nothing else is.
+
+    Raises:
+        RuntimeError: lists parameters in none or in several, and counts those of other modules.
+    """
+    updates: dict[nn.Parameter, int] = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                updates[parameter] = updates.get(parameter, 0) + 1
+    names = {
+        parameter: f"{type(module).__name__}.{name}"
+        for module in modules
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+    none = [name for parameter, name in names.items() if parameter not in updates]
+    several = [name for parameter, name in names.items() if updates.get(parameter, 0) > 1]
+    num_foreign = len(updates.keys() - names.keys())
+    if none or several or num_foreign:
+        raise RuntimeError(
+            "every trainable parameter must be in exactly one optimizer; "
+            f"in none: {', '.join(none) or '-'}; in several: {', '.join(several) or '-'}; "
+            f"of no given module or frozen: {num_foreign}"
+        )
+
+
+# ------------------------------------------------------------------------------------- schedule
+
+
+def peak_learning_rate(config: OptimConfig, batch_size: int) -> float:
+    """The rate after warm-up: `lr`, scaled linearly from the batch size it was chosen for."""
+    return config.lr * batch_size / (config.base_batch_size or batch_size)
+
+
+def learning_rate(step: int, config: OptimConfig, num_steps: int, batch_size: int) -> float:
+    """The rate of one optimizer step.
+
+    Warm-up is the line from 0 just before the first step to the peak at step `warmup_steps`. What
+    follows ends, at the last step, on `final_lr_ratio` times the peak (cosine and linear).
+
+    Args:
+        step: from 0.
+        config: rate and schedule.
+        num_steps: of the whole run; later steps keep the last rate.
+        batch_size: images per optimizer step over all ranks.
+    """
+    peak = peak_learning_rate(config, batch_size)
+    if step < config.warmup_steps:
+        return peak * (step + 1) / (config.warmup_steps + 1)
+    if config.schedule == "constant":
+        return peak
+    if config.schedule == "step":
+        return peak * 0.1 ** sum(step >= share * num_steps for share in config.milestones)
+    num_decay_steps = max(1, num_steps - 1 - config.warmup_steps)
+    progress = min(1.0, (step - config.warmup_steps) / num_decay_steps)
+    remaining = 1 - progress
+    if config.schedule == "cosine":
+        remaining = 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (config.final_lr_ratio + (1 - config.final_lr_ratio) * remaining)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group this rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+# ------------------------------------------------------------------------------------ gradients
+
+
+def clip(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Float[Tensor, ""]:
+    """Scale all gradients together so that their joint L2 norm is at most `max_norm`.
+
+    Args:
+        parameters: those without a gradient do not count.
+        max_norm: None only measures.
+
+    Returns:
+        The norm before scaling, on the gradients' device. If it is not finite no gradient is fit
+        for use: the caller must skip the step (`NonFiniteGuard`).
+    """
+    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in with_gradient if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(with_gradient, max_norm, norm)
+    return norm
+
+
+def gradient_scaler(device: torch.device, dtype: torch.dtype | None) -> torch.amp.GradScaler:
+    """Loss scaling for float16, whose range is too small for gradients; does nothing otherwise."""
+    return torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+
+
+class NonFiniteGuard:
+    """Decides whether a step may be taken, the same on every rank, and gives up in the end."""
+
+    def __init__(self, limit: int) -> None:
+        """Args: limit: steps skipped in a row after which `check` raises."""
+        self.limit = limit
+        self.num_skipped = 0
+        """Steps skipped since the run began."""
+        self.num_in_a_row = 0
+        """Steps skipped since the last one that was taken."""
+
+    def check(self, step: int, terms: Mapping[str, Float[Tensor, ""]]) -> bool:
+        """Whether every term is finite on every rank; a step is to be skipped if not.
+
+        Args:
+            step: for the message.
+            terms: losses and gradient norms by name; the same names on every rank.
+
+        Raises:
+            RuntimeError: this was the last of `limit` steps in a row that had to be skipped.
+        """
+        values = torch.stack([term.detach().float() for term in terms.values()])
+        num_ranks = distributed.sum((~values.isfinite()).long()).tolist()
+        if not any(num_ranks):
+            self.num_in_a_row = 0
+            return True
+        self.num_skipped += 1
+        self.num_in_a_row += 1
+        if self.num_in_a_row >= self.limit:
+            found = [
+                f"{name} ({value:g} on this rank)"
+                for name, value, count in zip(terms, values.tolist(), num_ranks, strict=True)
+                if count
+            ]
+            raise RuntimeError(
+                f"{self.num_in_a_row} steps in a row were not finite, up to step {step}: "
+                f"{', '.join(found)}; lower optim.lr, or set train.precision to float32"
+            )
+        return False
+
+    def state_dict(self) -> dict[str, int]:
+        """Both counts."""
+        return {"num_skipped": self.num_skipped, "num_in_a_row": self.num_in_a_row}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue counting."""
+        self.num_skipped, self.num_in_a_row = state["num_skipped"], state["num_in_a_row"]
+
+
+# ------------------------------------------------------------------------------ weight averages
+
+
+class Ema:
+    """Exponential moving average of a module's weights, in float32 whatever the module's dtype.
+
+    Parameters and floating point buffers are averaged; other buffers are used as they are.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        """Start from the module's present weights.
+
+        Args:
+            module: unwrapped and without frozen networks, on its final device.
+            decay: share of the old average kept in each update, approached from below: update n,
+                from 0, keeps at most (1 + n) / (10 + n), else the random start would outlast a
+                short run.
+        """
+        self.module = module
+        self.decay = decay
+        self.num_updates = 0
+        self.shadow = {name: t.float().clone() for name, t in self._current().items()}
+
+    def update(self) -> None:
+        """Move the average towards the present weights; once per optimizer step taken."""
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        current = [tensor.float() for tensor in self._current().values()]
+        get_ema_multi_avg_fn(decay)(list(self.shadow.values()), current, None)
+        self.num_updates += 1
+
+    @contextmanager
+    def swap(self) -> Iterator[None]:
+        """The module has the averaged weights inside, and its own again after."""
+        current = self._current()
+        own = {name: tensor.clone() for name, tensor in current.items()}
+        try:
+            for name, tensor in current.items():
+                tensor.copy_(self.shadow[name])
+            yield
+        finally:
+            for name, tensor in current.items():
+                tensor.copy_(own[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages and the number of updates; tensors share memory with this object."""
+        return {"num_updates": self.num_updates, "shadow": dict(self.shadow)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Copy averages in; a ValueError lists names and shapes that do not fit."""
+        compare_states(self.shadow, state["shadow"], name="the averaged weights")
+        for name, tensor in self.shadow.items():
+            tensor.copy_(state["shadow"][name])
+        self.num_updates = state["num_updates"]
+
+    def _current(self) -> dict[str, Tensor]:
+        """The module's own tensors, looked up anew because buffers may have been replaced."""
+        state = self.module.state_dict()
+        return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}

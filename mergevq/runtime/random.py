@@ -1,0 +1,45 @@
+"""Seeds that are distinct by construction, and random numbers tied to purpose and step."""
+
+import hashlib
+from typing import Literal, get_args
+
+import torch
+
+DataPurpose = Literal["order", "image", "student", "teacher", "augment"]
+"""Order of an epoch; crop and flip of a training image, of its two views, and its augmentation."""
+
+
+def numbered_seed(key: str, number: int) -> int:
+    """Seed in [0, 2**64): under one key, numbers less than 2**32 apart have different low 32 bits.
+
+    The number is added, not hashed: torch's CPU generator keeps 32 bits of a seed, and among
+    100,000 hashes of 32 bits two are equal more often than not.
+    """
+    digest = hashlib.sha256(key.encode()).digest()
+    return (int.from_bytes(digest[:8], "little") + number) % 2**64
+
+
+def data_seed(purpose: DataPurpose, seed: int, number: int) -> int:
+    """Seed of an epoch's order or of a training sample of a run.
+
+    All purposes of one run together have different ones for the first 2**30 samples.
+    """
+    purposes = get_args(DataPurpose)
+    return numbered_seed(f"data/{seed}", len(purposes) * number + purposes.index(purpose))
+
+
+def step_generator(seed: int, *ids: int | str) -> torch.Generator:
+    """Random numbers that depend on `seed` and `ids` alone: not on order, batch, rank or device.
+
+    Args:
+        seed: of the run.
+        ids: what the numbers are for; the last is a number such as the step or the image. Two last
+            ids closer than 2**32 have different numbers if all before them agree.
+
+    Raises:
+        ValueError: there is no last number.
+    """
+    *purpose, number = ids or ("",)
+    if not isinstance(number, int):
+        raise ValueError(f"ids {ids} must end with a number")
+    return torch.Generator().manual_seed(numbered_seed(repr((seed, *purpose)), number))

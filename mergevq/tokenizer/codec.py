@@ -1,0 +1,398 @@
+"""Pictures of any mode and size to tokens and back, with what they cost and what they lose.
+
+Shape letters: T tiles, H and W pixels of the picture, h and w of a tile, K kept tokens.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from mergevq.config.base import SizePolicy
+from mergevq.config.choices import RecoverySource, check_choice
+from mergevq.config.tokenizer import TokenizerConfig
+from mergevq.data.layouts import Bits, Source
+from mergevq.data.prepare import to_rgb, to_tensor
+from mergevq.metrics.image import psnr
+from mergevq.report.pictures import contact_sheet, merge_map, to_pil
+from mergevq.tokenizer.tokenizer import Encoded, Tokenizer
+
+_WIDEST = 4
+"""Most times the trained pixels that resizing gives: its short side keeps a patch, however long
+the other is."""
+_OVERLAP = 1 / 4
+"""Least share of a tile's side that it has in common with the next."""
+_TILES_AT_ONCE = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Where the tiles of a picture lie; one as large as the picture when it was not cut."""
+
+    height: int
+    """Of the picture, in pixels."""
+    width: int
+    tile_height: int
+    """Of a tile, in pixels; above `height` where a small picture was padded."""
+    tile_width: int
+    tops: tuple[int, ...]
+    """First row of each row of tiles, ascending."""
+    lefts: tuple[int, ...]
+    """First column of each column of tiles, ascending."""
+
+    @property
+    def corners(self) -> list[tuple[int, int]]:
+        """(top, left) of every tile in raster order."""
+        return [(top, left) for top in self.tops for left in self.lefts]
+
+
+class EncodedImage(NamedTuple):
+    """A picture as tokens: everything `decode_image` needs."""
+
+    encoded: Encoded
+    """Of all tiles in raster order, one per batch item."""
+    layout: Layout
+    """Where they belong."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageReconstruction:
+    """A picture beside what came back of it."""
+
+    original: Image.Image
+    """As the tokenizer saw it: RGB, and resized if the policy said so."""
+    merge_map: Image.Image
+    """Each group of merged cells in its mean colour; enlarged by a whole factor."""
+    given: Image.Image
+    """Decoded with the encoder's own source map."""
+    recovered: Image.Image
+    """Decoded with the source map inferred from the tokens alone."""
+    psnr_given: float
+    """Of `given`, in dB, between 8-bit pixels."""
+    psnr_recovered: float
+    """Of `recovered`."""
+    num_kept: int
+    """K, of each tile."""
+    num_cells: int
+    """L: tokens of each tile before merging."""
+    num_tiles: int
+    """1 unless the picture was cut."""
+    bits: Bits
+    """Of the whole picture."""
+    given_size: tuple[int, int]
+    """Width and height of the picture that was given, upright, before any resizing."""
+
+    @property
+    def is_resized(self) -> bool:
+        """Whether the tokenizer saw another size than was given: all numbers are of that one."""
+        return self.original.size != self.given_size
+
+    @property
+    def price(self) -> str:
+        """Bits per pixel in words, with both sizes where they differ."""
+        text = f"{self.bits_per_pixel:.3f} bits per pixel"
+        if not self.is_resized:
+            return text
+        (seen_width, seen_height), (width, height) = self.original.size, self.given_size
+        share = self.bits.total / (width * height)
+        return (
+            f"{text} of the {seen_width} x {seen_height} it was resized to ({share:.3g} of the "
+            f"{width} x {height} given)"
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole picture."""
+        return self.num_kept * self.num_tiles
+
+    @property
+    def bits_per_pixel(self) -> float:
+        """Tokens and source map, over the pixels of `original`."""
+        return self.bits.total / (self.original.width * self.original.height)
+
+
+# ----------------------------------------------------------------------------------- pictures
+
+
+def encode_image(
+    tokenizer: Tokenizer,
+    image: Image.Image,
+    num_kept: int | None = None,
+    *,
+    size_policy: SizePolicy = "error",
+) -> EncodedImage:
+    """Turn a picture into tokens.
+
+    Args:
+        tokenizer: on any device, in any floating-point type.
+        image: of any mode.
+        num_kept: K, of each tile if the picture is cut; None is the nominal K.
+        size_policy: see `SizePolicy`.
+
+    Raises:
+        ValueError: the size or K is not legal.
+    """
+    picture = _fit(image, tokenizer.config, size_policy)
+    layout = _layout(picture, tokenizer.config, size_policy)
+    if size_policy == "error":
+        try:
+            tokenizer.grid_shape(torch.empty(1, 3, picture.height, picture.width, device="meta"))
+        except ValueError as error:
+            raise ValueError(f"{error}: size_policy 'resize' or 'tile'") from error
+    return EncodedImage(_encode(tokenizer, picture, layout, num_kept), layout)
+
+
+def decode_image(
+    tokenizer: Tokenizer,
+    image: EncodedImage,
+    *,
+    source: RecoverySource = "given",
+) -> Image.Image:
+    """Turn tokens back into a picture of the size that was encoded.
+
+    Args:
+        tokenizer: the one that encoded.
+        image: from `encode_image`.
+        source: the source map that was stored, or the one inferred from the tokens.
+    """
+    check_choice("source", source, RecoverySource)
+    return to_pil(_decode(tokenizer, image, source))
+
+
+def reconstruct_image(
+    tokenizer: Tokenizer,
+    image: Image.Image,
+    num_kept: int | None = None,
+    *,
+    size_policy: SizePolicy = "error",
+) -> ImageReconstruction:
+    """Encode and decode a picture, with the given and with the recovered source map.
+
+    The arguments and errors are those of `encode_image`.
+    """
+    encoded_image = encode_image(tokenizer, image, num_kept, size_policy=size_policy)
+    encoded, layout = encoded_image
+    picture = _fit(image, tokenizer.config, size_policy)
+    original = to_tensor(picture)
+    given = _decode(tokenizer, encoded_image, "given")
+    recovered = _decode(tokenizer, encoded_image, "recovered")
+    tile_bits = encoded.source.bits(tokenizer.config.num_bits)
+    num_tiles = len(layout.corners)
+    return ImageReconstruction(
+        original=picture,
+        merge_map=_merge_map(original, encoded, layout),
+        given=to_pil(given),
+        recovered=to_pil(recovered),
+        psnr_given=float(psnr(original[None], given[None])),
+        psnr_recovered=float(psnr(original[None], recovered[None])),
+        num_kept=encoded.source.num_kept,
+        num_cells=math.prod(encoded.grid_shape),
+        num_tiles=num_tiles,
+        bits=Bits(num_tiles * tile_bits.tokens, num_tiles * tile_bits.source),
+        given_size=_fit(image, tokenizer.config, "error").size,
+    )
+
+
+def full_pictures(results: Sequence[ImageReconstruction]) -> dict[str, Image.Image]:
+    """Reconstructions of one picture as pictures of the size that was given, by file name.
+
+    Merge maps have the size they were drawn in.
+    """
+    pictures: dict[str, Image.Image] = {}
+    for result in results:
+        pictures[f"merge_map_{result.num_kept}.png"] = result.merge_map
+        for name, picture in (("given", result.given), ("recovered", result.recovered)):
+            resized = picture
+            if result.is_resized:
+                resized = picture.resize(result.given_size, Image.Resampling.BICUBIC)
+            pictures[f"{name}_{result.num_kept}.png"] = resized
+    return pictures
+
+
+def reconstruction_figure(reconstructions: Sequence[ImageReconstruction]) -> Image.Image:
+    """Reconstructions of one picture, a row each: original, merge map, given, recovered source."""
+    rows, captions = [], []
+    for result in reconstructions:
+        rows.append([result.original, result.merge_map, result.given, result.recovered])
+        tiles = f"{result.num_tiles} tiles x " if result.num_tiles > 1 else ""
+        captions.append(
+            [
+                _size_in_words(result),
+                f"{tiles}{result.num_kept} of {result.num_cells} tokens\n"
+                f"{result.bits.total:.0f} bits, {result.bits_per_pixel:.3f} per pixel\n"
+                f"({result.bits.tokens:.0f} tokens + {result.bits.source:.0f} source)",
+                f"PSNR {result.psnr_given:.2f} dB",
+                f"PSNR {result.psnr_recovered:.2f} dB",
+            ]
+        )
+    titles = ("Original", "Merge map", "Given source", "Recovered source")
+    return contact_sheet(rows, titles, captions=captions)
+
+
+def _size_in_words(result: ImageReconstruction) -> str:
+    """Size of what the tokenizer saw, and of what was given if that is another."""
+    text = f"{result.original.width} x {result.original.height} pixels"
+    if result.is_resized:
+        text += f"\nresized from {result.given_size[0]} x {result.given_size[1]}"
+    return text
+
+
+# -------------------------------------------------------------------------------------- tiles
+
+
+def tile_layout(height: int, width: int, tile_side: int) -> Layout:
+    """Cover a picture with square tiles, evenly spaced, overlapping by a quarter or more."""
+    return Layout(
+        height=height,
+        width=width,
+        tile_height=tile_side,
+        tile_width=tile_side,
+        tops=_starts(height, tile_side),
+        lefts=_starts(width, tile_side),
+    )
+
+
+def cut(image: Float[Tensor, "3 H W"], layout: Layout) -> Float[Tensor, "T 3 h w"]:
+    """The tiles of a picture in raster order; where it is too small its edge is repeated."""
+    right = max(0, layout.tile_width - layout.width)
+    bottom = max(0, layout.tile_height - layout.height)
+    padded = torch.nn.functional.pad(image[None], (0, right, 0, bottom), mode="replicate")[0]
+    return torch.stack(
+        [
+            padded[:, top : top + layout.tile_height, left : left + layout.tile_width]
+            for top, left in layout.corners
+        ]
+    )
+
+
+def blend(tiles: Float[Tensor, "T 3 h w"], layout: Layout) -> Float[Tensor, "3 H W"]:
+    """Lay tiles over each other, each fading out towards its edges; undoes `cut`."""
+    height, width = max(layout.height, layout.tile_height), max(layout.width, layout.tile_width)
+    total = tiles.new_zeros(3, height, width)
+    weight = tiles.new_zeros(height, width)
+    window = _fade(layout.tile_height, tiles)[:, None] * _fade(layout.tile_width, tiles)
+    for tile, (top, left) in zip(tiles, layout.corners, strict=True):
+        area = slice(top, top + layout.tile_height), slice(left, left + layout.tile_width)
+        total[:, *area] += window * tile
+        weight[area] += window
+    return (total / weight)[:, : layout.height, : layout.width]
+
+
+def _fade(length: int, like: Tensor) -> Float[Tensor, " length"]:
+    """A smooth hill over a tile: near 0 at both ends, never 0, so a lone tile counts in full."""
+    positions = torch.arange(length, dtype=like.dtype, device=like.device)
+    return ((positions + 0.5) * (math.pi / length)).sin().square()
+
+
+def _starts(length: int, tile_side: int) -> tuple[int, ...]:
+    """First pixel of each tile along one direction."""
+    room = max(0, length - tile_side)
+    num_steps = math.ceil(room / (tile_side - math.ceil(_OVERLAP * tile_side)))
+    return tuple(round(step * room / max(1, num_steps)) for step in range(num_steps + 1))
+
+
+# -------------------------------------------------------------------------------------- inside
+
+
+def _fit(image: Image.Image, config: TokenizerConfig, size_policy: SizePolicy) -> Image.Image:
+    """RGB, and resized if that is the policy.
+
+    Raises:
+        ValueError: no picture, or one that is far too long to be resized.
+    """
+    check_choice("size_policy", size_policy, SizePolicy)
+    if not isinstance(image, Image.Image):
+        raise ValueError(
+            f"image is {type(image).__name__} and must be a PIL image; for a file use "
+            "load_picture, for an array PIL.Image.fromarray"
+        )
+    picture = to_rgb(image)
+    if size_policy != "resize":
+        return picture
+    scale = config.image_size / math.sqrt(picture.width * picture.height)
+    patch = config.patch_size
+    width, height = (max(patch, round(side * scale / patch) * patch) for side in picture.size)
+    if (width, height) == picture.size:
+        return picture
+    if width * height > _WIDEST * config.image_size**2:
+        raise ValueError(
+            f"picture of {picture.width} x {picture.height} is too long to be resized: "
+            f"{width} x {height} would be {width * height:,} pixels, and the tokenizer was trained "
+            f"on {config.image_size**2:,}; cut it, or take size_policy 'tile'"
+        )
+    return picture.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _layout(picture: Image.Image, config: TokenizerConfig, size_policy: SizePolicy) -> Layout:
+    """Tiles of the trained size, or one tile that is the picture."""
+    if size_policy == "tile":
+        return tile_layout(picture.height, picture.width, config.image_size)
+    return Layout(
+        height=picture.height,
+        width=picture.width,
+        tile_height=picture.height,
+        tile_width=picture.width,
+        tops=(0,),
+        lefts=(0,),
+    )
+
+
+@torch.no_grad()
+def _encode(
+    tokenizer: Tokenizer, picture: Image.Image, layout: Layout, num_kept: int | None
+) -> Encoded:
+    """Encode all tiles, a few at a time."""
+    weight = next(tokenizer.parameters())
+    tiles = cut(to_tensor(picture), layout).to(weight.device, weight.dtype)
+    parts = [tokenizer.encode(part, num_kept) for part in tiles.split(_TILES_AT_ONCE)]
+    return Encoded(
+        codes=torch.cat([part.codes for part in parts]),
+        indices=torch.cat([part.indices for part in parts]),
+        source=Source(torch.cat([part.source.index for part in parts]), parts[0].source.num_kept),
+        grid_shape=parts[0].grid_shape,
+        class_token=torch.cat([part.class_token for part in parts]),
+        latents=torch.cat([part.latents for part in parts]),
+    )
+
+
+@torch.no_grad()
+def _decode(
+    tokenizer: Tokenizer, image: EncodedImage, source: RecoverySource
+) -> Float[Tensor, "3 H W"]:
+    """Decode all tiles, a few at a time, and blend them, in float32 on the CPU."""
+    encoded, parts = image.encoded, []
+    for tile in range(0, len(encoded.indices), _TILES_AT_ONCE):
+        indices = encoded.indices[tile : tile + _TILES_AT_ONCE]
+        used = Source(encoded.source.index[tile : tile + _TILES_AT_ONCE], encoded.source.num_kept)
+        if source == "recovered":
+            used = tokenizer.recover(indices, encoded.grid_shape)
+        parts.append(tokenizer.decode(indices, used, encoded.grid_shape).float().cpu())
+    return blend(torch.cat(parts), image.layout)
+
+
+def _merge_map(original: Float[Tensor, "3 H W"], encoded: Encoded, layout: Layout) -> Image.Image:
+    """Merge maps of all tiles as one picture, cut in the middle of every overlap."""
+    maps = [
+        merge_map(tile, index, encoded.grid_shape)
+        for tile, index in zip(cut(original, layout), encoded.source.index.cpu(), strict=True)
+    ]
+    scale = maps[0].width // layout.tile_width
+    picture = Image.new("RGB", (scale * layout.width, scale * layout.height))
+    for tile_map, (top, left) in zip(maps, layout.corners, strict=True):
+        # Pasted in raster order, a later tile covers an earlier one from half of their overlap on.
+        skip_top = _half_overlap(layout.tops, top, layout.tile_height)
+        skip_left = _half_overlap(layout.lefts, left, layout.tile_width)
+        box = (scale * skip_left, scale * skip_top, *tile_map.size)
+        picture.paste(tile_map.crop(box), (scale * (left + skip_left), scale * (top + skip_top)))
+    return picture
+
+
+def _half_overlap(starts: tuple[int, ...], start: int, length: int) -> int:
+    """Half of the pixels a tile shares with the one before it."""
+    position = starts.index(start)
+    return 0 if position == 0 else (starts[position - 1] + length - start) // 2

@@ -1,0 +1,1 @@
+"""Ways from the grid to an image."""

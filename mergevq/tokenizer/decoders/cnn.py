@@ -1,0 +1,79 @@
+"""The convolutional decoder: grid tokens to an image.
+
+Source: Li et al. 2025, "MergeVQ", appendix A (arXiv:2504.00999); Yu et al. 2024, "Language Model
+Beats Diffusion", appendix A (arXiv:2310.05737).
+
+Shape letters: B batch, L grid tokens, D bits, H and W pixels or cells.
+"""
+
+import itertools
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from mergevq.config.tokenizer import TokenizerConfig
+from mergevq.nn.blocks import NORM_EPS, GridBlock, initialize
+from mergevq.nn.conv import AdaptiveGroupNorm, ResBlock, Upsample
+from mergevq.nn.positions import to_grid, to_tokens
+from mergevq.tokenizer.stems import make_level
+
+
+class Decoder(nn.Module):
+    """Unmerged codes on the full grid, transformer blocks, upsampling CNN."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        """Build for a configuration; the width is the CNN's coarsest level."""
+        super().__init__()
+        dim, groups = config.decoder_dim, config.num_groups
+        self.conv_in = nn.Conv2d(config.num_bits, dim, 3, padding=1)
+        self.position = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.blocks = nn.ModuleList(
+            GridBlock(
+                dim, config.num_decoder_heads, config.layer_scale, config.transformer_norm_eps
+            )
+            for _ in range(config.num_decoder_layers)
+        )
+        self.levels = nn.ModuleList()
+        width = dim
+        for level, mult in reversed(list(enumerate(config.channel_mult))):
+            channels = config.channels * mult
+            num_blocks = config.num_res_blocks + (level > 0)
+            widths = [width, *[channels] * num_blocks]
+            self.levels.append(
+                nn.ModuleDict(
+                    {
+                        "norm": AdaptiveGroupNorm(config.num_bits, width, groups),
+                        "blocks": nn.Sequential(
+                            *(ResBlock(a, b, groups) for a, b in itertools.pairwise(widths))
+                        ),
+                        "upsample": Upsample(channels) if level > 0 else nn.Identity(),
+                    }
+                )
+            )
+            width = channels
+        self.norm_out = nn.GroupNorm(groups, width, eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+        self.checkpointing = False
+        """Recompute blocks and levels in the backward pass."""
+        initialize(self.blocks)
+
+    def forward(
+        self, codes: Float[Tensor, "b l d"], grid_shape: tuple[int, int]
+    ) -> Float[Tensor, "b 3 h w"]:
+        """Decode one code per cell of a (height, width) grid to an image in about [-1, 1]."""
+        hidden = self.conv_in(to_grid(codes.to(self.conv_in.weight.dtype), grid_shape))
+        x = to_tokens(hidden + self.position(hidden))
+        for block in self.blocks:
+            x = self._run(block, x, grid_shape)
+        hidden = to_grid(x, grid_shape)
+        for level in self.levels:
+            hidden = self._run(make_level, level, hidden, codes)
+        return self.conv_out(functional.silu(self.norm_out(hidden)))
+
+    def _run(self, function, *arguments):  # noqa: ANN001, ANN002, ANN202 - passes through
+        """Call, or call with recomputation in the backward pass."""
+        if self.checkpointing and self.training:
+            return checkpoint(function, *arguments, use_reentrant=False)
+        return function(*arguments)

@@ -1,0 +1,1 @@
+"""Ways from kept tokens back to the grid."""

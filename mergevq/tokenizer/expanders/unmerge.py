@@ -1,0 +1,138 @@
+"""The source map inferred from kept codes alone.
+
+Source: Li et al. 2025, "MergeVQ", section 3.2 and appendix A (arXiv:2504.00999).
+
+Differs: the source predictor sees positions of cells and of slots, lets kept codes look at each
+other, and answers with the best map that is in canonical order.
+
+Shape letters: B batch, L grid tokens, K kept tokens, C channels, D bits.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from mergevq.config.tokenizer import TokenizerConfig
+from mergevq.data.layouts import Source
+from mergevq.nn.blocks import NORM_EPS, ContextBlock, QueryBlock, initialize
+from mergevq.nn.positions import sincos, sincos_2d
+from mergevq.tokenizer.encoder import require_finite
+
+
+class SourcePredictor(nn.Module):
+    """Infers from the codes alone which kept token each grid cell copies (source recovery).
+
+    Kept codes, whose order carries position, look at each other; one query per cell looks at them;
+    queries refine each other, and each points at one kept token (paper, section 3.2, equation 8).
+    """
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        """Build with the `source_*` settings."""
+        super().__init__()
+        dim = config.source_dim
+        self.from_codes = nn.Linear(config.num_bits, dim)
+        self.norm_codes = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.query = nn.Parameter(torch.zeros(dim))
+        self.context_blocks = nn.ModuleList(
+            ContextBlock(dim, config.num_source_heads) for _ in range(config.num_source_layers)
+        )
+        self.blocks = nn.ModuleList(
+            QueryBlock(dim, config.num_source_heads) for _ in range(config.num_source_layers)
+        )
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.to_query = nn.Linear(dim, dim)
+        # A bias would add the same to all logits of a cell.
+        self.to_key = nn.Linear(dim, dim, bias=False)
+        initialize(self)
+
+    def forward(
+        self, codes: Float[Tensor, "b k d"], grid_shape: tuple[int, int]
+    ) -> Float[Tensor, "b l k"]:
+        """Logits of each cell over the kept tokens."""
+        dim = self.query.shape[0]
+        num_tokens, num_kept = math.prod(grid_shape), codes.shape[1]
+        # In canonical order slot k of K opens near cell k L / K, so slots share the cells' scale.
+        slots = torch.arange(num_kept, device=codes.device) * (num_tokens / num_kept)
+        slot_positions = torch.cat(
+            [sincos(slots // grid_shape[1], dim // 2), sincos(slots % grid_shape[1], dim // 2)], -1
+        )
+        context = self.norm_codes(self.from_codes(codes.to(self.query.dtype)))
+        context = context + slot_positions.to(context.dtype)
+        cells = self.query + sincos_2d(grid_shape, dim, codes.device)
+        x = cells.to(context.dtype).expand(codes.shape[0], -1, -1)
+        for block in self.context_blocks:
+            context = block(context)
+        for block in self.blocks:
+            x = block(x, context)
+        return self.to_query(self.norm(x)) @ self.to_key(context).mT / math.sqrt(dim)
+
+    @torch.no_grad()
+    def predict(
+        self,
+        codes: Float[Tensor, "b k d"],
+        grid_shape: tuple[int, int],
+        anchors: Int64[Tensor, "b k"] | None = None,
+    ) -> Source:
+        """The most likely source in canonical order, given each cell's logits.
+
+        Args:
+            codes: kept codes in canonical order.
+            grid_shape: (height, width) of the grid.
+            anchors: cell at which each kept token opens, when known: that cell gets its token, and
+                no cell before it can have it.
+
+        Raises:
+            ValueError: there are more tokens than cells, so some could not open.
+            RuntimeError: a logit is not finite.
+        """
+        logits = self(codes, grid_shape).float()
+        require_finite("the source predictor's logits", logits)
+        if anchors is None:
+            return most_likely_source(logits)
+        cells = torch.arange(logits.shape[1], device=codes.device)[None, :, None]
+        closed = cells < anchors[:, None, :]
+        index = logits.masked_fill(closed, -torch.inf).argmax(-1)
+        slots = torch.arange(codes.shape[1], device=codes.device).expand_as(anchors)
+        return Source(index.scatter(1, anchors, slots), codes.shape[1])
+
+
+@torch.no_grad()
+def most_likely_source(logits: Float[Tensor, "b l k"]) -> Source:
+    """The canonical source map with the highest sum of logits.
+
+    In canonical order each cell opens the next kept token or copies one that is open, and all K are
+    open in the end. The best such map is found exactly by dynamic programming over cells and open
+    tokens, in O(L K).
+
+    Args:
+        logits: score of each grid cell for each kept token.
+
+    Raises:
+        ValueError: K is above L, so that some token could not open.
+    """
+    batch, num_tokens, num_kept = logits.shape
+    if num_kept > num_tokens:
+        raise ValueError(
+            f"num_kept ({num_kept}) must be at most the {num_tokens} cells of the grid"
+        )
+    # Best token to copy when the first j + 1 are open, and its score.
+    copy_score, copy_index = logits.cummax(-1)
+    best = logits.new_full((batch, num_kept), -torch.inf)
+    best[:, 0] = logits[:, 0, 0]
+    opens = torch.zeros(batch, num_tokens, num_kept, dtype=torch.bool, device=logits.device)
+    for cell in range(1, num_tokens):
+        copied = best + copy_score[:, cell]
+        opened = torch.full_like(best, -torch.inf)
+        opened[:, 1:] = best[:, :-1] + logits[:, cell, 1:]
+        opens[:, cell] = opened > copied
+        best = torch.maximum(copied, opened)
+    rows = torch.arange(batch, device=logits.device)
+    last = torch.full_like(rows, num_kept - 1)
+    index = torch.zeros(batch, num_tokens, dtype=torch.int64, device=logits.device)
+    for cell in range(num_tokens - 1, 0, -1):
+        opening = opens[rows, cell, last]
+        index[:, cell] = torch.where(opening, last, copy_index[rows, cell, last])
+        last = last - opening.long()
+    return Source(index, num_kept)

@@ -1,0 +1,1 @@
+"""Ways from latents to codes."""

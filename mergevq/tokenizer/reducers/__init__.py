@@ -1,0 +1,1 @@
+"""Ways from grid tokens to kept tokens."""

@@ -1,0 +1,427 @@
+"""The tokenizer: image to discrete tokens with a source map, and back.
+
+Source: Li et al. 2025, "MergeVQ: A Unified Framework for Visual Generation and Representation with
+Disentangled Token Merging and Quantization", section 3 and appendix A (arXiv:2504.00999).
+
+Differs: kept tokens leave in canonical order; the source map is returned and passed in, nothing is
+left behind in a module; the source predictor sees positions of cells and of slots, lets kept codes
+look at each other, and answers with the best map that is in canonical order; a patch stem has fixed
+positions where the authors' code has none.
+
+Shape letters: B batch, L grid tokens, K kept tokens, C channels, D bits, H and W pixels or cells.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from mergevq.config.base import Pool, Stage
+from mergevq.config.choices import RecoverySource, check_choice
+from mergevq.config.tokenizer import TokenizerConfig
+from mergevq.data.layouts import Source, canonicalize, unmerge
+from mergevq.nn.rows import take_rows
+from mergevq.runtime.artefacts import build_for, load_model, resolve, save_model
+from mergevq.runtime.settings import from_json
+from mergevq.tokenizer.decoders.cnn import Decoder
+from mergevq.tokenizer.encoder import Encoder, EncoderOutput, require_finite
+from mergevq.tokenizer.expanders.unmerge import SourcePredictor, most_likely_source
+from mergevq.tokenizer.quantizers.lfq import indices_to_codes, quantize
+from mergevq.tokenizer.reducers.matching import merge_schedule
+
+
+class Encoded(NamedTuple):
+    """An image as tokens: everything `Tokenizer.decode` needs, and what they were made from."""
+
+    codes: Float[Tensor, "b k d"]
+    """Signs in {-1, +1}, in canonical order."""
+    indices: Int64[Tensor, "b k"]
+    """The same as integers in [0, 2**D)."""
+    source: Source
+    """Which kept token each grid cell went into."""
+    grid_shape: tuple[int, int]
+    """(height, width) in cells; their product is L."""
+    class_token: Float[Tensor, "b c"]
+    """The encoder's summary, aligned with the teacher."""
+    latents: Float[Tensor, "b k d"]
+    """Before quantization."""
+
+
+class Reconstruction(NamedTuple):
+    """An image decoded from its own tokens."""
+
+    image: Float[Tensor, "b 3 h w"]
+    """In about [-1, 1], not clamped."""
+    encoded: Encoded
+    """Its tokens, with the source that was given."""
+    source: Source
+    """The source that was decoded with: given or recovered."""
+
+
+class TokenizerOutput(NamedTuple):
+    """One training pass."""
+
+    reconstruction: Float[Tensor, "b 3 h w"]
+    """Decoded with the given source."""
+    encoded: Encoded
+    """Tokens of the image."""
+    source_logits: Float[Tensor, "b l k"]
+    """What the source predictor says of each cell."""
+    view_class_token: Float[Tensor, "b c"] | None
+    """Class token of the alignment view; None without one."""
+
+
+class Tokenizer(nn.Module):
+    """Images to discrete tokens and back.
+
+    Example:
+        >>> from mergevq.config.choices import RecoverySource
+        >>> from mergevq.config.tokenizer import TokenizerConfig
+        >>> config = TokenizerConfig(
+        ...     image_size=32, channels=16, channel_mult=(1, 2, 2), num_kept=16, num_layers=3,
+        ...     num_decoder_layers=1, num_heads=4, num_decoder_heads=4, source_dim=32)
+        >>> tokenizer = Tokenizer(config).eval()
+        >>> encoded = tokenizer.encode(torch.zeros(2, 3, 32, 32), num_kept=20)
+        >>> encoded.indices.shape, encoded.source.index.shape
+        (torch.Size([2, 20]), torch.Size([2, 64]))
+        >>> tokenizer.decode(encoded.indices, encoded.source).shape
+        torch.Size([2, 3, 32, 32])
+    """
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        """Build with random weights; `from_pretrained` loads trained ones."""
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.source_predictor = SourcePredictor(config)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> "Tokenizer":
+        """Load from a directory that `save_pretrained` or training wrote, or from the hub.
+
+        A directory never touches the network; on the hub, a model is `owner/name@revision`.
+        The tokenizer comes back in evaluation mode.
+
+        Raises:
+            ValueError: the artefact is of another kind or format, or its weights do not fit.
+        """
+        saved = load_model(resolve(path), kind="tokenizer")
+        config = from_json(TokenizerConfig, saved.record["config"])
+        return cls.from_weights(config, saved.state).eval()
+
+    @classmethod
+    def from_weights(cls, config: TokenizerConfig, state: Mapping[str, Tensor]) -> "Tokenizer":
+        """Build a tokenizer that has these weights, which may be a stranger's.
+
+        Raises:
+            ValueError: the weights are not those of such a tokenizer.
+        """
+        layers = {
+            "the number of levels in channel_mult": len(config.channel_mult),
+            "num_res_blocks": config.num_res_blocks,
+            "num_layers": config.num_layers,
+            "num_decoder_layers": config.num_decoder_layers,
+            "num_source_layers": config.num_source_layers,
+        }
+        return build_for(lambda: cls(config), state, layers=layers)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write `model.safetensors` and `config.json` into a directory."""
+        save_model(Path(path), self.state_dict(), self.config, kind="tokenizer")
+
+    def set_checkpointing(self, *, enabled: bool) -> None:
+        """Trade time for memory in training: recompute activations in the backward pass."""
+        self.encoder.checkpointing = enabled
+        self.decoder.checkpointing = enabled
+
+    def num_tokens(self, image: Float[Tensor, "b 3 h w"], num_kept: int | None = None) -> int:
+        """Tokens `encode` returns per image; there are no special ones.
+
+        Raises:
+            ValueError: the size or K is not legal.
+        """
+        return self._resolve_num_kept(self.grid_shape(image), num_kept)
+
+    def grid_shape(self, image: Float[Tensor, "b 3 h w"]) -> tuple[int, int]:
+        """(height, width) of the token grid of an image.
+
+        Raises:
+            ValueError: a side is not a multiple of the patch size; the message lists what is legal.
+        """
+        patch = self.config.patch_size
+        height, width = image.shape[2:]
+        if height % patch or width % patch or not height or not width:
+            nearest = [max(patch, round(side / patch) * patch) for side in (height, width)]
+            raise ValueError(
+                f"image size ({height} x {width}) must be multiples of the patch size ({patch}) "
+                f"in both directions, such as {nearest[0]} x {nearest[1]}; trained at "
+                f"{self.config.image_size} x {self.config.image_size}. Resize, crop or tile it"
+            )
+        return height // patch, width // patch
+
+    def encode(self, image: Float[Tensor, "b 3 h w"], num_kept: int | None = None) -> Encoded:
+        """Image to tokens.
+
+        Args:
+            image: floating point in [-1, 1], sides multiples of the patch size.
+            num_kept: K, any integer from 1 to L that the layers reach; None is the nominal K, in
+                proportion to the grid when the image is not of the trained size.
+
+        Raises:
+            ValueError: wrong type, range, size or K.
+            RuntimeError: a latent is not finite, of which every sign would be a code.
+        """
+        self._check_image(image)
+        encoded = self._encode(image, self._resolve_num_kept(self.grid_shape(image), num_kept))
+        require_finite("latents", encoded.latents)
+        return encoded
+
+    def decode(
+        self,
+        tokens: Float[Tensor, "b k d"] | Int64[Tensor, "b k"],
+        source: Source,
+        grid_shape: tuple[int, int] | None = None,
+    ) -> Float[Tensor, "b 3 h w"]:
+        """Tokens to image, in about [-1, 1] and not clamped.
+
+        Args:
+            tokens: codes, or indices.
+            source: which token each cell copies.
+            grid_shape: (height, width) in cells; None is a square.
+
+        Raises:
+            ValueError: the grid is not a square and no shape was given, or does not fit.
+        """
+        num_tokens = source.index.shape[1]
+        if grid_shape is None:
+            side = math.isqrt(num_tokens)
+            grid_shape = (side, side)
+        if math.prod(grid_shape) != num_tokens:
+            raise ValueError(
+                f"grid_shape {grid_shape} must have the {num_tokens} cells of the source; pass "
+                "the grid_shape that encode returned"
+            )
+        if tokens.shape[1] != source.num_kept:
+            raise ValueError(
+                f"tokens ({tokens.shape[1]}) must be as many as the source keeps "
+                f"({source.num_kept})"
+            )
+        if not tokens.is_floating_point():
+            tokens = indices_to_codes(tokens, self.config.num_bits, self._dtype)
+        return self.decoder(unmerge(tokens, source), grid_shape)
+
+    def recover(
+        self,
+        tokens: Float[Tensor, "b k d"] | Int64[Tensor, "b k"],
+        grid_shape: tuple[int, int] | None = None,
+        anchors: Int64[Tensor, "b k"] | None = None,
+    ) -> Source:
+        """Infer the source from kept tokens alone; the grid is the trained one when not given."""
+        if not tokens.is_floating_point():
+            tokens = indices_to_codes(tokens, self.config.num_bits, self._dtype)
+        shape = grid_shape or (self.config.grid_size, self.config.grid_size)
+        return self.source_predictor.predict(tokens, shape, anchors)
+
+    def reconstruct(
+        self,
+        image: Float[Tensor, "b 3 h w"],
+        num_kept: int | None = None,
+        source: RecoverySource = "given",
+    ) -> Reconstruction:
+        """Encode and decode, with the encoder's source or the one inferred from the codes."""
+        check_choice("source", source, RecoverySource)
+        encoded = self.encode(image, num_kept)
+        used = encoded.source
+        if source == "recovered":
+            used = self.recover(encoded.codes, encoded.grid_shape)
+        return Reconstruction(self.decode(encoded.codes, used, encoded.grid_shape), encoded, used)
+
+    def features(
+        self,
+        image: Float[Tensor, "b 3 h w"],
+        *,
+        num_kept: int | None = None,
+        layer: int | None = None,
+        stage: Stage = "merged",
+        pool: Pool = "none",
+    ) -> Float[Tensor, "b *n c"]:
+        """Representation of an image.
+
+        Args:
+            image: floating point in [-1, 1].
+            num_kept: K; not used by `pre_merge`.
+            layer: blocks to run, from 0 (the stem) to all; None is all. `latents` and `quantized`
+                take all.
+            stage: `pre_merge` runs with merging off (L tokens of C channels), `merged` gives the
+                tokens left after `layer` blocks, `unmerged` those copied back to all L cells,
+                `latents` K tokens of D channels before quantization, `quantized` the K codes.
+            pool: `none` keeps the tokens, `class` is the class token, `mean` the mean over tokens,
+                `size_weighted_mean` the mean over grid cells.
+
+        Raises:
+            ValueError: the layer does not exist, or is not the last of a stage that needs it.
+        """
+        check_choice("stage", stage, Stage)
+        check_choice("pool", pool, Pool)
+        num_layers = self.config.num_layers if layer is None else layer
+        self._check_stage(stage, num_layers)
+        if stage == "pre_merge":
+            num_kept = math.prod(self.grid_shape(image))
+        return self.pool(self.run_layers(image, num_kept, num_layers), stage, pool)
+
+    def run_layers(
+        self, image: Float[Tensor, "b 3 h w"], num_kept: int | None = None, layer: int | None = None
+    ) -> EncoderOutput:
+        """The encoder's tokens, from which `pool` makes several features without running it again.
+
+        Args:
+            image: floating point in [-1, 1].
+            num_kept: K; None is the nominal one and L turns merging off.
+            layer: blocks to run, from 0 (the stem) to all; None is all.
+
+        Raises:
+            ValueError: wrong type, range, size or K, or the layer does not exist.
+        """
+        self._check_image(image)
+        num_layers = self.config.num_layers if layer is None else layer
+        if not 0 <= num_layers <= self.config.num_layers:
+            raise ValueError(
+                f"layer ({num_layers}) must be between 0 and the {self.config.num_layers} blocks"
+            )
+        grid_shape = self.grid_shape(image)
+        merges = num_kept != math.prod(grid_shape)
+        count = self._resolve_num_kept(grid_shape, num_kept) if merges else math.prod(grid_shape)
+        return self.encoder(image, count, num_layers)
+
+    def pool(self, out: EncoderOutput, stage: Stage, pool: Pool) -> Float[Tensor, "b *n c"]:
+        """Features of the encoder's tokens; see `features`.
+
+        `latents` and `quantized` are only meant for tokens after the last layer.
+        """
+        if pool == "class":
+            return out.class_token
+        tokens = out.tokens
+        if stage in {"latents", "quantized"}:
+            tokens = self.encoder.latents(tokens)
+        if stage == "quantized":
+            tokens = quantize(tokens).codes
+        if stage == "unmerged" or pool == "size_weighted_mean":
+            tokens = unmerge(tokens, out.source)
+        return tokens if pool == "none" else tokens.mean(1)
+
+    def _check_stage(self, stage: Stage, layer: int) -> None:
+        """Raise `ValueError` if a stage that comes after the last layer is asked of another."""
+        if stage in {"latents", "quantized"} and layer != self.config.num_layers:
+            raise ValueError(
+                f"layer ({layer}) must be {self.config.num_layers} or None for stage "
+                f"{stage!r}: only the last block's tokens are quantized"
+            )
+
+    def forward(
+        self,
+        image: Float[Tensor, "b 3 h w"],
+        num_kept: int,
+        view: Float[Tensor, "b 3 v v2"] | None = None,
+        *,
+        quantized: bool = True,
+        source_gradient: float = 0.0,
+        recovers: Bool[Tensor, "b"] | None = None,
+    ) -> TokenizerOutput:
+        """One training pass, without checks: every parameter takes part in it.
+
+        Args:
+            image: in [-1, 1].
+            num_kept: K for `image`.
+            view: a second view for alignment, merged in the same proportion to its own grid.
+            quantized: False lets the decoder see the latents themselves (early training).
+            source_gradient: share of the source predictor's gradient that reaches the codes.
+            recovers: images decoded with the recovered source instead of the given one; None is
+                none.
+        """
+        encoded = self._encode(image, num_kept)
+        fixed = encoded.codes.detach()
+        codes = fixed + source_gradient * (encoded.codes - fixed)
+        logits = self.source_predictor(codes, encoded.grid_shape)
+        source = encoded.source
+        if recovers is not None:
+            recovered = most_likely_source(logits.detach().float())
+            index = torch.where(recovers[:, None], recovered.index, source.index)
+            source = Source(index, num_kept)
+        # Until quantization starts, bounded latents keep the decoder's input on the codes' scale.
+        tokens = encoded.codes if quantized else encoded.latents.tanh()
+        reconstruction = self.decode(tokens, source, encoded.grid_shape)
+        view_class_token = None
+        if view is not None:
+            proportion = num_kept / math.prod(encoded.grid_shape)
+            view_kept = self._in_proportion(math.prod(self.grid_shape(view)), proportion)
+            view_class_token = self.encoder(view, view_kept).class_token
+        return TokenizerOutput(reconstruction, encoded, logits, view_class_token)
+
+    def _encode(self, image: Float[Tensor, "b 3 h w"], num_kept: int) -> Encoded:
+        """Encode without checks."""
+        out = self.encoder(image, num_kept)
+        source, order = canonicalize(out.source)
+        tokens = take_rows(out.tokens, order)
+        latents = self.encoder.latents(tokens)
+        codes, indices = quantize(latents)
+        return Encoded(codes, indices, source, self.grid_shape(image), out.class_token, latents)
+
+    def _resolve_num_kept(self, grid_shape: tuple[int, int], num_kept: int | None) -> int:
+        """K for a grid, checked against it and against the trained range."""
+        config, num_tokens = self.config, math.prod(grid_shape)
+        if num_kept is None:
+            return self._in_proportion(num_tokens, config.num_kept / config.num_tokens)
+        merge_schedule(num_tokens, num_kept, config.num_layers, config.merge_shape)
+        if config.kept_range is not None and num_tokens == config.num_tokens:
+            low, high = config.kept_range
+            if not low <= num_kept <= high:
+                warnings.warn(
+                    f"num_kept ({num_kept}) is outside the {low} to {high} tokens this tokenizer "
+                    "was trained with; expect worse reconstructions",
+                    stacklevel=3,
+                )
+        return num_kept
+
+    def _in_proportion(self, num_tokens: int, proportion: float) -> int:
+        """K for a grid, rounded to one that the layers reach."""
+        least = math.ceil(num_tokens / 2**self.config.num_layers)
+        return max(least, round(num_tokens * proportion))
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Type of the decoder's weights."""
+        return self.decoder.conv_in.weight.dtype
+
+    def _check_image(self, image: Tensor) -> None:
+        """Raise `ValueError` unless the image is floating point in [-1, 1]."""
+        if not isinstance(image, Tensor):
+            raise ValueError(
+                f"image is {type(image).__name__} and must be a tensor of shape (b, 3, h, w); for "
+                "a picture use mergevq.tokenizer.codec.encode_image, "
+                "for a file load_picture before it"
+            )
+        if image.ndim != 4:
+            raise ValueError(
+                f"image has {image.ndim} dimensions and must have 4 (b, 3, h, w); "
+                "for a single image use image[None]"
+            )
+        if not image.is_floating_point():
+            raise ValueError(
+                f"image has dtype {image.dtype} and must be floating point in [-1, 1]; "
+                "for bytes in 0..255 use image / 127.5 - 1"
+            )
+        if torch.compiler.is_compiling() or image.numel() == 0:
+            return
+        low, high = (float(value) for value in image.aminmax())
+        # A resize may overshoot slightly; values of 0..255 never pass.
+        if not (low >= -1.05 and high <= 1.05):
+            raise ValueError(
+                f"image values ({low:.4g} to {high:.4g}) must be finite and between -1 and 1; "
+                "for values in 0..1 use 2 * image - 1, for bytes image / 127.5 - 1"
+            )

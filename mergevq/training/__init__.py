@@ -1,0 +1,1 @@
+"""Training runs, their estimates and benchmarks."""

@@ -1,0 +1,267 @@
+"""Decoding one picture: formats by content, depths with a range, and sizes within a limit."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mergevq.data.prepare import (
+    ENDINGS,
+    FORMATS,
+    crop_square,
+    decode,
+    load_picture,
+    load_square,
+    most_bytes,
+    random_flip,
+    random_resized_crop,
+    read_bounded,
+    to_float,
+    to_rgb,
+    to_tensor,
+)
+from mergevq.metrics.image import to_uint8
+from mergevq.report.pictures import to_pil
+from tests.support.data import noise, ramp, whole
+
+
+def encoded(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def grey(values, kind="PNG"):
+    return encoded(Image.fromarray(np.array([values], dtype=np.uint16)), kind)
+
+
+def row(image):
+    return [image.getpixel((x, 0))[0] for x in range(image.width)]
+
+
+def huge_png(width, height):
+    """The head of a PNG and no pixels."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 16, 0, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 9) + b"IDAT"
+
+
+# Formats
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_of_the_list_is_read(kind):
+    assert decode(encoded(Image.new("RGB", (8, 8), (255, 0, 0)), kind)).size == (8, 8)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "TGA", "ICO", "PDF", "PCX", "SGI", "DDS"])
+def test_no_other_format_is_opened_whatever_the_name(kind, tmp_path):
+    content = encoded(Image.new("RGB", (16, 16)), kind)
+    with pytest.raises(ValueError, match="no image format that is read"):
+        decode(content)
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(ValueError, match=r"image .*x\.png cannot be read: no image format"):
+        load_picture(tmp_path / "x.png")
+
+
+def test_endings_are_in_lower_case_and_each_has_one_format():
+    assert sum(map(len, FORMATS.values())) == len(ENDINGS)
+    assert all(ending == ending.lower() and ending[0] == "." for ending in ENDINGS)
+
+
+# Depths
+
+
+def test_sixteen_bits_are_rounded_to_eight():
+    values = [0, 128, 129, 257, 32768, 65406, 65407, 65535]
+    expected = [round(value / 257) for value in values]
+    assert row(decode(grey(values))) == expected
+    assert row(decode(grey(values, "TIFF"))) == expected
+
+
+def test_a_grey_map_of_sixteen_bits_has_a_range():
+    assert row(decode(b"P5 2 1 65535\n" + struct.pack(">HH", 32768, 65535))) == [128, 255]
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_numbers_without_a_range_are_refused(kind):
+    image = Image.fromarray(np.array([[0, 70_000]], dtype=kind))
+    with pytest.raises(ValueError, match="has no defined range; save it with 8"):
+        decode(encoded(image, "TIFF"))
+    with pytest.raises(ValueError, match="has no defined range; save it with 8"):
+        to_rgb(image)
+
+
+def test_twelve_bits_in_sixteen_are_warned_of():
+    with pytest.warns(UserWarning, match="no value above 4095 and comes out nearly black"):
+        assert row(decode(grey([0, 4095]))) == [0, 16]
+
+
+@pytest.mark.parametrize("values", [[0, 0], [0, 255], [0, 4096]])
+def test_black_and_full_pictures_are_not_warned_of(values):
+    decode(grey(values))
+
+
+def test_the_picture_that_is_given_stays_as_it_is():
+    image = Image.new("RGB", (4, 2), (1, 2, 3))
+    image.getexif()[0x0112] = 6
+    result = to_rgb(image)
+    assert (image.size, result.size) == ((4, 2), (2, 4))
+    plain = Image.new("RGB", (1, 1))
+    to_rgb(plain).putpixel((0, 0), (9, 9, 9))
+    assert plain.getpixel((0, 0)) == (0, 0, 0)
+
+
+# Sizes
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_pixels_are_counted_before_they_are_decoded():
+    with pytest.raises(ValueError, match=r"13,000 x 13,000 are 169,000,000 .* \(89,478,485\)"):
+        decode(huge_png(13_000, 13_000))
+    with pytest.raises(ValueError, match=r"more pixels than max_pixels \(89,478,485\)"):
+        decode(huge_png(2**30, 2**30))
+
+
+def test_the_limit_is_inclusive():
+    content = encoded(Image.new("L", (5, 4)))
+    assert decode(content, max_pixels=20).size == (5, 4)
+    with pytest.raises(ValueError, match=r"5 x 4 are 20 pixels, more than max_pixels \(19\)"):
+        decode(content, max_pixels=19)
+
+
+def test_bytes_are_counted_before_they_are_read(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"abc")
+    assert read_bounded(path, 3) == b"abc"
+    with pytest.raises(ValueError, match="larger than the 2 bytes"):
+        read_bounded(path, 2)
+    with path.open("wb") as file:
+        file.truncate(2**42)
+    with pytest.raises(ValueError, match="larger than the"):
+        read_bounded(path, most_bytes(1))
+
+
+# Files
+
+
+@pytest.mark.parametrize("name", ["nowhere.png", ".", "zeros"])
+def test_only_regular_files_are_opened(tmp_path, name):
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    with pytest.raises(
+        ValueError, match=r"image .* cannot be read: (there is no|.* must be a reg)"
+    ):
+        load_picture(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", huge_png(4, 4)])
+def test_damaged_pictures_are_one_sentence(tmp_path, content):
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(ValueError, match=r"image .*x\.png cannot be read: \w"):
+        load_picture(tmp_path / "x.png")
+
+
+# Pixels
+
+
+def test_every_byte_survives_the_round_trip():
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 256).expand(3, 2, 256)
+    image = to_float(pixels)
+    assert (image.min(), image.max()) == (-1, 1)
+    assert torch.equal(to_uint8(image), pixels)
+    assert torch.equal(to_tensor(to_pil(image)), image)
+
+
+def test_an_image_of_the_right_size_is_not_touched(generator):
+    image = noise(generator, 64, 64)
+    assert torch.equal(
+        to_uint8(load_square(image, 64, generator)),
+        torch.from_numpy(np.array(image)).permute(2, 0, 1),
+    )
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA"])
+def test_other_modes_are_refused_not_guessed(mode):
+    with pytest.raises(ValueError, match=rf"image mode \({mode}\) must be RGB"):
+        to_tensor(Image.new(mode, (2, 2)))
+
+
+# Squares
+
+
+def test_the_centre_square_is_kept():
+    assert to_uint8(load_square(ramp(7, 4), 4))[0, 0].tolist() == [1, 2, 3, 4]
+    assert to_uint8(load_square(ramp(4, 7), 4))[1, :, 0].tolist() == [1, 2, 3, 4]
+
+
+def test_a_random_square_reaches_both_ends(generator):
+    corners = {crop_square(ramp(7, 4), 4, generator).getpixel((0, 0)) for _ in range(99)}
+    assert corners == {(column, 0, 0) for column in range(4)}
+
+
+def test_shrinking_averages_instead_of_skipping_pixels():
+    stripes = np.tile(np.array([0, 255], dtype=np.uint8), (64, 32))
+    image = Image.fromarray(stripes).convert("RGB")
+    inner = to_uint8(load_square(image, 16))[:, 2:-2, 2:-2].float()
+    assert (inner - 127.5).abs().max() <= 2
+
+
+def test_the_short_side_is_resized_and_the_shape_kept():
+    image = crop_square(ramp(200, 100), 50)
+    assert image.size == (50, 50)
+    columns = to_uint8(to_tensor(image))[0, 25].float()
+    expected = 2 * torch.arange(25, 75) + 0.5  # two columns are averaged into one
+    assert (columns - expected).abs().max() <= 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 600), (600, 1), (3, 50), (511, 7)])
+@pytest.mark.parametrize("random", [False, True])
+def test_any_shape_gives_a_square(generator, size, random):
+    image = crop_square(Image.new("RGB", size), 64, generator if random else None)
+    assert image.size == (64, 64)
+    assert random_resized_crop(Image.new("RGB", size), 64, generator).size == (64, 64)
+
+
+def test_a_strip_is_cut_before_it_is_enlarged():
+    # Enlarged whole it would take 150 GB.
+    assert crop_square(Image.new("RGB", (1, 10_000_000)), 64).size == (64, 64)
+
+
+def test_a_flip_mirrors_columns_half_of_the_time(generator):
+    first = [random_flip(ramp(5, 2), generator).getpixel((0, 1)) for _ in range(400)]
+    assert set(first) == {(0, 1, 0), (4, 1, 0)}
+    assert 150 < first.count((4, 1, 0)) < 250
+
+
+def test_random_rectangles_keep_to_their_area_and_shape(generator):
+    image = ramp(240, 240)
+    areas, ratios = [], []
+    for _ in range(300):
+        pixels = np.array(random_resized_crop(image, 60, generator), dtype=float)
+        width, height = (np.ptp(pixels[..., axis]) * 60 / 59 for axis in (0, 1))
+        areas.append(width * height / 240**2)
+        ratios.append(width / height)
+    assert 0.07 < min(areas) < 0.12
+    assert 0.9 < max(areas) < 1.03
+    assert 0.73 < min(ratios) < 0.78
+    assert 1.28 < max(ratios) < 1.38
+    assert 0.47 < np.mean(areas) < 0.6  # uniform in the area, but large and long ones do not fit
+
+
+def test_a_fixed_rectangle_is_the_whole_image(generator):
+    image = noise(generator, 16, 16)
+    crop = random_resized_crop(image, 16, generator, scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    assert torch.equal(to_tensor(crop), to_tensor(image))
+
+
+def test_evaluation_shows_each_image_once_in_order_with_its_centre(dataset):
+    batches = whole(dataset)
+    assert [batch.index.tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6]]
+    assert batches[1].student_view is None
+    assert batches[1].teacher_view is None
+    assert torch.equal(batches[1].image[2], load_square(dataset.read(6), 8))
+    assert batches[1].label.tolist() == [dataset.label(index) for index in (4, 5, 6)]

@@ -1,0 +1,99 @@
+"""What is measured is what it says, and a short last batch is weighted right."""
+
+import math
+
+import pytest
+import torch
+
+from mergevq.config.tokenizer import TokenizerConfig
+from mergevq.data.batches import Batch
+from mergevq.evaluate.compare import measure
+from mergevq.metrics.image import psnr
+from mergevq.runtime.device import autocast
+from mergevq.tokenizer.tokenizer import Tokenizer
+
+CONFIG = TokenizerConfig(
+    image_size=32,
+    channels=8,
+    channel_mult=(1, 2, 2),
+    num_kept=16,
+    num_bits=8,
+    num_layers=3,
+    num_decoder_layers=1,
+    num_heads=2,
+    num_decoder_heads=2,
+    source_dim=16,
+    num_source_heads=2,
+)
+
+
+def batches(image: torch.Tensor, size: int) -> list[Batch]:
+    """Images cut into batches."""
+    positions = torch.arange(len(image)).split(size)
+    return [
+        Batch(part, torch.zeros(len(part), dtype=torch.int64), None, None, index)
+        for part, index in zip(image.split(size), positions, strict=True)
+    ]
+
+
+@pytest.fixture
+def tokenizer() -> Tokenizer:
+    return Tokenizer(CONFIG).eval()
+
+
+def run(tokenizer: Tokenizer, image: torch.Tensor, size: int) -> dict[str, float]:
+    precision = autocast(torch.device("cpu"), None)
+    return dict(measure(tokenizer, batches(image, size), 16, perceptual=None, autocast=precision))
+
+
+def test_a_short_last_batch_does_not_change_a_number(tokenizer):
+    image = torch.rand(5, 3, 32, 32) * 2 - 1
+    whole, cut = run(tokenizer, image, 5), run(tokenizer, image, 2)
+    assert whole == pytest.approx(cut, rel=1e-4, abs=1e-5)
+
+
+def test_codebook_usage_is_of_every_token_and_not_of_the_latest(tokenizer):
+    varied = torch.rand(8, 3, 32, 32) * 2 - 1
+    # More tokens than codes, of which the last 256 are those of equal images.
+    image = torch.cat([varied, varied[:1].expand(20, -1, -1, -1)])
+    with torch.no_grad():
+        distinct = len(tokenizer.encode(image, 16).indices.unique())
+        latest = len(tokenizer.encode(image[-1:], 16).indices.unique())
+    assert distinct > latest
+    assert run(tokenizer, image, 5)["codebook_usage"] == distinct / 2**8
+
+
+def test_given_source_is_the_encoders_and_psnr_is_per_image(tokenizer):
+    image = torch.rand(3, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        decoded = tokenizer.reconstruct(image, 16).image.clamp(-1, 1)
+    expected = psnr(image, decoded).mean().item()
+    assert run(tokenizer, image, 3)["psnr"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_both_sources_and_all_bits_are_reported(tokenizer):
+    numbers = run(tokenizer, torch.zeros(1, 3, 32, 32), 1)
+    assert {"psnr", "psnr_recovered", "ssim", "ssim_recovered", "source_accuracy"} <= set(numbers)
+    # 16 tokens of 8 bits and the map of 64 cells onto 16 tokens.
+    signed = [(-1) ** j * math.comb(16, j) * (16 - j) ** 64 for j in range(16)]
+    maps = sum(signed) // math.factorial(16)
+    assert numbers["bits"] == pytest.approx(16 * 8 + math.log2(maps))
+    assert numbers["bits_per_pixel"] == pytest.approx(numbers["bits"] / 1024)
+
+
+def test_a_predictor_known_to_be_wrong_is_what_the_recovered_numbers_are_of(tokenizer, monkeypatch):
+    image = torch.rand(3, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        given = tokenizer.reconstruct(image, 16)
+        index = torch.zeros_like(given.source.index)
+        wrong = type(given.source)(index, 16)
+        monkeypatch.setattr(tokenizer, "recover", lambda *_: wrong)
+        encoded = given.encoded
+        decoded = tokenizer.decode(encoded.codes, wrong, encoded.grid_shape).clamp(-1, 1)
+    numbers = run(tokenizer, image, 3)
+    by_hand = sum(cell == 0 for row in given.source.index.tolist() for cell in row) / index.numel()
+    assert numbers["source_accuracy"] == pytest.approx(by_hand)
+    assert by_hand < 1
+    expected = psnr(image, decoded).mean().item()
+    assert numbers["psnr_recovered"] == pytest.approx(expected, rel=1e-5)
+    assert numbers["psnr_recovered"] != numbers["psnr"]

@@ -1,0 +1,107 @@
+import pytest
+import torch
+from torch import nn
+
+from mergevq.generator.weights import (
+    DecodingBlock,
+    Int8Linear,
+    PackedLinear,
+    as_weights,
+    logit_error,
+)
+from mergevq.nn.llama import Block, rotation
+from tests.support.generators import ORDERS, tiny_batch, tiny_generator
+
+
+def weight(inputs=64, outputs=24, dtype=torch.float32):
+    return torch.randn(outputs, inputs).to(dtype)
+
+
+def test_weights_round_to_half_a_step_of_their_row():
+    given = weight()
+    given[3] *= 100
+    stored = Int8Linear(given, torch.float32)
+    restored = stored.weight * stored.scale[:, None]
+    assert stored.weight.abs().amax(dim=1).tolist() == [127] * 24
+    assert ((restored - given).abs() <= 0.5001 * stored.scale[:, None]).all()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 8, 9, 20])
+@pytest.mark.parametrize("inputs", [40, 64])
+def test_the_kernel_equals_the_expanded_product(rows, inputs, generator):
+    stored = Int8Linear(weight(inputs), torch.bfloat16)
+    x = torch.randn(rows, 1, inputs, generator=generator).to(torch.bfloat16)
+    expected = x.float() @ (stored.weight.float() * stored.scale.float()[:, None]).mT
+    torch.testing.assert_close(stored(x).float(), expected, rtol=2e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 24), (24,), (3, 1, 24), (2, 70, 24), (0, 24)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_layout_changes_no_product(shape, dtype, generator):
+    given = weight(24, 10, dtype)
+    x = torch.randn(shape, generator=generator).to(dtype)
+    assert PackedLinear.serves(given)
+    product = PackedLinear(given)(x)
+    assert product.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(product, x @ given.mT, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("key_heads", [1, 4])
+def test_a_block_for_decoding_equals_the_block(qk_norm, key_heads, generator):
+    sizes = {"dim": 32, "hidden_dim": 48, "num_heads": 4, "key_heads": key_heads}
+    block = Block(**sizes, qk_norm=qk_norm, dropout=0.5).eval()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+        x = torch.randn(2, 5, 32, generator=generator)
+        turns = rotation(torch.rand(1, 5, 2) * 9, head_dim=8)
+        mask = torch.rand(2, 5, 5) > 0.5
+        mask |= torch.eye(5, dtype=torch.bool)
+        expected = [block(x, turns), block(x, None, mask)]
+        decoding = DecodingBlock(block, "float32")
+        for ours, theirs in zip(
+            [decoding(x, turns), decoding(x, None, mask)], expected, strict=True
+        ):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("weights", "layer"), [("float32", PackedLinear), ("bf16", PackedLinear), ("int8", Int8Linear)]
+)
+def test_every_linear_layer_is_replaced_in_a_copy(weights, layer):
+    model = tiny_generator("raster")
+    copied = as_weights(model, weights)
+    assert not any(isinstance(module, nn.Linear | Block) for module in copied.modules())
+    blocks = [module for module in copied.modules() if isinstance(module, DecodingBlock)]
+    layers = [*copied.head.outputs, *(part for block in blocks for part in block.layers)]
+    num_linear = sum(isinstance(module, nn.Linear) for module in model.modules())
+    assert len(layers) == num_linear == 14
+    assert all(isinstance(part, layer) for part in layers)
+    assert copied.dtype == (torch.float32 if weights == "float32" else torch.bfloat16)
+    assert model.dtype == torch.float32
+
+
+def test_a_processor_without_the_layout_keeps_linear_layers(monkeypatch):
+    monkeypatch.setattr(PackedLinear, "serves", lambda _: False)
+    model, given = tiny_generator("raster"), tiny_batch("raster")
+    assert logit_error(model, as_weights(model, "float32"), **given) < 1e-5
+
+
+def test_no_matrix_is_kept_twice():
+    copied = as_weights(tiny_generator("raster"), "bf16")
+    num_kept = sum(parameter.numel() for parameter in copied.parameters())
+    # Embeddings, and the gains of the head's norm and of queries and keys.
+    embedded = sum(m.weight.numel() for m in copied.modules() if isinstance(m, nn.Embedding))
+    assert num_kept == embedded + copied.config.dim
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_logits_are_close_and_not_equal(order):
+    model, given = tiny_generator(order), tiny_batch(order)
+    errors = [
+        logit_error(model, as_weights(model, w), **given) for w in ("float32", "bf16", "int8")
+    ]
+    assert errors[0] < 1e-5
+    assert errors[0] < errors[1] < errors[2] < 0.1

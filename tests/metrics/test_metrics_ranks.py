@@ -1,0 +1,73 @@
+"""Accumulators fed on two gloo processes must give what one process gives for all items."""
+
+import os
+import socket
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from mergevq.metrics.codes import CodebookUsage
+from mergevq.metrics.frechet import FrechetStatistics
+from mergevq.metrics.image import Mean
+from mergevq.metrics.sets import Rows
+from mergevq.runtime import distributed
+
+VALUES = torch.linspace(-1, 2, 9).sin()
+FEATURES = torch.linspace(0, 9, 27).reshape(9, 3).sin() + 100
+INDICES = torch.arange(9) * 5 % 16
+
+
+def accumulated(ranks_items):
+    """Every accumulator, fed with some of the items."""
+    mean, usage = Mean("l1"), CodebookUsage(4)
+    statistics, rows = FrechetStatistics(3), Rows("features")
+    for items in ranks_items:
+        positions = torch.tensor(items)
+        mean.update(VALUES[positions])
+        usage.update(INDICES[positions])
+        statistics.update(FEATURES[positions])
+        rows.update(FEATURES[positions], positions)
+    statistics = statistics.compute()
+    counted = usage.compute()
+    return {
+        "mean": torch.tensor([*mean.compute()], dtype=torch.float64),
+        "codebook": torch.tensor([counted.num_tokens, counted.num_distinct, counted.perplexity]),
+        "bit_probs": counted.bit_probs,
+        "feature_mean": statistics.mean,
+        "covariance": statistics.covariance,
+        "num_samples": torch.tensor(statistics.num_samples),
+        "rows": rows.compute(),
+    }
+
+
+def run_rank(rank: int, port: int, folder: str) -> None:
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    distributed.init(torch.device("cpu"), timeout_seconds=60)
+    uneven = accumulated([[0, 2, 4], [6], [8]] if rank == 0 else [[1, 3], [5, 7]])
+    alone = accumulated([list(range(9))] if rank == 0 else [])
+    distributed.barrier()
+    distributed.shutdown()
+    torch.save({"uneven": uneven, "alone": alone}, Path(folder) / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of two ranks found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(run_rank, args=(port, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_two_ranks_measure_what_one_process_measures(ranks):
+    expected = accumulated([list(range(9))])
+    for measured in ranks:
+        torch.testing.assert_close(measured["uneven"], expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(measured["alone"], expected, rtol=1e-12, atol=1e-12)

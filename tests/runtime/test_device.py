@@ -1,0 +1,74 @@
+"""Tests of `mergevq.runtime.device`."""
+
+import pytest
+import torch
+
+from mergevq.runtime.device import autocast, resolve_device, resolve_precision
+
+CPU = torch.device("cpu")
+
+
+# -------------------------------------------------------------------------- device and precision
+
+
+def test_the_cpu_is_always_there_and_auto_finds_something():
+    assert resolve_device("cpu") == CPU
+    assert torch.ones(1, device=resolve_device("auto")).item() == 1
+
+
+def test_auto_prefers_a_gpu_and_falls_back_to_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert resolve_device("auto").type == "cpu"
+    with pytest.raises(ValueError, match=r"device \(cuda\) must be .*: auto or cpu$"):
+        resolve_device("cuda")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolve_device("auto").type == "mps"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device("auto").type == "cuda"
+
+
+def test_an_unknown_device_is_refused_with_those_there_are():
+    with pytest.raises(ValueError, match=r"device \(tpu\) must be one .* auto or .*cpu"):
+        resolve_device("tpu")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"avx512_f": True, "avx512_bf16": False}, None),
+    ],
+)
+def test_auto_precision_on_a_cpu_is_what_it_multiplies(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert resolve_precision("auto", CPU) is expected
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, None)])
+def test_auto_precision_on_a_gpu_does_not_count_emulation(monkeypatch, native, expected):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or native
+    )
+    assert resolve_precision("auto", torch.device("cuda")) is expected
+
+
+def test_float16_is_never_chosen_but_given_on_request():
+    assert resolve_precision("auto", torch.device("mps")) is None
+    assert resolve_precision("float32", CPU) is None
+    assert resolve_precision("bf16", CPU) is torch.bfloat16
+    assert resolve_precision("float16", CPU) is torch.float16
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_autocast_multiplies_in_the_given_dtype(dtype):
+    with autocast(CPU, dtype):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == (dtype or torch.float32)
+
+
+def test_no_dtype_means_float32_even_inside_another_autocast():
+    with autocast(CPU, torch.bfloat16), autocast(CPU, None):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == torch.float32
