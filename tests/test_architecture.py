@@ -93,7 +93,6 @@ TESTED_WITH = {
     "nn/rows": "tokenizer/reducers/matching",
     "tokenizer/decoders/cnn": "tokenizer/tokenizer",
     "tokenizer/encoder": "tokenizer/tokenizer",
-    "tokenizer/stems": "tokenizer/tokenizer",
 }
 MAX_LINES = 800
 

@@ -1,12 +1,57 @@
 """Settings of a tokenizer, and the choice of K in training; no torch."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from mergevq.config.base import require
 
 MergeShape = Literal["linear", "square", "constant"]
+
+NUM_KEYS = 8
+"""Leading components of patches that merging compares, where codes are analytic."""
+_MAX_COMPONENT_BITS = 10
+"""Of one component: a patch decoder has 2**n - 1 products of n of them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PatchDecoderConfig:
+    """A decoder of blocks on the grid that makes all pixels of a cell at once."""
+
+    width: int = 192
+    """Channels of its blocks; their attention has the tokenizer's `num_decoder_heads`."""
+    blocks: str = "ccaccc"
+    """Blocks in order: c is a 3x3 convolution and an MLP, a is attention and an MLP."""
+    bit_components: tuple[int, ...] = ()
+    """Component of each bit. The products of a component's own bits go straight to the cell's
+    pixels; a start from components fills it in, and empty has no such way."""
+
+    def __post_init__(self) -> None:
+        """Reject blocks of other letters, and components of too many bits."""
+        # Sine and cosine of row and column.
+        require(
+            self.width > 0 and self.width % 4 == 0,
+            f"patch_decoder.width ({self.width}) must be a positive multiple of 4",
+        )
+        require(
+            len(self.blocks) > 0 and set(self.blocks) <= set("ac"),
+            f"patch_decoder.blocks ({self.blocks!r}) must be letters c (convolution) and a "
+            "(attention), such as ccaccc",
+        )
+        most = max((len(group) for group in self.bit_groups), default=0)
+        require(
+            most <= _MAX_COMPONENT_BITS,
+            f"patch_decoder.bit_components gives one component {most} bits and must give at most "
+            f"{_MAX_COMPONENT_BITS}",
+        )
+
+    @property
+    def bit_groups(self) -> tuple[tuple[int, ...], ...]:
+        """Bits of each component, the most significant one first."""
+        groups: dict[int, list[int]] = {}
+        for bit, component in enumerate(self.bit_components):
+            groups.setdefault(component, []).append(bit)
+        return tuple(map(tuple, groups.values()))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +70,10 @@ class TokenizerConfig:
     """Residual blocks per CNN level; the decoder has one more on every level but the finest."""
     patch_dim: int = 768
     """Encoder transformer width when `stem` is patch; with a CNN it is the last level's width."""
+    patch_norm: bool = True
+    """Normalise each channel of a patch stem over the image, as the authors do, which hides how
+    bright an image is. False leaves the channels as they are, and the last third of them also tells
+    a cell's position, in pairs of opposite sign."""
     num_layers: int = 12
     """Merging transformer blocks in the encoder."""
     num_heads: int = 8
@@ -47,7 +96,12 @@ class TokenizerConfig:
     num_bits: int = 18
     """D: bits of a token; the codebook has 2**D entries and is never stored."""
     num_decoder_layers: int = 12
-    """Transformer blocks in the decoder."""
+    """Transformer blocks in a CNN decoder."""
+    decoder: Literal["cnn", "patch"] = "cnn"
+    """How codes become pixels: transformer blocks and an upsampling CNN, as the authors do, or
+    blocks on the grid alone."""
+    patch_decoder: PatchDecoderConfig = field(default_factory=PatchDecoderConfig)
+    """Its blocks when `decoder` is patch."""
     num_decoder_heads: int = 8
     """Attention heads in the decoder."""
     source_dim: int = 384
@@ -89,9 +143,13 @@ class TokenizerConfig:
             1 <= low <= high, f"kept_range {self.kept_range} must be a smallest and a largest K"
         )
         require(1 <= self.num_bits <= 63, f"num_bits ({self.num_bits}) must be between 1 and 63")
+        decoder_width = self.decoder_dim
+        if self.decoder == "patch":
+            self._check_patch_decoder()
+            decoder_width = self.patch_decoder.width
         widths = (
             ("encoder width", self.dim, "num_heads", self.num_heads),
-            ("decoder width", self.decoder_dim, "num_decoder_heads", self.num_decoder_heads),
+            ("decoder width", decoder_width, "num_decoder_heads", self.num_decoder_heads),
             ("source_dim", self.source_dim, "num_source_heads", self.num_source_heads),
         )
         for width_name, width, heads_name, heads in widths:
@@ -114,6 +172,54 @@ class TokenizerConfig:
             self.stem == "cnn" or self.patch_dim % self.num_groups == 0,
             f"patch_dim ({self.patch_dim}) must be a multiple of {self.num_groups}",
         )
+        if not self.patch_norm:
+            self._check_plain_stem()
+
+    def _check_patch_decoder(self) -> None:
+        """Reject cells of one pixel, and components of another number of bits."""
+        require(
+            self.patch_size > 1,
+            "decoder (patch) needs cells of at least 2 x 2 pixels: give channel_mult "
+            f"{self.channel_mult} another level",
+        )
+        num_named = len(self.patch_decoder.bit_components)
+        require(
+            num_named in (0, self.num_bits),
+            f"patch_decoder.bit_components ({num_named}) must name a component for each of the "
+            f"num_bits ({self.num_bits}), or be empty",
+        )
+
+    def _check_plain_stem(self) -> None:
+        """Reject a stem without norm where there is none to leave out, or no room for positions."""
+        require(
+            self.stem == "patch",
+            f"patch_norm (False) needs stem patch: there is no such norm in stem {self.stem}",
+        )
+        require(
+            not self.position_embedding,
+            "position_embedding (True) must be False with patch_norm False, which adds positions "
+            "of its own",
+        )
+        require(
+            self.num_positions > 0,
+            f"patch_dim ({self.patch_dim}) must be at least 24 with patch_norm False, for features "
+            "of positions",
+        )
+
+    @property
+    def num_positions(self) -> int:
+        """Features of positions that a patch stem without norm adds, a pair of channels each."""
+        return 4 * (self.dim // 24)
+
+    @property
+    def num_carried(self) -> int:
+        """Components of patches that an analytic start has channels for.
+
+        They come in pairs, as do positions, bits and one constant; negative where not even those
+        fit.
+        """
+        free = self.dim // 2 - self.num_positions - self.num_bits - 1
+        return min(free, 3 * self.patch_size**2)
 
     @property
     def patch_size(self) -> int:

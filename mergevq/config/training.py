@@ -21,7 +21,7 @@ from mergevq.config.base import (
 )
 from mergevq.config.generator import GeneratorConfig, SamplingSettings
 from mergevq.config.objective import LossConfig, TeacherConfig
-from mergevq.config.tokenizer import KeptConfig, TokenizerConfig
+from mergevq.config.tokenizer import NUM_KEYS, KeptConfig, TokenizerConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,6 +166,10 @@ class TokenizerRun:
     """Start from this tokenizer's weights (fine-tuning) instead of random ones."""
     init_vit: str | None = None
     """Fill the encoder's blocks from this DINOv2 ViT by weight selection: name or local folder."""
+    init_codes: Literal["random", "components"] = "random"
+    """First weights: random ones, or those with which codes are the signs of the training images'
+    principal components, so that training begins at pictures instead of noise. `components` needs
+    `model.stem` patch and `model.patch_norm` False; a `model.decoder` of patch begins there too."""
     out: str = "runs/tokenizer"
     """Directory of the run."""
 
@@ -180,8 +184,44 @@ class TokenizerRun:
             None in (self.init_from, self.init_vit),
             f"init_from ({self.init_from}) would replace init_vit ({self.init_vit}): leave one out",
         )
+        if self.init_codes == "components":
+            self._check_components()
         for num_kept in (*self.kept.candidates, *self.train.eval_num_kept):
             replace(self.model, num_kept=num_kept)
+
+    def _check_components(self) -> None:
+        """Reject an architecture whose weights cannot be set to analytic codes."""
+        for name in ("init_from", "init_vit"):
+            require(
+                getattr(self, name) is None,
+                f"init_codes (components) must be random with {name} ({getattr(self, name)}), "
+                "which gives the first weights itself",
+            )
+        model, way_out = self.model, "or set init_codes to random"
+        require(
+            (model.stem, model.patch_norm) == ("patch", False),
+            f"init_codes (components) needs model.stem patch and model.patch_norm False, not "
+            f"{model.stem} and {model.patch_norm}; change them, {way_out}",
+        )
+        width, heads = model.dim, model.num_heads
+        require(
+            (width // model.num_groups) % 2 == 0,
+            f"init_codes (components) needs an even number of channels in each of the "
+            f"{model.num_groups} normalisation groups, not {width // model.num_groups}; change "
+            f"model.patch_dim ({width}) or model.channels, {way_out}",
+        )
+        require(
+            width // heads > NUM_KEYS,
+            f"init_codes (components) needs more than {NUM_KEYS} channels in a head, not "
+            f"{width // heads}; lower model.num_heads ({heads}) or widen model.patch_dim "
+            f"({width}), {way_out}",
+        )
+        require(
+            model.num_carried >= NUM_KEYS,
+            f"init_codes (components) needs channels for {NUM_KEYS} components, and beside "
+            f"{model.num_bits} bits and {model.num_positions} positions, each a pair, there are "
+            f"those of {max(0, model.num_carried)}; widen model.patch_dim ({width}), {way_out}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

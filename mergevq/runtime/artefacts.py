@@ -52,13 +52,15 @@ _AFTER_THE_TOKENS = (
     "num_kept",
     "kept_range",
     "num_decoder_layers",
+    "decoder",
+    "patch_decoder",
     "num_decoder_heads",
     "source_dim",
     "num_source_layers",
     "num_source_heads",
 )
 """Settings of a tokenizer that decide none: each token file says its own K."""
-_LATER_SETTINGS = ("transformer_norm_eps", "patch_norm_eps")
+_LATER_SETTINGS = ("transformer_norm_eps", "patch_norm_eps", "patch_norm")
 """Settings that the records of older tokenizers lack; those tokenizers have their defaults."""
 
 

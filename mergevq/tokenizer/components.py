@@ -18,16 +18,15 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional
 
-from mergevq.config.tokenizer import MergeShape
+from mergevq.config.tokenizer import NUM_KEYS, MergeShape
 from mergevq.data.layouts import Source, canonicalize
 from mergevq.nn.rows import take_rows
 from mergevq.tokenizer.reducers.matching import match, merge_schedule, merge_step
 
-_NUM_KEYS = 8
-"""Leading components that merging compares."""
-_KEY_OFFSET = 1.5
-"""A constant beside them: dark and bright patches of one hue are not the same direction."""
-_NUM_FITTED = 200_000
+KEY_OFFSET = 1.5
+"""A constant beside the components that merging compares: dark and bright patches of one hue are
+not the same direction."""
+NUM_FITTED = 200_000
 """Patches that components and levels are fitted to, at most."""
 _NUM_ROUNDS = 50
 """Of Lloyd's algorithm; levels of patches of photographs settle in about 20."""
@@ -64,8 +63,8 @@ class Components:
 
     def keys(self, patches: Float[Tensor, "*b p"]) -> Float[Tensor, "*b n"]:
         """Vectors whose cosine tells which patches to merge: leading components and a constant."""
-        leading = self.coordinates(patches)[..., :_NUM_KEYS]
-        return functional.pad(leading, (0, 1), value=_KEY_OFFSET)
+        leading = self.coordinates(patches)[..., :NUM_KEYS]
+        return functional.pad(leading, (0, 1), value=KEY_OFFSET)
 
     def codes(self, patches: Float[Tensor, "*b p"]) -> Float[Tensor, "*b d"]:
         """Signs of patches."""
@@ -117,13 +116,27 @@ def fit_components(image: Float[Tensor, "b 3 h w"], patch_size: int, num_bits: i
     Raises:
         ValueError: there are fewer patches than numbers in one, so their covariance is singular.
     """
-    flat = to_patches(image, patch_size).flatten(0, 1).double()
+    flat = to_patches(image, patch_size).flatten(0, 1)
+    return fit_patches(flat[:: max(1, -(-len(flat) // NUM_FITTED))], patch_size, num_bits)
+
+
+def fit_patches(patches: Float[Tensor, "n p"], patch_size: int, num_bits: int) -> Components:
+    """Principal components and levels of patches.
+
+    Args:
+        patches: numbered as `to_patches` numbers them; all are used.
+        patch_size: f, in pixels.
+        num_bits: D, bits of a token.
+
+    Raises:
+        ValueError: there are fewer patches than numbers in one, so their covariance is singular.
+    """
+    flat = patches.double()
     if len(flat) <= flat.shape[1]:
         raise ValueError(
             f"{len(flat)} patches of {flat.shape[1]} numbers have no principal components; give "
             "more images"
         )
-    flat = flat[:: -(-len(flat) // _NUM_FITTED)]
     mean = flat.mean(0)
     variances, basis = torch.linalg.eigh(torch.cov((flat - mean).mT))
     variances, basis = variances.flip(0), basis.flip(1)

@@ -40,7 +40,7 @@ class Encoder(nn.Module):
         """Build for a configuration; see `TokenizerConfig` for the three versions of the paper."""
         super().__init__()
         self.config = config
-        self.stem = cnn_stem(config) if config.stem == "cnn" else patch_stem(config)
+        self.stem: nn.Module = cnn_stem(config) if config.stem == "cnn" else patch_stem(config)
         self.class_token = nn.Parameter(torch.randn(config.dim) * 1e-6)
         self.blocks = nn.ModuleList(
             MergeBlock(

@@ -29,6 +29,7 @@ from mergevq.nn.rows import take_rows
 from mergevq.runtime.artefacts import build_for, load_model, resolve, save_model
 from mergevq.runtime.settings import from_json
 from mergevq.tokenizer.decoders.cnn import Decoder
+from mergevq.tokenizer.decoders.patch import PatchDecoder
 from mergevq.tokenizer.encoder import Encoder, EncoderOutput, require_finite
 from mergevq.tokenizer.expanders.unmerge import SourcePredictor, most_likely_source
 from mergevq.tokenizer.quantizers.lfq import indices_to_codes, quantize
@@ -98,7 +99,7 @@ class Tokenizer(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.decoder = PatchDecoder(config) if config.decoder == "patch" else Decoder(config)
         self.source_predictor = SourcePredictor(config)
 
     @classmethod
@@ -122,11 +123,13 @@ class Tokenizer(nn.Module):
         Raises:
             ValueError: the weights are not those of such a tokenizer.
         """
+        is_patch = config.decoder == "patch"
         layers = {
             "the number of levels in channel_mult": len(config.channel_mult),
             "num_res_blocks": config.num_res_blocks,
             "num_layers": config.num_layers,
-            "num_decoder_layers": config.num_decoder_layers,
+            "num_decoder_layers": 0 if is_patch else config.num_decoder_layers,
+            "blocks in patch_decoder": len(config.patch_decoder.blocks) if is_patch else 0,
             "num_source_layers": config.num_source_layers,
         }
         return build_for(lambda: cls(config), state, layers=layers)

@@ -2,11 +2,16 @@
 
 import pytest
 
-from mergevq.config.tokenizer import KeptConfig, TokenizerConfig
+from mergevq.config.tokenizer import KeptConfig, PatchDecoderConfig, TokenizerConfig
 from mergevq.config.training import TokenizerRun
 from tests.support.config import refused
 
 PATCH = {"stem": "patch", "position_embedding": True}
+PLAIN = {"stem": "patch", "patch_norm": False}
+
+
+def patch_decoder(**values):
+    return {"decoder": "patch", "patch_decoder": PatchDecoderConfig(**values)}
 
 
 # ---------------------------------------------------------------------------------- tokenizer
@@ -70,6 +75,24 @@ def test_groups_of_normalisation_are_32_where_the_width_has_them():
         ),
         ({"channels": 48}, "channels (48) times each of channel_mult (1, 2, 4) must be a multiple"),
         ({"patch_dim": 72, **PATCH}, "patch_dim (72) must be a multiple of 32"),
+        ({"patch_norm": False}, "patch_norm (False) needs stem patch: there is no such norm in"),
+        ({**PLAIN, "position_embedding": True}, "position_embedding (True) must be False with"),
+        (
+            {**PLAIN, "patch_dim": 16, "channels": 8},
+            "patch_dim (16) must be at least 24 with patch_norm False",
+        ),
+        (
+            {**patch_decoder(), "channel_mult": (4,), "num_kept": 4096, "image_size": 64},
+            "decoder (patch) needs cells of at least 2 x 2 pixels: give channel_mult (4,) another",
+        ),
+        (
+            patch_decoder(bit_components=(0, 1)),
+            "patch_decoder.bit_components (2) must name a component for each of the num_bits (18)",
+        ),
+        (
+            patch_decoder(width=36),
+            "decoder width (36) must be a multiple of num_decoder_heads (8)",
+        ),
     ],
 )
 def test_a_tokenizer_that_cannot_be_built_is_refused(values, message):
@@ -79,6 +102,28 @@ def test_a_tokenizer_that_cannot_be_built_is_refused(values, message):
 def test_a_run_refuses_a_number_of_tokens_that_its_layers_do_not_reach():
     model, kept = TokenizerConfig(num_layers=2), KeptConfig(candidates=(64, 36))
     assert "num_kept (36) must be at least 64" in refused(TokenizerRun, model=model, kept=kept)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"width": 30}, "patch_decoder.width (30) must be a positive multiple of 4"),
+        ({"width": 0}, "patch_decoder.width (0) must be a positive multiple of 4"),
+        ({"blocks": ""}, "patch_decoder.blocks ('') must be letters c (convolution) and a"),
+        ({"blocks": "cab"}, "patch_decoder.blocks ('cab') must be letters c (convolution) and a"),
+        (
+            {"bit_components": (0,) * 11 + (1,)},
+            "patch_decoder.bit_components gives one component 11 bits and must give at most 10",
+        ),
+    ],
+)
+def test_a_patch_decoder_that_cannot_be_built_is_refused(values, message):
+    assert refused(PatchDecoderConfig, **values).startswith(message)
+
+
+def test_bits_are_grouped_by_their_component():
+    groups = PatchDecoderConfig(bit_components=(0, 0, 1, 0, 2, 1)).bit_groups
+    assert groups == ((0, 1, 3), (2, 5), (4,))
 
 
 # ------------------------------------------------------------------------- distribution of K

@@ -11,7 +11,7 @@ import pytest
 from mergevq.config import generator, objective, tokenizer, training
 from mergevq.config.generator import GeneratorConfig
 from mergevq.config.objective import LossConfig, TeacherConfig
-from mergevq.config.tokenizer import KeptConfig
+from mergevq.config.tokenizer import KeptConfig, TokenizerConfig
 from mergevq.config.training import (
     DataConfig,
     GeneratorRun,
@@ -133,6 +133,53 @@ def test_shards_are_for_generators_in_bf16_or_float32():
 def test_a_tokenizer_starts_from_one_thing_only():
     with pytest.raises(ValueError, match=r"init_from \(a\) would replace init_vit \(b\)"):
         TokenizerRun(init_from="a", init_vit="b")
+
+
+PLAIN = {"stem": "patch", "patch_dim": 128, "patch_norm": False, "num_heads": 2}
+
+
+def components_run(**values):
+    """A run that starts from components, with settings of its model or of its own."""
+    own = {name: values.pop(name) for name in ("init_from", "init_vit") if name in values}
+    return {"model": TokenizerConfig(**PLAIN | values), "init_codes": "components", **own}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"init_from": "a"}, "init_codes (components) must be random with init_from (a), which"),
+        ({"init_vit": "b"}, "init_codes (components) must be random with init_vit (b), which"),
+        (
+            {"stem": "cnn", "patch_norm": True},
+            "init_codes (components) needs model.stem patch and model.patch_norm False, not cnn and"
+            " True; change them, or set init_codes to random",
+        ),
+        ({"patch_norm": True}, "init_codes (components) needs model.stem patch and model.patch_no"),
+        (
+            {"patch_dim": 96, "channels": 32, "channel_mult": (1, 1, 1)},
+            "init_codes (components) needs an even number of channels in each of the 32 normalisat"
+            "ion groups, not 3; change model.patch_dim (96) or model.channels, or set init_codes",
+        ),
+        (
+            {"num_heads": 16},
+            "init_codes (components) needs more than 8 channels in a head, not 8; lower "
+            "model.num_heads (16) or widen model.patch_dim (128), or set init_codes to random",
+        ),
+        (
+            {"num_bits": 36},
+            "init_codes (components) needs channels for 8 components, and beside 36 bits and 20 "
+            "positions, each a pair, there are those of 7; widen model.patch_dim (128), or set",
+        ),
+    ],
+)
+def test_what_cannot_start_from_components_is_refused_with_a_way_out(values, message):
+    assert refused(TokenizerRun, **components_run(**values)).startswith(message)
+
+
+def test_what_can_start_from_components_is_accepted():
+    TokenizerRun(**components_run())
+    # 128 channels in pairs: 20 positions, 35 bits, a constant and 8 components.
+    TokenizerRun(**components_run(num_bits=35))
 
 
 def test_the_optimizer_is_the_papers():

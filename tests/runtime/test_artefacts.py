@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mergevq.config.base import FORMAT_VERSION
-from mergevq.config.tokenizer import TokenizerConfig
+from mergevq.config.tokenizer import PatchDecoderConfig, TokenizerConfig
 from mergevq.runtime.artefacts import (
     load_model,
     load_strict,
@@ -282,6 +282,8 @@ def test_the_hash_of_tokens_follows_the_encoder_and_nothing_else(tmp_path):
     assert len(first) == 64
     assert saved(decoder_a=1.0) == first
     assert saved(replace(SMALL, source_dim=8, num_decoder_layers=7, num_kept=9)) == first
+    other_decoder = PatchDecoderConfig(width=8, blocks="c")
+    assert saved(replace(SMALL, decoder="patch", patch_decoder=other_decoder)) == first
     others = {saved(encoder_a=1.0), saved(encoder_b=1.0), saved(encoder_a=2.0)}
     others |= {saved(replace(SMALL, merge_shape="square")), saved(replace(SMALL, num_bits=7))}
     assert len(others | {first}) == 6
@@ -296,14 +298,17 @@ def test_the_hash_of_tokens_stays_when_an_older_tokenizer_is_saved_anew(tmp_path
 
     now = saved(SMALL)
     record = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
-    older = {name: v for name, v in record["config"].items() if not name.endswith("norm_eps")}
-    assert len(older) == len(record["config"]) - 2
+    later = ("transformer_norm_eps", "patch_norm_eps", "patch_norm", "decoder", "patch_decoder")
+    older = {name: v for name, v in record["config"].items() if name not in later}
+    assert len(older) == len(record["config"]) - 5
     change_record(tmp_path / "model", config=older)
     assert tokens_hash(tmp_path / "model") == now
     changed = {
         saved(replace(SMALL, **{n: 1e-4})) for n in ("transformer_norm_eps", "patch_norm_eps")
     }
-    assert len(changed | {now}) == 3
+    changed.add(saved(replace(SMALL, stem="patch")))
+    changed.add(saved(replace(SMALL, stem="patch", patch_norm=False)))
+    assert len(changed | {now}) == 5
 
 
 def test_loading_copies_every_weight():

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mergevq.config.tokenizer import MergeShape
+from mergevq.nn.precision import without_autocast
 from mergevq.nn.rows import take_rows, weighted_sum
 
 # The authors' linear schedule runs from 1.5 to 0.5 times its mean (their "inflect" of -0.5).
@@ -48,8 +49,7 @@ def match(keys: Float[Tensor, "b n d"], num_merged: int) -> Int64[Tensor, "b n"]
             f"num_merged ({num_merged}) must be between 0 and half of the {num_tokens} tokens; "
             "spread the merging over more layers"
         )
-    # On the meta device, where products are counted, there is no autocast.
-    with torch.autocast("cpu" if keys.is_meta else keys.device.type, enabled=False):
+    with without_autocast(keys):
         unit = torch.nn.functional.normalize(keys.float(), dim=-1)
         similarity = unit[:, 1::2] @ unit[:, ::2].mT
     # The place of a maximum takes far longer to find than the maximum: for those that join only.
