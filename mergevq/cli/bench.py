@@ -152,6 +152,7 @@ def tokenizer(  # noqa: PLR0913 - each is an option
     run = replace(
         run,
         init_vit=None,
+        init_codes="random",
         loss=replace(run.loss, perceptual_path=lpips or run.loss.perceptual_path),
         train=replace(run.train, batch_size=images, accumulation=1, device=device),
     )

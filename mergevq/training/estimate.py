@@ -24,6 +24,7 @@ from mergevq.runtime.device import resolve_device
 from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training import generator as training_generator
 from mergevq.training import tokenizer as train_tokenizer
+from mergevq.training.initial import find_start
 
 _TRACKED_IMAGES = 4
 """Images per pass at which memory is measured; more are extrapolated from this and its half."""
@@ -31,6 +32,8 @@ _LONG_STEP = 2.0
 """Seconds from which a step is long enough to be timed."""
 _TIMED_SECONDS = 5.0
 """Least time over which speed is measured, in as many steps as it takes."""
+_NUM_FITTED_IMAGES = 256
+"""Images that components are fitted to, where a run starts from them: speed is not their matter."""
 _OWN = 0.85
 """Share of the time that a step has a processor, from which it counts as its own."""
 
@@ -263,9 +266,12 @@ def _estimate_tokenizer(run: TokenizerRun, world: distributed.World) -> Estimate
         data=replace(run.data, num_workers=0),
     )
     batch = next(iter(train_tokenizer.run_batches(probe, world, train_set, 0)))
+    start = find_start(probe, train_set, max_images=_NUM_FITTED_IMAGES)
 
     def make() -> _Trainee:
-        state, setting = train_tokenizer.build(probe, world, num_classes=train_set.num_classes)
+        state, setting = train_tokenizer.build(
+            probe, world, num_classes=train_set.num_classes, start=start
+        )
         state.step = run.train.num_steps - 1
         parts = {
             "encoder": state.tokenizer.encoder,

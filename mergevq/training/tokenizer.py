@@ -59,7 +59,7 @@ from mergevq.tokenizer.losses.teachers import SelfTeacher, Teacher, build_teache
 from mergevq.tokenizer.losses.terms import TokenizerLosses, reconstruction_loss, source_loss
 from mergevq.tokenizer.quantizers.lfq import quantize_losses
 from mergevq.tokenizer.tokenizer import Tokenizer, TokenizerOutput
-from mergevq.training.initial import initial_tokenizer
+from mergevq.training.initial import Start, find_start, initial_tokenizer
 from mergevq.training.panels import tokenizer_panels, write_curves
 
 logger = logging.getLogger("mergevq")
@@ -219,6 +219,8 @@ class Setting:
     """Of autocast; None is float32."""
     made_from: Identity | None = None
     """The training images; None where none were opened."""
+    start: Start | None = None
+    """Components that the weights started from."""
 
     @property
     def has_adversary(self) -> bool:
@@ -254,7 +256,8 @@ def _train(run: TokenizerRun, world: distributed.World, *, resume: bool, brief: 
     settings = run.train
     distributed.local_batch(settings.batch_size, world, accumulation=settings.accumulation)
     train_set, val_set = open_train_val(run.data)
-    state, setting = build(run, world, num_classes=train_set.num_classes)
+    start = find_start(run, train_set)
+    state, setting = build(run, world, num_classes=train_set.num_classes, start=start)
     _check_labels(run, train_set)
     with RunDirectory(run.out) as directory:
         setting = replace(setting, made_from=train_set.identity())
@@ -298,7 +301,7 @@ def _run_steps(
         done=state.step * settings.batch_size,
         unit="image",
     )
-    log.note(describe_batch(settings, run.optim, world, unit="images"))
+    _introduce(log, setting, resumed=latest is not None)
     plotting = distributed.is_main() and has_plots(directory.curves)
     logged_at, logged_step = time.monotonic(), state.step
     with (
@@ -339,6 +342,14 @@ def _run_steps(
                 break
 
 
+def _introduce(log: MetricsLog, setting: Setting, *, resumed: bool) -> None:
+    """Show what a step is, and what a fresh run's weights are."""
+    run = setting.run
+    log.note(describe_batch(run.train, run.optim, setting.world, unit="images"))
+    if setting.start is not None and not resumed:
+        log.note(setting.start.describe())
+
+
 def _check_labels(run: TokenizerRun, dataset: ImageDataset) -> None:
     """Where labels teach, refuse images without one before a step meets them."""
     if run.teacher.kind == "labels":
@@ -346,13 +357,20 @@ def _check_labels(run: TokenizerRun, dataset: ImageDataset) -> None:
 
 
 def build(
-    run: TokenizerRun, world: distributed.World, *, num_classes: int
+    run: TokenizerRun, world: distributed.World, *, num_classes: int, start: Start | None = None
 ) -> tuple[State, Setting]:
-    """Make everything a run needs, the same on every rank."""
+    """Make everything a run needs, the same on every rank.
+
+    Args:
+        run: all settings.
+        world: this rank and its device.
+        num_classes: of the data.
+        start: components, where the run starts from them (`find_start`).
+    """
     # The only use of the global generator: it fills fresh weights, and is put back after.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.train.seed)  # noqa: TID251 - layers fill themselves from it
-        tokenizer = initial_tokenizer(run)
+        tokenizer = initial_tokenizer(run, start)
         teacher = build_teacher(run.teacher, dim=run.model.dim, num_classes=num_classes)
         discriminator = Discriminator(
             channels=run.loss.discriminator_channels,
@@ -399,6 +417,7 @@ def build(
         judge=distributed.wrap(discriminator),
         perceptual=_perceptual(run, device),
         dtype=dtype,
+        start=start,
     )
     return state, setting
 

@@ -230,6 +230,8 @@ KINDS = {
 # ------------------------------------------------------------------- what a setting needs, or lacks
 
 PATCH = {"model.stem": "patch", "model.position_embedding": True}
+PLAIN = {"model.stem": "patch", "model.patch_norm": False, "model.patch_dim": 96}
+PATCH_DECODER = {"model.decoder": "patch"}
 GAUSSIAN = {"kept.distribution": "gaussian"}
 FROZEN = {"teacher.kind": "huggingface", "teacher.path": "@dinov2", "teacher.teacher_size": 28}
 PERCEPTUAL = {
@@ -262,6 +264,11 @@ NEEDS = {
         **KEPT,
         "model.patch_dim": PATCH,
         "model.patch_norm_eps": PATCH,
+        "model.patch_norm": {"model.stem": "patch"},
+        "model.patch_decoder.width": PATCH_DECODER,
+        "model.patch_decoder.blocks": PATCH_DECODER,
+        "model.patch_decoder.bit_components": PATCH_DECODER,
+        "init_codes": PLAIN,
         "teacher.label_smoothing": {"teacher.kind": "labels"},
         "teacher.path": FROZEN,
         "teacher.loss": FROZEN,
@@ -302,6 +309,8 @@ VALUES = {
         "train.max_nonfinite": 2,
         "model.transformer_norm_eps": 0.01,
         "model.patch_norm_eps": 0.01,
+        "model.patch_decoder.blocks": "ac",
+        "model.patch_decoder.bit_components": (0, 1, 2, 3) * 2,
         "kept.rate": 0.01,
         "kept.mean": 9.0,
         "kept.std": 90.0,

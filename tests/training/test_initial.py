@@ -1,12 +1,23 @@
+import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mergevq.config.recipes.tiny64 import tiny64_gr
+from mergevq.config.tokenizer import PatchDecoderConfig
+from mergevq.config.training import DataConfig, TokenizerRun
+from mergevq.data.images import open_images
+from mergevq.runtime import distributed
+from mergevq.tokenizer.components import encode_analytic, fit_components
 from mergevq.tokenizer.tokenizer import Tokenizer
-from mergevq.training.initial import initialize_from
+from mergevq.training.initial import find_start, initial_tokenizer, initialize_from
+from mergevq.training.tokenizer import build, train
 from tests.support.small import shrink
+
+WORLD = distributed.World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -19,6 +30,7 @@ from tests.support.small import shrink
         ("position_embedding", True, False),
         ("transformer_norm_eps", 1e-05, 1e-06),
         ("patch_norm_eps", 1e-06, 1e-05),
+        ("decoder", "patch", "cnn"),
     ],
 )
 def test_starting_from_another_architecture_is_refused_where_shapes_agree(
@@ -39,3 +51,124 @@ def test_starting_from_another_width_is_refused_with_the_weights_that_do_not_fit
     Tokenizer(replace(run.model, num_bits=7)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"do not fit Tokenizer:\n.*to_latents.weight: saved \(7"):
         initialize_from(Tokenizer(run.model), tmp_path)
+
+
+# ---------------------------------------------------------------------------- from components
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Smooth pictures in a folder, of the size of a small run."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(30):
+        coarse = np.random.default_rng(number).integers(0, 256, (5, 5, 3), np.uint8)
+        image = Image.fromarray(coarse).resize((32, 32), Image.Resampling.BICUBIC)
+        image.save(folder / f"{number:02d}.png")
+    return folder
+
+
+def analytic_run(pictures, **values) -> TokenizerRun:
+    """A small run that starts from components."""
+    run = shrink(tiny64_gr())
+    model = replace(
+        run.model,
+        stem="patch",
+        patch_dim=96,
+        patch_norm=False,
+        decoder="patch",
+        patch_decoder=PatchDecoderConfig(width=16, blocks="ca"),
+        num_bits=12,
+    )
+    return replace(
+        run,
+        model=model,
+        init_codes="components",
+        data=DataConfig(path=str(pictures), val_fraction=0.2, num_workers=0),
+        teacher=replace(run.teacher, kind="none"),
+        loss=replace(run.loss, adversarial_weight=0.0, perceptual_weight=0.0),
+        train=replace(run.train, precision="float32", device="cpu"),
+        **values,
+    )
+
+
+def test_components_are_fitted_to_evenly_spaced_images_and_to_each_of_their_patches(pictures):
+    run, images = analytic_run(pictures), open_images(str(pictures))
+    start = find_start(run, images, max_images=10)
+    assert start is not None
+    assert start.num_images == 10
+    pixels = [torch.from_numpy(np.array(images.read(number))) for number in range(0, 30, 3)]
+    image = torch.stack(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+    expected = fit_components(image, 4, 12)
+    assert start.components.bits == expected.bits
+    torch.testing.assert_close(start.components.basis, expected.basis)
+    torch.testing.assert_close(start.components.levels, expected.levels)
+
+
+def test_of_many_patches_every_so_manieth_is_taken_wherever_batches_are_cut(pictures, monkeypatch):
+    run, images = analytic_run(pictures), open_images(str(pictures))
+    found = []
+    for batch_size in (3, 7, 64):
+        monkeypatch.setattr("mergevq.training.initial._BATCH", batch_size)
+        monkeypatch.setattr("mergevq.training.initial.NUM_FITTED", 150)
+        found.append(find_start(run, images).components)
+    for other in found[1:]:
+        assert other.bits == found[0].bits
+        assert torch.equal(other.basis, found[0].basis)
+
+
+def test_a_run_starts_at_the_analytic_tokenizer(pictures):
+    run, images = analytic_run(pictures), open_images(str(pictures))
+    start = find_start(run, images)
+    state, _ = build(run, WORLD, num_classes=0, start=start)
+    image = torch.rand(2, 3, 32, 32) - 0.5
+    with torch.no_grad():
+        encoded = state.tokenizer.eval().encode(image, 24)
+    analytic = encode_analytic(start.components, image, 24, 3)
+    assert (encoded.codes == analytic.codes).float().mean() > 0.99
+    # Averages begin there too, not at random weights.
+    conv = "encoder.stem.conv.weight"
+    assert torch.equal(state.ema.shadow[conv], state.tokenizer.state_dict()[conv])
+
+
+def test_a_run_that_starts_from_components_needs_them(pictures):
+    with pytest.raises(ValueError, match=r"init_codes \(components\) needs components"):
+        initial_tokenizer(analytic_run(pictures))
+
+
+def test_a_cnn_decoder_has_random_weights_all_the_same(pictures):
+    run, images = analytic_run(pictures), open_images(str(pictures))
+    run = replace(run, model=replace(run.model, decoder="cnn"))
+    tokenizer = initial_tokenizer(run, find_start(run, images))
+    assert tokenizer.config.patch_decoder == run.model.patch_decoder
+    assert tokenizer.reconstruct(torch.zeros(1, 3, 32, 32), 24).image.shape == (1, 3, 32, 32)
+
+
+def test_training_says_its_start_saves_it_resumes_and_can_be_gone_on_from(
+    pictures, tmp_path, capfd
+):
+    run = analytic_run(pictures, out=str(tmp_path / "run"))
+    model = train(run)
+    said = "codes start as 12 bits of"
+    assert said in capfd.readouterr().err
+    saved = json.loads((model / "config.json").read_text())["config"]["patch_decoder"]
+    assert len(saved["bit_components"]) == 12
+    train(replace(run, train=replace(run.train, num_steps=3)), resume=True)
+    assert said not in capfd.readouterr().err
+    tokenizer = Tokenizer.from_pretrained(model)
+    # The components of its bits come with the weights.
+    onwards = replace(run, init_codes="random", init_from=str(model), out=str(tmp_path / "more"))
+    again = initial_tokenizer(onwards)
+    assert again.config == tokenizer.config
+    other = (0, 1, 2) * 4
+    settings = replace(run.model.patch_decoder, bit_components=other)
+    wrong = replace(onwards, model=replace(run.model, patch_decoder=settings))
+    with pytest.raises(ValueError, match=r"model.patch_decoder \(.*\) must be .*, as in the token"):
+        initial_tokenizer(wrong)
+
+
+def test_a_stem_with_norm_is_not_that_of_one_without(pictures, tmp_path):
+    run = analytic_run(pictures)
+    Tokenizer(run.model).save_pretrained(tmp_path)
+    mine = Tokenizer(replace(run.model, patch_norm=True))
+    with pytest.raises(ValueError, match=r"model.patch_norm \(True\) must be False, as in the tok"):
+        initialize_from(mine, tmp_path)
