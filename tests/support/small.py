@@ -9,13 +9,16 @@ def shrink(run: TokenizerRun) -> TokenizerRun:
     """Cut a run down to seconds on a CPU, keeping its structure: for tests and first tries."""
     model = run.model
     side = 8 * model.patch_size
+    if model.decoder == "patch":
+        model = replace(model, patch_decoder=replace(model.patch_decoder, width=16))
     return replace(
         run,
         model=replace(
             model,
             image_size=side,
             channels=8,
-            patch_dim=32,
+            # Components start in pairs of channels, beside a pair for each bit.
+            patch_dim=128 if run.init_codes == "components" else 32,
             num_res_blocks=1,
             num_layers=3,
             num_heads=2,
