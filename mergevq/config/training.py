@@ -170,6 +170,9 @@ class TokenizerRun:
     """First weights: random ones, or those with which codes are the signs of the training images'
     principal components, so that training begins at pictures instead of noise. `components` needs
     `model.stem` patch and `model.patch_norm` False; a `model.decoder` of patch begins there too."""
+    encoder_lr_ratio: float = 1.0
+    """Learning rate of the encoder over that of all else, above 0 and at most 1. Below 1 keeps the
+    codes of a good start while a decoder learns to use them."""
     out: str = "runs/tokenizer"
     """Directory of the run."""
 
@@ -183,6 +186,10 @@ class TokenizerRun:
         require(
             None in (self.init_from, self.init_vit),
             f"init_from ({self.init_from}) would replace init_vit ({self.init_vit}): leave one out",
+        )
+        require(
+            0 < self.encoder_lr_ratio <= 1,
+            f"encoder_lr_ratio ({self.encoder_lr_ratio}) must be above 0 and at most 1",
         )
         if self.init_codes == "components":
             self._check_components()

@@ -22,12 +22,32 @@ from mergevq.runtime.artefacts import compare_states
 # ------------------------------------------------------------------------------------ optimizer
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters as at most two groups: matrices, which decay, and the rest.
+def parameter_groups(
+    module: nn.Module, weight_decay: float, ratios: Mapping[nn.Module, float] | None = None
+) -> list[dict[str, Any]]:
+    """Trainable parameters as groups: matrices, which decay, and the rest.
 
     A matrix is a linear or convolution weight: two or more dimensions, not in an embedding layer,
     and not marked `no_weight_decay`. Gains and biases have one dimension.
+
+    Args:
+        module: all of them.
+        weight_decay: of matrices.
+        ratios: learning rate of some parts over that of the rest; such a part has groups of its
+            own, whose `lr_ratio` says so.
     """
+    groups: list[dict[str, Any]] = []
+    slower = [(part, ratio) for part, ratio in (ratios or {}).items() if ratio != 1]
+    apart = {parameter for part, _ in slower for parameter in part.parameters()}
+    for part, ratio in slower:
+        groups += [each | {"lr_ratio": ratio} for each in _decay_groups(part, weight_decay, set())]
+    return _decay_groups(module, weight_decay, apart) + groups
+
+
+def _decay_groups(
+    module: nn.Module, weight_decay: float, apart: set[nn.Parameter]
+) -> list[dict[str, Any]]:
+    """At most two groups of the trainable parameters that are not elsewhere."""
     groups: dict[float, dict[nn.Parameter, None]] = {weight_decay: {}, 0.0: {}}
     for owner in module.modules():
         for parameter in owner.parameters(recurse=False):
@@ -36,7 +56,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
                 or isinstance(owner, nn.Embedding)
                 or getattr(parameter, "no_weight_decay", False)
             )
-            if parameter.requires_grad:
+            if parameter.requires_grad and parameter not in apart:
                 groups[0.0 if exempt else weight_decay][parameter] = None
     return [
         {"params": list(parameters), "weight_decay": decay}
@@ -46,7 +66,10 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def build_optimizer(
-    modules: Sequence[nn.Module], config: OptimConfig, batch_size: int
+    modules: Sequence[nn.Module],
+    config: OptimConfig,
+    batch_size: int,
+    ratios: Mapping[nn.Module, float] | None = None,
 ) -> torch.optim.AdamW:
     """AdamW over the trainable parameters of all modules, at the peak learning rate.
 
@@ -54,8 +77,9 @@ def build_optimizer(
         modules: unwrapped; a parameter in two of them is updated once.
         config: rate, moments and decay.
         batch_size: images per optimizer step over all ranks.
+        ratios: learning rate of some parts over that of the rest.
     """
-    groups = parameter_groups(nn.ModuleList(modules), config.weight_decay)
+    groups = parameter_groups(nn.ModuleList(modules), config.weight_decay, ratios)
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     return torch.optim.AdamW(
         groups,
@@ -132,9 +156,9 @@ def learning_rate(step: int, config: OptimConfig, num_steps: int, batch_size: in
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group this rate."""
+    """Give every group this rate, or its own share of it."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_ratio", 1.0)
 
 
 # ------------------------------------------------------------------------------------ gradients

@@ -71,6 +71,7 @@ _FIXED = (
     "teacher.num_head_layers",
     "teacher.num_prototypes",
     "loss.discriminator_channels",
+    "encoder_lr_ratio",
 )
 """Settings that a resumed run has to have as they were."""
 _USAGE_WINDOW_BITS = 18
@@ -389,7 +390,8 @@ def build(
     if isinstance(teacher, SelfTeacher):
         teacher_encoder = copy.deepcopy(tokenizer.encoder).requires_grad_(requires_grad=False)
     objective = Objective(tokenizer, teacher)
-    optimizer = build_optimizer([objective], run.optim, run.train.batch_size)
+    ratios: dict[nn.Module, float] = {tokenizer.encoder: run.encoder_lr_ratio}
+    optimizer = build_optimizer([objective], run.optim, run.train.batch_size, ratios)
     discriminator_optimizer = build_optimizer([discriminator], run.optim, run.train.batch_size)
     check_coverage([objective, discriminator], [optimizer, discriminator_optimizer])
     dtype = resolve_precision(run.train.precision, device)

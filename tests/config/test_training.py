@@ -176,6 +176,12 @@ def test_what_cannot_start_from_components_is_refused_with_a_way_out(values, mes
     assert refused(TokenizerRun, **components_run(**values)).startswith(message)
 
 
+@pytest.mark.parametrize("ratio", [0.0, -0.1, 1.5])
+def test_an_encoder_learns_at_a_share_of_the_rate(ratio):
+    message = f"encoder_lr_ratio ({ratio}) must be above 0 and at most 1"
+    assert refused(TokenizerRun, encoder_lr_ratio=ratio) == message
+
+
 def test_what_can_start_from_components_is_accepted():
     TokenizerRun(**components_run())
     # 128 channels in pairs: 20 positions, 35 bits, a constant and 8 components.

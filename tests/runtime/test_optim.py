@@ -151,6 +151,30 @@ def test_setting_the_rate_reaches_every_group():
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
 
 
+def test_a_part_with_a_ratio_learns_at_its_share_of_the_rate():
+    whole = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    optimizer = build_optimizer([whole], OptimConfig(weight_decay=0.1), 8, {whole[0]: 0.1})
+    check_coverage([whole], [optimizer])
+    set_learning_rate(optimizer, 0.5)
+    rates = {
+        parameter: (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert rates[whole[0].weight] == (pytest.approx(0.05), 0.1)
+    assert rates[whole[0].bias] == (pytest.approx(0.05), 0.0)
+    assert rates[whole[1].weight] == (0.5, 0.1)
+    assert rates[whole[1].bias] == (0.5, 0.0)
+
+
+def test_a_ratio_of_1_leaves_the_groups_as_they_are():
+    whole = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    optimizer = build_optimizer([whole], OptimConfig(), 8, {whole[0]: 1.0})
+    (group,) = optimizer.param_groups
+    assert "lr_ratio" not in group
+    assert list(map(id, group["params"])) == list(map(id, whole.parameters()))
+
+
 # ------------------------------------------------------------------------------------ gradients
 
 

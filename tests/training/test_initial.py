@@ -14,7 +14,7 @@ from mergevq.runtime import distributed
 from mergevq.tokenizer.components import encode_analytic, fit_components
 from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training.initial import find_start, initial_tokenizer, initialize_from
-from mergevq.training.tokenizer import build, train
+from mergevq.training.tokenizer import build, run_batches, train, train_step
 from tests.support.small import shrink
 
 WORLD = distributed.World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
@@ -172,3 +172,18 @@ def test_a_stem_with_norm_is_not_that_of_one_without(pictures, tmp_path):
     mine = Tokenizer(replace(run.model, patch_norm=True))
     with pytest.raises(ValueError, match=r"model.patch_norm \(True\) must be False, as in the tok"):
         initialize_from(mine, tmp_path)
+
+
+def test_the_encoder_moves_at_its_share_of_the_rate(pictures):
+    run, images = analytic_run(pictures, encoder_lr_ratio=0.25), open_images(str(pictures))
+    run = replace(run, optim=replace(run.optim, lr=1e-3, warmup_steps=0, clip_norm=None))
+    state, setting = build(run, WORLD, num_classes=0, start=find_start(run, images))
+    before = {name: weight.clone() for name, weight in state.tokenizer.state_dict().items()}
+    train_step(state, setting, next(run_batches(run, WORLD, images, 0)))
+    after = state.tokenizer.state_dict()
+    # Adam's first step is the rate itself wherever there is a gradient to speak of.
+    for name, rate in (("encoder.to_latents.weight", 2.5e-4), ("decoder.to_half.bias", 0.0)):
+        moved = (after[name] - before[name]).abs().max()
+        assert float(moved) == pytest.approx(rate, rel=1e-2)
+    moved = (after["decoder.conv_out.weight"] - before["decoder.conv_out.weight"]).abs().max()
+    assert float(moved) == pytest.approx(1e-3, rel=1e-2)
