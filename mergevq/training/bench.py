@@ -33,6 +33,7 @@ from mergevq.runtime import distributed
 from mergevq.runtime.device import resolve_device
 from mergevq.runtime.optim import Ema
 from mergevq.runtime.run import environment
+from mergevq.tokenizer.decoders.cnn import Decoder
 from mergevq.tokenizer.quantizers.lfq import quantize_losses
 from mergevq.tokenizer.reducers.matching import match, merge_schedule, merge_step
 from mergevq.training.tokenizer import Setting, State, build, train_step
@@ -631,7 +632,8 @@ def _attach(clock: _Clock, state: State, setting: Setting) -> None:
     """Let a clock watch the parts of a train step."""
     encoder, decoder = state.tokenizer.encoder, state.tokenizer.decoder
     clock.watch(encoder.stem, "stem")
-    clock.watch(decoder, "decoder CNN")
+    # What is around its blocks.
+    clock.watch(decoder, "decoder CNN" if isinstance(decoder, Decoder) else "decoder pixels")
     for block in encoder.blocks:
         # Merging happens in the block itself, between its layers.
         clock.watch(block, "merging")
