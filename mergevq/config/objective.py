@@ -44,8 +44,15 @@ class LossConfig:
     teaches them to tell where they lie."""
     recovered_share: float = 0.0
     """Share of a batch decoded with the recovered source, so that training meets its mistakes."""
+    recovered_start_step: int = 0
+    """First step at which they are. A young predictor's maps are noise, which blurs a decoder that
+    began with good codes."""
     alignment_weight: float = 1.0
     """Class token against the teacher (0.1 for G, 1.0 for G+R and R)."""
+
+    def recovered_share_at(self, step: int) -> float:
+        """Share of a step's images that are decoded with the recovered source."""
+        return self.recovered_share if step >= self.recovered_start_step else 0.0
 
     def __post_init__(self) -> None:
         """Reject negative weights and an impossible order of the adversarial steps."""

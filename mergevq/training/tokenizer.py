@@ -345,8 +345,7 @@ def _run_steps(
 
 def _introduce(log: MetricsLog, setting: Setting, *, resumed: bool) -> None:
     """Show what a step is, and what a fresh run's weights are."""
-    run = setting.run
-    log.note(describe_batch(run.train, run.optim, setting.world, unit="images"))
+    log.note(describe_batch(setting.run.train, setting.run.optim, setting.world, unit="images"))
     if setting.start is not None and not resumed:
         log.note(setting.start.describe())
 
@@ -360,14 +359,7 @@ def _check_labels(run: TokenizerRun, dataset: ImageDataset) -> None:
 def build(
     run: TokenizerRun, world: distributed.World, *, num_classes: int, start: Start | None = None
 ) -> tuple[State, Setting]:
-    """Make everything a run needs, the same on every rank.
-
-    Args:
-        run: all settings.
-        world: this rank and its device.
-        num_classes: of the data.
-        start: components, where the run starts from them (`find_start`).
-    """
+    """Make everything a run needs, the same on every rank; `start` is that of `find_start`."""
     # The only use of the global generator: it fills fresh weights, and is put back after.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.train.seed)  # noqa: TID251 - layers fill themselves from it
@@ -497,7 +489,7 @@ def update_tokenizer(
     for position, (part, target) in enumerate(zip(parts, targets, strict=True)):
         syncs = position == len(parts) - 1
         place = setting.world.rank * len(parts) + position
-        recovers = recovering(run.loss.recovered_share, place, part.image)
+        recovers = recovering(run.loss.recovered_share_at(state.step), place, part.image)
         with distributed.no_sync(setting.objective, active=not syncs):
             with setting.autocast():
                 losses, output = tokenizer_losses(

@@ -201,3 +201,9 @@ def test_the_optimizer_is_the_papers():
 def test_impossible_settings_are_refused(name, value):
     with pytest.raises(ValueError, match=rf"{name} \({value}\) must be"):
         SourceRun(**{name: value})
+
+
+def test_images_are_decoded_from_recovered_sources_from_a_step_on():
+    loss = LossConfig(recovered_share=0.3, recovered_start_step=5)
+    assert [loss.recovered_share_at(step) for step in (0, 4, 5, 9)] == [0.0, 0.0, 0.3, 0.3]
+    assert LossConfig(recovered_share=0.3).recovered_share_at(0) == 0.3

@@ -269,6 +269,7 @@ NEEDS = {
         "model.patch_decoder.blocks": PATCH_DECODER,
         "model.patch_decoder.bit_components": PATCH_DECODER,
         "init_codes": PLAIN,
+        "loss.recovered_start_step": {"loss.recovered_share": 0.5},
         "teacher.label_smoothing": {"teacher.kind": "labels"},
         "teacher.path": FROZEN,
         "teacher.loss": FROZEN,

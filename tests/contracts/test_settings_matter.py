@@ -58,6 +58,7 @@ BASES = {
     "kept.mean": {"kept": {"distribution": "gaussian"}},
     "kept.std": {"kept": {"distribution": "gaussian"}},
     "kept.floor": {"kept": {"distribution": "gaussian", "mean": 0.0, "std": 0.1}},
+    "loss.recovered_start_step": {"loss": {"recovered_share": 0.5}},
     "teacher.label_smoothing": {"teacher": {"kind": "labels"}},
     "optim.milestones": {"optim": {"schedule": "step"}},
     "optim.final_lr_ratio": {"optim": {"schedule": "cosine"}},
