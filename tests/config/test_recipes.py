@@ -272,7 +272,7 @@ def test_shrinking_keeps_what_a_generator_is(name):
 def test_a_mistyped_recipe_is_told_the_nearest_and_all_there_are():
     with pytest.raises(ValueError, match=r"no recipe 'digit32'; did you mean 'digits32'\?; there"):
         recipe("digit32")
-    with pytest.raises(ValueError, match=r"no recipe 'x'; there are digits32, tiny64_g"):
+    with pytest.raises(ValueError, match=r"no recipe 'x'; there are digits32, photos64, tiny64_g"):
         recipe("x")
     assert recipe("digits32") == RECIPES["digits32"]()
 

@@ -89,7 +89,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied", path)
         return scan(path)
 
-    monkeypatch.setattr("mergevq.listing.os.scandir", refuse)
+    monkeypatch.setattr("mergevq.data.listing.os.scandir", refuse)
     with pytest.raises(ValueError, match=r"folder .*dog cannot be read: Permission denied"):
         list_files(str(tmp_path))
 

@@ -247,7 +247,7 @@ def test_more_rows_than_a_file_can_have_are_refused(tmp_path, monkeypatch):
 
 
 def test_an_image_above_the_limit_of_bytes_is_broken(tmp_path, monkeypatch):
-    monkeypatch.setattr("mergevq.data.prepare.most_bytes", lambda _: 1000)
+    monkeypatch.setattr("mergevq.data.images.most_bytes", lambda _: 1000)
     path = write_parquet(tmp_path / "a.parquet", [bytes(1001), encoded()])
     dataset = open_images(str(path))
     assert dataset.broken == {

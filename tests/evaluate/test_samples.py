@@ -9,6 +9,8 @@ from mergevq.runtime import distributed
 from tests.support.evaluate_generation import files, sample_run, settings
 from tests.support.evaluations import ALONE
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*images are not as many of each:UserWarning")
+
 # ---------------------------------------------------------------------------------- sampling
 
 

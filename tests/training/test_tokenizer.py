@@ -526,7 +526,7 @@ def test_sigterm_to_all_processes_saves_and_the_run_goes_on(tmp_path, num_worker
     script = textwrap.dedent(f"""
         from dataclasses import replace
         from mergevq.config.recipes.digits import digits32
-from tests.support.small import shrink
+        from tests.support.small import shrink
         from mergevq.training.tokenizer import train
         run = shrink(digits32())
         run = replace(run, out={str(tmp_path / "run")!r},
