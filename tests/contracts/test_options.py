@@ -415,6 +415,13 @@ TRAIN = {
     "digits32_ar": (GeneratorRun, "training.train.train"),
 }
 TRAIN_VALUES = {
+    ("digits32", "model.patch_norm"): {"model.stem": "patch", "model.patch_norm": False},
+    ("digits32", "model.patch_decoder.blocks"): {"model.patch_decoder.blocks": "ac"},
+    ("digits32", "init_codes"): {
+        "init_codes": "components",
+        "model.stem": "patch",
+        "model.patch_norm": False,
+    },
     ("digits32", "model.image_size"): {"model.image_size": 36},
     ("digits32_ar", "model.num_bits"): {"model.num_bits": 10, "model.factor_bits": (4, 6)},
     ("digits32_ar", "model.factor_bits"): {"model.factor_bits": (2, 6)},

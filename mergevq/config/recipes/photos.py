@@ -29,7 +29,7 @@ def photos64() -> TokenizerRun:
             source_dim=64,
         ),
         init_codes="components",
-        encoder_lr_ratio=0.1,
+        encoder_lr_ratio=0.01,
         kept=KeptConfig(candidates=candidates),
         loss=replace(
             run.loss,
