@@ -48,6 +48,17 @@ def keep_freed_memory() -> None:
         set_option(_TRIM_THRESHOLD, _MOST_TRIM)
 
 
+def give_back_freed_memory() -> None:
+    """Give what was freed back to the system, so that memory in use is memory that is needed.
+
+    Where there is no glibc, nothing changes.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
 def let_products_repeat() -> None:
     """Give a GPU's matrix products a fixed workspace, without which the last digits may vary."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

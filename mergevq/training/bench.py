@@ -31,6 +31,7 @@ from mergevq.data.layouts import Source, canonicalize, unmerge
 from mergevq.nn.rows import take_rows
 from mergevq.runtime import distributed
 from mergevq.runtime.device import resolve_device
+from mergevq.runtime.environment import give_back_freed_memory
 from mergevq.runtime.optim import Ema
 from mergevq.runtime.run import environment
 from mergevq.tokenizer.decoders.cnn import Decoder
@@ -435,6 +436,8 @@ def _extra_memory(call: Callable[[], object], device: torch.device) -> int | Non
     if device.type != "cpu" or not reset.exists():
         call()
         return None
+    # A command keeps freed memory, in which a call would find room without the process growing.
+    give_back_freed_memory()
     reset.write_text("5", encoding="ascii")
     before = _resident("VmRSS")
     call()

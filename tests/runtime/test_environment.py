@@ -114,3 +114,32 @@ def test_freed_memory_is_kept_unless_the_user_chose():
     num_pages = 2**27 // os.sysconf("SC_PAGESIZE")
     assert num_faults() < num_pages / 10
     assert num_faults(MALLOC_MMAP_THRESHOLD_="4096") > num_pages / 2
+
+
+KEEP_AND_GIVE = """
+from pathlib import Path
+from mergevq.runtime.environment import give_back_freed_memory, keep_freed_memory
+
+def resident():
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmRSS:")[1].split()[0])
+
+keep_freed_memory()
+blocks = [bytes([1]) * 2**20 for _ in range(128)]
+full = resident()
+del blocks
+kept = resident()
+give_back_freed_memory()
+print(full - kept, full - resident())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read on Linux")
+def test_memory_that_was_kept_is_given_back_when_asked_for():
+    plain = {n: v for n, v in os.environ.items() if not n.startswith(("MALLOC_", "GLIBC_"))}
+    printed = subprocess.run(
+        [sys.executable, "-c", KEEP_AND_GIVE], env=plain, check=True, capture_output=True, text=True
+    )
+    kept, given = map(int, printed.stdout.split())
+    assert kept < 2**24
+    assert given > 0.9 * 2**27
