@@ -49,7 +49,7 @@ def _describe_extra(extra: str) -> str:
 
 
 def _describe_device(name: str) -> str:
-    """What a kind of device is on this machine, and the precision it would train in."""
+    """Describe a kind of device on this machine, and the precision it would train in."""
     import torch
 
     from mergevq.runtime.device import resolve_device, resolve_precision

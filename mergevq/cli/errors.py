@@ -63,7 +63,7 @@ def command_line(
 
 
 def parsed(parse: Callable[[], Parsed]) -> Parsed:
-    """What a parser gives; its own errors are printed and end in `SystemExit`.
+    """Result of a parser; its own errors are printed and end in `SystemExit`.
 
     Raises:
         ValueError: settings refused a value.
@@ -180,7 +180,7 @@ def as_file_error(error: Exception) -> OSError | None:
 
 
 def file_problem(error: OSError, out: str | None) -> str:
-    """What is wrong with which file, and a way out, in one line.
+    """The file, its problem and a way out, in one line.
 
     Args:
         error: of the system, or a library's that says all itself.

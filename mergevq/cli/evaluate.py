@@ -46,7 +46,7 @@ SubjectOptions = Annotated[Subject, tyro.conf.arg(name="")]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweptOptions(SamplingOptions):
-    """What samples, and how, at each of several guidance scales."""
+    """Sampling at each of several guidance scales."""
 
     guidance: float = _PLAIN.guidance_scale
     """first scale of classifier-free guidance; 1 is none."""

@@ -31,7 +31,7 @@ _PLAIN = SamplingSettings()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingOptions:
-    """What samples, and how: options of `mergevq sample` and of `mergevq evaluate generation`."""
+    """Sampling: options of `mergevq sample` and of `mergevq evaluate generation`."""
 
     generator: str = ""
     """directory of the generator, or owner/name@revision on Hugging Face."""

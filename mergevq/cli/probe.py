@@ -25,7 +25,7 @@ _FEATURES = FeatureConfig()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SubjectOptions:
-    """What is probed, on which images: options of every probe."""
+    """Model and images of a probe: options of every one."""
 
     model: str
     """directory of a tokenizer, or owner/name@revision on Hugging Face."""

@@ -141,5 +141,5 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
 
 
 def logit_error_line(weights: Weights, error: float) -> str:
-    """What weights of fewer bits cost, in words."""
+    """Cost of weights of fewer bits, in words."""
     return f"{weights} weights: logits are off by {error:.2%} of their spread"

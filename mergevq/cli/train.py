@@ -29,7 +29,7 @@ _TRAIN_USAGE = "usage: mergevq train RECIPE [--section.field VALUE ..]"
 
 @dataclass(frozen=True, kw_only=True)
 class _TrainOptions(Generic[Run]):
-    """What `mergevq train RECIPE` takes: the recipe's fields, and how to run it."""
+    """Options of `mergevq train RECIPE`: the recipe's fields, and how to run it."""
 
     run: Annotated[Run, tyro.conf.arg(name="")]
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False

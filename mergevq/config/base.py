@@ -13,7 +13,7 @@ MAX_PIXELS = 89_478_485
 Precision = Literal["auto", "bf16", "float32", "float16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 SizePolicy = Literal["error", "resize", "tile"]
-"""What to do with a picture the tokenizer was not trained on the size of.
+"""Treatment of a picture of a size that the tokenizer was not trained on.
 
 `error` takes only multiples of the patch size, and else names some. `resize` gives it about as many
 pixels as a training image has, in its own aspect ratio. `tile` cuts it into overlapping

@@ -16,7 +16,7 @@ from mergevq.config.generator import SampleRun
 TrunkName = Literal["vgg", "alex", "squeeze"]
 """Networks of LPIPS."""
 ReferenceKind = Literal["reconstruction", "generation"]
-"""What a reference is compared with: the very images that went in, or a training set."""
+"""Kinds of a reference: the very images that went in, or a training set."""
 Protocol = Literal["own", "authors"]
 """How images are prepared and compared, other than by which network.
 
@@ -55,7 +55,7 @@ class Subject:
     device: Device = "auto"
     """Where to compute."""
     precision: Precision = "float32"
-    """Of the model; metrics are always float32 or better."""
+    """Precision of the model; metrics are always float32 or better."""
     num_workers: int = 2
     """Loading processes; 0 loads in this one."""
     protocol: Protocol = "own"
@@ -110,7 +110,7 @@ class RobustnessSettings:
     """Most bits that differ; None is each of the smallest whose balls have 200, 280 and 360 of
     4,096 codes or more."""
     seed: int = 0
-    """Of which tokens and which bits."""
+    """Seed of which tokens and which bits are wrong."""
 
     def __post_init__(self) -> None:
         """Reject fractions outside [0, 1], and none at all."""
@@ -131,7 +131,7 @@ class GenerationSettings:
     out: str
     """Directory of samples and results; one that was begun is gone on with."""
     run: SampleRun | None = None
-    """What samples; its device is used throughout."""
+    """The samples' own run; its device is used throughout."""
     samples: str | None = None
     """Images that are there already instead: a folder, or an `.npz` with arr_0."""
     classifier: str | None = None

@@ -25,7 +25,7 @@ class GeneratorConfig:
     """
 
     order: Literal["raster", "merge", "random", "anchor"] = "merge"
-    """What a sequence is: all L cells in raster order (`raster`, LlamaGen), the same with merged
+    """Order of a sequence: all L cells in raster order (`raster`, LlamaGen), the same with merged
     duplicates hidden (`merge`, MergeAR), the K kept tokens in random order (`random`, RandAR), or
     in canonical order with the cell each opens at (`anchor`)."""
     dim: int = 384
@@ -51,12 +51,12 @@ class GeneratorConfig:
     """The K a sequence may have: one merge-instruction embedding each. Empty leaves that token out
     of the prefix, which only order `raster` allows."""
     window: int = 2
-    """Of order `merge`: duplicates stay visible to so many tokens after them."""
+    """In order `merge` duplicates stay visible to so many tokens after them."""
     merge_groups: Literal["code", "source"] = "code"
-    """Of order `merge`: tokens are duplicates when their codes are equal, as in sampling, or (in
+    """In order `merge` tokens are duplicates when their codes are equal, as in sampling, or (in
     training only) when the tokenizer merged them."""
     rotate_instruction: bool = True
-    """Of order `random`: a position-instruction vector is itself rotated by its slot, besides the
+    """In order `random` a position-instruction vector is itself rotated by its slot, besides the
     rotation that every query and key gets."""
     num_bits: int = 18
     """D: bits of a token, as in the tokenizer."""
@@ -69,9 +69,9 @@ class GeneratorConfig:
     class_dropout: float = 0.1
     """Probability that training replaces a label by `null_class`, which guidance needs."""
     label_smoothing: float = 0.1
-    """Of the cross-entropy."""
+    """Label smoothing of the cross-entropy."""
     flex_attention: bool = False
-    """Of order `merge`: train with a compiled block mask on CUDA; other devices ignore it."""
+    """In order `merge` train with a compiled block mask on CUDA; other devices ignore it."""
 
     def __post_init__(self) -> None:
         """Reject what cannot be built, naming both numbers."""
@@ -148,7 +148,7 @@ class GeneratorConfig:
 
     @property
     def part_names(self) -> tuple[str, ...]:
-        """What is predicted for one token, in order."""
+        """Names of the parts predicted for one token, in order."""
         subindices = tuple(f"subindex_{number}" for number in range(1, len(self.factor_bits) + 1))
         return ("anchor", *subindices) if self.order == "anchor" else subindices
 
@@ -196,10 +196,10 @@ class SamplingSettings:
     top_p: float | tuple[float, ...] = 1.0
     """Sample among the most likely values that together have this probability; 1 is all."""
     budget: bool = True
-    """Of order `merge`: hold a sample to K distinct tokens, so that its cache has K slots; without
+    """In order `merge` hold a sample to K distinct tokens, so that its cache has K slots; without
     it the cache has a slot for every cell."""
     num_steps: int | None = None
-    """Of order `random`: forward passes, several tokens in each; None is one token a pass."""
+    """In order `random` forward passes, several tokens in each; None is one token a pass."""
 
     def __post_init__(self) -> None:
         """Reject what is no distribution."""
@@ -257,7 +257,7 @@ class SampleRun:
     batch_size: int = 16
     """Images sampled at once."""
     weights: Weights = "float32"
-    """Of the generator; fewer bits sample faster, and change what is sampled a little."""
+    """Weights of the generator; fewer bits sample faster, and change what is sampled a little."""
     device: Device = "auto"
     """Where to compute."""
     settings: SamplingSettings = field(default_factory=SamplingSettings)

@@ -76,7 +76,7 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherConfig:
-    """What the class token is aligned with."""
+    """Alignment of the class token with a teacher."""
 
     kind: Literal["none", "labels", "self", "dinov2", "huggingface"] = "self"
     """`dinov2` and `huggingface` are frozen vision models, `self` is an EMA of the encoder,
@@ -87,7 +87,7 @@ class TeacherConfig:
     """Against a frozen model: `kl` at `temperature` over its features (authors' code), `dino` the
     cross-entropy of the paper's equation 10, `cosine` one minus the cosine."""
     temperature: float = 4.0
-    """Of `kl`."""
+    """Temperature of `kl`."""
     view_size: int | None = None
     """Side of the augmented view the student sees, in pixels; None is the tokenizer's size."""
     teacher_size: int = 224
@@ -99,11 +99,11 @@ class TeacherConfig:
     momentum: float = 0.996
     """EMA of the `self` teacher per step."""
     student_temperature: float = 0.1
-    """Of `self` and `dino`."""
+    """Temperature of the student in `self` and `dino`."""
     teacher_temperature: float = 0.04
-    """Of `self` and `dino`; sharpens the teacher."""
+    """Temperature of the teacher in `self` and `dino`; sharpens it."""
     label_smoothing: float = 0.1
-    """Of `labels`."""
+    """Label smoothing of `labels`."""
 
     def __post_init__(self) -> None:
         """Reject a frozen model without a name and temperatures that are not positive."""

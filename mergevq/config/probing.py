@@ -139,7 +139,7 @@ class FinetuneConfig:
     """Probability that the last block is skipped for an image in training; it falls to 0 at the
     first block."""
     precision: Precision = "auto"
-    """Of training; evaluation is in float32."""
+    """Precision of training; evaluation is in float32."""
     linear: LinearConfig = field(default_factory=LinearConfig)
     """The linear probe of frozen features and of pixels that is reported beside it."""
 
@@ -182,11 +182,11 @@ class ProbeRun:
     data: DataConfig = field(default_factory=DataConfig)
     """Training and validation images, with labels."""
     features: FeatureConfig = field(default_factory=FeatureConfig)
-    """What is probed."""
+    """Features that are probed."""
     max_images: int | None = None
     """Use only so many training and so many validation images, evenly spaced; None is all."""
     seed: int = 0
-    """Of every random number."""
+    """Seed of every random number."""
     device: Device = "auto"
     """Where to compute."""
 

@@ -18,9 +18,9 @@ from mergevq.config.probing import ProbeRun
 from mergevq.config.tokenizer import TokenizerConfig
 
 _LEAST_STEP = 1e-3
-"""Of guidance scales: far below what changes a score."""
+"""Smallest step between guidance scales: far below what changes a score."""
 _MOST_SCALES = 1000
-"""Of one sweep."""
+"""Most scales of one sweep."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,7 +120,7 @@ class LpipsRecord(TypedDict):
 
 
 class ReferenceRecord(TypedDict):
-    """What a reference says about itself, in its file: `mergevq evaluate reference`."""
+    """Description of a reference in its file: `mergevq evaluate reference`."""
 
     kind: ReferenceKind
     extractor: str
@@ -164,7 +164,7 @@ class DataRecord(TypedDict):
 
 
 class EvaluationRecord(TypedDict):
-    """Of every evaluation."""
+    """Entries of every evaluation."""
 
     format_version: int
     world_size: int
@@ -174,7 +174,7 @@ class EvaluationRecord(TypedDict):
 
 
 class SubjectRecord(TypedDict):
-    """Of every evaluation of a tokenizer."""
+    """Entries of every evaluation of a tokenizer."""
 
     model: ModelRecord
     data: DataRecord
@@ -212,7 +212,7 @@ class ExtremeRecord(Numbers):
 
 
 class ReconstructionResult(TypedDict):
-    """What was found at one K."""
+    """Results at one K."""
 
     num_kept: int
     given: Numbers
@@ -251,13 +251,13 @@ class BallRecord(TypedDict):
     radius: int
     """Most bits in which they differ from it."""
     share: float
-    """Of the codebook."""
+    """Share of the codebook."""
     neighbours: list[int]
     """Which of the paper's numbers of neighbours, among 4,096 codes, it stands for."""
 
 
 class RobustnessResult(Numbers):
-    """What was found at one fraction in one ball."""
+    """Results at one fraction in one ball."""
 
     fraction: float
     radius: int | None
@@ -293,7 +293,7 @@ class GenerationRecord(EvaluationRecord, Numbers):
     """Hash; None where samples were given."""
     tokenizer: str | None
     logit_error: float | None
-    """Of the weights that sampled; None for those of the file."""
+    """Logit error of the weights that sampled; None for those of the file."""
     samples: SamplesRecord
     extractor: ExtractorRecord
     classifier: ExtractorRecord | None
@@ -303,11 +303,11 @@ class GenerationRecord(EvaluationRecord, Numbers):
 
 
 class ScaleResult(Numbers):
-    """What was found at one guidance scale."""
+    """Results at one guidance scale."""
 
     scale: float
     folder: str
-    """Of samples and their evaluation, in the directory of the sweep."""
+    """Folder of samples and their evaluation, in the directory of the sweep."""
     pixels_sha256: str
 
 
@@ -346,7 +346,7 @@ class ProbedModel(TypedDict):
     sha256: str
     config: Annotated[dict[str, Any], TokenizerConfig]
     teacher: str | None
-    """What its class token was aligned with; None if its training run is not there."""
+    """Teacher of its class token; None if its training run is not there."""
 
 
 class ProbedImages(TypedDict):

@@ -11,7 +11,7 @@ MergeShape = Literal["linear", "square", "constant"]
 NUM_KEYS = 8
 """Leading components of patches that merging compares, where codes are analytic."""
 _MAX_COMPONENT_BITS = 10
-"""Of one component: a patch decoder has 2**n - 1 products of n of them."""
+"""Most bits of one component: a patch decoder has 2**n - 1 products of n of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

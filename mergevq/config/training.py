@@ -70,13 +70,13 @@ class OptimConfig:
     schedule: Literal["constant", "cosine", "step", "linear"] = "constant"
     """After the warm-up; `step` divides by 10 at each of `milestones`."""
     milestones: tuple[float, ...] = (0.85, 0.95)
-    """Of `step`, as shares of all steps."""
+    """Places of the falls of schedule `step`, as shares of all steps."""
     final_lr_ratio: float = 0.0
     """Last rate of `cosine` and `linear` as a share of the peak."""
     clip_norm: float | None = 1.0
     """Largest gradient norm of each side; None does not clip."""
     ema_decay: float = 0.999
-    """Of the averaged weights that evaluation and the saved model use."""
+    """Decay of the averaged weights that evaluation and the saved model use."""
 
     def __post_init__(self) -> None:
         """Reject rates that cannot train."""
@@ -108,7 +108,7 @@ class TrainConfig:
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
     seed: int = 0
-    """Of every random number in the run."""
+    """Seed of every random number in the run."""
     log_every: int = 20
     """Steps between log lines."""
     image_every: int = 500
@@ -233,7 +233,7 @@ class TokenizerRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokensConfig:
-    """What a generator learns from: files of tokens, and the tokenizer that made them."""
+    """Data of a generator: files of tokens, and the tokenizer that made them."""
 
     path: str = "runs/tokens"
     """Folder that `mergevq encode` wrote, with tokens for every K of `kept`."""
@@ -265,7 +265,7 @@ class GeneratorRun:
     train: TrainConfig = field(default_factory=TrainConfig)
     """Loop. `image_every` is of sampled pictures; `quantize_start_step` has no meaning here."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
-    """Of the pictures made while training; without classes they are not guided."""
+    """Settings of the pictures made while training; without classes they are not guided."""
     init_from: str | None = None
     """Start from this generator's weights; with another number of classes, from all but those of
     the classes."""
@@ -342,11 +342,11 @@ class SourceRun:
     )
     """Optimizer; the predictor that is saved has the averaged weights."""
     precision: Precision = "auto"
-    """Of the predictor's products; the generator samples in float32."""
+    """Precision of the predictor's products; the generator samples in float32."""
     device: Device = "auto"
     """Where to compute."""
     seed: int = 0
-    """Of every random number."""
+    """Seed of every random number."""
 
     def __post_init__(self) -> None:
         """Reject shares that leave nothing to recover from, and counts below 1."""

@@ -124,7 +124,7 @@ class Batch(NamedTuple):
 
 
 class _Fetched(NamedTuple):
-    """What a worker sends back."""
+    """Result that a worker sends back."""
 
     batch: Batch | None
     """None when no image of an evaluation batch can be read."""

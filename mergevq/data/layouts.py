@@ -22,7 +22,7 @@ from mergevq.nn.rows import take_rows, weighted_sum
 
 
 class Bits(NamedTuple):
-    """What storing one image costs, in bits."""
+    """Cost of storing one image, in bits."""
 
     tokens: float
     """K tokens of D bits each."""

@@ -308,7 +308,7 @@ def _compare(path: str, splits: dict[str, tuple[str, str]]) -> None:
 
 
 def _folders_by_split(folder: str, names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """What stands for each split among the names of sibling folders, and the path to give.
+    """Name for each split among those of sibling folders, and the path to give.
 
     Names of several words, as `train_images` beside `test_images`, count if all folders have such
     names: classes may be called `train_station` and `test_tube`.
@@ -322,7 +322,7 @@ def _folders_by_split(folder: str, names: Iterable[str]) -> dict[str, tuple[str,
 def _files_by_split(
     folder: str, names: Iterable[str], *, pictures: bool
 ) -> dict[str, tuple[str, str]]:
-    """What stands for each split among the names of files, and the pattern to give.
+    """Name for each split among those of files, and the pattern to give.
 
     Pictures count if all of them begin with the name of a split; shards by any word of theirs.
     """

@@ -191,7 +191,7 @@ def _read_row_group(group: _RowGroup) -> Any:  # noqa: ANN401 - pyarrow is an op
 
 
 class _ParquetHead(NamedTuple):
-    """What is read of a parquet file when it is opened: everything but the images."""
+    """Parts of a parquet file that are read when it is opened: everything but the images."""
 
     groups: list[_RowGroup]
     labels: NDArray[np.int64]

@@ -50,7 +50,7 @@ _AGAIN = "run the same `mergevq encode` again, it goes on where it stopped"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenRecord:
-    """What the tokens of a folder are and what they were made from."""
+    """Description of the tokens of a folder and of what they were made from."""
 
     tokenizer: str
     """Hash of the tokenizer (`runtime.artefacts.tokens_hash`)."""
@@ -147,7 +147,7 @@ def require_tokenizer(record: TokenRecord, tokenizer: str) -> None:
 
 
 class _Shard(NamedTuple):
-    """What `tokens.json` says of a shard."""
+    """Entry of a shard in `tokens.json`."""
 
     num_rows: int
     sha256: str
@@ -374,7 +374,7 @@ class TokenBatch(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """What rows were made from."""
+    """Images that rows were made from."""
 
     position: Int64[Tensor, "b"]
     """Where in the data the image is."""
@@ -651,7 +651,7 @@ def _read_state(directory: Path) -> dict[str, Any]:
 
 
 def _record(directory: Path, state: Mapping[str, Any]) -> TokenRecord:
-    """What the tokens are."""
+    """Record of the tokens."""
     return from_json(TokenRecord, state["record"], where=str(directory / RECORD))
 
 
@@ -663,7 +663,7 @@ def _broken(state: Mapping[str, Any]) -> tuple[str, ...]:
 def _sealed(
     directory: Path, record: TokenRecord, state: Mapping[str, Any]
 ) -> dict[int, list[_Shard]]:
-    """What a complete folder says of its shards, by K.
+    """Entries of a complete folder's shards, by K.
 
     Raises:
         ValueError: it does not say it of every shard.

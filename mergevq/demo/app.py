@@ -37,9 +37,9 @@ from mergevq.tokenizer.tokenizer import Tokenizer
 logger = logging.getLogger("mergevq")
 
 TOY = Path(__file__).parent / "toy"
-"""What `make quickstart` trained: a tokenizer of handwritten digits and its generator."""
+"""Models that `make quickstart` trained: a tokenizer of handwritten digits and its generator."""
 TOY_DATA = "digits"
-"""What they were trained on, which scikit-learn brings: nothing is fetched."""
+"""Data they were trained on, which scikit-learn brings: nothing is fetched."""
 _BATCH_SIZE = 64
 """Images whose features are computed at once."""
 _MIN_SHOWN = 256
@@ -67,7 +67,7 @@ _Shown = TypeVar("_Shown")
 
 
 class Reconstructed(NamedTuple):
-    """What the first tab shows."""
+    """Content of the first tab."""
 
     original: Image.Image
     merge_map: Image.Image
@@ -353,7 +353,7 @@ def _sample_tab(gradio: ModuleType, pair: Pair, folder: Path) -> None:
 def _neighbour_tab(
     gradio: ModuleType, tokenizer: Tokenizer, neighbours: Neighbours, folder: Path
 ) -> None:
-    """What the class token finds alike."""
+    """Tab of what the class token finds alike."""
 
     def shown(file: str | None, count: float | int) -> list[tuple[str, str]]:
         found = nearest(tokenizer, neighbours, _opened(file), int(count))

@@ -44,7 +44,7 @@ class Finished(NamedTuple):
     generator: Path
     """Directory of the model."""
     reached: list[Highlight]
-    """What was measured, in few numbers."""
+    """Measurements, in few numbers."""
 
 
 def quickstart(out: Path, num_steps: int | None = None) -> Finished:

@@ -21,7 +21,7 @@ _SAMPLES_PICTURED = 8
 
 
 def tokenizer_sections(trial: Trial, *, plots: bool = True) -> list[Section]:
-    """What there is to say about a tokenizer; with `plots`, drawn too, which takes matplotlib."""
+    """Sections about a tokenizer; with `plots`, drawn too, which takes matplotlib."""
     return [
         reconstruction_section(trial),
         numbers_section(trial),
@@ -149,7 +149,7 @@ def _recognition(trial: Trial) -> str:
 
 
 def probe_section(trial: Trial) -> Section:
-    """What the tokens know of classes, beside what their pixels do."""
+    """Knowledge of classes in the tokens, beside that in their pixels."""
     supervised = (
         " This tokenizer was trained with the labels, so the class token has seen them: only data "
         "it was not trained on would tell what it learned of images."
@@ -243,7 +243,7 @@ def codebook_section(trial: Trial, *, plots: bool = True) -> Section:
 
 
 def run_section(trial: Trial, generator: GeneratorTrial | None = None) -> Section:
-    """What was run, where, and for how long."""
+    """The command that was run, where, and for how long."""
     record = trial.record
     environment = record["environment"]
     rows = [
@@ -269,7 +269,7 @@ def run_section(trial: Trial, generator: GeneratorTrial | None = None) -> Sectio
 
 
 def next_section(trial: Trial) -> Section:
-    """What to run next, with the model that was made here and with pictures of one's own."""
+    """Commands to run next, with the model that was made here and with pictures of one's own."""
     model = RunDirectory(trial.run.out).model
     rows = [
         ["Look at this model in a browser", f"mergevq demo --model {model}"],
@@ -299,7 +299,7 @@ def _training_rows(trial: Trial | GeneratorTrial, what: str, name: str) -> list[
 
 
 def generator_sections(trial: GeneratorTrial, *, plots: bool = True) -> list[Section]:
-    """What there is to say about a generator; with `plots`, drawn too."""
+    """Sections about a generator; with `plots`, drawn too."""
     columns = [row[:_SAMPLES_PICTURED] for row in trial.samples]
     names = shown_names(trial.class_names)
     pairs = [[row[0] for row in trial.samples], trial.nearest]
@@ -380,7 +380,7 @@ def introduction(trial: Trial) -> str:
 
 
 def highlights(trial: Trial, generator: GeneratorTrial | None = None) -> list[Highlight]:
-    """What to know at first sight."""
+    """Numbers to see at first sight."""
     model = trial.run.model
     numbers = trial.measured[model.num_kept]
     seconds = training_seconds(trial.log, trial.run.train.batch_size)

@@ -61,11 +61,11 @@ class Recognised(NamedTuple):
     """Shares of held-out images that a classifier of real images takes for what they are."""
 
     given: float
-    """Of reconstructions with the encoder's source."""
+    """Accuracy on reconstructions with the encoder's source."""
     recovered: float
-    """Of reconstructions with the source inferred from the codes."""
+    """Accuracy on reconstructions with the source inferred from the codes."""
     real: float
-    """Of the images themselves."""
+    """Accuracy on the images themselves."""
 
 
 class Trial(NamedTuple):
@@ -84,9 +84,9 @@ class Trial(NamedTuple):
     recognised: dict[int, Recognised]
     """Whether a classifier still knows them, by K; empty without classes."""
     probes: list[ProbeRow]
-    """What the tokens know of classes, beside pixels; empty without classes."""
+    """Probes of the tokens for classes, beside pixels; empty without classes."""
     usage: CodebookStatistics
-    """Of the held-out images' tokens at the nominal K."""
+    """Statistics of the held-out images' tokens at the nominal K."""
     originals: list[Image.Image]
     labels: list[str]
     """Class of each original, empty without classes."""
@@ -198,7 +198,7 @@ def _count_codes(
 def _recognise(
     tokenizer: Tokenizer, batches: Sequence[Batch], num_kept: int, classify: Classifier
 ) -> Recognised:
-    """What a classifier makes of images and of their reconstructions."""
+    """Judge images and their reconstructions by a classifier."""
     device = next(tokenizer.parameters()).device
     given, recovered = (
         [

@@ -63,7 +63,7 @@ class Comparison:
         self.psnr = Rows("psnr", infinite=True)
         """PSNR of each image, one column."""
         self.statistics = None if extractor is None else FrechetStatistics(extractor.dim)
-        """Of the decoded images' features."""
+        """Statistics of the decoded images' features."""
 
     def update(
         self,
@@ -114,12 +114,12 @@ class Comparison:
 
 
 def cosine_name(extractor: FeatureExtractor) -> str:
-    """What the mean cosine between an extractor's features is called."""
+    """Name of the mean cosine between an extractor's features."""
     return f"feature_cosine_{extractor.name}"
 
 
 class Outcome(NamedTuple):
-    """What one tokenizer does at one K, over all images of all ranks."""
+    """Reconstruction by one tokenizer at one K, over all images of all ranks."""
 
     given: dict[str, float]
     """With the encoder's source; see `Comparison.compute`."""
@@ -129,9 +129,9 @@ class Outcome(NamedTuple):
     """Share of cells whose kept token was recovered."""
     codebook: CodebookStatistics
     bits: Bits
-    """Of one image."""
+    """Bits of one image."""
     num_pixels: int
-    """Of one image."""
+    """Pixels of one image."""
     num_images: int
     images_per_second: float
     """Encoded and decoded with the given source, over all ranks."""

@@ -1,4 +1,4 @@
-"""What a generator's images are worth: `mergevq evaluate generation`.
+"""Evaluation of a generator's images: `mergevq evaluate generation`.
 
 Images are sampled into a folder, image k of class k mod C, and compared with a training set. An
 interrupted run goes on where it was: images are made in batches of fixed numbers, each by one rank,
@@ -57,15 +57,15 @@ _PRECISION_NEIGHBOURS = 3
 
 
 class GenerationScores(NamedTuple):
-    """What was found about a set of samples."""
+    """Scores of a set of samples."""
 
     numbers: dict[str, float]
     left_out: list[str]
-    """What could not be measured, and why."""
+    """Measurements that could not be made, and why."""
     pixels_sha256: str
     """Over all samples."""
     features: Float[Tensor, "n f"]
-    """Of all samples."""
+    """Features of all samples."""
 
 
 def evaluate_generation(settings: GenerationSettings) -> GenerationRecord | None:

@@ -82,7 +82,7 @@ def _among_ranks(settings: GuidanceSettings) -> Iterator[distributed.World]:
 
 
 def _finished(settings: GuidanceSettings) -> dict[float, GenerationRecord]:
-    """What was found at each scale that is finished.
+    """Records of each scale that is finished.
 
     Raises:
         ValueError: another evaluation lies there: of other settings, or of files that have changed.

@@ -24,7 +24,7 @@ from mergevq.runtime import distributed
 from mergevq.runtime.logs import Progress
 
 _NUM_NEIGHBOURS = 3
-"""Of each sample, in the picture."""
+"""Neighbours of each sample in the picture."""
 
 
 class Neighbours(NamedTuple):

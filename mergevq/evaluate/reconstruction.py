@@ -1,4 +1,4 @@
-"""What a tokenizer's reconstructions are worth: `mergevq evaluate reconstruction`.
+"""Evaluation of a tokenizer's reconstructions: `mergevq evaluate reconstruction`.
 
 Every image goes once through the model's own crop, and from there to the model, to the extractor's
 reference and to JPEG and WebP alike: a model that changes nothing is at distance 0.
@@ -68,7 +68,7 @@ class Extreme(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What was found at one K."""
+    """Results at one K."""
 
     num_kept: int
     outcome: Outcome
@@ -81,7 +81,7 @@ class Measured(NamedTuple):
 
 
 class Reconstructions(NamedTuple):
-    """What was found at every K, over the same images."""
+    """Results at every K, over the same images."""
 
     measured: list[Measured]
     baselines: list[BaselineMeasurement]
@@ -239,7 +239,7 @@ def _measured(
 
 
 def _num_bytes(tokenizer: Tokenizer, num_kept: int) -> int:
-    """Of one image: tokens and source map, rounded up."""
+    """Bytes of one image: tokens and source map, rounded up."""
     config = tokenizer.config
     bits = num_kept * config.num_bits + source_bits(config.num_tokens, num_kept)
     return math.ceil(bits / 8)

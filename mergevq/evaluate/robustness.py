@@ -55,7 +55,7 @@ _CODES = 4096
 
 
 class Point(NamedTuple):
-    """What was found at one fraction, in one ball."""
+    """Result at one fraction, in one ball."""
 
     fraction: float
     radius: int | None
@@ -67,7 +67,7 @@ class Point(NamedTuple):
 
 
 class Curves(NamedTuple):
-    """What was found at every fraction in every ball, over the same images."""
+    """Results at every fraction in every ball, over the same images."""
 
     points: list[Point]
     pixels_sha256: str
@@ -141,7 +141,7 @@ def _record(
 
 
 def _missing(settings: RobustnessSettings, subject: Opened) -> str | None:
-    """What the mean of the distances would need; None if everything is there."""
+    """Thing that the mean of the distances lacks; None if everything is there."""
     if subject.extractor is None:
         return "--extractor"
     if settings.radius is not None:
@@ -306,7 +306,7 @@ def radius_of(num_bits: int, num_neighbours: int) -> int:
 
 
 def default_radii(num_bits: int) -> list[int]:
-    """Of the paper's three balls; several may be one, and count as often in the mean.
+    """Radii of the paper's three balls; several may be one, and count as often in the mean.
 
     Example:
         >>> default_radii(18), default_radii(12)

@@ -50,7 +50,7 @@ class Opened(NamedTuple):
     perceptual: Perceptual | None
     extractor: FeatureExtractor | None
     precision: torch.dtype | None
-    """What the model is autocast to; None is float32."""
+    """Type that the model is autocast to; None is float32."""
 
     @property
     def num_images(self) -> int:
@@ -201,7 +201,7 @@ def json_numbers(numbers: Mapping[str, float]) -> Numbers:
 
 
 def evaluation_record(world: distributed.World) -> EvaluationRecord:
-    """What any evaluation depends on besides its settings, as JSON."""
+    """Conditions that any evaluation depends on besides its settings, as JSON."""
     return {
         "format_version": FORMAT_VERSION,
         "world_size": world.world_size,
@@ -211,7 +211,7 @@ def evaluation_record(world: distributed.World) -> EvaluationRecord:
 
 
 def subject_record(subject: Opened, pixels_sha256: str, num_images: int) -> SubjectRecord:
-    """What any evaluation of a tokenizer depends on, as JSON."""
+    """Model and data that any evaluation of a tokenizer depends on, as JSON."""
     perceptual, extractor = subject.perceptual, subject.extractor
     return {
         "model": {
@@ -244,7 +244,7 @@ def extractor_record(extractor: FeatureExtractor) -> ExtractorRecord:
 
 
 def reference_record(path: str, reference: Reference) -> OwnReference | ForeignReference:
-    """What images were compared with, as JSON: the file, and what it says about itself."""
+    """Reference of images as JSON: the file, and what it says about itself."""
     record = {"path": path, "sha256": sha256_of(path), **reference.metadata}
     return cast("OwnReference | ForeignReference", record)
 

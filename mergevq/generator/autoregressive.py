@@ -48,10 +48,10 @@ from mergevq.runtime.settings import from_json
 
 @runtime_checkable
 class Cache(Protocol):
-    """What remembers keys and values between forward passes (see `mergevq.generator.cache`)."""
+    """Memory of keys and values between forward passes (see `mergevq.generator.cache`)."""
 
     keys: Tensor
-    """Of all layers, in the type that is remembered."""
+    """Keys of all layers, in the type that is remembered."""
 
     def attend(
         self,
@@ -203,7 +203,7 @@ class Generator(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of embeddings, activations and caches."""
+        """Type of embeddings, activations and caches."""
         return self.class_embedding.weight.dtype
 
     def forward(
@@ -531,7 +531,7 @@ class Generator(nn.Module):
         return [logits.log_softmax(-1) for logits in self._logits(layout, num_kept)]
 
     def _targets(self, parts: Int64[Tensor, "b t p"]) -> list[Int64[Tensor, "b t"]]:
-        """What the head is asked for: the parts, an anchor as the gap from the one before."""
+        """Targets of the head: the parts, an anchor as the gap from the one before."""
         targets = list(parts.unbind(-1))
         if self.config.order == "anchor":
             targets[0] = targets[0] - functional.pad(targets[0][:, :-1], (1, 0))

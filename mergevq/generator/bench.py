@@ -81,15 +81,15 @@ class Speed:
     tokens_per_second: float
     images_per_second: float
     kv_bytes: int
-    """Of the cache; 0 without one."""
+    """Bytes of the cache; 0 without one."""
     logit_error: float | None = None
-    """Of 8-bit weights against bf16 ones, as in `generator.weights.logit_error`."""
+    """Logit error of 8-bit weights against bf16 ones, as in `generator.weights.logit_error`."""
     times_raster: float | None = None
     """Images per second over those of order `raster` with the same weights."""
     cache_share: float | None = None
     """Bytes over those of order `raster`."""
     times_plain: Mapping[str, float] | None = None
-    """Of order `raster`: tokens per second over those of each plain loop."""
+    """In order `raster` tokens per second over those of each plain loop."""
 
 
 @runtime_checkable
@@ -113,7 +113,7 @@ class Decoder(Protocol):
 
 
 class _Timed(NamedTuple):
-    """What takes turns."""
+    """One of those that take turns."""
 
     name: str
     weights: Weights
@@ -518,7 +518,7 @@ def _now(device: torch.device) -> float:
 
 
 def _speed(one: _Timed, times: Mapping[int, float], num_images: int, num_repeats: int) -> Speed:
-    """What the times of steps amount to."""
+    """Speed that the times of steps amount to."""
     config = one.generator.config
     num_tokens = config.num_tokens if config.order in {"raster", "merge"} else config.num_kept
     seconds = statistics.fmean(times.values())

@@ -35,7 +35,7 @@ class _Memory:
         self.values = torch.zeros_like(self.keys)
         positions = cell_positions(config.grid_size, device)[None]
         self.turns = rotation(positions, config.head_dim)
-        """Of all cells, worked out once."""
+        """Turns of all cells, worked out once."""
 
     @property
     def num_bytes(self) -> int:

@@ -246,7 +246,7 @@ def make_random_cache(generator: Generator, *, batch: int, num_kept: int) -> Ful
 
 
 def _cache_type(generator: Generator) -> torch.dtype:
-    """Of keys and values: on CPUs attention of a few queries is 2 to 4 times slower in bf16."""
+    """Type of keys and values; a CPU attends from a few queries 2 to 4 times slower in bf16."""
     return torch.float32 if generator.device.type == "cpu" else generator.dtype
 
 

@@ -69,8 +69,8 @@ class Written(NamedTuple):
     grid: Path
     """The first of them in one picture."""
     logit_error: float | None
-    """Of the weights that sampled, as in `generator.weights.logit_error`; None for those of the
-    file."""
+    """Logit error of the weights that sampled (`generator.weights.logit_error`); None for those of
+    the file."""
     num_made: int
     """Images that were not there before."""
 
@@ -506,7 +506,7 @@ def _weights_error(exact: Generator, lighter: Generator, run: SampleRun) -> floa
 
 
 def _origin(pair: Pair, run: SampleRun) -> Origin | None:
-    """What is kept of an image, if there is one."""
+    """Record of the image that is kept, if there is one."""
     if run.keep_from is None or run.mask is None:
         return None
     config = pair.generator.config
@@ -545,7 +545,7 @@ def _record(
 
 
 def _hashes(pair: Pair, run: SampleRun) -> dict[str, str | None]:
-    """What the images depend on besides the settings."""
+    """Hashes of the models, which the images depend on besides the settings."""
     files = {"keep_from": run.keep_from, "mask": run.mask}
     return {"generator": pair.generator_hash, "tokenizer": pair.tokenizer_hash} | {
         f"{name}_sha256": None if path is None else sha256_of(Path(path))

@@ -41,9 +41,9 @@ class Sampled(NamedTuple):
     indices: Int64[Tensor, "b t"]
     """All cells in raster order (`raster`, `merge`) or the kept tokens in canonical order."""
     source_index: Int64[Tensor, "b l"] | None
-    """Of order `merge`: which of its distinct tokens, in canonical order, each cell is."""
+    """In order `merge` which of its distinct tokens, in canonical order, each cell is."""
     anchors: Int64[Tensor, "b t"] | None
-    """Of order `anchor`: cell at which each kept token opens."""
+    """In order `anchor` the cell at which each kept token opens."""
     num_forward: int
     """Passes through the transformer, each for the whole batch."""
     kv_bytes: int

@@ -1,4 +1,4 @@
-"""What JPEG and WebP make of the same images in the same number of bytes.
+"""JPEG and WebP of the same images in the same number of bytes.
 
 Whole files count, headers included, as whole files are what is stored. On small images a header is
 a large part, and the smallest possible file may be above the budget: that is said, not hidden.
@@ -32,9 +32,9 @@ class CompressedImage(NamedTuple):
     quality: int
     """The encoder's setting."""
     num_bytes: int
-    """Of the file."""
+    """Bytes of the file."""
     psnr: float
-    """Of what is decoded from it, in dB."""
+    """PSNR of the picture decoded from it, in dB."""
 
 
 def compress_within(
@@ -71,9 +71,9 @@ class BaselineMeasurement(NamedTuple):
 
     file_format: FileFormat
     budget_bytes: int
-    """Of one image: the tokens and the source map, rounded up to bytes."""
+    """Bytes of one image: the tokens and the source map, rounded up to bytes."""
     mean_bytes: float
-    """Of the files."""
+    """Mean bytes of the files."""
     psnr: float
     """Mean over images, in dB."""
     num_images: int

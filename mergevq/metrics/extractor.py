@@ -14,8 +14,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
-"""Of `inception-2015-12-05.pt` (95,607,719 bytes), the TorchScript translation of the original
-Inception graph that NVIDIA publishes with StyleGAN2-ADA and that clean-fid and k-diffusion use."""
+"""Digest of `inception-2015-12-05.pt` (95,607,719 bytes), the TorchScript translation of the
+original Inception graph that NVIDIA publishes with StyleGAN2-ADA and that clean-fid and k-diffusion
+use."""
 MetricKind = Literal["frechet", "class_score", "kernel", "precision", "recall"]
 _INCEPTION_NAMES: dict[MetricKind, str] = {
     "frechet": "fid",
@@ -33,7 +34,7 @@ def sha256_of(path: str | Path) -> str:
 
 
 def metric_name(kind: MetricKind, extractor: str, sha256: str) -> str:
-    """What a metric over an extractor's outputs may be called.
+    """Name that a metric over an extractor's outputs may have.
 
     Args:
         kind: `class_score` is the Inception score's formula, `kernel` the kernel distance.
@@ -83,7 +84,7 @@ class FeatureExtractor:
         """D: channels of the features."""
 
     def metric_name(self, kind: MetricKind) -> str:
-        """What a metric over this extractor's outputs may be called, `fid` or `frechet_NAME`."""
+        """Name that a metric over this extractor's outputs may have, `fid` or `frechet_NAME`."""
         return metric_name(kind, self.name, self.sha256)
 
     def features(

@@ -23,7 +23,7 @@ from torch import Tensor
 from mergevq.runtime import distributed
 
 _HAIR = 1e-3
-"""Of a byte: what float32 may lose between bytes and [-1, 1]."""
+"""Part of a byte that float32 may lose between bytes and [-1, 1]."""
 
 
 def require_finite(name: str, values: Shaped[Tensor, "b *rest"], first: int) -> None:

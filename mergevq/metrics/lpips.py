@@ -103,7 +103,7 @@ def _squeeze() -> nn.Sequential:
 
 
 class Trunk(NamedTuple):
-    """What LPIPS needs to know of one network."""
+    """Facts about one network that LPIPS needs."""
 
     build: Callable[[], nn.Sequential]
     """Makes its convolutional part."""

@@ -85,7 +85,7 @@ class Described(NamedTuple):
 
     statistics: Gaussian
     features: Float[Tensor, "n f"] | None
-    """Of some images, evenly spaced; None when none were asked for."""
+    """Features of some images, evenly spaced; None when none were asked for."""
     pixels_sha256: str
     num_images: int
 

@@ -71,7 +71,7 @@ class Rows:
         return self._all_positions().sort().values
 
     def _all_positions(self) -> Int64[Tensor, "n"]:
-        """Of every rank, as they came."""
+        """Positions of every rank, as they came."""
         none = torch.empty(0, dtype=torch.int64)
         return distributed.gather(torch.cat([none, *self.positions]))
 

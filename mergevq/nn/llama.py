@@ -21,7 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from mergevq.nn.attention import attend
 
 NORM_EPS = 1e-5
-"""Of every normalisation, as in LlamaGen."""
+"""Added to the variance in every normalisation, as in LlamaGen."""
 # `addcmul` adds to nothing but a tensor.
 _EPS = torch.tensor(NORM_EPS)
 ROTATION_BASE = 10000.0

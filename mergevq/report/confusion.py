@@ -28,7 +28,7 @@ _MAX_COUNTED = 20
 _MAX_NAMED = 64
 """Classes up to which rows and columns show their names."""
 _MAX_LETTERS = 18
-"""Of a class name; longer ones are cut."""
+"""Most letters of a class name; longer ones are cut."""
 _SIDE = 840
 """About the side of the matrix in pixels when it has many classes."""
 

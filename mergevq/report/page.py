@@ -26,7 +26,7 @@ class Table:
     rows: Sequence[Sequence[str]]
     """As many texts each as the header."""
     caption: str = ""
-    """What the table shows."""
+    """Sentence on what the table shows."""
 
     def __post_init__(self) -> None:
         """Reject a ragged table."""
@@ -43,10 +43,10 @@ class Picture:
     """An image with a name and words to go with it."""
 
     name: str
-    """Of the file beside the report, without its ending."""
+    """Name of the file beside the report, without its ending."""
     image: Image.Image
     caption: str
-    """What there is to see; also read out to those who cannot."""
+    """Sentence on what there is to see; also read out to those who cannot."""
     scale: float = 1.0
     """Pixels on the page per pixel of the image, where there is room."""
 

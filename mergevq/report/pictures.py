@@ -19,7 +19,7 @@ from mergevq.report.lettering import drawable
 _CELL_SIDE = 16
 """Least pixels per cell of a merge map: below that, borders would hide the colours."""
 _BORDER_OPACITY = 0.6
-"""Of the black or white line between two groups; the colour below stays recognisable."""
+"""Opacity of the black or white line between two groups; the colour below stays recognisable."""
 _LIGHT = 80
 """Luma of 0..255 above which a line is black: low, so that mid-tones do not mix both kinds."""
 _SHORT_SIDE = 128

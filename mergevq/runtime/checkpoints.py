@@ -77,7 +77,7 @@ def save_sharded_state(directory: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_state(directory: str | Path, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What was saved: equal bit for bit, dtypes, integer keys and tuples included.
+    """Load what was saved: equal bit for bit, dtypes, integer keys and tuples included.
 
     Args:
         directory: what `save_state` or `save_sharded_state` wrote, with any number of ranks.

@@ -112,7 +112,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def describe_batch(
     train: TrainConfig, optim: OptimConfig, world: distributed.World, *, unit: str
 ) -> str:
-    """What one optimizer step consists of and the learning rate that follows from it, in one line.
+    """Describe the batch of an optimizer step and the learning rate that follows, in one line.
 
     Args:
         train: its batch is cut over ranks and accumulated parts.

@@ -186,7 +186,7 @@ class RunDirectory:
         *,
         learns_labels: bool,
     ) -> dict[str, list[Any]]:
-        """What differs from the run that is there: `section.field` to `[old, new]`.
+        """Differences from the run that is there: `section.field` to `[old, new]`.
 
         Raises:
             ValueError: a checkpoint cannot be gone on with like this.
@@ -250,7 +250,7 @@ def command_line() -> str:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a result may depend on besides its settings."""
+    """Conditions that a result may depend on besides its settings."""
     on_gpu = device.type == "cuda"
     return {
         **versions(),

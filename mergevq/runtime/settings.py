@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 Config = TypeVar("Config")
 
 _TOO_LARGE = {bool: 2, int: 2**63, float: math.inf}
-"""What the absolute value of a number must be below."""
+"""Bounds that the absolute value of a number must be below."""
 
 
 def to_json(config: object) -> dict[str, Any]:

@@ -35,10 +35,10 @@ class Layout:
     """Where the tiles of a picture lie; one as large as the picture when it was not cut."""
 
     height: int
-    """Of the picture, in pixels."""
+    """Height of the picture in pixels."""
     width: int
     tile_height: int
-    """Of a tile, in pixels; above `height` where a small picture was padded."""
+    """Height of a tile in pixels; above `height` where a small picture was padded."""
     tile_width: int
     tops: tuple[int, ...]
     """First row of each row of tiles, ascending."""
@@ -55,7 +55,7 @@ class EncodedImage(NamedTuple):
     """A picture as tokens: everything `decode_image` needs."""
 
     encoded: Encoded
-    """Of all tiles in raster order, one per batch item."""
+    """Tokens of all tiles in raster order, one per batch item."""
     layout: Layout
     """Where they belong."""
 
@@ -73,9 +73,9 @@ class ImageReconstruction:
     recovered: Image.Image
     """Decoded with the source map inferred from the tokens alone."""
     psnr_given: float
-    """Of `given`, in dB, between 8-bit pixels."""
+    """PSNR of `given`, in dB, between 8-bit pixels."""
     psnr_recovered: float
-    """Of `recovered`."""
+    """PSNR of `recovered`, likewise."""
     num_kept: int
     """K, of each tile."""
     num_cells: int
@@ -83,7 +83,7 @@ class ImageReconstruction:
     num_tiles: int
     """1 unless the picture was cut."""
     bits: Bits
-    """Of the whole picture."""
+    """Bits of the whole picture."""
     given_size: tuple[int, int]
     """Width and height of the picture that was given, upright, before any resizing."""
 

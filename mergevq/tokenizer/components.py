@@ -29,7 +29,7 @@ not the same direction."""
 NUM_FITTED = 200_000
 """Patches that components and levels are fitted to, at most."""
 _NUM_ROUNDS = 50
-"""Of Lloyd's algorithm; levels of patches of photographs settle in about 20."""
+"""Rounds of Lloyd's algorithm; levels of patches of photographs settle in about 20."""
 
 
 class AnalyticTokens(NamedTuple):

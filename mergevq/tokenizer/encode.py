@@ -95,7 +95,7 @@ def token_record(
     num_kept: Sequence[int] = (),
     flip: bool = False,
 ) -> TokenRecord:
-    """What the tokens of some images will be.
+    """Describe what the tokens of some images will be.
 
     Args:
         tokenizer: what encodes them.
@@ -252,7 +252,7 @@ def _encode_batch(tokenizer: Tokenizer, batch: Batch, num_kept: int, *, flip: bo
 
 
 def _no_rows(record: TokenRecord, num_kept: int) -> TokenRows:
-    """What a shard begins as."""
+    """Rows that a shard begins with: none."""
     none = torch.empty(0, dtype=torch.int64)
     return TokenRows(none.view(0, num_kept), none.view(0, record.num_tokens), none, none, none)
 

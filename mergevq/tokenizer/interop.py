@@ -182,7 +182,7 @@ def read_state(path: str | Path) -> State:
 
 
 def _unpickled(path: Path) -> Any:  # noqa: ANN401 - whatever the file holds
-    """What a torch file holds.
+    """Content of a torch file.
 
     Raises:
         ValueError: it holds objects besides tensors, or is no torch file.

@@ -72,7 +72,7 @@ class TokenizerOutput(NamedTuple):
     encoded: Encoded
     """Tokens of the image."""
     source_logits: Float[Tensor, "b l k"]
-    """What the source predictor says of each cell."""
+    """Logits of the source predictor for each cell."""
     view_class_token: Float[Tensor, "b c"] | None
     """Class token of the alignment view; None without one."""
 

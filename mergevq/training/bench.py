@@ -81,7 +81,7 @@ class Part(NamedTuple):
     seconds: float
     """Mean per step, forward and backward."""
     share: float
-    """Of the whole step."""
+    """Share of the whole step."""
 
 
 class MergeSize(NamedTuple):
@@ -108,7 +108,7 @@ LFQ_SIZES = tuple(LfqSize(bits, tokens) for bits in (10, 14, 18) for tokens in (
 
 
 def conditions(run: TokenizerRun) -> dict[str, Any]:
-    """What the numbers depend on besides the code."""
+    """Conditions that the numbers depend on besides the code."""
     device = resolve_device(run.train.device)
     load = {"load_average": os.getloadavg()[0]} if hasattr(os, "getloadavg") else {}
     return {
@@ -149,7 +149,7 @@ def line(measurement: Measurement) -> str:
 
 
 Subject = Literal["merge", "lfq", "images"]
-"""What can be measured: merging, the quantizer's loss, and encode, decode and train step."""
+"""Subjects of measurement: merging, the quantizer's loss, and encode, decode and train step."""
 
 
 def bench_tokenizer(
@@ -260,7 +260,7 @@ def _noise(run: TokenizerRun, device: torch.device) -> Batch:
 
 
 def _image_calls(state: State, setting: Setting, batch: Batch) -> dict[str, Callable[[], object]]:
-    """What is done to images, by name."""
+    """Calls on images, by name."""
     tokenizer = state.tokenizer
 
     @torch.no_grad()
@@ -333,7 +333,7 @@ def measure_merge(
 def _merge(
     tokens: Float[Tensor, "b l c"], keys: list[Float[Tensor, "b _ d"]]
 ) -> Float[Tensor, "b l c"]:
-    """What the encoder's blocks do about merging, and the copy back to the grid."""
+    """Do what the encoder's blocks do about merging, and copy back to the grid."""
     batch, num_tokens, _ = tokens.shape
     sizes = tokens.new_ones(batch, num_tokens)
     index = torch.arange(num_tokens, device=tokens.device).expand(batch, -1)
@@ -385,7 +385,7 @@ def measure_lfq(
 
 
 class _LfqResult(NamedTuple):
-    """What a process reports."""
+    """Report of a process."""
 
     seconds: list[float]
     extra_bytes: int | None

@@ -39,7 +39,7 @@ _OWN = 0.85
 
 
 class Estimate(NamedTuple):
-    """What a run will take on one device; to a generator an image is a sequence."""
+    """Time and memory of a run on one device; to a generator an image is a sequence."""
 
     num_parameters: dict[str, int]
     """Trained parameters by network."""
@@ -55,7 +55,7 @@ class Estimate(NamedTuple):
     """0 for data without labels."""
     device: torch.device
     dtype: torch.dtype
-    """Of the products."""
+    """Type of the products."""
     pass_images: int
     """Images that are in memory at once: the batch over ranks and accumulated parts."""
     memory_bytes: float
@@ -76,11 +76,11 @@ class _Trainee(NamedTuple):
     """Train on so many images."""
     networks: Mapping[str, Iterable[nn.Parameter]]
     dtype: torch.dtype | None
-    """Of autocast; None is float32."""
+    """Type of autocast; None is float32."""
 
 
 class _Measured(NamedTuple):
-    """What some steps took."""
+    """Time and memory of some steps."""
 
     trainee: _Trainee
     memory_bytes: float
@@ -210,7 +210,7 @@ def _multiply_adds(run: Callable[[], object]) -> int:
 
 
 def describe(run: TokenizerRun | GeneratorRun, found: Estimate) -> dict[str, str]:
-    """What a run would take, in words by name.
+    """Describe what a run would take, in words by name.
 
     Args:
         run: what was estimated.
@@ -258,7 +258,7 @@ def _hours(seconds: float) -> str:
 
 
 def _estimate_tokenizer(run: TokenizerRun, world: distributed.World) -> Estimate:
-    """Of a run whose batch is one pass of one process."""
+    """Estimate of a run whose batch is one pass of one process."""
     train_set, val_set = open_train_val(run.data)
     probe = replace(
         run,
@@ -299,7 +299,7 @@ def _estimate_tokenizer(run: TokenizerRun, world: distributed.World) -> Estimate
 
 
 def _estimate_generator(run: GeneratorRun, world: distributed.World) -> Estimate:
-    """Of a run whose batch is one pass of one process."""
+    """Estimate of a run whose batch is one pass of one process."""
     dataset = open_tokens(run.tokens.path)
     train_set, val_set = tokens.split(dataset, run.tokens.val_fraction)
     num_kept = max(run.kept.candidates)

@@ -79,11 +79,11 @@ class Sequences(NamedTuple):
     class_label: Int64[Tensor, "b"]
     """In [0, num_classes]; the last is no class."""
     anchors: Int64[Tensor, "b t"] | None
-    """Of order `anchor`: the cell at which each token opens."""
+    """In order `anchor` the cell at which each token opens."""
     source_index: Int64[Tensor, "b l"] | None
-    """Of order `merge` with groups of the source: the source map."""
+    """In order `merge` with groups of the source the source map."""
     order: Int64[Tensor, "b t"] | None
-    """Of order `random`: slots in the order in which they are decoded."""
+    """In order `random` slots in the order in which they are decoded."""
 
 
 @dataclass(kw_only=True)
@@ -126,7 +126,7 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What stays the same through a run."""
+    """Things that stay the same through a run."""
 
     run: GeneratorRun
     world: distributed.World
@@ -135,9 +135,9 @@ class Setting:
     tokenizer: Tokenizer
     """Decodes pictures."""
     record: TokenRecord
-    """What the tokens are."""
+    """Record of the tokens."""
     dtype: torch.dtype | None
-    """Of autocast; None is float32."""
+    """Type of autocast; None is float32."""
 
     def autocast(self) -> torch.autocast:
         """Context of the run's precision."""
@@ -555,7 +555,7 @@ def _terms(generator: Generator, loss: GeneratorLoss) -> dict[str, Tensor]:
 
 
 def _shown(numbers: dict[str, float]) -> set[str]:
-    """What the log line shows of them."""
+    """Names that the log line shows."""
     wanted = {"loss", "nll", "lr", "num_kept", "grad_norm", "sequences_per_second"}
     return wanted | {name for name in numbers if name.startswith(("val_", "num_skipped"))}
 

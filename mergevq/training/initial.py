@@ -30,10 +30,10 @@ _BATCH = 64
 
 
 class Start(NamedTuple):
-    """What `init_codes` components starts from."""
+    """Start of `init_codes` components."""
 
     components: Components
-    """Of the patches of training images."""
+    """Components of the patches of training images."""
     num_images: int
     """Images that they were fitted to."""
 

@@ -98,7 +98,7 @@ def log_curve(log: Log, name: str, *, label: str = "", colour: int = 0) -> Curve
 
 
 def curves_by_kept(log: Log, name: str) -> list[Curve]:
-    """What is logged as `name@K`, a curve for each K, the smallest first."""
+    """Curves of what is logged as `name@K`, one for each K, the smallest first."""
     names = {found for line in log for found in line if found.startswith(f"{name}@")}
     kept = sorted(int(found.removeprefix(f"{name}@")) for found in names)
     return [

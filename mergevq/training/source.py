@@ -67,10 +67,10 @@ class Recovery(NamedTuple):
 
 
 class Finetuned(NamedTuple):
-    """What fine-tuning gave, by `clean@K` and `new@K` as in `evaluate`."""
+    """Results of fine-tuning, by `clean@K` and `new@K` as in `evaluate`."""
 
     directory: Path
-    """Of the tokenizer with the new predictor."""
+    """Directory of the tokenizer with the new predictor."""
     before: dict[str, Recovery]
     """On held-out images."""
     after: dict[str, Recovery]
@@ -179,7 +179,7 @@ def evaluate(
 
 @torch.no_grad()
 def _recovery(pair: Pair, indices: Int64[Tensor, "b k"], source: Source) -> Recovery:
-    """Of one batch, in float32."""
+    """Recovery of one batch, in float32."""
     config, device = pair.tokenizer.config, pair.generator.device
     codes = indices_to_codes(indices.to(device), config.num_bits, torch.float32)
     own = Source(source.index.to(device), source.num_kept)

@@ -85,7 +85,7 @@ _NUM_PICTURED = 8
 
 
 class Pass(NamedTuple):
-    """What one forward pass of the tokenizer's side gives."""
+    """Results of one forward pass of the tokenizer's side."""
 
     output: TokenizerOutput
     """Reconstruction, tokens, source logits."""
@@ -207,7 +207,7 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What stays the same through a run."""
+    """Things that stay the same through a run."""
 
     run: TokenizerRun
     world: distributed.World
@@ -217,7 +217,7 @@ class Setting:
     """The discriminator, wrapped for several ranks."""
     perceptual: Perceptual | None
     dtype: torch.dtype | None
-    """Of autocast; None is float32."""
+    """Type of autocast; None is float32."""
     made_from: Identity | None = None
     """The training images; None where none were opened."""
     start: Start | None = None
@@ -662,7 +662,7 @@ def _cut(batch: Batch, num_parts: int, device: torch.device) -> list[Batch]:
 
 
 def _shown(numbers: dict[str, float]) -> set[str]:
-    """What the log line shows of them: every term that is not 0, and what tells a bad run."""
+    """Names that the log line shows: every term that is not 0, and what tells a bad run."""
     wanted = {"loss", "lr", "num_kept", "grad_norm", "codebook_usage", "images_per_second"}
     wanted |= {name for name in TokenizerLosses._fields if numbers.get(name)}
     return wanted | {name for name in numbers if name.startswith(("psnr", "num_skipped"))}

@@ -124,7 +124,7 @@ def _same(stage: Stage, pool: ImagePool, *, merges: bool) -> tuple[Stage, ImageP
 
 
 class Extracted(NamedTuple):
-    """What is known of some images."""
+    """Features and labels of some images."""
 
     features: dict[str, Float[Tensor, "n _c"]]
     """By name, in float32 in main memory; the last are the raw pixels."""

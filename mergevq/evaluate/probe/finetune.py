@@ -220,7 +220,7 @@ class DropPath:
         self._blocks = [cast("MergeBlock", block) for block in encoder.blocks]
         last = max(1, len(self._blocks) - 1)
         self.probabilities = [probability * n / last for n in range(len(self._blocks))]
-        """Of each block."""
+        """Probability of each block to be skipped."""
         self._factors: Float[Tensor, "n b"] | None = None
         self._hooks: list[RemovableHandle] = []
 

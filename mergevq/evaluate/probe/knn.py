@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 _QUERIES_AT_ONCE = 1024
-"""Of nearest neighbours: a block of similarities must fit into memory."""
+"""Images looked up at once: a block of similarities must fit into memory."""
 
 
 class Neighbours(NamedTuple):

@@ -1,4 +1,4 @@
-"""What frozen features know of classes: a linear classifier, and a vote of nearest neighbours.
+"""Probes of frozen features for classes: a linear classifier, and a vote of nearest neighbours.
 
 Source: He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners", appendix A.1
 (arXiv:2111.06377) for normalising features without parameters before the linear layer; Li et al.
@@ -43,7 +43,7 @@ from mergevq.runtime.random import step_generator
 from mergevq.tokenizer.tokenizer import Tokenizer
 
 _LEAST_BATCHES = 8
-"""Of an epoch of the linear probe, unless it is asked to take all images at once."""
+"""Fewest batches of an epoch of the linear probe, unless it takes all images at once."""
 _CONSTANT = 1e-5
 """A channel that varies less than this share of the one that varies most is constant."""
 
@@ -78,7 +78,7 @@ def confusion_matrix(
 
 
 def standard_error(share: float, count: int) -> float:
-    """Of an accuracy over so many independent images."""
+    """Standard error of an accuracy over so many independent images."""
     return math.sqrt(share * (1 - share) / count)
 
 
@@ -92,7 +92,7 @@ class RateResult(NamedTuple):
     held_out_accuracy: float
     """On the part of the training images that chooses."""
     accuracy: float
-    """Of the classifier trained on all training images, on the validation images."""
+    """Accuracy on the validation images of the classifier trained on all training images."""
 
 
 class LinearResult(NamedTuple):

@@ -132,7 +132,7 @@ def probe(run: ProbeRun) -> ProbeRecord:
 
 
 def _teacher(directory: Path) -> str | None:
-    """What the tokenizer's class token was aligned with; None if its training run is not there."""
+    """Teacher that the class token was aligned with; None if its training run is not there."""
     record = RunDirectory(directory.parent).record
     if directory.name != RunDirectory("").model.name or not record.is_file():
         return None
@@ -203,7 +203,7 @@ class _Known(NamedTuple):
     banks: dict[str, Float[Tensor, "n _c"]]
     queries: dict[str, Float[Tensor, "m _c"]]
     crops: list[dict[str, Float[Tensor, "n _c"]]]
-    """Of random crops of the training images, each in their order."""
+    """Features of random crops of the training images, each in their order."""
 
 
 def _extract(run: ProbeRun, features: FeatureConfig, tokenizer: Tokenizer, data: _Data) -> _Known:
@@ -291,7 +291,7 @@ def _present(view: Float[Tensor, "b 3 h w"] | None) -> Float[Tensor, "b 3 h w"]:
 
 
 def _describe(data: _Data, known: _Known) -> ProbedData:
-    """What `probe.json` says of the images; warns of those in both sets."""
+    """Describe the images for `probe.json`; warns of those in both sets."""
     num_in_both = None
     if not data.leave_one_out:
         digests = set(known.train.digests)
@@ -499,7 +499,7 @@ def _finetune(
 
 
 def summary(record: ProbeRecord) -> list[str]:
-    """What a record says, as lines to read: the data, a table, and how to take it."""
+    """A record as lines to read: the data, a table, and how to take it."""
     data, method = record["data"], record["method"]
     num_val = data["val"]["num_images"]
     options = record["run"]["method"]

@@ -18,7 +18,7 @@ from mergevq.nn.attention import attend
 from mergevq.nn.llama import Block, Projection, RmsNorm
 
 INITIAL_STD = 0.02
-"""Of every matrix but the outputs, which start at zero, as in LlamaGen."""
+"""Spread of every matrix at the start but the outputs, which start at zero, as in LlamaGen."""
 
 
 class Head(nn.Module):

@@ -24,7 +24,7 @@ from mergevq.config.objective import LossConfig
 from mergevq.runtime import distributed
 
 INIT_STD = 0.02
-"""Of convolution weights around 0 and of normalisation gains around 1."""
+"""Spread of convolution weights around 0 and of normalisation gains around 1."""
 MIN_PATCHES = 2
 """Fewest patches per side that `fitting_num_layers` leaves."""
 
@@ -114,7 +114,7 @@ def _init(module: nn.Module) -> None:
 
 
 _LECAM_DECAY = 0.999
-"""Of the averages the LeCam terms pull towards, as in the authors' code."""
+"""Decay of the averages the LeCam terms pull towards, as in the authors' code."""
 
 
 def generator_loss(fake_logits: Float[Tensor, "b 1 p q"]) -> Float[Tensor, ""]:

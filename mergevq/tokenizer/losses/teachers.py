@@ -1,4 +1,4 @@
-"""What the class token is aligned with: a frozen vision model, an average of itself, or labels.
+"""Teachers of the class token: a frozen vision model, an average of itself, or labels.
 
 Source: Li et al. 2025, "MergeVQ", section 3 and equation 10 (arXiv:2504.00999); Hinton et al. 2015,
 "Distilling the Knowledge in a Neural Network", section 2 (`kl`, arXiv:1503.02531); Caron et al.
@@ -37,7 +37,7 @@ Alignment = Callable[[Tensor, Tensor], Tensor]
 HEAD_RATIO = 4
 """Hidden width of an alignment head as a multiple of the class token's."""
 INIT_STD = 0.02
-"""Of the heads' weights."""
+"""Spread of the heads' weights at the start."""
 BOTTLENECK_DIM = 256
 """Features that are compared with prototypes (DINO, appendix C)."""
 

@@ -19,7 +19,7 @@ from mergevq.tokenizer.reducers.matching import match, merge_step
 
 @dataclass(frozen=True, slots=True)
 class MergeState:
-    """What an encoder block passes on beside its tokens."""
+    """State that an encoder block passes on beside its tokens."""
 
     index: Int64[Tensor, "b l"]
     """Present token of each grid cell, not counting the class token."""
