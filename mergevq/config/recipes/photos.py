@@ -13,7 +13,9 @@ def photos64() -> TokenizerRun:
     The geometry of `tiny64_gr`, 144 of 256 tokens, without its CNNs, discriminator and teacher, so
     that training has something to show after minutes. In its second half, half of the images are
     decoded from recovered sources, so that a generator's tokens can be decoded. Hardware and time:
-    not measured, 1,000 steps of 16 images. Expected: not measured.
+    2 CPU cores, 5.8 minutes at 46 images a second (measured, docs/results.md). Expected: on 500
+    pictures and without LPIPS 23.0 dB at 144 tokens with the given source, 13.4 with the recovered
+    one (measured there).
     """
     run = tiny64_gr()
     candidates = (36, 49, 64, 81, 100, 121, 144, 169, 196, 225, 256)
