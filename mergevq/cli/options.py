@@ -56,11 +56,11 @@ class SamplingOptions:
     """sample among the most likely values that together have this probability; one number, or one
     for each part."""
     steps: int | None = None
-    """of random order: forward passes, several tokens in each; one token each by default."""
+    """forward passes of random order, several tokens in each; one token each by default."""
     budget: bool = True
-    """of merge order: hold an image to K distinct tokens."""
+    """in merge order, hold an image to K distinct tokens."""
     seed: int = 0
-    """of the run."""
+    """seed of the run."""
     weights: Weights = "float32"
     """bf16 and int8 are faster, and change what is sampled a little."""
     device: Device = "auto"

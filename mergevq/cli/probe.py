@@ -44,7 +44,7 @@ class SubjectOptions:
     """K, one or several, as in 36,144; the tokenizer's own if there are none. Merging off is always
     added."""
     seed: int = 0
-    """of every random number."""
+    """seed of every random number."""
     device: Device = "auto"
     """where to compute."""
     num_workers: int = 2

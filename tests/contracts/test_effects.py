@@ -83,7 +83,7 @@ def tokenizer_run(folder):
 
 
 def generator_run(folder):
-    """Of order `merge`, with much guidance, so that pictures tell settings of sampling apart."""
+    """A generator of order `merge`, guided so much that pictures show settings of sampling."""
     small = shrink_generator(digits32_ar())
     return replace(
         small,
@@ -397,7 +397,7 @@ VALUES["generation"] = {
     "run.mask": "@a.png",
 }
 VALUES["guidance"] = {"stop": 8.5, "evaluation.run.settings.guidance_scale": 8.5}
-"""What to change to, where the first value that comes to mind would not do."""
+"""Values to change to, where the first value that comes to mind would not do."""
 TOGETHER = {
     ("generator", "model.num_bits"): {"model.factor_bits": (4, 5), "model.num_bits": 9},
     ("generator", "model.grid_size"): {"model.grid_size": (4, 16)},
