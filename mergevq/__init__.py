@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mergevq.config.tokenizer import TokenizerConfig
     from mergevq.data.images import open_images
     from mergevq.data.layouts import Source
-    from mergevq.data.token_files import open_tokens
+    from mergevq.data.tokens.dataset import open_tokens
     from mergevq.evaluate.reconstruction import evaluate_reconstruction
     from mergevq.generator.autoregressive import Generator
     from mergevq.generator.generation import generate, load_pair
@@ -51,7 +51,7 @@ _MODULES = {
     "generate": "generator.generation",
     "load_pair": "generator.generation",
     "open_images": "data.images",
-    "open_tokens": "data.token_files",
+    "open_tokens": "data.tokens.dataset",
     "recipe": "config.recipes",
     "reconstruct_image": "tokenizer.codec",
     "train": "training.train",

@@ -92,6 +92,8 @@ TESTED_WITH = {
     "generator/heads/subindices": "generator/autoregressive",
     "nn/rows": "tokenizer/reducers/matching",
     "tokenizer/decoders/cnn": "tokenizer/tokenizer",
+    "data/tokens/dataset": "data/tokens/files",
+    "data/tokens/writing": "data/tokens/files",
     "tokenizer/encoder": "tokenizer/tokenizer",
 }
 MAX_LINES = 800

@@ -21,16 +21,9 @@ from numpy.typing import NDArray
 from mergevq.config.base import MAX_PIXELS
 from mergevq.data.batches import Batch, eval_batches
 from mergevq.data.images import ImageDataset, open_images
-from mergevq.data.token_files import (
-    TokenDataset,
-    TokenRecord,
-    TokenRows,
-    claim,
-    finish,
-    missing_shards,
-    open_tokens,
-    write_shard,
-)
+from mergevq.data.tokens.dataset import TokenDataset, open_tokens
+from mergevq.data.tokens.files import TokenRecord, TokenRows
+from mergevq.data.tokens.writing import claim, finish, missing_shards, write_shard
 from mergevq.runtime import distributed
 from mergevq.runtime.artefacts import resolve, tokens_hash
 from mergevq.runtime.device import deterministic, resolve_device

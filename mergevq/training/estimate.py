@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from mergevq.config.generator import GeneratorConfig
 from mergevq.config.tokenizer import KeptConfig, TokenizerConfig
 from mergevq.config.training import GeneratorRun, TokenizerRun
-from mergevq.data import tokens
 from mergevq.data.batches import Batch, open_train_val
-from mergevq.data.token_files import open_tokens
+from mergevq.data.tokens.batches import split
+from mergevq.data.tokens.dataset import open_tokens
 from mergevq.generator.autoregressive import Generator
 from mergevq.runtime import distributed
 from mergevq.runtime.device import resolve_device
@@ -301,7 +301,7 @@ def _estimate_tokenizer(run: TokenizerRun, world: distributed.World) -> Estimate
 def _estimate_generator(run: GeneratorRun, world: distributed.World) -> Estimate:
     """Estimate of a run whose batch is one pass of one process."""
     dataset = open_tokens(run.tokens.path)
-    train_set, val_set = tokens.split(dataset, run.tokens.val_fraction)
+    train_set, val_set = split(dataset, run.tokens.val_fraction)
     num_kept = max(run.kept.candidates)
 
     def make() -> _Trainee:

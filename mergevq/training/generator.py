@@ -25,14 +25,9 @@ from torch import Tensor, nn
 from mergevq.config.generator import GeneratorConfig
 from mergevq.config.identity import Identity
 from mergevq.config.training import GeneratorRun
-from mergevq.data.token_files import (
-    TokenBatch,
-    TokenDataset,
-    TokenRecord,
-    open_tokens,
-    require_tokenizer,
-)
-from mergevq.data.tokens import rows_in_order, split, token_batches
+from mergevq.data.tokens.batches import rows_in_order, split, token_batches
+from mergevq.data.tokens.dataset import TokenBatch, TokenDataset, open_tokens
+from mergevq.data.tokens.files import TokenRecord, require_tokenizer
 from mergevq.generator.autoregressive import Generator, GeneratorLoss, random_orders, uniform
 from mergevq.generator.decoding import sample
 from mergevq.generator.generation import class_names, decode_sampled

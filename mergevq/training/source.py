@@ -27,8 +27,9 @@ from mergevq.config.generator import SamplingSettings
 from mergevq.config.identity import Identity, require_same_classes
 from mergevq.config.training import SourceRun
 from mergevq.data.layouts import Source
-from mergevq.data.token_files import TokenBatch, TokenDataset, open_tokens, require_tokenizer
-from mergevq.data.tokens import split, token_batches
+from mergevq.data.tokens.batches import split, token_batches
+from mergevq.data.tokens.dataset import TokenBatch, TokenDataset, open_tokens
+from mergevq.data.tokens.files import require_tokenizer
 from mergevq.generator.decoding import inpaint
 from mergevq.generator.generation import Pair, load_pair
 from mergevq.runtime.artefacts import load_model, resolve, save_model, tokens_hash

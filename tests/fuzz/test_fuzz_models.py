@@ -24,7 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mergevq.cli.errors import speaks_for_itself
-from mergevq.data.token_files import TokenRecord, TokenRows, claim, finish, open_tokens, write_shard
+from mergevq.data.tokens.dataset import open_tokens
+from mergevq.data.tokens.files import TokenRecord, TokenRows
+from mergevq.data.tokens.writing import claim, finish, write_shard
 from mergevq.generator.autoregressive import Generator
 from mergevq.generator.generation import load_pair
 from mergevq.runtime.checkpoints import _digest, load_state, save_state

@@ -1,8 +1,10 @@
-"""Helpers that the tests of `mergevq.data.token_files` share."""
+"""Helpers that the tests of `mergevq.data.tokens.files` share."""
 
 import torch
 
-from mergevq.data.token_files import TokenRecord, TokenRows, claim, finish, open_tokens, write_shard
+from mergevq.data.tokens.dataset import open_tokens
+from mergevq.data.tokens.files import TokenRecord, TokenRows
+from mergevq.data.tokens.writing import claim, finish, write_shard
 
 RECORD = TokenRecord(
     tokenizer="a" * 64,

@@ -14,7 +14,8 @@ from mergevq.cli.main import main
 from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.data.batches import eval_batches
 from mergevq.data.images import open_images
-from mergevq.data.token_files import claim, finish, open_tokens
+from mergevq.data.tokens.dataset import open_tokens
+from mergevq.data.tokens.writing import claim, finish
 from mergevq.runtime.artefacts import tokens_hash
 from mergevq.runtime.distributed import World
 from mergevq.runtime.run import environment

@@ -13,7 +13,7 @@ from mergevq.config.objective import LossConfig, TeacherConfig
 from mergevq.config.recipes import TOKENIZER_RECIPES
 from mergevq.config.tokenizer import KeptConfig, TokenizerConfig
 from mergevq.config.training import DataConfig, TokenizerRun, TrainConfig
-from mergevq.data.token_files import open_tokens
+from mergevq.data.tokens.dataset import open_tokens
 from mergevq.generator.autoregressive import Generator
 from mergevq.runtime.artefacts import tokens_hash
 from mergevq.tokenizer.reducers.matching import merge_schedule

@@ -23,8 +23,10 @@ from mergevq.config.recipes.digits import digits32_ar
 from mergevq.config.tokenizer import KeptConfig, TokenizerConfig
 from mergevq.config.training import GeneratorRun, TokensConfig
 from mergevq.data.layouts import Source, canonicalize
-from mergevq.data.token_files import TokenRecord, TokenRows, claim, finish, open_tokens, write_shard
-from mergevq.data.tokens import split, token_batches
+from mergevq.data.tokens.batches import split, token_batches
+from mergevq.data.tokens.dataset import open_tokens
+from mergevq.data.tokens.files import TokenRecord, TokenRows
+from mergevq.data.tokens.writing import claim, finish, write_shard
 from mergevq.generator.autoregressive import Generator
 from mergevq.runtime import distributed
 from mergevq.runtime.artefacts import load_model, tokens_hash

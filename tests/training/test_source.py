@@ -9,15 +9,9 @@ from safetensors.torch import load_file
 from mergevq.config.generator import GeneratorConfig
 from mergevq.config.training import OptimConfig, SourceRun
 from mergevq.data.layouts import Source, canonicalize
-from mergevq.data.token_files import (
-    TokenRecord,
-    TokenRows,
-    claim,
-    finish,
-    open_tokens,
-    require_tokenizer,
-    write_shard,
-)
+from mergevq.data.tokens.dataset import open_tokens
+from mergevq.data.tokens.files import TokenRecord, TokenRows, require_tokenizer
+from mergevq.data.tokens.writing import claim, finish, write_shard
 from mergevq.generator.autoregressive import Generator
 from mergevq.generator.generation import load_pair
 from mergevq.runtime.artefacts import load_model, model_hash, tokens_hash

@@ -1,13 +1,10 @@
-"""Rows of token files as batches that follow from the step alone.
-
-Shape letters: B rows of a batch, L grid tokens, K kept tokens.
-"""
+"""Batches of tokens that follow from the step alone, and rows that are held out."""
 
 from collections.abc import Callable, Iterator
 
 import torch
 
-from mergevq.data.token_files import TokenBatch, TokenDataset
+from mergevq.data.tokens.dataset import TokenBatch, TokenDataset
 from mergevq.runtime.random import data_seed, step_generator
 
 

@@ -1,4 +1,4 @@
-"""Tests of `mergevq.data.tokens`."""
+"""Tests of `mergevq.data.tokens.batches`."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from mergevq.config.training import DataConfig
 from mergevq.data.batches import train_batches
 from mergevq.data.images import open_images
 from mergevq.data.layouts import Source
-from mergevq.data.tokens import token_batches
+from mergevq.data.tokens.batches import token_batches
 from tests.support.tokens import assert_same, write_all
 
 STREAM = {"batch_size": 4, "num_steps": 6, "seed": 3, "num_kept": lambda step: (3, 5)[step % 2]}

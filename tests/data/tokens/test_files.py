@@ -12,14 +12,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
-from mergevq.data.token_files import (
-    claim,
-    finish,
-    missing_shards,
-    open_tokens,
-    require_tokenizer,
-    write_shard,
-)
+from mergevq.data.tokens.dataset import open_tokens
+from mergevq.data.tokens.files import require_tokenizer
+from mergevq.data.tokens.writing import claim, finish, missing_shards, write_shard
 from mergevq.runtime.files import sha256_of
 from tests.support.tokens import ENVIRONMENT, RECORD, assert_same, rows_of, write_all
 

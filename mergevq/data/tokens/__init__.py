@@ -1,0 +1,1 @@
+"""Encoded images: as files, as rows of them, and as batches."""
