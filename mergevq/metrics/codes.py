@@ -147,13 +147,15 @@ class CodebookUsage:
         return {"tokens": tokens[tokens >= 0]}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a saved window, or from its newest tokens if it was longer than this one.
+        """Go on from saved windows, or from their newest tokens if they were longer than this one.
 
-        A token outside the codebook is a ValueError.
+        The main process has the tokens of all ranks from then on, and the others none. A token
+        outside the codebook is a ValueError.
         """
         self.window.fill_(-1)
         self.num_seen = 0
-        self.update(state["tokens"])
+        tokens = state["tokens"]
+        self.update(tokens if distributed.is_main() else tokens[:0])
 
 
 class CollapseMonitor:

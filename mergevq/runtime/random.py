@@ -5,6 +5,8 @@ from typing import Literal, get_args
 
 import torch
 
+from mergevq.config.tokenizer import KeptConfig
+
 DataPurpose = Literal["order", "image", "student", "teacher", "augment"]
 """Order of an epoch; crop and flip of a training image, of its two views, and its augmentation."""
 
@@ -43,3 +45,16 @@ def step_generator(seed: int, *ids: int | str) -> torch.Generator:
     if not isinstance(number, int):
         raise ValueError(f"ids {ids} must end with a number")
     return torch.Generator().manual_seed(numbered_seed(repr((seed, *purpose)), number))
+
+
+def draw_num_kept(kept: KeptConfig, seed: int, step: int) -> int:
+    """K of a step of training: the same on every rank, and again after a resume.
+
+    Args:
+        kept: candidates and their probabilities.
+        seed: of the run.
+        step: from 0.
+    """
+    probabilities = torch.tensor(kept.probabilities, dtype=torch.float64)
+    chosen = torch.multinomial(probabilities, 1, generator=step_generator(seed, "kept", step))
+    return kept.candidates[int(chosen)]

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from mergevq.config.objective import LossConfig
 from mergevq.config.tokenizer import KeptConfig
@@ -34,10 +34,10 @@ from mergevq.runtime.device import resolve_device
 from mergevq.runtime.environment import give_back_freed_memory
 from mergevq.runtime.optim import Ema
 from mergevq.runtime.run import environment
-from mergevq.tokenizer.decoders.cnn import Decoder
 from mergevq.tokenizer.quantizers.lfq import quantize_losses
 from mergevq.tokenizer.reducers.matching import match, merge_schedule, merge_step
-from mergevq.training.tokenizer import Setting, State, build, train_step
+from mergevq.training.profile import Part, named_parts, profile_parts
+from mergevq.training.tokenizer_step import TokenizerLearner, build
 
 MAX_DENSE_CELLS = 2**28
 """Largest table of tokens x codes that the plain definition is asked to fill: 1 GiB, 6 times."""
@@ -72,16 +72,6 @@ class Measurement:
     """Median seconds of that way over these."""
     memory_ratio: float | None = None
     """Extra bytes of that way over these."""
-
-
-class Part(NamedTuple):
-    """A part of the train step."""
-
-    name: str
-    seconds: float
-    """Mean per step, forward and backward."""
-    share: float
-    """Share of the whole step."""
 
 
 class MergeSize(NamedTuple):
@@ -208,10 +198,10 @@ def measure_images(
     dtypes = {"float32": None, "bf16": torch.bfloat16}
     calls: dict[str, dict[str, Callable[[], object]]] = {}
     for layout_name, layout in layouts.items():
-        state, setting, batch = _training(run, device, layout)
+        learner, batch = _training(run, device, layout)
         for dtype_name, dtype in dtypes.items():
             way = f"{dtype_name}{layout_name}"
-            for what, call in _image_calls(state, replace(setting, dtype=dtype), batch).items():
+            for what, call in _image_calls(replace(learner, dtype=dtype), batch).items():
                 calls.setdefault(what, {})[way] = call
     for what, ways in calls.items():
         yield from _compare(
@@ -224,11 +214,12 @@ def measure_images(
 
 def _training(
     run: TokenizerRun, device: torch.device, layout: torch.memory_format | None = None
-) -> tuple[State, Setting, Batch]:
+) -> tuple[TokenizerLearner, Batch]:
     """A run at a step where every loss takes part, with images of noise and the nominal K."""
     world = distributed.World(rank=0, world_size=1, local_rank=0, device=device)
     run = replace(run, kept=KeptConfig(candidates=(run.model.num_kept,)))
-    state, setting = build(run, world, num_classes=10)
+    learner = build(run, world, num_classes=10)
+    state = learner.state
     state.step = run.train.num_steps - 1
     if layout is not None:
         for module in (state.tokenizer, state.discriminator, state.teacher_encoder):
@@ -236,7 +227,7 @@ def _training(
                 module.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
         # An average is updated many times slower when it is laid out unlike the weights.
         state.ema = Ema(state.tokenizer, run.optim.ema_decay)
-    return state, setting, _noise(run, device)
+    return learner, _noise(run, device)
 
 
 def _noise(run: TokenizerRun, device: torch.device) -> Batch:
@@ -259,13 +250,13 @@ def _noise(run: TokenizerRun, device: torch.device) -> Batch:
     )
 
 
-def _image_calls(state: State, setting: Setting, batch: Batch) -> dict[str, Callable[[], object]]:
+def _image_calls(learner: TokenizerLearner, batch: Batch) -> dict[str, Callable[[], object]]:
     """Calls on images, by name."""
-    tokenizer = state.tokenizer
+    tokenizer = learner.state.tokenizer
 
     @torch.no_grad()
     def encode() -> object:
-        with setting.autocast():
+        with learner.autocast():
             return tokenizer.eval().encode(batch.image)
 
     with torch.no_grad():
@@ -273,12 +264,12 @@ def _image_calls(state: State, setting: Setting, batch: Batch) -> dict[str, Call
 
     @torch.no_grad()
     def decode() -> object:
-        with setting.autocast():
+        with learner.autocast():
             return tokenizer.eval().decode(encoded.codes, encoded.source)
 
     def train() -> object:
         tokenizer.train()
-        return train_step(state, setting, batch)
+        return learner.step(batch)
 
     return {"encode": encode, "decode": decode, "train step": train}
 
@@ -543,126 +534,23 @@ def _check_equal(what: str, results: Mapping[str, Tensor]) -> None:
 
 
 def profile_train_step(run: TokenizerRun, *, num_repeats: int) -> list[Part]:
-    """Where the time of a train step goes, with the run's own precision.
+    """Share of a train step that each part takes, with the run's own precision.
 
-    Every moment of a step is charged to one part, so the shares sum to 1. An encoder pass over the
-    student's view counts as stem and encoder; residual sums count as merging.
+    Parts are the tokenizer's modules by name, the other networks, and what the step names itself.
+    An encoder pass over the student's view counts as the encoder's.
     """
-    device = resolve_device(run.train.device)
-    state, setting, batch = _training(run, device)
-    clock = _Clock(device)
-    _attach(clock, state, setting)
-    train_step(state, setting, batch)
-    clock.seconds.clear()
-    for _ in range(num_repeats):
-        clock.become("other")
-        train_step(state, setting, batch)
-        clock.become("other")
-    total = sum(clock.seconds.values())
-    parts = [
-        Part(name, seconds / num_repeats, seconds / total)
-        for name, seconds in clock.seconds.items()
-    ]
-    return sorted(parts, key=lambda part: -part.seconds)
-
-
-class _Clock:
-    """Charges the time that passes to the part that is at work."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.seconds: dict[str, float] = {}
-        self._device = device
-        self._parts = ["other"]
-        self._since = _now(device)
-
-    def become(self, part: str) -> None:
-        """From now on charge this part, which is inside of none."""
-        self._charge()
-        self._parts = [part]
-
-    def watch(self, module: nn.Module, part: str) -> None:
-        """Charge a part with the calls of a module and with their backward pass."""
-        module.register_forward_pre_hook(lambda _, inputs: self._enter(part, inputs))
-        module.register_forward_hook(lambda _, __, output: self._leave(output))
-
-    def _enter(self, part: str, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The backward pass leaves the part where the forward pass enters it, and vice versa."""
-        marked = _marked(inputs, self, self._parts[-1])
-        self._charge()
-        self._parts.append(part)
-        return marked
-
-    def _leave(self, output: Any) -> Any:  # noqa: ANN401
-        """Go back to the part around."""
-        self._charge()
-        part = self._parts.pop()
-        return _marked(output, self, part)
-
-    def _charge(self) -> None:
-        """Add the time since the last change."""
-        now, part = _now(self._device), self._parts[-1]
-        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._since
-        self._since = now
-
-
-class _Mark(torch.autograd.Function):
-    """The identity, whose backward pass tells the clock where it is."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, clock: _Clock, part: str) -> Tensor:  # noqa: ANN401
-        """Remember whom to tell."""
-        ctx.clock, ctx.part = clock, part
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
-        """Tell."""
-        ctx.clock.become(ctx.part)
-        return gradients[0], None, None
-
-
-def _marked(value: Any, clock: _Clock, part: str) -> Any:  # noqa: ANN401
-    """The same value, with every tensor in it that has a gradient marked."""
-    if isinstance(value, Tensor):
-        return _Mark.apply(value, clock, part) if value.requires_grad else value
-    if isinstance(value, tuple):
-        items = [_marked(item, clock, part) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    return value
-
-
-def _attach(clock: _Clock, state: State, setting: Setting) -> None:
-    """Let a clock watch the parts of a train step."""
-    encoder, decoder = state.tokenizer.encoder, state.tokenizer.decoder
-    clock.watch(encoder.stem, "stem")
-    # What is around its blocks.
-    clock.watch(decoder, "decoder CNN" if isinstance(decoder, Decoder) else "decoder pixels")
-    for block in encoder.blocks:
-        # Merging happens in the block itself, between its layers.
-        clock.watch(block, "merging")
-        for layer in block.children():
-            clock.watch(layer, "encoder blocks")
-    for block in decoder.blocks:
-        clock.watch(block, "decoder blocks")
-    clock.watch(state.tokenizer.source_predictor, "source predictor")
-    clock.watch(state.discriminator, "discriminator")
-    if setting.perceptual is not None:
-        clock.watch(setting.perceptual, "perceptual")
+    learner, batch = _training(run, resolve_device(run.train.device))
+    state = learner.state
+    modules = named_parts(state.tokenizer)
+    for name, module in (
+        ("discriminator", state.discriminator),
+        ("perceptual", learner.perceptual),
+        ("teacher", state.teacher_encoder),
+    ):
+        if module is not None:
+            modules[name] = [module]
     if state.teacher is not None:
-        for layer in state.teacher.children():
-            clock.watch(layer, "alignment")
-    if state.teacher_encoder is not None:
-        clock.watch(state.teacher_encoder, "alignment")
-    # What is not inside of a module: first the forward pass and the losses ..
-    setting.objective.register_forward_pre_hook(lambda *_: clock.become("quantizer and losses"))
-    # .. until the very first weight has its gradient, which ends the backward pass ..
-    first = next(encoder.stem.parameters())
-    first.register_post_accumulate_grad_hook(lambda _: clock.become("other"))
-    # .. then clipping, the optimizer until the tokenizer's side is done, and the other side.
-    state.optimizer.register_step_pre_hook(lambda *_: clock.become("optimizer and averages"))
-
-    def other_side(judge: nn.Module, _: object) -> None:
-        if next(judge.parameters()).requires_grad:
-            clock.become("discriminator")
-
-    state.discriminator.register_forward_pre_hook(other_side, prepend=True)
+        modules["alignment"] = list(state.teacher.children())
+    return profile_parts(
+        lambda: learner.step(batch), modules, learner.world.device, num_repeats=num_repeats
+    )

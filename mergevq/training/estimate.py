@@ -22,9 +22,9 @@ from mergevq.generator.autoregressive import Generator
 from mergevq.runtime import distributed
 from mergevq.runtime.device import resolve_device
 from mergevq.tokenizer.tokenizer import Tokenizer
-from mergevq.training import generator as training_generator
-from mergevq.training import tokenizer as train_tokenizer
+from mergevq.training import generator_step, tokenizer_step
 from mergevq.training.initial import find_start
+from mergevq.training.tokenizer import run_batches
 
 _TRACKED_IMAGES = 4
 """Images per pass at which memory is measured; more are extrapolated from this and its half."""
@@ -265,25 +265,24 @@ def _estimate_tokenizer(run: TokenizerRun, world: distributed.World) -> Estimate
         kept=KeptConfig(candidates=(max(run.kept.candidates),)),
         data=replace(run.data, num_workers=0),
     )
-    batch = next(iter(train_tokenizer.run_batches(probe, world, train_set, 0)))
+    batch = next(iter(run_batches(probe, world, train_set, 0)))
     start = find_start(probe, train_set, max_images=_NUM_FITTED_IMAGES)
 
     def make() -> _Trainee:
-        state, setting = train_tokenizer.build(
-            probe, world, num_classes=train_set.num_classes, start=start
-        )
+        learner = tokenizer_step.build(probe, world, num_classes=train_set.num_classes, start=start)
+        state = learner.state
         state.step = run.train.num_steps - 1
         parts = {
             "encoder": state.tokenizer.encoder,
             "decoder": state.tokenizer.decoder,
             "source predictor": state.tokenizer.source_predictor,
             "alignment head": state.teacher,
-            "discriminator": state.discriminator if setting.has_adversary else None,
+            "discriminator": state.discriminator if learner.has_adversary else None,
         }
         return _Trainee(
-            step=lambda num: train_tokenizer.train_step(state, setting, _first(batch, num)),
+            step=lambda num: learner.step(_first(batch, num)),
             networks={n: part.parameters() for n, part in parts.items() if part is not None},
-            dtype=setting.dtype,
+            dtype=learner.dtype,
         )
 
     return _estimate(
@@ -305,23 +304,23 @@ def _estimate_generator(run: GeneratorRun, world: distributed.World) -> Estimate
     num_kept = max(run.kept.candidates)
 
     def make() -> _Trainee:
-        state, setting = training_generator.build(run, world, dataset.record)
-        generator = state.generator
+        learner = generator_step.build(run, world, dataset.record)
+        generator = learner.state.generator
         head = list(generator.head.parameters())
         blocks = list(generator.blocks.parameters())
         others = {id(parameter) for parameter in (*head, *blocks)}
 
         def step(num: int) -> None:
             rows = [row % len(train_set) for row in range(num)]
-            training_generator.train_step(state, setting, train_set.batch(rows, num_kept))
+            learner.step(train_set.batch(rows, num_kept))
 
         embeddings = [p for p in generator.parameters() if id(p) not in others]
         networks = {"embeddings": embeddings, "blocks": blocks, "head": head}
-        return _Trainee(step=step, networks=networks, dtype=setting.dtype)
+        return _Trainee(step=step, networks=networks, dtype=learner.dtype)
 
     return _estimate(
         _measure(make, run.train.batch_size, world.device),
-        training_generator.fitted_config(run, dataset.record),
+        generator_step.fitted_config(run, dataset.record),
         world,
         pass_images=run.train.batch_size,
         sequence_length=_sequence_length(run.resolved_model, num_kept),

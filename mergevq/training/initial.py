@@ -1,20 +1,24 @@
-"""Weights that the training of a tokenizer starts from."""
+"""Weights that training starts from."""
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from mergevq.config.identity import Identity
 from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.config.training import TokenizerRun
 from mergevq.data.batches import eval_batches
 from mergevq.data.images import ImageDataset
+from mergevq.generator.autoregressive import Generator
+from mergevq.generator.generation import class_names
 from mergevq.runtime.artefacts import load_model, load_strict, read_record, resolve
-from mergevq.runtime.settings import from_json
+from mergevq.runtime.files import some
+from mergevq.runtime.settings import changed_settings, from_json, to_json
 from mergevq.tokenizer.analytic_start import start_decoder_from_components, start_from_components
 from mergevq.tokenizer.components import NUM_FITTED, Components, fit_patches, to_patches
 from mergevq.tokenizer.decoders.patch import PatchDecoder
@@ -27,6 +31,25 @@ _NUM_IMAGES = 4000
 """Images that components are fitted to, at most: of 64 pixels, they have a million patches of 4."""
 _BATCH = 64
 """Images read at once for it."""
+_FREE_OF_TOKENIZERS = ("image_size", "num_kept", "kept_range", "layer_scale")
+"""Settings that may differ from those of a tokenizer that training starts from: weights fit any
+size and K, and layer scale is where fresh weights begin."""
+_FREE_OF_GENERATORS = (
+    "num_classes",
+    "grid_size",
+    "num_kept",
+    "ffn_dim",
+    "window",
+    "merge_groups",
+    "dropout",
+    "class_dropout",
+    "label_smoothing",
+    "flex_attention",
+)
+"""The same for generators. The class table is made anew where classes differ; a grid has no weights
+of its own; None and a number may mean one hidden width, and weights of another do not fit; the rest
+is how it is trained."""
+_CLASS_TABLE = "class_embedding.weight"
 
 
 class Start(NamedTuple):
@@ -153,23 +176,82 @@ def initialize_from(tokenizer: Tokenizer, path: str | Path) -> None:
     """
     saved = load_model(resolve(path), kind="tokenizer")
     other = from_json(TokenizerConfig, saved.record["config"])
-    mine = tokenizer.config
-    for name in (
-        "num_heads",
-        "num_decoder_heads",
-        "num_source_heads",
-        "merge_shape",
-        "position_embedding",
-        "transformer_norm_eps",
-        "patch_norm_eps",
-        "patch_norm",
-        "decoder",
-        *(["patch_decoder"] if mine.decoder == "patch" else []),
-    ):
-        # The shapes of weights do not tell these apart.
-        if getattr(other, name) != getattr(mine, name):
-            raise ValueError(
-                f"model.{name} ({getattr(mine, name)}) must be {getattr(other, name)}, as in the "
-                f"tokenizer of init_from, {path}"
-            )
+    _require_same_architecture(
+        tokenizer.config, other, free=_FREE_OF_TOKENIZERS, what=f"tokenizer of init_from, {path}"
+    )
     load_strict(tokenizer, saved.state)
+
+
+def initialize_generator_from(
+    generator: Generator, path: str | Path, made_from: Identity | None = None
+) -> None:
+    """Copy a trained generator's weights; of the table of classes, those of the same names.
+
+    Args:
+        generator: gets the weights.
+        path: directory of the trained one, or owner/name@revision on Hugging Face.
+        made_from: what `generator` will be trained on; None compares numbers of classes alone.
+
+    Raises:
+        ValueError: it is not there, or is another architecture or order.
+    """
+    saved = load_model(resolve(path), kind="generator")
+    other = Generator.from_saved(saved).config
+    mine = generator.config
+    _require_same_architecture(
+        mine, other, free=_FREE_OF_GENERATORS, what=f"generator of init_from, {path}"
+    )
+    extra = saved.record["extra"]
+    names = made_from.class_names if made_from is not None else ()
+    known = class_names(extra, other.num_classes, where=Path(path))
+    weights = dict(saved.state)
+    if other.num_classes != mine.num_classes or (names and known and names != known):
+        fresh = [name for name in names if name not in known] or list(names)
+        logger.warning(
+            "starting from %s with a fresh class embedding for %s: it was trained on %d classes "
+            "(%s) and these tokens have %d (%s); all other weights are kept",
+            path,
+            some(fresh, 5) or "every class",
+            other.num_classes,
+            some(list(known), 5) or "unnamed",
+            mine.num_classes,
+            some(list(names), 5) or "unnamed",
+        )
+        table = generator.state_dict()[_CLASS_TABLE].clone()
+        for number, name in enumerate(names):
+            if name in known:
+                table[number] = saved.state[_CLASS_TABLE][known.index(name)]
+        weights[_CLASS_TABLE] = table
+    if made_from is not None and extra.get("tokenizer") != made_from.tokenizer:
+        logger.warning(
+            "starting from %s, which was trained on tokens of tokenizer %s; these are of %s, and "
+            "every code means something else",
+            path,
+            extra.get("tokenizer"),
+            made_from.tokenizer,
+        )
+    load_strict(generator, weights)
+
+
+def _require_same_architecture(
+    mine: object, other: object, *, free: Collection[str], what: str
+) -> None:
+    """Compare all settings of two models; the shapes of weights do not tell every difference.
+
+    Args:
+        mine: settings of the model to be trained.
+        other: settings of the one whose weights it starts from.
+        free: settings, or sections of them, that may differ.
+        what: the other model.
+
+    Raises:
+        ValueError: a setting that is not free differs.
+    """
+    changed = changed_settings(to_json(other), to_json(mine))
+    wrong = [
+        f"model.{name} ({after}) must be {before}"
+        for name, (before, after) in changed.items()
+        if not any(name == part or name.startswith(f"{part}.") for part in free)
+    ]
+    if wrong:
+        raise ValueError(f"{'; '.join(wrong)}, as in the {what}")

@@ -40,6 +40,7 @@ from mergevq.metrics.lpips import Perceptual
 from mergevq.metrics.references import make_reference
 from mergevq.runtime.artefacts import tokens_hash
 from mergevq.tokenizer.encode import encode
+from mergevq.training import fit
 from mergevq.training import generator as training_generator
 from mergevq.training import source as train_source
 from mergevq.training import tokenizer as train_tokenizer
@@ -579,8 +580,7 @@ ECHOES = {"settings", "run", "environment", "command", "path", "array", "config"
 
 def without_plots(patch):
     """Curves take longer than the steps."""
-    for module in (train_tokenizer, training_generator):
-        patch.setattr(module, "has_plots", lambda _: False)
+    patch.setattr(fit, "has_plots", lambda _: False)
 
 
 def numbers_of(value):

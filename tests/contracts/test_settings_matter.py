@@ -18,7 +18,9 @@ from mergevq.config.tokenizer import KeptConfig
 from mergevq.config.training import DataConfig, OptimConfig, TokenizerRun, TrainConfig
 from mergevq.data.batches import open_train_val
 from mergevq.runtime import distributed
-from mergevq.training.tokenizer import build, run_batches, train_step
+from mergevq.training.fit import read_numbers
+from mergevq.training.tokenizer import run_batches
+from mergevq.training.tokenizer_step import build
 from tests.support.small import shrink
 
 WORLD = distributed.World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
@@ -154,10 +156,11 @@ def trained(run: TokenizerRun) -> list[torch.Tensor | float]:
     """Every number of a run after three steps: of its log, its weights, its moments."""
     data = run.data
     dataset = digits(data.path, data.val_fraction, data.max_images)
-    state, setting = build(run, WORLD, num_classes=dataset.num_classes)
+    learner = build(run, WORLD, num_classes=dataset.num_classes)
+    state = learner.state
     numbers: list[torch.Tensor | float] = []
     for _, batch in zip(range(NUM_STEPS), run_batches(run, WORLD, dataset, 0), strict=False):
-        numbers += train_step(state, setting, batch).values()
+        numbers += read_numbers(learner.step(batch), WORLD.device).values()
         state.step += 1
     for module in (state.tokenizer, state.discriminator, state.teacher, state.teacher_encoder):
         numbers += [] if module is None else list(module.state_dict().values())

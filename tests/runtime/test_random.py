@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from mergevq.runtime.random import DataPurpose, data_seed, numbered_seed, step_generator
+from mergevq.config.recipes.tiny64 import tiny64_gr
+from mergevq.runtime.random import (
+    DataPurpose,
+    data_seed,
+    draw_num_kept,
+    numbered_seed,
+    step_generator,
+)
 
 # -------------------------------------------------------------------------------- random numbers
 
@@ -77,3 +84,12 @@ def test_all_draws_of_a_run_over_many_images_are_distinct():
 
 def test_another_seed_gives_another_order():
     assert kept(data_seed("order", 0, 0)) != kept(data_seed("order", 1, 0))
+
+
+def test_k_is_drawn_from_the_distribution_and_again_after_a_resume():
+    run = tiny64_gr()
+    draws = [draw_num_kept(run.kept, run.train.seed, step) for step in range(2000)]
+    assert draws == [draw_num_kept(run.kept, run.train.seed, step) for step in range(2000)]
+    share = draws.count(144) / len(draws)
+    assert share == pytest.approx(run.kept.probabilities[1], abs=0.03)
+    assert set(draws) == set(run.kept.candidates)

@@ -19,7 +19,7 @@ from mergevq.runtime.artefacts import tokens_hash
 from mergevq.tokenizer.reducers.matching import merge_schedule
 from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training.estimate import MemoryTracker, _time, count_products, describe, estimate
-from mergevq.training.generator import fitted_config
+from mergevq.training.generator_step import fitted_config
 from tests.training.test_generator import small, small_tokenizer, write_tokens
 
 CPU = torch.device("cpu")

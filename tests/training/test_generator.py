@@ -32,18 +32,11 @@ from mergevq.runtime import distributed
 from mergevq.runtime.artefacts import load_model, tokens_hash
 from mergevq.runtime.checkpoints import load_state, save_state
 from mergevq.runtime.optim import Ema
+from mergevq.runtime.random import draw_num_kept
 from mergevq.tokenizer.tokenizer import Tokenizer
-from mergevq.training import generator as training_generator
-from mergevq.training.generator import (
-    build,
-    draw_num_kept,
-    fitted_config,
-    initialize_from,
-    to_sequences,
-    train,
-    train_step,
-    validate,
-)
+from mergevq.training.generator import GeneratorTask, train
+from mergevq.training.generator_step import GeneratorLearner, build, fitted_config, to_sequences
+from mergevq.training.initial import initialize_generator_from
 from tests.support.small import shrink_generator
 
 WORLD = distributed.World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
@@ -138,8 +131,7 @@ def small(material: Path, order: str = "merge", **train_settings: object) -> Gen
 
 def built(run: GeneratorRun):
     dataset = open_tokens(run.tokens.path)
-    state, setting = build(run, WORLD, dataset.record)
-    return state, setting, dataset
+    return build(run, WORLD, dataset.record), dataset
 
 
 def equal(first: object, second: object) -> bool:
@@ -183,13 +175,15 @@ def test_a_run_that_is_broken_keeps_its_last_good_checkpoint_and_stops(
 ):
     run = replace(small(material, num_steps=4, save_every=1, keep_last=1), out=str(tmp_path / "r"))
 
-    def breaking(state, setting, batch):
-        numbers = train_step(state, setting, batch)
+    step = GeneratorLearner.step
+
+    def breaking(learner, batch):
+        numbers, state = step(learner, batch), learner.state
         if state.step == 2:
             next(state.generator.parameters()).data.view(-1)[0] = torch.nan
         return numbers
 
-    monkeypatch.setattr(training_generator, "train_step", breaking)
+    monkeypatch.setattr(GeneratorLearner, "step", breaking)
     message = r"not finite are generator\..*step-00000002 is the last good one"
     with pytest.raises(RuntimeError, match=message):
         train(run)
@@ -229,12 +223,14 @@ def test_a_checkpoint_of_another_form_is_one_line(material, tmp_path):
 def test_while_steps_are_skipped_older_checkpoints_stay(material, tmp_path, monkeypatch):
     run = replace(small(material, num_steps=3, save_every=1, keep_last=1), out=str(tmp_path / "r"))
 
-    def skipping(state, setting, batch):
-        numbers = train_step(state, setting, batch)
+    step = GeneratorLearner.step
+
+    def skipping(learner, batch):
+        numbers, state = step(learner, batch), learner.state
         state.guard.num_in_a_row = int(state.step >= 1)
         return numbers
 
-    monkeypatch.setattr(training_generator, "train_step", skipping)
+    monkeypatch.setattr(GeneratorLearner, "step", skipping)
     train(run)
     names = sorted(path.name for path in (tmp_path / "r/checkpoints").iterdir())
     assert names == ["step-00000001", "step-00000002", "step-00000003"]
@@ -245,15 +241,17 @@ def test_a_step_that_went_too_far_does_not_cost_the_last_good_checkpoint(
 ):
     run = small(material, num_steps=30, save_every=1, keep_last=1, max_nonfinite=3)
 
-    def too_far(state, setting, batch):
-        numbers = train_step(state, setting, batch)
+    step = GeneratorLearner.step
+
+    def too_far(learner, batch):
+        numbers, state = step(learner, batch), learner.state
         if state.step == 1:
             # Finite, and so large that no loss is.
             for parameter in state.generator.parameters():
                 parameter.data.mul_(1e30)
         return numbers
 
-    monkeypatch.setattr(training_generator, "train_step", too_far)
+    monkeypatch.setattr(GeneratorLearner, "step", too_far)
     with pytest.raises(RuntimeError, match="not finite"):
         train(replace(run, out=str(tmp_path / "r")))
     names = sorted(path.name for path in (tmp_path / "r/checkpoints").iterdir())
@@ -323,8 +321,9 @@ def test_accumulation_equals_the_whole_batch(material, checkpointing):
     for accumulation in (1, 2, 4):
         run = small(material, "random", accumulation=accumulation, checkpointing=checkpointing)
         run = replace(run, model=replace(run.model, dropout=0.3))
-        state, setting, dataset = built(run)
-        train_step(state, setting, dataset.batch(range(4), 16))
+        learner, dataset = built(run)
+        state = learner.state
+        learner.step(dataset.batch(range(4), 16))
         gradients.append([p.grad.clone() for p in state.generator.parameters()])
     for other in gradients[1:]:
         torch.testing.assert_close(gradients[0], other, rtol=1e-4, atol=1e-7)
@@ -332,27 +331,29 @@ def test_accumulation_equals_the_whole_batch(material, checkpointing):
 
 def test_every_parameter_gets_a_gradient(material):
     for order in ORDERS:
-        state, setting, dataset = built(small(material, order))
-        train_step(state, setting, dataset.batch(range(4), state.generator.config.num_kept))
+        learner, dataset = built(small(material, order))
+        state = learner.state
+        learner.step(dataset.batch(range(4), state.generator.config.num_kept))
         without = [n for n, p in state.generator.named_parameters() if p.grad is None]
         assert without == [], order
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(material):
-    state, setting, dataset = built(small(material))
+    learner, dataset = built(small(material))
+    state = learner.state
     batch = dataset.batch(range(4), 16)
-    train_step(state, setting, batch)
+    learner.step(batch)
     healthy = state.generator.head.norm.weight.data.clone()
     state.generator.head.norm.weight.data[0] = torch.nan
     before = {name: t.clone() for name, t in state.generator.state_dict().items()}
     shadow = {name: t.clone() for name, t in state.ema.shadow.items()}
-    train_step(state, setting, batch)
+    learner.step(batch)
     after = state.generator.state_dict()
     assert all(torch.equal(before[n].nan_to_num(), after[n].nan_to_num()) for n in before)
     assert equal(shadow, state.ema.shadow)
     assert state.guard.num_skipped == 1
     state.generator.head.norm.weight.data.copy_(healthy)
-    train_step(state, setting, batch)
+    learner.step(batch)
     assert state.guard.num_in_a_row == 0
 
 
@@ -369,7 +370,7 @@ def test_a_step_that_is_skipped_names_its_rows(material, tmp_path, caplog):
         num_steps=2,
         start_step=1,
         seed=run.train.seed,
-        num_kept=lambda step: draw_num_kept(run, step),
+        num_kept=lambda step: draw_num_kept(run.kept, run.train.seed, step),
     )
     batch = next(stream)
     named = re.search(
@@ -386,16 +387,10 @@ def test_a_step_that_is_skipped_names_its_rows(material, tmp_path, caplog):
 
 
 def test_dropout_leaves_torchs_own_generator_as_it_was(material):
-    state, setting, dataset = built(small(material))
+    learner, dataset = built(small(material))
     before = torch.get_rng_state()
-    train_step(state, setting, dataset.batch(range(4), 16))
+    learner.step(dataset.batch(range(4), 16))
     assert torch.equal(before, torch.get_rng_state())
-
-
-def test_k_is_drawn_from_the_distribution(material):
-    run = small(material)
-    draws = [draw_num_kept(run, step) for step in range(1000)]
-    assert draws.count(24) / len(draws) == pytest.approx(run.kept.probabilities[1], abs=0.05)
 
 
 # --------------------------------------------------------------------------------- what is fed
@@ -407,7 +402,7 @@ def test_each_order_is_fed_its_own_sequence(material):
     cells = torch.stack([batch.indices[i][batch.source.index[i]] for i in range(2)])
     fed = {}
     for order in ORDERS:
-        state, _, _ = built(small(material, order))
+        state = built(small(material, order))[0].state
         fed[order] = to_sequences(state.generator, batch)
     assert torch.equal(fed["merge"].indices, cells)
     assert torch.equal(fed["random"].indices, batch.indices)
@@ -415,7 +410,7 @@ def test_each_order_is_fed_its_own_sequence(material):
     opened = [[int((row == k).nonzero()[0, 0]) for k in range(16)] for row in batch.source.index]
     assert fed["anchor"].anchors.tolist() == opened
     whole = dataset.batch([0, 5], 64)
-    state, _, _ = built(small(material, "raster"))
+    state = built(small(material, "raster"))[0].state
     assert torch.equal(to_sequences(state.generator, whole).indices, whole.indices)
 
 
@@ -423,7 +418,8 @@ def test_a_sequence_without_label_has_no_class(tmp_path, material):
     tokens = write_tokens(tmp_path / "tokens", tokens_hash(material / "tokenizer"), num_classes=0)
     run = small(material)
     run = replace(run, tokens=replace(run.tokens, path=str(tokens)))
-    state, _, dataset = built(run)
+    learner, dataset = built(run)
+    state = learner.state
     assert state.generator.config.num_classes == 0
     fed = to_sequences(state.generator, dataset.batch([0, 1], 16))
     assert fed.class_label.tolist() == [0, 0]
@@ -445,13 +441,16 @@ def test_held_out_images_are_not_trained_on_nor_their_mirror_images(tmp_path, fl
 
 def test_validation_is_the_likelihood_of_the_held_out_images(material):
     run = small(material, num_eval_images=5)
-    state, setting, dataset = built(run)
+    learner, dataset = built(run)
+    state = learner.state
     _, val_set = split(dataset, 0.25)
     state.generator.eval()
     sequences = to_sequences(state.generator, val_set.batch(range(5), 16))
     with torch.no_grad():
         expected = -state.generator.log_likelihood(*sequences[:2], 16)
-    found = validate(state, setting, val_set)["val_nll@16"]
+    tokenizer = Tokenizer.from_pretrained(material / "tokenizer")
+    task = GeneratorTask(learner=learner, train_set=dataset, val_set=val_set, tokenizer=tokenizer)
+    found = task.validate()["val_nll@16"]
     assert found == pytest.approx(float(expected.mean()) / 64, rel=1e-5)
 
 
@@ -481,12 +480,12 @@ def test_tokens_must_fit_the_architecture(material):
 
 
 def test_another_number_of_classes_makes_only_the_class_embedding_anew(material, tmp_path, caplog):
-    state, _, _ = built(small(material))
+    state = built(small(material))[0].state
     config = state.generator.config
     other = Generator(replace(config, num_classes=7))
     other.save_pretrained(tmp_path / "other", tokenizer="c" * 64)
     fresh = state.generator.class_embedding.weight.detach().clone()
-    initialize_from(state.generator, tmp_path / "other")
+    initialize_generator_from(state.generator, tmp_path / "other")
     assert "7 classes" in caplog.text
     assert "class embedding" in caplog.text
     for name, value in state.generator.state_dict().items():
@@ -495,21 +494,21 @@ def test_another_number_of_classes_makes_only_the_class_embedding_anew(material,
 
 
 def test_fine_tuning_keeps_the_classes_where_they_are_as_many(material, tmp_path, caplog):
-    state, _, _ = built(small(material))
+    state = built(small(material))[0].state
     other = Generator(state.generator.config)
     other.save_pretrained(tmp_path / "other", tokenizer="c" * 64)
-    initialize_from(state.generator, tmp_path / "other")
+    initialize_generator_from(state.generator, tmp_path / "other")
     assert equal(dict(state.generator.state_dict()), dict(other.state_dict()))
     assert caplog.text == ""
 
 
 def test_fine_tuning_on_other_classes_keeps_those_of_the_same_name(material, tmp_path, caplog):
-    state, _, _ = built(small(material))
+    state = built(small(material))[0].state
     other = Generator(state.generator.config)
     other.save_pretrained(tmp_path / "a", tokenizer="c" * 64, class_names=["cat", "dog", "eel"])
     fresh = state.generator.class_embedding.weight.detach().clone()
     made_from = Identity(class_names=("bus", "cat", "zonda"), tokenizer="d" * 64)
-    initialize_from(state.generator, tmp_path / "a", made_from)
+    initialize_generator_from(state.generator, tmp_path / "a", made_from)
     table, theirs = state.generator.class_embedding.weight, other.class_embedding.weight
     assert torch.equal(table[1], theirs[0])
     assert torch.equal(table[[0, 2, 3]], fresh[[0, 2, 3]])
@@ -543,16 +542,16 @@ def test_a_run_does_not_go_on_with_another_k(material, tmp_path):
 
 
 def test_fine_tuning_refuses_what_shapes_cannot_tell(material, tmp_path):
-    state, _, _ = built(small(material))
+    state = built(small(material))[0].state
     other = Generator(replace(state.generator.config, num_kept=9, kept_candidates=(9, 24)))
     other.save_pretrained(tmp_path / "other", tokenizer="c" * 64)
     with pytest.raises(ValueError, match="kept_candidates"):
-        initialize_from(state.generator, tmp_path / "other")
+        initialize_generator_from(state.generator, tmp_path / "other")
 
 
 def test_the_average_starts_from_the_weights_that_are_fine_tuned(material, tmp_path):
     model = train(replace(small(material), out=str(tmp_path / "run")))
-    state, _, _ = built(replace(small(material), init_from=str(model)))
+    state = built(replace(small(material), init_from=str(model)))[0].state
     assert isinstance(state.ema, Ema)
     assert equal(state.ema.shadow, dict(load_file(model / "model.safetensors")))
 

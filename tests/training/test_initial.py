@@ -14,7 +14,8 @@ from mergevq.runtime import distributed
 from mergevq.tokenizer.components import encode_analytic, fit_components
 from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training.initial import find_start, initial_tokenizer, initialize_from
-from mergevq.training.tokenizer import build, run_batches, train, train_step
+from mergevq.training.tokenizer import run_batches, train
+from mergevq.training.tokenizer_step import build
 from tests.support.small import shrink
 
 WORLD = distributed.World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
@@ -119,7 +120,7 @@ def test_of_many_patches_every_so_manieth_is_taken_wherever_batches_are_cut(pict
 def test_a_run_starts_at_the_analytic_tokenizer(pictures):
     run, images = analytic_run(pictures), open_images(str(pictures))
     start = find_start(run, images)
-    state, _ = build(run, WORLD, num_classes=0, start=start)
+    state = build(run, WORLD, num_classes=0, start=start).state
     image = torch.rand(2, 3, 32, 32) - 0.5
     with torch.no_grad():
         encoded = state.tokenizer.eval().encode(image, 24)
@@ -177,9 +178,10 @@ def test_a_stem_with_norm_is_not_that_of_one_without(pictures, tmp_path):
 def test_the_encoder_moves_at_its_share_of_the_rate(pictures):
     run, images = analytic_run(pictures, encoder_lr_ratio=0.25), open_images(str(pictures))
     run = replace(run, optim=replace(run.optim, lr=1e-3, warmup_steps=0, clip_norm=None))
-    state, setting = build(run, WORLD, num_classes=0, start=find_start(run, images))
+    learner = build(run, WORLD, num_classes=0, start=find_start(run, images))
+    state = learner.state
     before = {name: weight.clone() for name, weight in state.tokenizer.state_dict().items()}
-    train_step(state, setting, next(run_batches(run, WORLD, images, 0)))
+    learner.step(next(run_batches(run, WORLD, images, 0)))
     after = state.tokenizer.state_dict()
     # Adam's first step is the rate itself wherever there is a gradient to speak of.
     for name, rate in (("encoder.to_latents.weight", 2.5e-4), ("decoder.to_half.bias", 0.0)):

@@ -24,20 +24,9 @@ from mergevq.runtime.artefacts import load_model
 from mergevq.runtime.checkpoints import load_state
 from mergevq.tokenizer.interop import select_weights
 from mergevq.tokenizer.tokenizer import Tokenizer
-from mergevq.training import tokenizer as train_tokenizer
-from mergevq.training.tokenizer import (
-    _usage_numbers,
-    _validate,
-    build,
-    draw_num_kept,
-    recovering,
-    self_targets,
-    tokenizer_losses,
-    train,
-    train_step,
-    update_discriminator,
-    update_tokenizer,
-)
+from mergevq.training.fit import put_state, state_of
+from mergevq.training.tokenizer import TokenizerTask, train
+from mergevq.training.tokenizer_step import TokenizerLearner, build, recovering
 from tests.support.small import shrink
 
 WORLD = distributed.World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
@@ -66,6 +55,17 @@ def batch(size: int = 4, side: int = 32) -> Batch:
     image = torch.rand(size, 3, side, side) * 2 - 1
     view = torch.rand(size, 3, 24, 24) * 2 - 1
     return Batch(image, torch.zeros(size, dtype=torch.int64), view, None, torch.arange(size))
+
+
+def task_of(run: TokenizerRun, world: distributed.World = WORLD) -> TokenizerTask:
+    """Training of a fresh tokenizer on digits."""
+    train_set, val_set = open_train_val(run.data)
+    return TokenizerTask(
+        learner=build(run, world, num_classes=0),
+        train_set=train_set,
+        val_set=val_set,
+        made_from=train_set.identity(),
+    )
 
 
 def equal(first: object, second: object) -> bool:
@@ -102,12 +102,13 @@ def test_the_recovering_images_are_spread_over_the_batch_however_it_is_cut():
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_discriminators_gradient_is_its_own_losss(accumulation):
-    state, setting = build(small(), WORLD, num_classes=0)
+    learner = build(small(), WORLD, num_classes=0)
+    state = learner.state
     parts = [batch(), batch()][:accumulation]
-    _, fakes = update_tokenizer(state, setting, parts, 16)
+    _, fakes = learner.update_tokenizer(parts, 16)
     assert all(p.grad is None for p in state.discriminator.parameters())
     before = [p.detach().clone() for p in state.discriminator.parameters()]
-    update_discriminator(state, setting, parts, fakes)
+    learner.update_discriminator(parts, fakes)
     gradients = [p.grad.clone() for p in state.discriminator.parameters() if p.grad is not None]
     # Again with gradients set free before: what the tokenizer's side left must not matter.
     for parameter, value in zip(state.discriminator.parameters(), before, strict=True):
@@ -115,7 +116,7 @@ def test_the_discriminators_gradient_is_its_own_losss(accumulation):
         parameter.grad = torch.full_like(parameter, 7.0)
     state.lecam.real.zero_()
     state.lecam.fake.zero_()
-    update_discriminator(state, setting, parts, fakes)
+    learner.update_discriminator(parts, fakes)
     again = [p.grad for p in state.discriminator.parameters() if p.grad is not None]
     assert equal(gradients, again)
 
@@ -123,7 +124,8 @@ def test_the_discriminators_gradient_is_its_own_losss(accumulation):
 def test_a_step_decodes_the_asked_share_with_the_recovered_source(monkeypatch):
     run = small(accumulation=2)
     run = replace(run, loss=replace(run.loss, recovered_share=0.5))
-    state, setting = build(run, WORLD, num_classes=0)
+    learner = build(run, WORLD, num_classes=0)
+    state = learner.state
     seen = []
     decode = state.tokenizer.decode
 
@@ -134,25 +136,27 @@ def test_a_step_decodes_the_asked_share_with_the_recovered_source(monkeypatch):
     monkeypatch.setattr(state.tokenizer, "decode", look)
     # One image a part: the second of each pair recovers.
     parts = [batch(1), batch(1)]
-    update_tokenizer(state, setting, parts, 16)
+    learner.update_tokenizer(parts, 16)
     assert seen == [False, True]
 
 
 def test_the_tokenizers_gradient_does_not_reach_discriminator_or_teacher():
-    state, setting = build(small(), WORLD, num_classes=0)
-    losses, _ = tokenizer_losses(state, setting, batch(), 16)
+    learner = build(small(), WORLD, num_classes=0)
+    state = learner.state
+    losses, _ = learner.losses(batch(), 16)
     assert losses.adversarial > 0
     state.discriminator.requires_grad_(requires_grad=False)
-    losses.total(setting.run.loss, 0.1).backward()
+    losses.total(learner.run.loss, 0.1).backward()
     assert state.teacher_encoder is not None
     frozen = [*state.discriminator.parameters(), *state.teacher_encoder.parameters()]
     assert all(parameter.grad is None for parameter in frozen)
 
 
 def test_every_parameter_of_the_tokenizer_gets_a_gradient():
-    state, setting = build(small(), WORLD, num_classes=0)
-    losses, _ = tokenizer_losses(state, setting, batch(), 16)
-    losses.total(setting.run.loss, 0.1).backward()
+    learner = build(small(), WORLD, num_classes=0)
+    state = learner.state
+    losses, _ = learner.losses(batch(), 16)
+    losses.total(learner.run.loss, 0.1).backward()
     without = [n for n, p in state.tokenizer.named_parameters() if p.grad is None]
     assert without == []
 
@@ -165,56 +169,58 @@ def test_accumulation_equals_the_whole_batch_but_for_entropy(teacher):
         run = small(accumulation=accumulation)
         loss = replace(run.loss, entropy_weight=0.0)
         run = replace(run, loss=loss, teacher=replace(run.teacher, kind=teacher))
-        state, setting = build(run, WORLD, num_classes=0)
+        learner = build(run, WORLD, num_classes=0)
         torch.manual_seed(0)
         whole = batch(4)
         parts = [
             Batch(*(None if c is None else c[i : i + 4 // accumulation] for c in whole))
             for i in range(0, 4, 4 // accumulation)
         ]
-        update_tokenizer(state, setting, parts, 16)
+        learner.update_tokenizer(parts, 16)
         gradients.append(
-            [p.grad.clone() for p in setting.objective.parameters() if p.requires_grad]
+            [p.grad.clone() for p in learner.objective.parameters() if p.requires_grad]
         )
     for other in gradients[1:]:
         torch.testing.assert_close(gradients[0], other, rtol=1e-3, atol=1e-6)
 
 
 def test_the_self_teacher_tells_images_apart_that_are_alone_in_their_part():
-    state, setting = build(small(accumulation=4), WORLD, num_classes=0)
+    learner = build(small(accumulation=4), WORLD, num_classes=0)
     parts = [batch(1) for _ in range(4)]
-    targets = self_targets(state, setting, parts, 16)
-    (together,) = self_targets(
-        state, setting, [parts[0]._replace(image=torch.cat([part.image for part in parts]))], 16
+    targets = learner.self_targets(parts, 16)
+    (together,) = learner.self_targets(
+        [parts[0]._replace(image=torch.cat([part.image for part in parts]))], 16
     )
     torch.testing.assert_close(torch.cat(targets), together)
-    (alone,) = self_targets(state, setting, parts[:1], 16)
+    (alone,) = learner.self_targets(parts[:1], 16)
     # The cosine of features with themselves taken away is 0 everywhere.
     assert float(alone.abs().max()) < 1e-3 < float(together.abs().max())
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
-    state, setting = build(small(), WORLD, num_classes=0)
+    learner = build(small(), WORLD, num_classes=0)
+    state = learner.state
     before = {name: t.clone() for name, t in state.tokenizer.state_dict().items()}
     broken = batch()
     broken.image[0, 0, 0, 0] = torch.nan
-    train_step(state, setting, broken)
+    learner.step(broken)
     assert equal(before, dict(state.tokenizer.state_dict()))
     assert state.guard.num_skipped == 1
-    train_step(state, setting, batch())
+    learner.step(batch())
     assert not equal(before, dict(state.tokenizer.state_dict()))
 
 
 def test_one_image_that_is_not_finite_does_not_end_the_discriminators_training(caplog):
-    state, setting = build(small(), WORLD, num_classes=0)
-    train_step(state, setting, batch())
+    learner = build(small(), WORLD, num_classes=0)
+    state = learner.state
+    learner.step(batch())
     before = copied(state.discriminator), copied(state.lecam)
     broken = batch()
     broken.image[0, 0, 0, 0] = torch.nan
-    train_step(state, setting, broken)
+    learner.step(broken)
     assert equal(before, (copied(state.discriminator), copied(state.lecam)))
     assert "step 0 of the discriminator is not finite and is skipped" in caplog.text
-    train_step(state, setting, batch())
+    learner.step(batch())
     assert state.discriminator_guard.num_skipped == 1
     assert not equal(before[0], copied(state.discriminator))
     assert not equal(before[1], copied(state.lecam))
@@ -224,14 +230,15 @@ def test_verdicts_are_averaged_once_a_step_whatever_the_accumulation():
     averages = []
     whole = batch(4)
     for accumulation in (1, 2):
-        state, setting = build(small(accumulation=accumulation), WORLD, num_classes=0)
+        learner = build(small(accumulation=accumulation), WORLD, num_classes=0)
+        state = learner.state
         state.lecam.real.fill_(1.0)
         size = 4 // accumulation
         parts = [
             Batch(*(None if c is None else c[i : i + size] for c in whole))
             for i in range(0, 4, size)
         ]
-        update_discriminator(state, setting, parts, [part.image.flip(3) for part in parts])
+        learner.update_discriminator(parts, [part.image.flip(3) for part in parts])
         averages.append(torch.stack([state.lecam.real, state.lecam.fake]))
     torch.testing.assert_close(averages[0], averages[1])
 
@@ -239,12 +246,13 @@ def test_verdicts_are_averaged_once_a_step_whatever_the_accumulation():
 def test_in_float16_the_discriminators_small_gradients_are_not_lost():
     run = small()
     run = replace(run, train=replace(run.train, precision="float16"))
-    state, setting = build(run, WORLD, num_classes=0)
+    learner = build(run, WORLD, num_classes=0)
+    state = learner.state
     with torch.no_grad():
         # So that what flows back through it is below 6e-8, the smallest number of float16.
         state.discriminator.layers[-1].weight.mul_(1e-6)
     part = batch()
-    update_discriminator(state, setting, [part], [part.image.flip(3)])
+    learner.update_discriminator([part], [part.image.flip(3)])
     assert state.discriminator_guard.num_skipped == 0
     gradient = state.discriminator.layers[-2 - 1].weight.grad
     assert gradient is not None
@@ -254,54 +262,48 @@ def test_in_float16_the_discriminators_small_gradients_are_not_lost():
 def test_a_loss_scale_that_overflows_is_lowered_for_the_side_it_overflowed_on():
     run = small()
     run = replace(run, train=replace(run.train, precision="float16"))
-    state, setting = build(run, WORLD, num_classes=0)
+    learner = build(run, WORLD, num_classes=0)
+    state = learner.state
     state.discriminator_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     before, scale = copied(state.discriminator), state.scaler.get_scale()
     part = batch()
-    update_discriminator(state, setting, [part], [part.image.flip(3)])
+    learner.update_discriminator([part], [part.image.flip(3)])
     assert equal(before, copied(state.discriminator))
     assert state.discriminator_scaler.get_scale() == 2.0**39
     assert state.scaler.get_scale() == scale
-    saved, again = state.state_dict(), build(run, WORLD, num_classes=0)[0]
-    again.load_state_dict(saved)
+    saved, again = state_of(state), build(run, WORLD, num_classes=0).state
+    put_state(again, saved)
     assert again.discriminator_scaler.get_scale() == 2.0**39
 
 
 def test_too_many_such_steps_stop_the_run_and_name_the_term():
-    state, setting = build(small(max_nonfinite=2), WORLD, num_classes=0)
+    learner = build(small(max_nonfinite=2), WORLD, num_classes=0)
     broken = batch()
     broken.image[:] = torch.nan
-    train_step(state, setting, broken)
+    learner.step(broken)
     with pytest.raises(RuntimeError, match="reconstruction"):
-        train_step(state, setting, broken)
+        learner.step(broken)
 
 
 def test_before_quantization_starts_the_decoder_sees_latents():
-    state, setting = build(small(quantize_start_step=1), WORLD, num_classes=0)
+    learner = build(small(quantize_start_step=1), WORLD, num_classes=0)
+    state = learner.state
     one = batch()
-    _, output = tokenizer_losses(state, setting, one, 16)
+    _, output = learner.losses(one, 16)
     expected = state.tokenizer.decode(output.encoded.latents.tanh(), output.encoded.source)
     torch.testing.assert_close(output.reconstruction, expected)
     state.step = 1
-    _, output = tokenizer_losses(state, setting, one, 16)
+    _, output = learner.losses(one, 16)
     expected = state.tokenizer.decode(output.encoded.codes, output.encoded.source)
     torch.testing.assert_close(output.reconstruction, expected)
 
 
 def test_batch_size_one_trains_finite():
-    state, setting = build(small(), WORLD, num_classes=0)
-    numbers = train_step(state, setting, batch(1))
+    learner = build(small(), WORLD, num_classes=0)
+    state = learner.state
+    numbers = learner.step(batch(1))
     assert all(value == value for value in numbers.values())
     assert state.guard.num_skipped == 0
-
-
-def test_k_is_drawn_from_the_distribution_and_again_after_a_resume():
-    run = tiny64_gr()
-    draws = [draw_num_kept(run, step) for step in range(2000)]
-    assert draws == [draw_num_kept(run, step) for step in range(2000)]
-    share = draws.count(144) / len(draws)
-    assert share == pytest.approx(run.kept.probabilities[1], abs=0.03)
-    assert set(draws) == set(run.kept.candidates)
 
 
 def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path):
@@ -331,14 +333,16 @@ def test_a_run_that_is_broken_keeps_its_last_good_checkpoint_and_stops(tmp_path,
     pytest.importorskip("sklearn")
     run = replace(small(num_steps=3, save_every=1, keep_last=1), out=str(tmp_path / "run"))
 
-    def breaking(state, setting, batch):
-        numbers = train_step(state, setting, batch)
-        if state.step == 1:
+    step = TokenizerLearner.step
+
+    def breaking(learner, batch):
+        numbers = step(learner, batch)
+        if learner.state.step == 1:
             # Not even a part of the model that is saved beside the checkpoint.
-            next(state.discriminator.parameters()).data.view(-1)[0] = torch.nan
+            next(learner.state.discriminator.parameters()).data.view(-1)[0] = torch.nan
         return numbers
 
-    monkeypatch.setattr(train_tokenizer, "train_step", breaking)
+    monkeypatch.setattr(TokenizerLearner, "step", breaking)
     message = r"not finite are discriminator\..*step-00000001 is the last good one"
     with pytest.raises(RuntimeError, match=message):
         train(run)
@@ -347,32 +351,32 @@ def test_a_run_that_is_broken_keeps_its_last_good_checkpoint_and_stops(tmp_path,
 
 
 def test_bad_reports_in_a_row_are_counted_over_a_resume():
-    state, _ = build(small(), WORLD, num_classes=0)
-    state.usage.update(torch.zeros(100, dtype=torch.int64))
+    task = task_of(small())
+    task.state.usage.update(torch.zeros(100, dtype=torch.int64))
     for _ in range(19):
-        _usage_numbers(state)
-    again, _ = build(small(), WORLD, num_classes=0)
-    again.load_state_dict(state.state_dict())
+        task.interval_numbers()
+    again = build(small(), WORLD, num_classes=0).state
+    put_state(again, state_of(task.state))
     assert again.monitor.num_bad == 19
 
 
 def test_a_checkpoint_with_other_parts_is_refused_by_name():
-    state, _ = build(small(), WORLD, num_classes=0)
-    saved = state.state_dict()
+    state = build(small(), WORLD, num_classes=0).state
+    saved = state_of(state)
     without = {name: part for name, part in saved.items() if name != "monitor"}
     with pytest.raises(ValueError, match=r"lacks \['monitor'\] and has \[\] besides"):
-        state.load_state_dict(without)
+        put_state(state, without)
     with pytest.raises(ValueError, match=r"lacks \[\] and has \['more'\] besides"):
-        state.load_state_dict(saved | {"more": 1})
+        put_state(state, saved | {"more": 1})
 
 
 def test_the_log_tells_the_least_even_bits():
-    state, _ = build(small(), WORLD, num_classes=0)
-    num_bits = state.usage.num_bits
+    task = task_of(small())
+    num_bits = task.state.usage.num_bits
     # Bit 0 is 1 in 3 of 4 tokens, bit 1 in 1 of 4, all others in 2 of 4.
     high = (2**num_bits - 1) & ~3
-    state.usage.update(torch.tensor([high | 3, high | 1, 1, 0]))
-    numbers = _usage_numbers(state)
+    task.state.usage.update(torch.tensor([high | 3, high | 1, 1, 0]))
+    numbers = task.interval_numbers()
     assert (numbers["min_bit_prob"], numbers["max_bit_prob"]) == (0.25, 0.75)
 
 
@@ -380,13 +384,12 @@ def test_the_log_tells_the_least_even_bits():
 def test_any_number_of_ranks_shares_out_the_validation_images(num_images, world_size):
     pytest.importorskip("sklearn")
     run = small(num_eval_images=num_images, eval_num_kept=(16,))
-    dataset = open_train_val(run.data)[1]
     counts = []
     for rank in range(world_size):
         world = replace(WORLD, rank=rank, world_size=world_size)
-        state, setting = build(run, world, num_classes=0)
+        task = task_of(run, world)
         if rank < num_images:
-            counts.append(_validate(state, setting, dataset)["num_images@16"])
+            counts.append(task.validate()["num_images@16"])
     assert sum(counts) == num_images
 
 
@@ -425,7 +428,7 @@ def test_a_run_starts_from_a_tokenizers_weights(tmp_path, caplog):
     # Another image size and other K are no other architecture.
     other = Tokenizer(replace(run.model, image_size=64, num_kept=100, kept_range=(9, 200)))
     other.save_pretrained(tmp_path / "other")
-    state, _ = build(replace(run, init_from=str(tmp_path / "other")), WORLD, num_classes=0)
+    state = build(replace(run, init_from=str(tmp_path / "other")), WORLD, num_classes=0).state
     assert equal(dict(state.tokenizer.state_dict()), dict(other.state_dict()))
     assert equal(state.ema.shadow, dict(other.state_dict()))
     assert state.tokenizer.config.kept_range == (16, 32)
@@ -438,7 +441,7 @@ def test_a_run_starts_from_a_larger_vit(tmp_path):
     vit = {name: torch.randn_like(value) for name, value in larger.items() if "blocks." in name}
     vit["cls_token"] = torch.randn(1, 1, 2 * run.model.dim)
     save_file(vit, tmp_path / "model.safetensors")
-    state, _ = build(replace(run, init_vit=str(tmp_path)), WORLD, num_classes=0)
+    state = build(replace(run, init_vit=str(tmp_path)), WORLD, num_classes=0).state
     own = state.tokenizer.encoder.state_dict()
     for name in (name for name in own if "blocks." in name):
         assert torch.equal(own[name], select_weights(vit[name], tuple(own[name].shape))), name

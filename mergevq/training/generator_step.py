@@ -1,0 +1,248 @@
+"""One step of a generator's training: its network, loss and optimizer.
+
+Source: Li et al. 2025, "MergeVQ", section 3.4 and table A2 (arXiv:2504.00999); Pang et al. 2024,
+"RandAR", section 3 (arXiv:2412.01827).
+
+Dropped labels and orders are drawn for the whole batch and cut to a rank's share or a part of it,
+and so is dropout, which starts anew in every step.
+
+Shape letters: B sequences of a part of the batch, T tokens of a sequence, L grid cells.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
+
+from mergevq.config.generator import GeneratorConfig
+from mergevq.config.training import GeneratorRun
+from mergevq.data.tokens.dataset import TokenBatch
+from mergevq.data.tokens.files import TokenRecord, require_tokenizer
+from mergevq.generator.autoregressive import Generator, GeneratorLoss, random_orders, uniform
+from mergevq.runtime import distributed
+from mergevq.runtime.artefacts import resolve, tokens_hash
+from mergevq.runtime.device import autocast, resolve_precision
+from mergevq.runtime.optim import (
+    Ema,
+    NonFiniteGuard,
+    build_optimizer,
+    check_coverage,
+    clip,
+    gradient_scaler,
+    learning_rate,
+    set_learning_rate,
+)
+from mergevq.runtime.random import step_generator
+from mergevq.training.fit import Number, cut
+from mergevq.training.initial import initialize_generator_from
+
+
+class Sequences(NamedTuple):
+    """A batch as the generator's loss takes it."""
+
+    indices: Int64[Tensor, "b t"]
+    """All cells in raster order, or the kept tokens in canonical order."""
+    class_label: Int64[Tensor, "b"]
+    """In [0, num_classes]; the last is no class."""
+    anchors: Int64[Tensor, "b t"] | None
+    """In order `anchor` the cell at which each token opens."""
+    source_index: Int64[Tensor, "b l"] | None
+    """In order `merge` with groups of the source the source map."""
+    order: Int64[Tensor, "b t"] | None
+    """In order `random` slots in the order in which they are decoded."""
+
+
+@dataclass(kw_only=True)
+class State:
+    """Everything that changes while training; all of it is in a checkpoint."""
+
+    generator: Generator
+    optimizer: torch.optim.Optimizer
+    ema: Ema
+    guard: NonFiniteGuard
+    scaler: torch.amp.GradScaler
+    step: int = 0
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the last step was taken."""
+        return self.guard.num_in_a_row == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorLearner:
+    """Everything that takes a step: network and optimizer, and what stays the same in a run."""
+
+    run: GeneratorRun
+    world: distributed.World
+    state: State
+    wrapped: nn.Module
+    """The generator, wrapped or sharded for several ranks."""
+    dtype: torch.dtype | None
+    """Type of autocast; None is float32."""
+
+    def autocast(self) -> torch.autocast:
+        """Context of the run's precision."""
+        return autocast(self.world.device, self.dtype)
+
+    def step(self, batch: TokenBatch) -> dict[str, Number]:
+        """One optimizer step; returns what is worth logging."""
+        run, state, sums = self.run, self.state, {}
+        num_kept = batch.source.num_kept
+        rate = learning_rate(state.step, run.optim, run.train.num_steps, run.train.batch_size)
+        set_learning_rate(state.optimizer, rate)
+        state.optimizer.zero_grad(set_to_none=True)
+        parts = cut(self._draw(batch), run.train.accumulation, self.world.device)
+        first, count = self.world.rank * len(parts), self.world.world_size * len(parts)
+        for position, part in enumerate(parts):
+            syncs = position == len(parts) - 1
+            state.generator.set_share(first + position, count)
+            with (
+                self._dropout_numbers(),
+                distributed.no_sync(self.wrapped, active=not syncs),
+            ):
+                with self.autocast():
+                    loss = sequence_loss(self.wrapped, part, num_kept)
+                # Inside, because activations may be computed again, with the same numbers.
+                state.scaler.scale(loss.total / len(parts)).backward()
+            for name, value in _terms(state.generator, loss).items():
+                sums[name] = sums.get(name, 0) + value.detach() / len(parts)
+        state.scaler.unscale_(state.optimizer)
+        norm = distributed.whole(clip(state.generator.parameters(), run.optim.clip_norm))
+        if state.guard.check(state.step, sums | {"grad_norm": norm}):
+            state.scaler.step(state.optimizer)
+            state.ema.update()
+        state.scaler.update()
+        return sums | {
+            "grad_norm": norm,
+            "num_skipped": state.guard.num_skipped,
+            "lr": rate,
+            "num_kept": num_kept,
+        }
+
+    def _draw(self, batch: TokenBatch) -> Sequences:
+        """Drop labels and draw orders, as one process would for the whole batch."""
+        state, world, seed = self.state, self.world, self.run.train.seed
+        generator = state.generator
+        sequences = to_sequences(generator, batch)
+        share, length = sequences.indices.shape
+        own = slice(world.rank * share, (world.rank + 1) * share)
+        whole, device = share * world.world_size, generator.device
+        numbers = uniform((whole,), step_generator(seed, "dropped classes", state.step), device)
+        label = generator.drop_classes(sequences.class_label, numbers[own])
+        order = None
+        if generator.config.order == "random":
+            drawn = step_generator(seed, "orders", state.step)
+            order = random_orders((whole, length), drawn, device)[own]
+        return sequences._replace(class_label=label, order=order)
+
+    @contextlib.contextmanager
+    def _dropout_numbers(self) -> Iterator[None]:
+        """Inside, dropout's numbers start from seed and step alone: those of the whole batch."""
+        device = self.world.device
+        devices = [device] if device.type == "cuda" else []
+        numbers = step_generator(self.run.train.seed, "dropout", 0, self.state.step)
+        # Dropout has no generator argument: it draws from torch's own, which is put back after.
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(numbers.initial_seed())  # noqa: TID251
+            yield
+
+
+def build(run: GeneratorRun, world: distributed.World, record: TokenRecord) -> GeneratorLearner:
+    """Make everything a run needs, the same on every rank.
+
+    Raises:
+        ValueError: the tokens, their tokenizer or the weights to start from do not fit the run.
+    """
+    config = fitted_config(run, record)
+    require_tokenizer(record, tokens_hash(resolve(run.tokens.tokenizer)))
+    # The only use of the global generator: it fills fresh weights, and is put back after.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.train.seed)  # noqa: TID251 - layers fill themselves from it
+        generator = Generator(config)
+    if run.init_from is not None:
+        initialize_generator_from(generator, run.init_from, record.identity)
+    device = world.device
+    dtype = resolve_precision(run.train.precision, device)
+    generator.train()
+    generator.set_checkpointing(enabled=run.train.checkpointing)
+    if run.train.parallel == "fsdp":
+        units = [*generator.blocks, generator.head]
+        wrapped = distributed.shard(generator, units, device=device, dtype=dtype)
+    else:
+        wrapped = distributed.wrap(generator.to(device))
+    optimizer = build_optimizer([generator], run.optim, run.train.batch_size)
+    check_coverage([generator], [optimizer])
+    state = State(
+        generator=generator,
+        optimizer=optimizer,
+        ema=Ema(generator, run.optim.ema_decay),
+        guard=NonFiniteGuard(run.train.max_nonfinite),
+        scaler=gradient_scaler(device, dtype),
+    )
+    return GeneratorLearner(run=run, world=world, state=state, wrapped=wrapped, dtype=dtype)
+
+
+def fitted_config(run: GeneratorRun, record: TokenRecord) -> GeneratorConfig:
+    """The run's architecture with the classes of the tokens.
+
+    Raises:
+        ValueError: the tokens have another grid, number of bits, K or number of classes.
+    """
+    model = run.resolved_model
+    for name, wanted, found in (
+        ("model.grid_size", model.grid_size, record.grid_shape),
+        ("model.num_bits", model.num_bits, record.num_bits),
+        ("model.num_classes", model.num_classes or record.num_classes, record.num_classes),
+    ):
+        if wanted != found:
+            raise ValueError(
+                f"{name} ({wanted}) must be {found}, as in the tokens of {run.tokens.path}"
+            )
+    missing = sorted(set(run.kept.candidates) - set(record.num_kept))
+    if missing:
+        there = ", ".join(map(str, record.num_kept))
+        raise ValueError(
+            f"kept.candidates {missing} must be among the K of the tokens in {run.tokens.path} "
+            f"({there}); encode the images with --num-kept {','.join(map(str, missing))} too, into "
+            "another folder"
+        )
+    return replace(model, num_classes=record.num_classes)
+
+
+def to_sequences(generator: Generator, batch: TokenBatch) -> Sequences:
+    """Turn a batch of files into what the generator's order learns from, on its device."""
+    config, device = generator.config, generator.device
+    label = torch.where(batch.label < 0, config.null_class, batch.label).to(device)
+    indices, source = batch.indices, batch.source
+    anchors = source_index = None
+    if config.order == "anchor":
+        anchors = source.anchors().to(device)
+    elif config.order in {"raster", "merge"}:
+        indices = indices.gather(1, source.index)
+    if config.order == "merge" and config.merge_groups == "source":
+        source_index = source.index.to(device)
+    return Sequences(indices.to(device), label, anchors, source_index, None)
+
+
+def sequence_loss(module: nn.Module, sequences: Sequences, num_kept: int) -> GeneratorLoss:
+    """Cross-entropy of sequences for which everything is drawn."""
+    return module(
+        sequences.indices,
+        sequences.class_label,
+        num_kept,
+        None,
+        anchors=sequences.anchors,
+        source_index=sequences.source_index,
+        order=sequences.order,
+    )
+
+
+def _terms(generator: Generator, loss: GeneratorLoss) -> dict[str, Tensor]:
+    """Everything in a loss by name."""
+    parts = zip(generator.config.part_names, loss.parts, strict=True)
+    return {"loss": loss.total, "nll": loss.nll} | {f"loss_{name}": term for name, term in parts}

@@ -1,0 +1,426 @@
+"""One step of a tokenizer's training: its networks, losses and optimizers.
+
+Source: Li et al. 2025, "MergeVQ", section 3 and appendix A.1 (arXiv:2504.00999).
+"""
+
+import copy
+import logging
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from mergevq.config.training import TokenizerRun
+from mergevq.data.batches import Batch
+from mergevq.metrics.codes import CodebookUsage, CollapseMonitor
+from mergevq.metrics.lpips import Perceptual, load_perceptual, missing_weights
+from mergevq.runtime import distributed
+from mergevq.runtime.device import autocast, resolve_precision
+from mergevq.runtime.optim import (
+    Ema,
+    NonFiniteGuard,
+    build_optimizer,
+    check_coverage,
+    clip,
+    gradient_scaler,
+    learning_rate,
+    set_learning_rate,
+)
+from mergevq.runtime.random import draw_num_kept
+from mergevq.tokenizer.losses.adversarial import (
+    Discriminator,
+    LeCam,
+    adversarial_weight,
+    discriminator_active,
+    discriminator_loss,
+    fitting_num_layers,
+    generator_loss,
+)
+from mergevq.tokenizer.losses.teachers import SelfTeacher, Teacher, build_teacher
+from mergevq.tokenizer.losses.terms import TokenizerLosses, reconstruction_loss, source_loss
+from mergevq.tokenizer.quantizers.lfq import quantize_losses
+from mergevq.tokenizer.tokenizer import Tokenizer, TokenizerOutput
+from mergevq.training.fit import Number, cut
+from mergevq.training.initial import Start, initial_tokenizer
+
+logger = logging.getLogger("mergevq")
+
+_USAGE_WINDOW_BITS = 18
+"""Codebook usage is counted over this power of two of tokens, or all codes when they are fewer."""
+_COLLAPSE_REPORTS = 20
+"""Bad reports of codebook usage in a row before the run warns of a collapse."""
+
+
+class Pass(NamedTuple):
+    """Results of one forward pass of the tokenizer's side."""
+
+    output: TokenizerOutput
+    """Reconstruction, tokens, source logits."""
+    alignment: Float[Tensor, ""]
+    """Class token against the teacher; 0 without one."""
+
+
+class Objective(nn.Module):
+    """Tokenizer and alignment head as one module, so that data parallelism wraps them once."""
+
+    def __init__(self, tokenizer: Tokenizer, teacher: Teacher | None) -> None:
+        """Hold both."""
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.teacher = teacher
+
+    def forward(
+        self,
+        batch: Batch,
+        num_kept: int,
+        target: Float[Tensor, "b f"] | None,
+        *,
+        quantized: bool,
+        source_gradient: float,
+        recovers: Bool[Tensor, "b"] | None,
+    ) -> Pass:
+        """Run the tokenizer on the image, and its encoder on the student's view if there is one.
+
+        `target` is that of `SelfTeacher.target`.
+        """
+        output = self.tokenizer(
+            batch.image,
+            num_kept,
+            batch.student_view,
+            quantized=quantized,
+            source_gradient=source_gradient,
+            recovers=recovers,
+        )
+        if self.teacher is None:
+            return Pass(output, output.reconstruction.new_zeros((), dtype=torch.float32))
+        token = output.view_class_token
+        token = output.encoded.class_token if token is None else token
+        loss = self.teacher.loss(token, batch.label, batch.teacher_view, target)
+        return Pass(output, loss)
+
+
+@dataclass(kw_only=True)
+class State:
+    """Everything that changes while training; all of it is in a checkpoint."""
+
+    tokenizer: Tokenizer
+    teacher: Teacher | None
+    teacher_encoder: nn.Module | None
+    """Average of the encoder that teaches in self-distillation."""
+    discriminator: Discriminator
+    lecam: LeCam
+    optimizer: torch.optim.Optimizer
+    discriminator_optimizer: torch.optim.Optimizer
+    ema: Ema
+    usage: CodebookUsage
+    monitor: CollapseMonitor
+    guard: NonFiniteGuard
+    discriminator_guard: NonFiniteGuard
+    scaler: torch.amp.GradScaler
+    discriminator_scaler: torch.amp.GradScaler
+    """Its own: a loss scale that suits one side may overflow the other."""
+    step: int = 0
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the last step was taken."""
+        return self.guard.num_in_a_row == self.discriminator_guard.num_in_a_row == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerLearner:
+    """Everything that takes a step: networks and optimizers, and what stays the same in a run."""
+
+    run: TokenizerRun
+    world: distributed.World
+    state: State
+    objective: nn.Module
+    """The tokenizer's side, wrapped for several ranks."""
+    judge: nn.Module
+    """The discriminator, wrapped for several ranks."""
+    perceptual: Perceptual | None
+    dtype: torch.dtype | None
+    """Type of autocast; None is float32."""
+
+    @property
+    def has_adversary(self) -> bool:
+        """Whether a discriminator takes part."""
+        return self.run.loss.adversarial_weight > 0
+
+    def autocast(self) -> torch.autocast:
+        """Context of the run's precision."""
+        return autocast(self.world.device, self.dtype)
+
+    def step(self, batch: Batch) -> dict[str, Number]:
+        """One optimizer step of both sides; returns what is worth logging."""
+        run, state = self.run, self.state
+        num_kept = draw_num_kept(run.kept, run.train.seed, state.step)
+        rate = learning_rate(state.step, run.optim, run.train.num_steps, run.train.batch_size)
+        set_learning_rate(state.optimizer, rate)
+        set_learning_rate(state.discriminator_optimizer, rate)
+        parts = cut(batch, run.train.accumulation, self.world.device)
+        numbers, reconstructions = self.update_tokenizer(parts, num_kept)
+        if discriminator_active(state.step, run.loss):
+            numbers |= self.update_discriminator(parts, reconstructions)
+        return numbers | {"lr": rate, "num_kept": num_kept}
+
+    def update_tokenizer(
+        self, parts: list[Batch], num_kept: int
+    ) -> tuple[dict[str, Number], list[Float[Tensor, "b 3 h w"]]]:
+        """One step of the tokenizer's side, over accumulated parts, with the discriminator frozen.
+
+        Returns:
+            Numbers for the log, and the reconstruction of each part for the discriminator.
+        """
+        run, state = self.run, self.state
+        sums, reconstructions, indices = {}, [], []
+        state.discriminator.requires_grad_(requires_grad=False)
+        state.optimizer.zero_grad(set_to_none=True)
+        targets = self.self_targets(parts, num_kept)
+        for position, (part, target) in enumerate(zip(parts, targets, strict=True)):
+            syncs = position == len(parts) - 1
+            place = self.world.rank * len(parts) + position
+            recovers = recovering(run.loss.recovered_share_at(state.step), place, part.image)
+            with distributed.no_sync(self.objective, active=not syncs):
+                with self.autocast():
+                    losses, output = self.losses(part, num_kept, recovers=recovers, target=target)
+                total = losses.total(run.loss, adversarial_weight(state.step, run.loss))
+                state.scaler.scale(total / len(parts)).backward()
+            reconstructions.append(output.reconstruction.detach())
+            indices.append(output.encoded.indices)
+            for name, value in [("loss", total), *losses._asdict().items()]:
+                sums[name] = sums.get(name, 0) + value.detach() / len(parts)
+        tokens = distributed.gather(torch.cat(indices))
+        state.usage.update(tokens if distributed.is_main() else tokens[:0])
+        state.discriminator.requires_grad_(requires_grad=True)
+        state.scaler.unscale_(state.optimizer)
+        norms = {
+            f"grad_norm_{name}": _norm(module) for name, module in state.tokenizer.named_children()
+        }
+        norm = clip(self.objective.parameters(), run.optim.clip_norm)
+        if state.guard.check(state.step, sums | {"grad_norm": norm}):
+            state.scaler.step(state.optimizer)
+            state.ema.update()
+            _update_teacher(state, run.teacher.momentum)
+        else:
+            images = [part.index.tolist() for part in parts]
+            logger.warning("step %d is not finite and is skipped; images %s", state.step, images)
+        state.scaler.update()
+        numbers = sums | norms | {"grad_norm": norm, "num_skipped": state.guard.num_skipped}
+        return numbers, reconstructions
+
+    @torch.no_grad()
+    def self_targets(self, parts: list[Batch], num_kept: int) -> list[Float[Tensor, "b f"] | None]:
+        """Target of the self-teacher for each part of a step; None for other teachers.
+
+        An image is compared with all others of the step, however it is cut into parts.
+        """
+        teacher, encoder = self.state.teacher, self.state.teacher_encoder
+        if encoder is None or not isinstance(teacher, SelfTeacher):
+            return [None for _ in parts]
+        with self.autocast():
+            tokens = [encoder(part.image, num_kept).class_token for part in parts]
+            target = teacher.target(torch.cat(tokens))
+        return list(target.split([len(part.image) for part in parts]))
+
+    @record_function("losses")
+    def losses(
+        self,
+        batch: Batch,
+        num_kept: int,
+        *,
+        recovers: Bool[Tensor, "b"] | None = None,
+        target: Float[Tensor, "b f"] | None = None,
+    ) -> tuple[TokenizerLosses, TokenizerOutput]:
+        """Every term for one part of a batch.
+
+        Args:
+            batch: the part.
+            num_kept: K.
+            recovers: which images are decoded with the recovered source; None is none.
+            target: of the self-teacher for this part (`self_targets`); None makes it of this part
+                alone.
+        """
+        run, state = self.run, self.state
+        if target is None:
+            (target,) = self.self_targets([batch], num_kept)
+        output, alignment = self.objective(
+            batch,
+            num_kept,
+            target,
+            quantized=state.step >= run.train.quantize_start_step,
+            source_gradient=run.loss.source_gradient,
+            recovers=recovers,
+        )
+        zero = torch.zeros((), device=batch.image.device)
+        quantizer = quantize_losses(output.encoded.latents, run.loss.entropy_temperature)
+        perceptual, adversarial = zero, zero
+        if self.perceptual is not None:
+            perceptual = self.perceptual(output.reconstruction, batch.image).mean()
+        if adversarial_weight(state.step, run.loss) > 0:
+            adversarial = generator_loss(state.discriminator(output.reconstruction))
+        losses = TokenizerLosses(
+            reconstruction=reconstruction_loss(batch.image, output.reconstruction),
+            perceptual=perceptual,
+            adversarial=adversarial,
+            commitment=quantizer.commitment,
+            entropy=quantizer.entropy,
+            source=source_loss(output.source_logits, output.encoded.source),
+            alignment=alignment,
+        )
+        return losses, output
+
+    def update_discriminator(
+        self,
+        parts: list[Batch],
+        reconstructions: list[Float[Tensor, "b 3 h w"]],
+    ) -> dict[str, Number]:
+        """One step of the discriminator on images and detached reconstructions."""
+        run, state = self.run, self.state
+        sums, reals, fakes = {}, [], []
+        state.discriminator_optimizer.zero_grad(set_to_none=True)
+        for position, (part, fake) in enumerate(zip(parts, reconstructions, strict=True)):
+            syncs = position == len(parts) - 1
+            with distributed.no_sync(self.judge, active=not syncs):
+                with self.autocast():
+                    logits = self.judge(torch.cat([part.image, fake.to(part.image.dtype)]))
+                real_logits, fake_logits = logits.chunk(2)
+                loss = discriminator_loss(real_logits, fake_logits)
+                lecam = state.lecam(real_logits, fake_logits)
+                total = loss + run.loss.lecam_weight * lecam
+                state.discriminator_scaler.scale(total / len(parts)).backward()
+            reals.append(real_logits.detach())
+            fakes.append(fake_logits.detach())
+            values = {
+                "discriminator_loss": loss,
+                "lecam": lecam,
+                "logits_real": real_logits.mean(),
+                "logits_fake": fake_logits.mean(),
+            }
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0) + value.detach().float() / len(parts)
+        state.discriminator_scaler.unscale_(state.discriminator_optimizer)
+        norm = clip(state.discriminator.parameters(), run.optim.clip_norm)
+        terms = sums | {"grad_norm_discriminator": norm}
+        if state.discriminator_guard.check(state.step, terms):
+            state.discriminator_scaler.step(state.discriminator_optimizer)
+            # Only of a step that is taken: averages that have seen a NaN stay NaN.
+            state.lecam.update(torch.cat(reals), torch.cat(fakes))
+        else:
+            logger.warning("step %d of the discriminator is not finite and is skipped", state.step)
+        state.discriminator_scaler.update()
+        weight = adversarial_weight(state.step, run.loss)
+        return sums | {"adversarial_weight": weight, "grad_norm_discriminator": norm}
+
+
+def build(
+    run: TokenizerRun, world: distributed.World, *, num_classes: int, start: Start | None = None
+) -> TokenizerLearner:
+    """Make everything a run needs, the same on every rank; `start` is that of `find_start`."""
+    # The only use of the global generator: it fills fresh weights, and is put back after.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.train.seed)  # noqa: TID251 - layers fill themselves from it
+        tokenizer = initial_tokenizer(run, start)
+        teacher = build_teacher(run.teacher, dim=run.model.dim, num_classes=num_classes)
+        discriminator = Discriminator(
+            channels=run.loss.discriminator_channels,
+            num_layers=fitting_num_layers(run.model.image_size, num_layers=3),
+        )
+    device = world.device
+    # On CPUs the backward pass of group norm is many times slower in channels_last.
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    for module in (tokenizer, discriminator):
+        module.to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+        module.train()
+    tokenizer.set_checkpointing(enabled=run.train.checkpointing)
+    teacher_encoder = None
+    if teacher is not None:
+        teacher = teacher.to(device).train()
+    if isinstance(teacher, SelfTeacher):
+        teacher_encoder = copy.deepcopy(tokenizer.encoder).requires_grad_(requires_grad=False)
+    objective = Objective(tokenizer, teacher)
+    ratios: dict[nn.Module, float] = {tokenizer.encoder: run.encoder_lr_ratio}
+    optimizer = build_optimizer([objective], run.optim, run.train.batch_size, ratios)
+    discriminator_optimizer = build_optimizer([discriminator], run.optim, run.train.batch_size)
+    check_coverage([objective, discriminator], [optimizer, discriminator_optimizer])
+    dtype = resolve_precision(run.train.precision, device)
+    window = 2 ** min(run.model.num_bits, _USAGE_WINDOW_BITS)
+    state = State(
+        tokenizer=tokenizer,
+        teacher=teacher,
+        teacher_encoder=teacher_encoder,
+        discriminator=discriminator,
+        lecam=LeCam().to(device),
+        optimizer=optimizer,
+        discriminator_optimizer=discriminator_optimizer,
+        ema=Ema(tokenizer, run.optim.ema_decay),
+        usage=CodebookUsage(run.model.num_bits, window=window, device=device),
+        monitor=CollapseMonitor(_COLLAPSE_REPORTS),
+        guard=NonFiniteGuard(run.train.max_nonfinite),
+        discriminator_guard=NonFiniteGuard(run.train.max_nonfinite),
+        scaler=gradient_scaler(device, dtype),
+        discriminator_scaler=gradient_scaler(device, dtype),
+    )
+    return TokenizerLearner(
+        run=run,
+        world=world,
+        state=state,
+        objective=distributed.wrap(objective),
+        judge=distributed.wrap(discriminator),
+        perceptual=_perceptual(run, device),
+        dtype=dtype,
+    )
+
+
+def _perceptual(run: TokenizerRun, device: torch.device) -> Perceptual | None:
+    """The LPIPS network, or None and a notice."""
+    if run.loss.perceptual_weight == 0:
+        return None
+    network = load_perceptual(run.loss.perceptual_trunk, run.loss.perceptual_path)
+    if network is None:
+        logger.warning(
+            "training WITHOUT perceptual loss: %s", missing_weights(run.loss.perceptual_trunk)
+        )
+        return None
+    return network.to(device)
+
+
+def recovering(
+    share: float, place: int, image: Float[Tensor, "b 3 h w"]
+) -> Bool[Tensor, "b"] | None:
+    """Which images of one part of a batch are decoded with the recovered source; None is none.
+
+    They are spread evenly over the whole batch, however it is cut.
+
+    Args:
+        share: of the whole batch.
+        place: parts before this one, those of ranks before included.
+        image: of this part; all parts have as many.
+    """
+    if share == 0:
+        return None
+    count = image.shape[0]
+    borders = torch.arange(place * count, (place + 1) * count + 1, dtype=torch.float64) * share
+    return (borders.floor().diff() > 0).to(image.device)
+
+
+@torch.no_grad()
+def _update_teacher(state: State, momentum: float) -> None:
+    """In self-distillation, move the averaged encoder and head after the student's."""
+    if state.teacher_encoder is None or not isinstance(state.teacher, SelfTeacher):
+        return
+    pairs = zip(
+        state.teacher_encoder.parameters(), state.tokenizer.encoder.parameters(), strict=True
+    )
+    for average, parameter in pairs:
+        average.lerp_(parameter, 1 - momentum)
+    state.teacher.update(momentum)
+
+
+def _norm(module: nn.Module) -> Float[Tensor, ""]:
+    """Gradient norm of a part of the model."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)

@@ -1,0 +1,267 @@
+"""The loop that every stage shares, around a task of one weight."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mergevq.config.training import TrainConfig
+from mergevq.report.plots import Curve, Panel
+from mergevq.runtime import distributed
+from mergevq.runtime.checkpoints import load_state
+from mergevq.runtime.run import RunDirectory
+from mergevq.training.fit import Task, cut, fit, put_state, read_numbers, state_of
+
+CPU = torch.device("cpu")
+WORLD = distributed.World(rank=0, world_size=1, local_rank=0, device=CPU)
+LOOP = TrainConfig(
+    num_steps=6, batch_size=2, log_every=2, eval_every=3, image_every=4, save_every=3
+)
+
+
+@dataclass(kw_only=True)
+class State:
+    """A weight, its optimizer, and a part that is not there."""
+
+    weight: nn.Linear
+    optimizer: torch.optim.Optimizer
+    absent: nn.Module | None = None
+    step: int = 0
+    is_finite: ClassVar[bool] = True
+
+
+def fresh() -> State:
+    weight = nn.Linear(1, 1)
+    nn.init.ones_(weight.weight)
+    nn.init.zeros_(weight.bias)
+    return State(weight=weight, optimizer=torch.optim.Adam(weight.parameters(), lr=0.1))
+
+
+@dataclass
+class Toy:
+    """Learns to be the number of the step, and remembers what it was asked."""
+
+    unit: ClassVar[str] = "thing"
+    state: State = field(default_factory=fresh)
+    num_steps: int = LOOP.num_steps
+    asked: list[str] = field(default_factory=list)
+
+    def batches(self, start_step: int) -> Iterator[Tensor]:
+        return (torch.full((2, 1), float(step)) for step in range(start_step, self.num_steps))
+
+    def step(self, batch):
+        loss = (self.state.weight(torch.ones_like(batch)) - batch).square().mean()
+        self.state.optimizer.zero_grad()
+        loss.backward()
+        self.state.optimizer.step()
+        return {"loss": loss, "lr": 0.1, "aside": torch.tensor(2.0)}
+
+    def introduction(self, *, resumed):
+        return [f"introduced {resumed}"]
+
+    def interval_numbers(self):
+        return {"seldom": 1.0}
+
+    def validate(self):
+        self.asked.append(f"validate {self.state.step}")
+        return {"val_nll@3": 0.5}
+
+    def picture(self, path):
+        self.asked.append(path.name)
+
+    def save(self, model):
+        self.asked.append(f"{model.name} {self.state.step}")
+
+    def shown(self, numbers):
+        return {"seldom"} & numbers.keys()
+
+    def panels(self, log):
+        return [Panel(title="loss", curves=[Curve(x=[0], y=[line["loss"]]) for line in log])]
+
+
+def run(folder, task: Toy, loop: TrainConfig = LOOP, *, resume: bool = False, **options) -> Toy:
+    task.num_steps = loop.num_steps
+    fit(task, loop, RunDirectory(folder), WORLD, resume=resume, **options)
+    return task
+
+
+def read_log(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_toy_is_a_task():
+    assert isinstance(Toy(), Task)
+
+
+def test_everything_is_done_when_it_is_due_and_after_the_last_step(tmp_path):
+    task = run(tmp_path, Toy())
+    assert task.asked == [
+        "validate 3",
+        "model 3",
+        "step-00000004.png",
+        "validate 6",
+        "step-00000006.png",
+        "model 6",
+    ]
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000003", "step-00000006"]
+
+
+def test_the_log_has_logged_steps_validated_ones_and_the_last(tmp_path):
+    run(tmp_path, Toy())
+    log = read_log(tmp_path)
+    assert [line["step"] for line in log] == [0, 2, 4, 5]
+    assert [line["step"] for line in log if "val_nll@3" in line] == [2, 5]
+    assert all("seldom" in line and "things_per_second" in line for line in log)
+    only_validated = run(tmp_path / "other", Toy(), replace(LOOP, log_every=100))
+    assert only_validated.state.step == 6
+    first, second, _ = read_log(tmp_path / "other")
+    assert (first["step"], second["step"]) == (0, 2)
+    assert "seldom" not in second
+    assert "things_per_second" not in second
+
+
+def test_a_line_shows_what_every_stage_has_and_the_stages_own(tmp_path, capsys):
+    run(tmp_path, Toy())
+    printed = capsys.readouterr().err
+    assert "introduced False" in printed
+    line = next(line for line in printed.splitlines() if line.startswith("step       0"))
+    for name in ("loss", "lr", "seldom", "things_per_second"):
+        assert f"  {name} " in line
+    assert "aside" not in line
+
+
+def test_a_brief_run_shows_its_validations_alone(tmp_path, capsys):
+    run(tmp_path, Toy(), brief=3)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step")]
+    assert [line.split()[1:] for line in lines] == [
+        ["2", "val_nll@3", "0.5"],
+        ["5", "val_nll@3", "0.5"],
+    ]
+
+
+def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, capsys):
+    whole = run(tmp_path / "whole", Toy())
+    run(tmp_path / "cut", Toy(), replace(LOOP, num_steps=3))
+    capsys.readouterr()
+    resumed = run(tmp_path / "cut", Toy(), resume=True)
+    assert "introduced True" in capsys.readouterr().err
+    assert resumed.asked[0] == "step-00000004.png"
+    first, second = (
+        load_state(tmp_path / name / "checkpoints/step-00000006/state") for name in ("whole", "cut")
+    )
+    assert first["step"] == second["step"] == 6
+    for name, value in first["weight"].items():
+        assert torch.equal(value, second["weight"][name])
+    moments = zip(
+        first["optimizer"]["state"][0].values(),
+        second["optimizer"]["state"][0].values(),
+        strict=True,
+    )
+    assert all(torch.equal(a, b) for a, b in moments)
+    assert torch.equal(whole.state.weight.bias, resumed.state.weight.bias)
+    assert read_log(tmp_path / "whole")[-1]["loss"] == read_log(tmp_path / "cut")[-1]["loss"]
+
+
+def test_resuming_without_a_checkpoint_starts(tmp_path):
+    assert run(tmp_path, Toy(), resume=True).state.step == 6
+
+
+def test_a_run_that_has_had_its_minutes_saves_and_stops(tmp_path, caplog):
+    task = run(tmp_path, Toy(), replace(LOOP, max_minutes=1e-9))
+    assert task.state.step == 1
+    assert task.asked == ["model 1"]
+    assert "stopped after 1 steps; go on with --resume" in caplog.text
+
+
+def test_several_ranks_ask_each_other_every_tenth_step(tmp_path):
+    task = Toy(num_steps=25)
+    loop = replace(LOOP, num_steps=25, max_minutes=1e-9)
+    fit(task, loop, RunDirectory(tmp_path), replace(WORLD, world_size=2), resume=False)
+    assert task.state.step == 10
+
+
+def test_an_error_names_rank_and_step(tmp_path):
+    class Failing(Toy):
+        def step(self, batch):
+            if self.state.step == 2:
+                raise RuntimeError("broken")
+            return super().step(batch)
+
+    with pytest.raises(RuntimeError, match="broken") as failure:
+        run(tmp_path, Failing())
+    assert failure.value.__notes__ == ["on rank 0 of 1, at step 2"]
+
+
+def test_a_weight_that_is_not_finite_is_not_saved(tmp_path):
+    class Breaking(Toy):
+        def step(self, batch):
+            numbers = super().step(batch)
+            if self.state.step == 5:
+                self.state.weight.bias.data.fill_(torch.nan)
+            return numbers
+
+    task = Breaking()
+    with pytest.raises(RuntimeError, match=r"not finite are weight\.bias; .*step-00000003 is the"):
+        run(tmp_path, task)
+    assert task.asked[-1] != "model 6"
+
+
+# ------------------------------------------------------------------------------- its values
+
+
+def test_numbers_keep_their_order_and_are_plain():
+    numbers = {"a": torch.tensor(0.5), "count": 3, "b": torch.tensor(0.1, dtype=torch.bfloat16)}
+    values = read_numbers(numbers, CPU)
+    assert values == {"a": 0.5, "count": 3, "b": float(torch.tensor(0.1, dtype=torch.bfloat16))}
+    assert list(values) == ["a", "count", "b"]
+    assert read_numbers({"count": 3}, CPU) == {"count": 3}
+
+
+def test_one_collective_reads_all_numbers(monkeypatch):
+    calls = []
+    monkeypatch.setattr(distributed, "mean", lambda tensor: calls.append(tensor) or tensor / 2)
+    assert read_numbers({"a": torch.tensor(1.0), "b": torch.tensor(3.0)}, CPU) == {
+        "a": 0.5,
+        "b": 1.5,
+    }
+    assert len(calls) == 1
+
+
+class Columns(NamedTuple):
+    first: Tensor
+    absent: Tensor | None
+    last: Tensor
+
+
+def test_a_batch_is_cut_column_by_column():
+    batch = Columns(torch.arange(6), None, torch.arange(12).view(6, 2))
+    parts = cut(batch, 3, CPU)
+    assert [type(part) for part in parts] == [Columns] * 3
+    assert [part.first.tolist() for part in parts] == [[0, 1], [2, 3], [4, 5]]
+    assert all(part.absent is None for part in parts)
+    assert torch.equal(torch.cat([part.last for part in parts]), batch.last)
+
+
+def test_a_state_is_its_fields_without_absent_ones():
+    state = fresh()
+    saved = state_of(state)
+    assert set(saved) == {"weight", "optimizer", "step"}
+    other = fresh()
+    nn.init.zeros_(other.weight.weight)
+    put_state(other, saved | {"step": 7})
+    assert other.step == 7
+    assert torch.equal(other.weight.weight, state.weight.weight)
+
+
+def test_a_state_with_other_parts_is_refused_by_name():
+    saved = state_of(fresh())
+    without = {name: part for name, part in saved.items() if name != "optimizer"}
+    with pytest.raises(ValueError, match=r"lacks \['optimizer'\] and has \[\] besides"):
+        put_state(fresh(), without)
+    with pytest.raises(ValueError, match=r"lacks \[\] and has \['absent'\] besides"):
+        put_state(fresh(), saved | {"absent": {}})
