@@ -95,6 +95,8 @@ TESTED_WITH = {
     "data/tokens/dataset": "data/tokens/files",
     "data/tokens/writing": "data/tokens/files",
     "tokenizer/encoder": "tokenizer/tokenizer",
+    "training/generator_step": "training/generator",
+    "training/tokenizer_step": "training/tokenizer",
 }
 MAX_LINES = 800
 

@@ -102,9 +102,6 @@ class TrainConfig:
     """`auto` is bf16 where the device has it, else float32; float16 only when asked for."""
     device: Device = "auto"
     """Where to train."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Several processes each hold all weights, moments and averages (`ddp`), or each a part of them
-    (`fsdp`, generators only), which needs less memory and a file system that all can reach."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
     seed: int = 0
@@ -125,8 +122,6 @@ class TrainConfig:
     """Checkpoints kept."""
     max_nonfinite: int = 20
     """Steps in a row with a non-finite loss or gradient after which the run stops."""
-    quantize_start_step: int = 0
-    """Before this step the decoder sees the latents themselves, not the codes."""
     max_minutes: float | None = None
     """Minutes of steps after which a run saves and stops, for --resume; None is no limit."""
     tensorboard: bool = False
@@ -170,6 +165,8 @@ class TokenizerRun:
     """First weights: random ones, or those with which codes are the signs of the training images'
     principal components, so that training begins at pictures instead of noise. `components` needs
     `model.stem` patch and `model.patch_norm` False; a `model.decoder` of patch begins there too."""
+    quantize_start_step: int = 0
+    """Before this step the decoder sees the latents themselves, not the codes."""
     encoder_lr_ratio: float = 1.0
     """Learning rate of the encoder over that of all else, above 0 and at most 1. Below 1 keeps the
     codes of a good start while a decoder learns to use them."""
@@ -177,12 +174,8 @@ class TokenizerRun:
     """Directory of the run."""
 
     def __post_init__(self) -> None:
-        """Reject a K that the image does not have or the layers do not reach, and sharding."""
+        """Reject a K that the image does not have or the layers do not reach."""
         check_numbers(self)
-        require(
-            self.train.parallel == "ddp",
-            f"train.parallel ({self.train.parallel}) must be ddp: only generators are sharded",
-        )
         require(
             None in (self.init_from, self.init_vit),
             f"init_from ({self.init_from}) would replace init_vit ({self.init_vit}): leave one out",
@@ -263,9 +256,12 @@ class GeneratorRun:
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """Loop. `image_every` is of sampled pictures; `quantize_start_step` has no meaning here."""
+    """Loop. `image_every` is of sampled pictures."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     """Settings of the pictures made while training; without classes they are not guided."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Several processes each hold all weights, moments and averages (`ddp`), or each a part of them
+    (`fsdp`), which needs less memory and a file system that all can reach."""
     init_from: str | None = None
     """Start from this generator's weights; with another number of classes, from all but those of
     the classes."""
@@ -273,7 +269,7 @@ class GeneratorRun:
     """Directory of the run."""
 
     def __post_init__(self) -> None:
-        """Reject a K that the grid does not have, and settings of the tokenizer's loop."""
+        """Reject a K that the grid does not have, and shards in float16."""
         check_numbers(self)
         num_tokens = self.model.num_tokens
         require(
@@ -282,12 +278,8 @@ class GeneratorRun:
             "order 'raster'",
         )
         require(
-            self.train.quantize_start_step == 0,
-            f"quantize_start_step ({self.train.quantize_start_step}) must be 0: tokens are codes",
-        )
-        require(
-            (self.train.parallel, self.train.precision) != ("fsdp", "float16"),
-            "train.precision (float16) must be bf16 or float32 with train.parallel fsdp",
+            (self.parallel, self.train.precision) != ("fsdp", "float16"),
+            "train.precision (float16) must be bf16 or float32 with parallel fsdp",
         )
         for num_kept in self.train.eval_num_kept:
             require(

@@ -38,6 +38,8 @@ logger = logging.getLogger("mergevq")
 # ------------------------------------------------------------------------------- run directory
 
 
+_MOVED = {"quantize_start_step": "loss", "parallel": "tokens"}
+"""Settings of runs that were in `train`: now of runs that have the section beside them."""
 _LOCK_SECONDS = 8.0
 """Longer than loading processes of a run that was killed take to notice it, and so to let go."""
 
@@ -192,7 +194,7 @@ class RunDirectory:
             ValueError: a checkpoint cannot be gone on with like this.
         """
         new = to_json(run)
-        if old["run"].keys() != new.keys():
+        if not old["run"].keys() <= new.keys():
             raise ValueError(
                 f"{self.path} holds a run with the settings {', '.join(old['run'])}, and this one "
                 f"has {', '.join(new)}; resume with the recipe that began it"
@@ -233,12 +235,24 @@ class RunDirectory:
 def read_run_record(path: Path) -> dict[str, Any]:
     """Content of a `run.json`: at least the settings, `run`, and what was `resumed`.
 
+    Settings of older records have their present names.
+
     Raises:
         ValueError: there is none, or it is damaged.
     """
     record = read_json(path)
     require_entries(record, {"run": dict, "resumed": list}, where=path)
-    return record
+    return record | {"run": _with_present_names(record["run"])}
+
+
+def _with_present_names(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run in which every kind of run had both of `_MOVED` in its section `train`."""
+    train = run.get("train")
+    if not isinstance(train, Mapping):
+        return dict(run)
+    kept = {name: value for name, value in train.items() if name not in _MOVED}
+    moved = {n: train[n] for n, section in _MOVED.items() if n in train and section in run}
+    return {**run, "train": kept, **moved}
 
 
 def command_line() -> str:

@@ -170,7 +170,7 @@ def build(run: GeneratorRun, world: distributed.World, record: TokenRecord) -> G
     dtype = resolve_precision(run.train.precision, device)
     generator.train()
     generator.set_checkpointing(enabled=run.train.checkpointing)
-    if run.train.parallel == "fsdp":
+    if run.parallel == "fsdp":
         units = [*generator.blocks, generator.head]
         wrapped = distributed.shard(generator, units, device=device, dtype=dtype)
     else:

@@ -251,7 +251,7 @@ class TokenizerLearner:
             batch,
             num_kept,
             target,
-            quantized=state.step >= run.train.quantize_start_step,
+            quantized=state.step >= run.quantize_start_step,
             source_gradient=run.loss.source_gradient,
             recovers=recovers,
         )

@@ -15,7 +15,6 @@ from mergevq.cli.main import COMMANDS, GROUPS, main
         (["train", "digits32", "--train.num-steps", "0"], "--train.num-steps (0) must be at least"),
         (["train", "digits32", "--optim.lr", "0"], "--optim.lr (0.0) must be above 0"),
         (["train", "digits32", "--data.val-fraction", "2"], "--data.val-fraction (2.0) must be in"),
-        (["train", "digits32", "--train.parallel", "fsdp"], "--train.parallel (fsdp) must be ddp"),
         (
             ["sample", "--generator", "g", "--tokenizer", "t", "--out", "o", "--steps", "0"],
             "--steps (0) must be at least 1",

@@ -81,7 +81,6 @@ ELSEWHERE = {
     "teacher.temperature": "a frozen model: test_teachers",
     "teacher.teacher_size": "a frozen model: test_teachers",
     "train.device": "changes where",
-    "train.parallel": "generators: test_train_generator_ranks",
     "train.checkpointing": "changes memory: test_layers",
     "train.accumulation": "changes memory: test_train_tokenizer",
     "train.log_every": "what is written: test_train_tokenizer",

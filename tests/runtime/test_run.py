@@ -16,7 +16,14 @@ from mergevq.config.base import FORMAT_VERSION
 from mergevq.config.identity import Identity
 from mergevq.config.training import GeneratorRun, OptimConfig, TokenizerRun, TrainConfig
 from mergevq.runtime import run as runtime_run
-from mergevq.runtime.run import RunDirectory, command_line, environment, on_sigterm
+from mergevq.runtime.run import (
+    RunDirectory,
+    command_line,
+    environment,
+    on_sigterm,
+    read_run_record,
+)
+from mergevq.runtime.settings import to_json
 
 CPU = torch.device("cpu")
 RUN = TokenizerRun()
@@ -106,9 +113,31 @@ def test_a_setting_that_came_later_had_its_default(tmp_path, caplog):
     directory.open(RUN, device=CPU, resume=False)
     record = json.loads(directory.record.read_text())
     del record["run"]["train"]["tensorboard"], record["run"]["model"]["num_heads"]
+    del record["run"]["init_codes"]
     del record["made_from"]
     directory.record.write_text(json.dumps(record))
     directory.open(RUN, device=CPU, resume=True, made_from=Identity(class_names=("a",)))
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("run", "own", "foreign"),
+    [
+        (replace(RUN, quantize_start_step=7), ("quantize_start_step", 7), ("parallel", "ddp")),
+        (GeneratorRun(parallel="fsdp"), ("parallel", "fsdp"), ("quantize_start_step", 0)),
+    ],
+)
+def test_settings_that_moved_out_of_the_loops_are_read_where_they_were(
+    tmp_path, caplog, run, own, foreign
+):
+    directory = RunDirectory(tmp_path)
+    directory.open(run, device=CPU, resume=False)
+    record = json.loads(directory.record.read_text())
+    assert record["run"].pop(own[0]) == own[1]
+    record["run"]["train"] |= dict([own, foreign])
+    directory.record.write_text(json.dumps(record))
+    assert read_run_record(directory.record)["run"] == json.loads(json.dumps(to_json(run)))
+    directory.open(run, device=CPU, resume=True)
     assert caplog.text == ""
 
 

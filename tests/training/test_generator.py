@@ -285,15 +285,6 @@ def test_training_says_what_a_step_consists_of_and_draws_its_log(material, tmp_p
     assert (tmp_path / "run/curves.png").read_bytes() != first
 
 
-def test_without_matplotlib_training_goes_on_and_says_so_once(
-    material, tmp_path, monkeypatch, caplog
-):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    train(replace(small(material, num_steps=2, eval_every=1), out=str(tmp_path / "run")))
-    assert not (tmp_path / "run/curves.png").exists()
-    assert caplog.text.count("pip install matplotlib") == 1
-
-
 def test_the_saved_model_has_the_averaged_weights(material, tmp_path):
     model = train(replace(small(material), out=str(tmp_path / "run")))
     state = load_state(tmp_path / "run/checkpoints/step-00000002/state")

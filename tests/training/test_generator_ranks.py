@@ -26,10 +26,10 @@ CLOSE = {"rtol": 1e-3, "atol": 2e-4}
 def sharded(folder: Path, name: str, num_steps: int, **settings: object) -> GeneratorRun:
     """Four steps at most, a checkpoint after every two; rank 1 has no batch to validate."""
     every = {"save_every": 2, "eval_every": 2, "image_every": 4, "num_eval_images": 5}
-    run = small(folder, "random", num_steps=num_steps, batch_size=8, parallel="fsdp", **every)
+    run = small(folder, "random", num_steps=num_steps, batch_size=8, **every)
     run = replace(run, train=replace(run.train, **settings))
     run = replace(run, model=replace(run.model, dropout=0.2, class_dropout=0.5))
-    return replace(run, out=str(folder / name))
+    return replace(run, parallel="fsdp", out=str(folder / name))
 
 
 def on_each_rank(folder: Path) -> None:

@@ -286,7 +286,8 @@ def test_too_many_such_steps_stop_the_run_and_name_the_term():
 
 
 def test_before_quantization_starts_the_decoder_sees_latents():
-    learner = build(small(quantize_start_step=1), WORLD, num_classes=0)
+    run = replace(small(), quantize_start_step=1)
+    learner = build(run, WORLD, num_classes=0)
     state = learner.state
     one = batch()
     _, output = learner.losses(one, 16)
