@@ -98,7 +98,7 @@ TESTED_WITH = {
     "training/generator_step": "training/generator",
     "training/tokenizer_step": "training/tokenizer",
 }
-MAX_LINES = 800
+MAX_LINES = 600
 
 
 def present(names):

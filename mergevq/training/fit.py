@@ -122,11 +122,11 @@ def fit(
     """Take every step that is left, and write what is due along the way.
 
     Args:
-        task: the stage, with fresh or first weights.
-        loop: how long, and what is due when.
+        task: the stage, at its first weights.
+        loop: length of the run, and what is due when.
         directory: of the run, opened.
         world: the ranks.
-        resume: go on from the newest checkpoint in the directory; with none there, start.
+        resume: go on from the newest checkpoint in the directory, if there is one.
         brief: K whose validations alone are shown; None shows every logged interval.
 
     Raises:
@@ -139,31 +139,27 @@ def fit(
     log = MetricsLog(
         directory.metrics, first_step=state.step, tensorboard=loop.tensorboard, brief=brief
     )
-    done = state.step * loop.batch_size
-    bar = Progress(loop.num_steps * loop.batch_size, done=done, unit=task.unit)
+    size = loop.batch_size
+    bar = Progress(size * loop.num_steps, done=size * state.step, unit=task.unit)
     for line in task.introduction(resumed=resumed):
         log.note(line)
     plotting = distributed.is_main() and has_plots(directory.curves)
-    speed = _Speed(done)
+    speed = _Speed(task.unit, bar.done)
     with on_sigterm(loop.max_minutes) as signal, contextlib.closing(bar), contextlib.closing(log):
         for batch in task.batches(state.step):
-            step = state.step
-            with distributed.located(world, step):
+            with distributed.located(world, state.step):
                 numbers = task.step(batch)
             manager.settle(finite=state.is_finite)
             state.step += 1
-            bar.update(loop.batch_size)
+            bar.update(size)
             last = state.step == loop.num_steps
-            logging_due = step % loop.log_every == 0 or last
+            logging_due = (state.step - 1) % loop.log_every == 0 or last
             validating = state.step % loop.eval_every == 0 or last
             if logging_due or validating:
                 values = read_numbers(numbers, world.device)
-                if logging_due:
-                    values[f"{task.unit}s_per_second"] = speed.since(state.step * loop.batch_size)
-                    values |= task.interval_numbers()
-                if validating:
-                    values |= task.validate()
-                log.write(step, values, shown=_shown(task, values))
+                values |= speed.since(bar.done) | task.interval_numbers() if logging_due else {}
+                values |= task.validate() if validating else {}
+                log.write(state.step - 1, values, shown=_shown(task, values))
             if state.step % loop.image_every == 0 or last:
                 task.picture(directory.images / f"step-{state.step:08d}.png")
             stopping = _agree_to_stop(signal, world, state.step)
@@ -296,14 +292,14 @@ def _resume(state: State, manager: CheckpointManager) -> bool:
 class _Speed:
     """Items per second since the last time of asking."""
 
-    def __init__(self, done: int) -> None:
-        self._done, self._at = done, time.monotonic()
+    def __init__(self, unit: str, done: int) -> None:
+        self._name, self._done, self._at = f"{unit}s_per_second", done, time.monotonic()
 
-    def since(self, done: int) -> float:
-        """Items per second, where `done` are done by now."""
+    def since(self, done: int) -> dict[str, int | float]:
+        """The number by name, where `done` items are done by now."""
         before, started_at = self._done, self._at
         self._done, self._at = done, time.monotonic()
-        return (done - before) / (self._at - started_at)
+        return {self._name: (done - before) / (self._at - started_at)}
 
 
 def _shown(task: Task[Any], numbers: Mapping[str, int | float]) -> set[str]:
