@@ -167,14 +167,24 @@ def mean(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return sum(tensor) / dist.get_world_size()
 
 
-def gather(tensor: Shaped[Tensor, "rows *rest"]) -> Shaped[Tensor, "all_rows *rest"]:
+def gather(
+    tensor: Shaped[Tensor, "rows *rest"], *, equal: bool = False
+) -> Shaped[Tensor, "all_rows *rest"]:
     """Rows of all ranks in rank order, on every rank; without gradient.
 
-    Ranks may hold different numbers of rows, zero included; all else must agree.
+    Args:
+        tensor: of this rank; ranks may hold different numbers of rows, zero included, and all else
+            must agree.
+        equal: all ranks hold equally many, so that nobody has to wait for counts.
     """
     tensor = tensor.detach()
     if not is_active():
         return tensor
+    if equal:
+        tensor = tensor.contiguous()
+        received = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(received, tensor)
+        return torch.cat(received)
     counts = tensor.new_zeros(dist.get_world_size(), dtype=torch.int64)
     counts[dist.get_rank()] = tensor.shape[0]
     dist.all_reduce(counts)

@@ -193,7 +193,7 @@ class TokenizerLearner:
             indices.append(output.encoded.indices)
             for name, value in [("loss", total), *losses._asdict().items()]:
                 sums[name] = sums.get(name, 0) + value.detach() / len(parts)
-        tokens = distributed.gather(torch.cat(indices))
+        tokens = distributed.gather(torch.cat(indices), equal=True)
         state.usage.update(tokens if distributed.is_main() else tokens[:0])
         state.discriminator.requires_grad_(requires_grad=True)
         state.scaler.unscale_(state.optimizer)

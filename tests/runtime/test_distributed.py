@@ -48,6 +48,7 @@ def collectives(rank: int) -> dict[str, object]:
         "sum_gradient": values.grad,
         "input_after_sum": values.detach(),
         "gathered": distributed.gather(rows),
+        "gathered_equal": distributed.gather(values.detach().expand(2, -1).T, equal=True),
         "gathered_scalars": distributed.gather(torch.full((2,), float(rank))),
         "broadcast": distributed.broadcast_object({"path": f"from rank {rank}"}),
         "is_main": distributed.is_main(),
@@ -148,6 +149,12 @@ def test_gather_joins_ragged_rows_in_rank_order(ranks):
     for rank in ranks:
         assert rank["gathered"].tolist() == [[0, 1], [2, 3], [4, 5]]
         assert rank["gathered_scalars"].tolist() == [0, 0, 1, 1]
+
+
+def test_gather_joins_equally_many_rows_without_counting_them(ranks):
+    for rank in ranks:
+        joined = torch.cat([each["input_after_sum"] for each in ranks])
+        assert torch.equal(rank["gathered_equal"], joined[:, None].expand(-1, 2))
 
 
 def test_broadcast_gives_every_rank_the_main_value(ranks):

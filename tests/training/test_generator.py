@@ -532,12 +532,33 @@ def test_a_run_does_not_go_on_with_another_k(material, tmp_path):
         train(replace(run, kept=kept, model=model), resume=True)
 
 
-def test_fine_tuning_refuses_what_shapes_cannot_tell(material, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (
+            {"num_kept": 9, "kept_candidates": (9, 24)},
+            r"kept_candidates \(\[16, 24\]\) must be \[9, ",
+        ),
+        ({"factor_bits": (2, 4)}, r"factor_bits \(\[3, 3\]\) must be \[2, 4\]"),
+        ({"rotate_instruction": False}, r"rotate_instruction \(True\) must be False"),
+        ({"order": "random"}, "order .merge. must be random"),
+    ],
+)
+def test_fine_tuning_refuses_what_shapes_cannot_tell(material, tmp_path, changes, named):
     state = built(small(material))[0].state
-    other = Generator(replace(state.generator.config, num_kept=9, kept_candidates=(9, 24)))
+    other = Generator(replace(state.generator.config, **changes))
     other.save_pretrained(tmp_path / "other", tokenizer="c" * 64)
-    with pytest.raises(ValueError, match="kept_candidates"):
+    with pytest.raises(ValueError, match=rf"^model\.{named}.*, as in the generator of init_from"):
         initialize_generator_from(state.generator, tmp_path / "other")
+
+
+def test_fine_tuning_may_change_how_a_generator_is_trained(material, tmp_path):
+    state = built(small(material))[0].state
+    freely = {"dropout": 0.5, "class_dropout": 0.2, "label_smoothing": 0.0, "window": 5}
+    other = Generator(replace(state.generator.config, merge_groups="source", num_kept=24, **freely))
+    other.save_pretrained(tmp_path / "other", tokenizer="c" * 64)
+    initialize_generator_from(state.generator, tmp_path / "other")
+    assert equal(dict(state.generator.state_dict()), dict(other.state_dict()))
 
 
 def test_the_average_starts_from_the_weights_that_are_fine_tuned(material, tmp_path):
