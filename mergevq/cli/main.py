@@ -25,7 +25,7 @@ from mergevq.cli.errors import speaks_for_itself as _speaks_for_itself
 from mergevq.cli.images import convert, encode, reconstruct, sample
 from mergevq.cli.tables import summary
 from mergevq.cli.train import recipes, train
-from mergevq.config.base import Device
+from mergevq.config.base import MAX_PIXELS, Device
 from mergevq.config.choices import nearest
 from mergevq.config.recipes import RECIPES
 from mergevq.runtime.environment import installed_version, let_products_repeat, prepare_to_compute
@@ -133,6 +133,7 @@ def demo(
     model: str | None = None,
     generator: str | None = None,
     data: str | None = None,
+    max_pixels: int = MAX_PIXELS,
     port: int = 7860,
     device: Device = "auto",
 ) -> None:
@@ -144,6 +145,7 @@ def demo(
         generator: a generator trained on its tokens; samples are left out without.
         data: images to find neighbours among, in any form that training reads; the digits when
             there is no model.
+        max_pixels: largest of these images that is read, as width times height.
         port: of this machine, where the page is; nobody else can reach it.
         device: where to compute.
     """
@@ -152,7 +154,9 @@ def demo(
 
     # Ended by either signal, the page takes its pictures with it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with serve(model, generator=generator, data=data, device=device, port=port) as page:
+    with serve(
+        model, generator=generator, data=data, max_pixels=max_pixels, device=device, port=port
+    ) as page:
         print(f"page: {page.local_url} (Ctrl-C ends it)")
         page.block_thread()
 

@@ -1,7 +1,5 @@
 """Literals, the format's version and the check that all settings share; no torch."""
 
-import math
-from dataclasses import fields, is_dataclass
 from typing import Literal
 
 FORMAT_VERSION = 1
@@ -25,38 +23,6 @@ def require(condition: bool, message: str) -> None:  # noqa: FBT001 - reads as a
     """Raise `ValueError(message)` unless the condition holds."""
     if not condition:
         raise ValueError(message)
-
-
-def check_numbers(settings: object, where: str = "") -> None:
-    """Check every number of a dataclass of settings, and of those inside it.
-
-    Args:
-        settings: the dataclass; every run is checked when it is made.
-        where: dotted name of this object in messages; empty for the outermost.
-
-    Raises:
-        ValueError: a number is infinite, NaN or beyond 64 bits, which no record could keep.
-    """
-    for item in fields(settings):  # pyright: ignore[reportArgumentType]
-        name, value = f"{where}{item.name}", getattr(settings, item.name)
-        if is_dataclass(value):
-            check_numbers(value, f"{name}.")
-        for number in value if isinstance(value, tuple) else (value,):
-            too_large = isinstance(number, int) and abs(number) >= 2**63
-            if too_large or (isinstance(number, float) and not math.isfinite(number)):
-                raise ValueError(f"{name} ({value}) must be a finite number of at most 64 bits")
-
-
-def check_max_pixels(max_pixels: int) -> None:
-    """Check a limit on the pixels of a picture, wherever one is given.
-
-    Raises:
-        ValueError: below 1, or more than twice the default: a few pictures would fill the memory.
-    """
-    require(
-        1 <= max_pixels <= 2 * MAX_PIXELS,
-        f"max_pixels ({max_pixels}) must be between 1 and {2 * MAX_PIXELS}",
-    )
 
 
 Stage = Literal["pre_merge", "merged", "unmerged", "latents", "quantized"]

@@ -3,15 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mergevq.config.base import (
-    MAX_PIXELS,
-    Device,
-    Precision,
-    check_max_pixels,
-    check_numbers,
-    require,
-)
+from mergevq.config.base import MAX_PIXELS, Device, Precision, require
 from mergevq.config.generator import SampleRun
+from mergevq.config.ranges import check_numbers
 
 TrunkName = Literal["vgg", "alex", "squeeze"]
 """Networks of LPIPS."""
@@ -63,13 +57,7 @@ class Subject:
 
     def __post_init__(self) -> None:
         """Reject impossible counts."""
-        require(self.batch_size >= 1, f"batch_size ({self.batch_size}) must be at least 1")
-        require(self.num_workers >= 0, f"num_workers ({self.num_workers}) must be at least 0")
-        require(
-            self.max_images is None or self.max_images >= 1,
-            f"max_images ({self.max_images}) must be at least 1, or None for all",
-        )
-        check_max_pixels(self.max_pixels)
+        check_numbers(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,8 +79,6 @@ class ReconstructionSettings:
     def __post_init__(self) -> None:
         """Reject counts below 0."""
         check_numbers(self)
-        for name in ("num_shown", "num_baseline_images"):
-            require(getattr(self, name) >= 0, f"{name} ({getattr(self, name)}) must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,8 +102,6 @@ class RobustnessSettings:
         """Reject fractions outside [0, 1], and none at all."""
         check_numbers(self)
         require(len(self.fractions) > 0, "fractions () must hold at least one: 0 is none replaced")
-        for fraction in self.fractions:
-            require(0 <= fraction <= 1, f"fraction ({fraction}) must be between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,6 +144,3 @@ class GenerationSettings:
             self.classifier is None or self.run is not None,
             "--classifier needs the classes, which only a generator has (--model)",
         )
-        check_max_pixels(self.max_pixels)
-        for name in ("batch_size", "num_looked_up"):
-            require(getattr(self, name) >= 1, f"{name} ({getattr(self, name)}) must be at least 1")

@@ -1,10 +1,10 @@
 """Settings of the tokenizer's losses and of its teacher; no torch."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 from mergevq.config.base import require
+from mergevq.config.ranges import check_numbers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,16 +56,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         """Reject negative weights and an impossible order of the adversarial steps."""
-        weights = {name: getattr(self, name) for name in self.__slots__ if name.endswith("_weight")}
-        for name, weight in weights.items():
-            require(math.isfinite(weight) and weight >= 0, f"{name} ({weight}) must be at least 0")
-        for name in ("source_gradient", "recovered_share"):
-            share = getattr(self, name)
-            require(0 <= share <= 1, f"{name} ({share}) must be between 0 and 1")
-        require(
-            self.entropy_temperature > 0,
-            f"entropy_temperature ({self.entropy_temperature}) must be above 0",
-        )
+        check_numbers(self)
         require(
             self.discriminator_start_step <= self.adversarial_start_step,
             f"discriminator_start_step ({self.discriminator_start_step}) must not be after "
@@ -107,9 +98,8 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         """Reject a frozen model without a name and temperatures that are not positive."""
+        check_numbers(self)
         require(
             self.kind != "huggingface" or self.path is not None,
             "teacher kind 'huggingface' needs path: a local folder, or owner/name@revision",
         )
-        for name in ("temperature", "student_temperature", "teacher_temperature"):
-            require(getattr(self, name) > 0, f"{name} ({getattr(self, name)}) must be above 0")

@@ -10,7 +10,8 @@ of fine-tuning.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mergevq.config.base import Device, ImagePool, Precision, Stage, check_numbers, require
+from mergevq.config.base import Device, ImagePool, Precision, Stage, require
+from mergevq.config.ranges import check_numbers
 from mergevq.config.training import DataConfig
 
 
@@ -35,14 +36,9 @@ class FeatureConfig:
 
     def __post_init__(self) -> None:
         """Reject an empty choice and counts below 1."""
+        check_numbers(self)
         for name in ("stages", "pools"):
             require(len(getattr(self, name)) > 0, f"{name} must name at least one")
-        for name in ("pixel_side", "batch_size"):
-            require(getattr(self, name) >= 1, f"{name} ({getattr(self, name)}) must be at least 1")
-        require(
-            self.pca_dim is None or self.pca_dim >= 1,
-            f"pca_dim ({self.pca_dim}) must be at least 1, or None",
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,15 +63,9 @@ class LinearConfig:
 
     def __post_init__(self) -> None:
         """Reject settings that cannot train or choose."""
-        require(self.num_crops >= 0, f"num_crops ({self.num_crops}) must be at least 0")
+        check_numbers(self)
         require(len(self.rates) > 0, "rates must name at least one learning rate")
-        require(min(self.rates) > 0, f"rates {self.rates} must all be above 0")
         require(len(set(self.rates)) == len(self.rates), f"rates {self.rates} must differ")
-        require(
-            0 < self.held_out_fraction < 1,
-            f"held_out_fraction ({self.held_out_fraction}) must be in (0, 1)",
-        )
-        _check_epochs(self.num_epochs, self.batch_size, self.warmup_fraction)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,12 +81,8 @@ class KnnConfig:
 
     def __post_init__(self) -> None:
         """Reject impossible numbers."""
+        check_numbers(self)
         require(len(self.num_neighbours) > 0, "num_neighbours must name at least one k")
-        require(
-            min(self.num_neighbours) >= 1,
-            f"num_neighbours {self.num_neighbours} must be at least 1",
-        )
-        require(self.temperature > 0, f"temperature ({self.temperature}) must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,28 +131,7 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         """Reject settings that cannot train."""
-        _check_epochs(self.num_epochs, self.batch_size, self.warmup_fraction)
-        require(self.rate > 0, f"rate ({self.rate}) must be above 0")
-        require(0 < self.layer_decay <= 1, f"layer_decay ({self.layer_decay}) must be in (0, 1]")
-        require(
-            0 <= self.label_smoothing < 1,
-            f"label_smoothing ({self.label_smoothing}) must be in [0, 1)",
-        )
-        for name in ("mixup", "cutmix"):
-            require(getattr(self, name) >= 0, f"{name} ({getattr(self, name)}) must be at least 0")
-        require(
-            0 <= self.randaugment <= 10,
-            f"randaugment ({self.randaugment}) must be between 0 (off) and 10",
-        )
-        require(0 <= self.erasing <= 1, f"erasing ({self.erasing}) must be between 0 and 1")
-        require(0 <= self.drop_path < 1, f"drop_path ({self.drop_path}) must be in [0, 1)")
-
-
-def _check_epochs(num_epochs: int, batch_size: int | None, warmup_fraction: float) -> None:
-    """Raise `ValueError` unless training takes at least one step, and ends after its warm-up."""
-    require(num_epochs >= 1, f"num_epochs ({num_epochs}) must be at least 1")
-    require(batch_size is None or batch_size >= 1, f"batch_size ({batch_size}) must be at least 1")
-    require(0 <= warmup_fraction < 1, f"warmup_fraction ({warmup_fraction}) must be in [0, 1)")
+        check_numbers(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mergevq.config.base import require
+from mergevq.config.ranges import check_numbers
 
 MergeShape = Literal["linear", "square", "constant"]
 
@@ -28,11 +29,9 @@ class PatchDecoderConfig:
 
     def __post_init__(self) -> None:
         """Reject blocks of other letters, and components of too many bits."""
+        check_numbers(self)
         # Sine and cosine of row and column.
-        require(
-            self.width > 0 and self.width % 4 == 0,
-            f"patch_decoder.width ({self.width}) must be a positive multiple of 4",
-        )
+        require(self.width % 4 == 0, f"patch_decoder.width ({self.width}) must be a multiple of 4")
         require(
             len(self.blocks) > 0 and set(self.blocks) <= set("ac"),
             f"patch_decoder.blocks ({self.blocks!r}) must be letters c (convolution) and a "
@@ -113,15 +112,11 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         """Reject what cannot be built, naming both numbers."""
+        check_numbers(self)
+        require(len(self.channel_mult) > 0, "channel_mult () must name one multiple per CNN level")
         require(
-            min(self.channel_mult, default=0) >= 1,
-            f"channel_mult {self.channel_mult} must name one positive multiple per CNN level",
-        )
-        for name in ("channels", "num_res_blocks", "num_layers", "num_source_layers"):
-            require(getattr(self, name) >= 1, f"{name} ({getattr(self, name)}) must be at least 1")
-        require(
-            self.image_size > 0 and self.image_size % self.patch_size == 0,
-            f"image_size ({self.image_size}) must be a positive multiple of the patch size "
+            self.image_size % self.patch_size == 0,
+            f"image_size ({self.image_size}) must be a multiple of the patch size "
             f"({self.patch_size}), which is 2 to the number of levels in channel_mult minus one",
         )
         require(
@@ -135,14 +130,8 @@ class TokenizerConfig:
             f"num_kept ({self.num_kept}) must be at least {least}: each of num_layers "
             f"({self.num_layers}) can merge half of its tokens and the first has {self.num_tokens}",
         )
-        for name in ("transformer_norm_eps", "patch_norm_eps"):
-            eps = getattr(self, name)
-            require(0 < eps < 1, f"{name} ({eps}) must be above 0 and below 1")
         low, high = self.kept_range or (1, 1)
-        require(
-            1 <= low <= high, f"kept_range {self.kept_range} must be a smallest and a largest K"
-        )
-        require(1 <= self.num_bits <= 63, f"num_bits ({self.num_bits}) must be between 1 and 63")
+        require(low <= high, f"kept_range {self.kept_range} must be a smallest and a largest K")
         decoder_width = self.decoder_dim
         if self.decoder == "patch":
             self._check_patch_decoder()
@@ -154,7 +143,7 @@ class TokenizerConfig:
         )
         for width_name, width, heads_name, heads in widths:
             require(
-                heads > 0 and width % heads == 0,
+                width % heads == 0,
                 f"{width_name} ({width}) must be a multiple of {heads_name} ({heads})",
             )
         require(
@@ -276,24 +265,27 @@ class KeptConfig:
 
     def __post_init__(self) -> None:
         """Reject an empty or impossible distribution."""
+        check_numbers(self)
         require(len(self.candidates) > 0, "candidates must name at least one number of tokens")
         require(
-            min(self.candidates) >= 1, f"candidates {self.candidates} must all be at least 1 token"
+            sum(self._weights) > 0,
+            f"mean ({self.mean}) is so many times std ({self.std}) from each of the "
+            f"{len(self.candidates)} candidates that none can be drawn: raise std or floor",
         )
-        require(self.std > 0, f"std ({self.std}) must be above 0")
-        require(self.floor >= 0, f"floor ({self.floor}) must be at least 0")
 
     @property
     def probabilities(self) -> tuple[float, ...]:
         """One probability per candidate; they sum to 1."""
+        return tuple(weight / sum(self._weights) for weight in self._weights)
+
+    @property
+    def _weights(self) -> list[float]:
+        """Probabilities up to a common factor."""
         positions = range(len(self.candidates))
         if self.distribution == "uniform":
-            weights = [1.0 for _ in positions]
-        elif self.distribution == "exponential":
-            weights = [math.exp(-self.rate * k) + self.floor for k in positions]
-        else:
-            weights = [
-                math.exp(-((k - self.mean) ** 2) / (2 * self.std**2)) + self.floor
-                for k in positions
-            ]
-        return tuple(weight / sum(weights) for weight in weights)
+            return [1.0 for _ in positions]
+        if self.distribution == "exponential":
+            return [math.exp(-self.rate * k) + self.floor for k in positions]
+        return [
+            math.exp(-((k - self.mean) ** 2) / (2 * self.std**2)) + self.floor for k in positions
+        ]

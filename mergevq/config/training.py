@@ -11,16 +11,10 @@ Rules: a count is `num_*`, `None` means off, a derived quantity is a property an
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from mergevq.config.base import (
-    MAX_PIXELS,
-    Device,
-    Precision,
-    check_max_pixels,
-    check_numbers,
-    require,
-)
+from mergevq.config.base import MAX_PIXELS, Device, Precision, require
 from mergevq.config.generator import GeneratorConfig, SamplingSettings
 from mergevq.config.objective import LossConfig, TeacherConfig
+from mergevq.config.ranges import check_numbers
 from mergevq.config.tokenizer import NUM_KEYS, KeptConfig, TokenizerConfig
 
 
@@ -47,10 +41,8 @@ class DataConfig:
     """Loader processes; 0 loads in the training process."""
 
     def __post_init__(self) -> None:
-        """Reject a validation share outside (0, 1), and counts below what is possible."""
-        require(0 < self.val_fraction < 1, f"val_fraction ({self.val_fraction}) must be in (0, 1)")
-        check_max_pixels(self.max_pixels)
-        require(self.num_workers >= 0, f"num_workers ({self.num_workers}) must be at least 0")
+        """Reject a validation share outside (0, 1), and impossible counts."""
+        check_numbers(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,12 +72,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         """Reject rates that cannot train."""
-        require(self.lr > 0, f"lr ({self.lr}) must be above 0")
-        require(0 <= self.ema_decay < 1, f"ema_decay ({self.ema_decay}) must be in [0, 1)")
-        require(
-            self.clip_norm is None or self.clip_norm > 0,
-            f"clip_norm ({self.clip_norm}) must be above 0, or None for no clipping",
-        )
+        check_numbers(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,12 +116,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Reject counts below 1 and a batch that cannot be cut."""
-        counts = ("num_steps", "batch_size", "accumulation", "log_every", "image_every")
-        counts += ("eval_every", "num_eval_images", "save_every", "keep_last", "max_nonfinite")
-        for name in counts:
-            require(getattr(self, name) >= 1, f"{name} ({getattr(self, name)}) must be at least 1")
-        minutes, batch, parts = self.max_minutes, self.batch_size, self.accumulation
-        require(minutes is None or minutes > 0, f"max_minutes ({minutes}) must be above 0")
+        check_numbers(self)
+        batch, parts = self.batch_size, self.accumulation
         message = f"batch_size ({batch}) must be a multiple of accumulation ({parts})"
         require(batch % parts == 0, message)
 
@@ -179,10 +162,6 @@ class TokenizerRun:
         require(
             None in (self.init_from, self.init_vit),
             f"init_from ({self.init_from}) would replace init_vit ({self.init_vit}): leave one out",
-        )
-        require(
-            0 < self.encoder_lr_ratio <= 1,
-            f"encoder_lr_ratio ({self.encoder_lr_ratio}) must be above 0 and at most 1",
         )
         if self.init_codes == "components":
             self._check_components()
@@ -237,7 +216,7 @@ class TokensConfig:
 
     def __post_init__(self) -> None:
         """Reject a validation share outside (0, 1)."""
-        require(0 < self.val_fraction < 1, f"val_fraction ({self.val_fraction}) must be in (0, 1)")
+        check_numbers(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -313,7 +292,8 @@ class SourceRun:
     """Each K to train on; empty is all that tokens and generator have."""
     max_replaced: float = 0.5
     """Largest share of an image's tokens that the generator makes anew; each step has a share of
-    its own, evenly distributed from 0."""
+    its own, evenly distributed from 0. Below 1: where all tokens are new, the image's own source
+    map is no longer theirs."""
     num_passes: int = 8
     """Forward passes of the generator in which the tokens are made."""
     num_steps: int = 1000
@@ -343,13 +323,3 @@ class SourceRun:
     def __post_init__(self) -> None:
         """Reject shares that leave nothing to recover from, and counts below 1."""
         check_numbers(self)
-        if not 0 <= self.max_replaced < 1:
-            raise ValueError(
-                f"max_replaced ({self.max_replaced}) must be at least 0 and below 1: where all "
-                "tokens are new, the image's own source map is no longer theirs"
-            )
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"val_fraction ({self.val_fraction}) must be in (0, 1)")
-        for name in ("num_passes", "num_steps", "batch_size", "num_eval_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")

@@ -17,8 +17,9 @@ from jaxtyping import Shaped, UInt8
 from numpy.typing import NDArray
 from PIL import Image
 
-from mergevq.config.base import MAX_PIXELS, check_max_pixels
+from mergevq.config.base import MAX_PIXELS
 from mergevq.config.identity import Identity, identify
+from mergevq.config.ranges import check_number
 from mergevq.data.listing import Listing, Unused, list_files, split_of
 from mergevq.data.prepare import BrokenImageError, decode, most_bytes, read_bounded
 from mergevq.data.stores import Content, Store, open_parquet, open_tar
@@ -191,7 +192,7 @@ def open_images(
         ValueError: the path is missing, mixes kinds of files or splits, or holds no usable image,
             or the limit on pixels is no possible one.
     """
-    check_max_pixels(max_pixels)
+    check_number("", "max_pixels", max_pixels)
     content, unused = (_open_digits(), Unused()) if path == "digits" else _open_files(path)
     dataset = ImageDataset(*content, unused=unused, max_pixels=max_pixels)
     for line in unused.lines():

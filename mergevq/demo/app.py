@@ -22,6 +22,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from mergevq.config.base import MAX_PIXELS
 from mergevq.config.generator import SampleRun, SamplingSettings
 from mergevq.data.batches import eval_batches
 from mergevq.data.images import ImageDataset, open_images
@@ -194,6 +195,7 @@ def serve(
     data: str | None,
     device: str,
     port: int,
+    max_pixels: int = MAX_PIXELS,
 ) -> Iterator[Any]:
     """Serve the page to this machine, and to no other, until the block ends.
 
@@ -206,6 +208,7 @@ def serve(
         data: likewise.
         device: likewise.
         port: of the page; it must be free.
+        max_pixels: as for `build_page`.
 
     Yields:
         What gradio calls the page: `local_url` is its address, `block_thread` waits for its end.
@@ -221,7 +224,14 @@ def serve(
         # makers' server for messages and newer versions, and report.
         _only_these_settings({"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}),
     ):
-        page = build_page(model, generator=generator, data=data, device=device, folder=Path(folder))
+        page = build_page(
+            model,
+            generator=generator,
+            data=data,
+            device=device,
+            folder=Path(folder),
+            max_pixels=max_pixels,
+        )
         trusted = importlib.import_module("starlette.middleware.trustedhost").TrustedHostMiddleware
         middleware = importlib.import_module("starlette.middleware").Middleware
         page.queue(max_size=_MAX_WAITING, api_open=False)
@@ -251,6 +261,7 @@ def build_page(
     data: str | None,
     device: str,
     folder: Path,
+    max_pixels: int = MAX_PIXELS,
 ) -> Any:  # noqa: ANN401 - of an optional extra
     """The page, not yet served.
 
@@ -262,6 +273,7 @@ def build_page(
             are left out, and a warning says so, where scikit-learn is not installed.
         device: where to compute.
         folder: where the pictures lie that it shows.
+        max_pixels: largest image of the data that is read, as width times height.
 
     Raises:
         ValueError: a model or the data are not there.
@@ -270,7 +282,7 @@ def build_page(
     with needing("demo", "the web page"):
         gradio = importlib.import_module("gradio")
     place = resolve_device(device)
-    dataset = None if data is None else open_images(data)
+    dataset = None if data is None else open_images(data, max_pixels=max_pixels)
     if model is None:
         model, generator = TOY / "tokenizer", generator or TOY / "generator"
         dataset = _toy_dataset() if dataset is None else dataset

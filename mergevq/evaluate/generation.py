@@ -19,6 +19,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mergevq.config.evaluation import GenerationSettings
+from mergevq.config.identity import Identity, require_same_classes
 from mergevq.config.records import GenerationRecord
 from mergevq.data.images import open_images
 from mergevq.evaluate.neighbours import Neighbours, nearest_neighbours, neighbour_picture
@@ -40,8 +41,13 @@ from mergevq.evaluate.subject import (
 )
 from mergevq.generator.generation import Pair, class_labels, load_run
 from mergevq.metrics.extractor import FeatureExtractor
-from mergevq.metrics.frechet import FrechetStatistics, Gaussian, frechet_distance
-from mergevq.metrics.references import ImageHashes, open_reference, reference_features
+from mergevq.metrics.frechet import FrechetStatistics, Gaussian, Reference, frechet_distance
+from mergevq.metrics.references import (
+    ImageHashes,
+    open_reference,
+    reference_features,
+    require_classes,
+)
 from mergevq.metrics.sets import Rows, inception_score, kernel_distance, precision_recall
 from mergevq.runtime import distributed
 from mergevq.runtime.device import deterministic, resolve_device
@@ -91,6 +97,7 @@ def evaluate_generation(settings: GenerationSettings) -> GenerationRecord | None
         reference = open_reference(
             Path(settings.reference), "generation", extractor=extractor, image_size=size
         )
+        _require_same_classes(settings, pair, reference)
         classifier = _classifier(settings, pair, world.device)
         unscored = _without_probabilities(extractor)
         if distributed.is_main():
@@ -149,6 +156,28 @@ def evaluate_generation(settings: GenerationSettings) -> GenerationRecord | None
         return record
     finally:
         distributed.shutdown()
+
+
+def _require_same_classes(
+    settings: GenerationSettings, pair: Pair | None, reference: Reference
+) -> None:
+    """Check that reference and training images are of the classes that the generator draws.
+
+    Raises:
+        ValueError: they are of others.
+    """
+    names = () if pair is None else pair.class_names
+    require_classes(names, reference, Path(settings.reference))
+    if settings.data is None or settings.run is None or not names:
+        return
+    images = open_images(settings.data, max_pixels=settings.max_pixels)
+    if images.class_names:
+        require_same_classes(
+            Identity(class_names=names),
+            Identity(class_names=images.class_names),
+            where=f"the generator in {settings.run.model}",
+            way_out=f"give the images that it was trained on, not {settings.data}",
+        )
 
 
 def _without_probabilities(extractor: FeatureExtractor) -> str | None:

@@ -125,7 +125,7 @@ class Reference(NamedTuple):
 def save_reference(
     path: str | Path,
     statistics: Gaussian,
-    metadata: Mapping[str, str | int | float | bool | None],
+    metadata: Mapping[str, str | int | float | bool | list[str] | None],
     features: Float[Tensor, "n d"] | None = None,
 ) -> None:
     """Write statistics as `.npz`, with the keys `mu` and `sigma` that other tools read.

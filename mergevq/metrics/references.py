@@ -11,7 +11,7 @@ import hashlib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, cast, get_type_hints
+from typing import NamedTuple, cast, get_origin, get_type_hints
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mergevq.config.base import MAX_PIXELS
 from mergevq.config.evaluation import ReferenceKind
+from mergevq.config.identity import Identity, require_same_classes
 from mergevq.config.records import ReferenceRecord
 from mergevq.data.arrays import MEMBER, ImageArray, ImageArrayWriter
 from mergevq.data.batches import eval_batches
@@ -88,6 +89,8 @@ class Described(NamedTuple):
     """Features of some images, evenly spaced; None when none were asked for."""
     pixels_sha256: str
     num_images: int
+    class_names: tuple[str, ...]
+    """In label order; empty without labels."""
 
 
 def describe_images(  # noqa: PLR0913 - what, by what, how
@@ -146,6 +149,7 @@ def describe_images(  # noqa: PLR0913 - what, by what, how
         features=rows.compute() if num_features else None,
         pixels_sha256=hashes.compute(),
         num_images=gaussian.num_samples or 0,
+        class_names=images.class_names,
     )
 
 
@@ -253,9 +257,10 @@ def write_reference(
         "num_images": described.num_images,
         "image_size": image_size,
         "crop": CROP,
+        "class_names": list(described.class_names),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    values = cast("Mapping[str, str | int]", metadata)
+    values = cast("Mapping[str, str | int | list[str]]", metadata)
     save_reference(path, described.statistics, values, described.features)
     return metadata
 
@@ -323,9 +328,10 @@ def _require_record(metadata: Mapping[str, object], path: Path) -> None:
         ValueError: it does not.
     """
     hints = get_type_hints(ReferenceRecord)
-    require_entries(
-        metadata, {name: int if hint is int else str for name, hint in hints.items()}, path
-    )
+    kinds = {name: get_origin(hint) or hint for name, hint in hints.items()}
+    kinds["kind"] = str
+    # Files from before classes were written down are read as well.
+    require_entries({"class_names": [], **metadata}, kinds, path)
     unknown = sorted(metadata.keys() - hints.keys())
     if unknown:
         raise ValueError(f"{path} is damaged: its metadata has {unknown[0]!r}, which is unknown")
@@ -361,8 +367,31 @@ def _described_array(
         "num_images": len(array),
         "image_size": image_size,
         "crop": _NO_CROP,
+        "class_names": [],
     }
     return Reference(statistics.compute(), dict(metadata))
+
+
+def require_classes(class_names: tuple[str, ...], reference: Reference, path: Path) -> None:
+    """Check that a reference is of the classes that a generator draws.
+
+    Args:
+        class_names: the generator's; empty where nothing is known of them.
+        reference: to compare its samples with.
+        path: of the file.
+
+    Raises:
+        ValueError: it is of others, so a distance would tell the data apart and not the generator.
+    """
+    theirs = tuple(map(str, reference.metadata.get("class_names", [])))
+    if class_names and theirs:
+        require_same_classes(
+            Identity(class_names=theirs),
+            Identity(class_names=class_names),
+            where=f"reference {path}",
+            way_out="give one of the data that the generator was trained on: `mergevq evaluate "
+            "reference --kind generation --data TRAINING_DATA --out REF.npz`",
+        )
 
 
 def require_size(path: Path, found: object, image_size: int) -> None:

@@ -12,12 +12,15 @@ from mergevq.cli.main import COMMANDS, GROUPS, main
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "digits32", "--train.num-steps", "0"], "--train.num-steps (0) must be at least"),
+        (
+            ["train", "digits32", "--train.num-steps", "0"],
+            "--train.num-steps (0) must be between 1",
+        ),
         (["train", "digits32", "--optim.lr", "0"], "--optim.lr (0.0) must be above 0"),
-        (["train", "digits32", "--data.val-fraction", "2"], "--data.val-fraction (2.0) must be in"),
+        (["train", "digits32", "--data.val-fraction", "2"], "--data.val-fraction (2.0) must be"),
         (
             ["sample", "--generator", "g", "--tokenizer", "t", "--out", "o", "--steps", "0"],
-            "--steps (0) must be at least 1",
+            "--steps (0) must be between 1 and",
         ),
         (
             ["sample", "--generator", "g", "--tokenizer", "t", "--out", "o", "--guidance", "-1"],
@@ -25,7 +28,7 @@ from mergevq.cli.main import COMMANDS, GROUPS, main
         ),
         (
             ["probe", "knn", "--model", "m", "--data", "d", "--k", "0"],
-            "--k (0,) must be at least 1",
+            "--k (0,) must all be between 1 and",
         ),
     ],
     ids=lambda item: item if isinstance(item, str) else "",

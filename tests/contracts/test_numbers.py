@@ -1,4 +1,4 @@
-"""No run has a number that no record could keep, wherever in its settings it is."""
+"""No setting has a number outside its range, wherever in a run it is: ranges are in one table."""
 
 import dataclasses
 import math
@@ -10,7 +10,8 @@ import pytest
 
 from mergevq.config.evaluation import GenerationSettings, ReconstructionSettings, RobustnessSettings
 from mergevq.config.generator import SampleRun, SamplingSettings
-from mergevq.config.probing import ProbeRun
+from mergevq.config.probing import FinetuneConfig, KnnConfig, LinearConfig, ProbeRun
+from mergevq.config.ranges import RANGES, Range
 from mergevq.config.records import GuidanceSettings
 from mergevq.config.training import GeneratorRun, SourceRun, TokenizerRun
 from tests.contracts.test_settings import example
@@ -18,48 +19,112 @@ from tests.contracts.test_settings import example
 RUNS = [
     *(TokenizerRun, GeneratorRun, SampleRun, SamplingSettings, ProbeRun, SourceRun),
     *(ReconstructionSettings, RobustnessSettings, GenerationSettings, GuidanceSettings),
+    *(LinearConfig, KnnConfig, FinetuneConfig),
 ]
-IMPOSSIBLE = {float: [math.inf, -math.inf, math.nan], int: [2**63, -(2**70)]}
 
 
-def impossible(hint):
-    """Values of an annotation that hold an impossible number."""
+def key(cls, name):
+    """The setting's entry in the table."""
+    return f"{cls.__name__}.{name}" if f"{cls.__name__}.{name}" in RANGES else name
+
+
+def outside(allowed, kind):
+    """The nearest numbers of a kind on both sides of a range, and those that no record keeps."""
+    if kind is int:
+        return [
+            allowed.low if allowed.above else allowed.low - 1,
+            allowed.high if allowed.below else allowed.high + 1,
+            *(2**63, -(2**70)),
+        ]
+    return [
+        float(allowed.low) if allowed.above else math.nextafter(allowed.low, -math.inf),
+        float(allowed.high) if allowed.below else math.nextafter(allowed.high, math.inf),
+        *(math.inf, -math.inf, math.nan),
+    ]
+
+
+def impossible(hint, allowed):
+    """Values of an annotation that hold a number outside a range."""
     arguments, origin = typing.get_args(hint), typing.get_origin(hint)
-    if hint in IMPOSSIBLE:
-        return IMPOSSIBLE[hint]
+    if hint in (int, float):
+        return outside(allowed, hint)
     if origin in (types.UnionType, typing.Union):
-        return [value for member in arguments for value in impossible(member)]
+        return [value for member in arguments for value in impossible(member, allowed)]
     if origin is tuple:
         length = 1 if arguments[-1] is Ellipsis else len(arguments)
-        return [(number,) * length for number in impossible(arguments[0])]
+        return [(number,) * length for number in impossible(arguments[0], allowed)]
     return []
 
 
+def numbers_in(hint):
+    """Whether a setting of this annotation may hold a number."""
+    return hint in (int, float) or any(map(numbers_in, typing.get_args(hint)))
+
+
 def with_impossible_numbers(settings):
-    """A name and a function that sets it, for each number of settings and of those inside."""
+    """Name, range and a function that sets a number outside it, for each number of settings."""
     hints = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
         name, inner = field.name, getattr(settings, field.name)
         change = partial(dataclasses.replace, settings)
         if dataclasses.is_dataclass(inner):
-            for below, make in with_impossible_numbers(inner):
-                yield f"{name}.{below}", lambda make=make, n=name, c=change: c(**{n: make()})
-        for value in impossible(hints[name]):
-            yield f"{name} = {value}", partial(change, **{name: value})
+            for below, allowed, make in with_impossible_numbers(inner):
+                yield (
+                    f"{name}.{below}",
+                    allowed,
+                    lambda make=make, n=name, c=change: c(**{n: make()}),
+                )
+        elif numbers_in(hints[name]):
+            allowed = RANGES[key(type(settings), name)]
+            for value in impossible(hints[name], allowed):
+                yield f"{name} = {value}", allowed, partial(change, **{name: value})
 
 
 @pytest.mark.parametrize("cls", RUNS, ids=lambda cls: cls.__name__)
-def test_every_number_is_finite_and_of_64_bits(cls):
+def test_every_number_is_in_its_range(cls):
     cases = list(with_impossible_numbers(example(cls)))
     assert cases
-    accepted = []
-    for name, make in cases:
+    wrong = []
+    for name, allowed, make in cases:
         try:
             make()
-        except ValueError:
-            continue
-        accepted.append(name)
-    assert accepted == []
+            said = "nothing"
+        except ValueError as error:
+            said = str(error)
+        if name.rpartition(" = ")[2] not in said or not said.endswith(str(allowed)):
+            wrong.append(f"{name} must be {allowed}, and {said} is said")
+    assert wrong == []
+
+
+def test_every_range_is_of_a_setting():
+    classes = {cls for run in RUNS for cls in within(example(run))}
+    used = {key(cls, field.name) for cls in classes for field in dataclasses.fields(cls)}
+    assert set(RANGES) <= used
+
+
+def within(settings):
+    """Classes of settings and of those inside them."""
+    yield type(settings)
+    for field in dataclasses.fields(settings):
+        if dataclasses.is_dataclass(inner := getattr(settings, field.name)):
+            yield from within(inner)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "inside", "words"),
+    [
+        (Range(1, 64), (1, 64), "between 1 and 64"),
+        (Range(0, 1, below=True), (0, 0.999), "at least 0 and below 1"),
+        (Range(0, 1000, above=True), (1e-9, 1000), "above 0 and at most 1000"),
+        (Range(0, 1, above=True, below=True), (1e-9, 0.999), "above 0 and below 1"),
+        (Range(1e-6, 1), (1e-6, 1), "between 1e-06 and 1"),
+        (Range(0, 2**63 - 1), (0, 2**63 - 1), "between 0 and 9223372036854775807"),
+    ],
+)
+def test_a_range_holds_its_ends_unless_they_are_left_out(allowed, inside, words):
+    assert all(number in allowed for number in inside)
+    assert not any(number in allowed for number in outside(allowed, float))
+    assert str(allowed) == words
 
 
 @pytest.mark.parametrize(
@@ -76,5 +141,5 @@ def test_every_number_is_finite_and_of_64_bits(cls):
     ],
 )
 def test_settings_of_sampling_that_float32_cannot_follow_are_refused(name, value):
-    with pytest.raises(ValueError, match=rf"{name} \(.*\) must be "):
+    with pytest.raises(ValueError, match=rf"{name} \(.*\) must (all )?be "):
         SamplingSettings(**{name: value})

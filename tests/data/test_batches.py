@@ -104,7 +104,7 @@ def test_one_image_cannot_be_split(dataset):
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, math.nan])
 def test_an_impossible_share_is_an_error(dataset, fraction):
-    with pytest.raises(ValueError, match=r"val_fraction \(.*\) must be in \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"val_fraction \(.*\) must be above 0 and below 1"):
         split(dataset, fraction)
 
 

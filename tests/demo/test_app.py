@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mergevq.cli.main import main
 from mergevq.config.generator import GeneratorConfig
 from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.data.images import open_images
@@ -163,6 +164,22 @@ def test_the_page_needs_its_extra(folder, tmp_path, monkeypatch):
         app.build_page(
             folder / "tokenizer", generator=None, data=None, device="cpu", folder=tmp_path
         )
+
+
+def test_the_largest_picture_of_the_data_can_be_chosen(folder, tmp_path, monkeypatch):
+    pytest.importorskip("gradio", reason="the web page needs the demo extra")
+    opened = []
+
+    def seen(path, **kwargs):
+        opened.append((path, kwargs))
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(app, "open_images", seen)
+    arguments = ["demo", "--model", str(folder / "tokenizer"), "--data", "pictures"]
+    port = ["--port", str(free_port())]
+    assert main([*arguments, *port, "--max-pixels", "1234"]) == 1
+    assert main([*arguments, *port]) == 1
+    assert opened == [("pictures", {"max_pixels": n}) for n in (1234, 89_478_485)]
 
 
 def free_port():

@@ -319,7 +319,7 @@ def test_a_directory_of_something_else_is_refused(tmp_path, capsys):
 
 
 def test_an_impossible_number_of_steps_leaves_nothing_behind(tmp_path):
-    with pytest.raises(ValueError, match=r"num_steps \(0\) must be at least 1"):
+    with pytest.raises(ValueError, match=r"num_steps \(0\) must be between 1 and"):
         quickstart(tmp_path / "out", num_steps=0)
     assert not (tmp_path / "out").exists()
 
@@ -329,4 +329,4 @@ def test_the_command_runs_the_recipe_and_says_where_the_report_is(tmp_path, caps
     assert main(["quickstart", "--out", str(tmp_path / "out"), "--num-steps", "1"]) == 0
     printed = capsys.readouterr().out
     assert f"report: {tmp_path / 'out' / 'report.html'}" in printed
-    assert printed.count("picture: ") == len(PICTURES)
+    assert {path.stem for path in (tmp_path / "out").glob("*.png")} == PICTURES

@@ -91,6 +91,64 @@ def test_a_generator_is_evaluated_and_everything_recorded(tmp_path, sampled_fold
         evaluate_generation(settings(sampled_folder, tmp_path, run=sample_run(sampled_folder)))
 
 
+@pytest.fixture(scope="module")
+def named(sampled_folder, tmp_path_factory):
+    """A generator of named classes, images of these and of others, and a reference of each."""
+    folder = tmp_path_factory.mktemp("named")
+    for data, names in (("own", ("cat", "dog", "eel")), ("others", ("bus", "van", "zonda"))):
+        for number, name in enumerate(names):
+            write_images(folder / data / name, 2, first_seed=10 * number)
+        with pytest.warns(UserWarning, match="biases"):
+            make_reference(
+                str(folder / data),
+                folder / f"{data}.npz",
+                "generation",
+                extractor=sampled_folder / "colours.pt",
+                image_size=16,
+                batch_size=6,
+                device="cpu",
+            )
+    tokenizer = sampled_folder / "tokenizer"
+    Generator(GENERATOR).save_pretrained(
+        folder / "generator", tokenizer=tokens_hash(tokenizer), class_names=("cat", "dog", "eel")
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("reference", "data", "message"),
+    [
+        ("others", None, r"reference .*others.npz was made from other classes: .*bus, van, zonda"),
+        (
+            "own",
+            "others",
+            r"generator in .* was made from other classes: .*cat, dog, eel",
+        ),
+    ],
+)
+def test_a_reference_or_training_images_of_other_classes_are_refused(
+    named, sampled_folder, tmp_path, reference, data, message
+):
+    run = sample_run(sampled_folder, model=str(named / "generator"))
+    changes = {"run": run, "reference": str(named / f"{reference}.npz")}
+    changes |= {} if data is None else {"data": str(named / data)}
+    with pytest.raises(ValueError, match=message):
+        evaluate_generation(settings(sampled_folder, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists(), "before anything is sampled"
+
+
+def test_a_reference_and_training_images_of_the_same_classes_are_taken(
+    named, sampled_folder, tmp_path
+):
+    run = sample_run(sampled_folder, model=str(named / "generator"))
+    changes = {"run": run, "reference": str(named / "own.npz"), "data": str(named / "own")}
+    record = evaluate_generation(settings(sampled_folder, tmp_path / "out", **changes))
+    assert record["reference"]["class_names"] == ["cat", "dog", "eel"]
+    # Nothing is known of the classes of a flat folder.
+    changes |= {"reference": str(sampled_folder / "generation.npz")}
+    evaluate_generation(settings(sampled_folder, tmp_path / "flat", **changes))
+
+
 def test_the_training_set_itself_is_perfect_in_any_form(tmp_path, sampled_folder):
     write_reference(
         sampled_folder, tmp_path / "reference.npz", "generation", tmp_path / "array.npz"

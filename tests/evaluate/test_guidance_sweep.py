@@ -94,7 +94,7 @@ def test_the_default_sweep_is_that_of_the_paper_to_the_last_digit(tmp_path, fold
     ("changes", "message"),
     [
         ({"step": 0.0}, r"step \(0.0\) must be between 0.001 and 1000"),
-        ({"stop": 0.5}, r"stop \(0.5\) must be between the first guidance_scale \(1.0\) and 1000"),
+        ({"stop": 0.5}, r"stop \(0.5\) must be at least the first guidance_scale \(1.0\)"),
         ({"stop": 1001.0}, r"stop \(1001.0\) must be"),
         ({"stop": 2.25}, r"stop \(2.25\) must be a whole number of steps \(0.5\).*such as 2"),
         ({"stop": 900.0}, r"from 1.0 to 900.0 in steps of 0.5 are 1799 scales, and at most 1000"),

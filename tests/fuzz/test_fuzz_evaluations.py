@@ -60,7 +60,11 @@ def material(tmp_path_factory):
     write_network(folder / "colours.pt")
     extractor = FeatureExtractor(folder / "colours.pt")
     described = Described(
-        Gaussian(torch.zeros(5).double(), torch.eye(5).double(), 7), torch.ones(3, 5), "a" * 64, 7
+        Gaussian(torch.zeros(5).double(), torch.eye(5).double(), 7),
+        torch.ones(3, 5),
+        "a" * 64,
+        7,
+        ("a",),
     )
     write_reference(
         folder / "reference.npz",

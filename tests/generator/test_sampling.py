@@ -200,14 +200,14 @@ def test_a_step_is_one_graph(order):
     ("changes", "message"),
     [
         ({"guidance_scale": -1.0}, r"guidance_scale \(-1.0\) must be between 0 and 1000"),
-        ({"guidance_scale": math.nan}, r"guidance_scale \(nan\) must be a finite number"),
+        ({"guidance_scale": math.nan}, r"guidance_scale \(nan\) must be between 0 and"),
         ({"guidance_power": 0.0}, r"guidance_power \(0.0\) must be above 0"),
         ({"guidance_interval": (0.5, 0.2)}, r"guidance_interval \(0.5, 0.2\) must be two shares"),
-        ({"temperature": -0.1}, r"temperature \(-0.1\) must be between 0.001 and 1000"),
-        ({"temperature": (1.0, -2.0)}, r"temperature \(-2.0\) must be between 0.001 and 1000"),
-        ({"top_k": -1}, r"top_k \(-1\) must be at least 0"),
+        ({"temperature": -0.1}, r"temperature \(-0.1\) must be between 0 and 1000"),
+        ({"temperature": (1.0, -2.0)}, r"temperature \(1.0, -2.0\) must all be between 0 and"),
+        ({"top_k": -1}, r"top_k \(-1\) must be between 0 and"),
         ({"top_p": 0.0}, r"top_p \(0.0\) must be between 1e-06 and 1"),
-        ({"num_steps": 0}, r"num_steps \(0\) must be at least 1"),
+        ({"num_steps": 0}, r"num_steps \(0\) must be between 1 and"),
     ],
 )
 def test_settings_that_are_no_distribution_are_errors(changes, message):

@@ -244,6 +244,8 @@ def test_a_second_interrupt_kills():
     code = (
         "import os, signal\n"
         "from mergevq.runtime.run import on_sigterm\n"
+        # A shell lets what it runs in the background ignore interrupts.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "with on_sigterm() as stop:\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    print(stop.requested, flush=True)\n"
