@@ -177,8 +177,9 @@ def test_the_largest_picture_of_the_data_can_be_chosen(folder, tmp_path, monkeyp
     monkeypatch.setattr(app, "open_images", seen)
     arguments = ["demo", "--model", str(folder / "tokenizer"), "--data", "pictures"]
     port = ["--port", str(free_port())]
-    assert main([*arguments, *port, "--max-pixels", "1234"]) == 1
-    assert main([*arguments, *port]) == 1
+    for more in (["--max-pixels", "1234"], []):
+        with pytest.raises(ValueError, match="far enough"):
+            main([*arguments, *port, *more])
     assert opened == [("pictures", {"max_pixels": n}) for n in (1234, 89_478_485)]
 
 
