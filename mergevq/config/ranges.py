@@ -168,7 +168,7 @@ RANGES = {
     "SamplingSettings.temperature": Range(0, 1000),
     "top_k": Range(0, 2**63 - 1),
     "top_p": Range(1e-6, 1),  # Float32 tells no smaller share of a distribution from none.
-    "classes": Range(0, 2**32),
+    "classes": _INT64,  # The generator's; sampling names them.
     "num_images": _IMAGES,
     # Evaluations and probes
     "num_shown": Range(0, 2**16),

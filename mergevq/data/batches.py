@@ -9,11 +9,15 @@ Source: Li et al. 2025, "MergeVQ", equation 10 (arXiv:2504.00999) for the two vi
 Shape letters: B batch, S image side, V student view side, T teacher view side.
 """
 
+import atexit
 import hashlib
+import multiprocessing
 import signal
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -383,13 +387,24 @@ def _load(
         generator=torch.Generator(),
         worker_init_fn=_leave_signals_to_the_run,
     )
+    others = set(multiprocessing.active_children())
+    batches = iter(loader)
+    workers = [child for child in multiprocessing.active_children() if child not in others]
+    at_exit = partial(_kill, workers)
+    atexit.register(at_exit)
     num_batches, num_broken = 0, 0
-    for fetched in loader:
-        fetcher.images.record_broken(fetched.broken)
-        num_broken += len(fetched.broken)
-        if fetched.batch is not None:
-            num_batches += 1
-            yield fetched.batch
+    try:
+        for fetched in batches:
+            fetcher.images.record_broken(fetched.broken)
+            num_broken += len(fetched.broken)
+            if fetched.batch is not None:
+                num_batches += 1
+                yield fetched.batch
+    finally:
+        # With it the workers end, unless something else has it too, as an error that is kept.
+        del batches
+        if not any(worker.is_alive() for worker in workers):
+            atexit.unregister(at_exit)
     if num_broken > 0 and num_batches == 0:
         raise ValueError(f"none of the {num_broken} images can be read")
 
@@ -401,3 +416,15 @@ def _leave_signals_to_the_run(_: int) -> None:
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def _kill(workers: Sequence[BaseProcess]) -> None:
+    """End workers when Python ends.
+
+    It would wait for them for ever: its request that they end is a signal that they ignore.
+    """
+    if hasattr(signal, "SIGCHLD"):
+        # Else torch raises an error about workers that were killed.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in workers:
+        worker.kill()

@@ -3,6 +3,8 @@
 import logging
 import math
 import pickle
+import subprocess
+import sys
 import unicodedata
 from dataclasses import replace
 
@@ -104,7 +106,7 @@ def test_one_image_cannot_be_split(dataset):
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, math.nan])
 def test_an_impossible_share_is_an_error(dataset, fraction):
-    with pytest.raises(ValueError, match=r"val_fraction \(.*\) must be above 0 and below 1"):
+    with pytest.raises(ValueError, match=r"val_fraction \(.*\) must be in \(0, 1\)"):
         split(dataset, fraction)
 
 
@@ -112,8 +114,6 @@ def test_validation_images_come_from_their_own_place_or_are_held_out(folder):
     held_out = DataConfig(path=str(folder), val_fraction=0.4, max_images=3)
     train, val = open_train_val(held_out)
     assert (len(train), len(val)) == (3, 2)
-    with pytest.raises(ValueError, match=r"max_images \(0\) must be at least 1"):
-        open_train_val(replace(held_out, max_images=0))
     own = replace(held_out, val_path=str(folder), max_images=None)
     assert [len(part) for part in open_train_val(own)] == [7, 7]
 
@@ -389,6 +389,26 @@ def test_broken_images_found_by_workers_are_known_here(folder, dataset, caplog):
 
 
 @forks
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["", "raise SystemExit(3)"])
+def test_workers_that_nobody_closed_do_not_keep_python_from_ending(folder, ending):
+    code = f"""
+import sys
+from mergevq.config.training import DataConfig
+from mergevq.data.batches import train_batches
+from mergevq.data.images import open_images
+
+sys.kept = train_batches(
+    open_images({str(folder)!r}), DataConfig(), image_size=16, batch_size=2, num_steps=99, seed=0,
+    student_size=None, teacher_size=None, num_workers=2,
+)
+next(sys.kept)
+{ending}
+"""
+    ended = subprocess.run([sys.executable, "-c", code], check=False, timeout=100, stderr=-1)
+    assert (ended.returncode, ended.stderr) == (3 if ending else 0, b"")
+
+
 def test_errors_of_workers_arrive_here(folder, dataset):
     damage(folder, *(dataset.name(index) for index in range(7)))
     with pytest.raises(ValueError, match="none of the 7 images can be read"):

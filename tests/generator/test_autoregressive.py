@@ -86,8 +86,8 @@ def test_hidden_width_follows_llamagen(dim):
         ({"kept_candidates": ()}, r"num_kept \(5\) must be one of kept_candidates \(\)"),
         ({"num_head_layers": 0}, r"num_head_layers \(0\) must be between 1"),
         ({"dropout": 1.0}, r"dropout \(1.0\) must be at least 0 and below 1"),
-        ({"window": -1}, r"window \(-1\) must be at least 0"),
-        ({"grid_size": (0, 4)}, r"grid_size \(0, 4\) must have at least one cell"),
+        ({"window": -1}, r"window \(-1\) must be between 0 and"),
+        ({"grid_size": (0, 4)}, r"grid_size \(0, 4\) must all be between 1"),
     ],
 )
 def test_impossible_settings_are_named(changes, message):
