@@ -2,8 +2,13 @@
 
 import re
 import shlex
+import socket
+import subprocess
+import sys
+import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -93,6 +98,69 @@ def test_commands_and_python_run_one_after_the_other(monkeypatch):
         assert image.width > 4 * 40
     assert len(list(Path("samples").glob("0*.png"))) == 16
     assert Path("runs/photos/evaluation/rate_distortion.png").is_file()
+
+
+def draw_photo(number):
+    """A smooth picture of some size: two colours that blend, and a disc."""
+    numbers = np.random.default_rng(number)
+    width, height = numbers.integers(80, 160, 2)
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    first, second, third = numbers.integers(0, 256, (3, 3))
+    angle = numbers.uniform(0, 2 * np.pi)
+    share = (0.5 + 0.5 * np.sin(4 * (x * np.cos(angle) + y * np.sin(angle))))[..., None]
+    pixels = share * first + (1 - share) * second
+    centre = numbers.uniform(0.3, 0.7, 2)
+    pixels[np.hypot(x - centre[0], y - centre[1]) < numbers.uniform(0.1, 0.3)] = third
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def run_as_written(words, *more):
+    """A command of the README in a process of its own; fails with what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", *words, *more], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{shlex.join(words)}: {done.stderr}"
+    return done.stdout
+
+
+def fetch_page(words):
+    """The page that a command serves, once."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    command = [sys.executable, "-u", "-m", *words, "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as page:
+        try:
+            address = re.search(
+                r"http://\S+", next(line for line in page.stdout if "page:" in line)
+            )
+            with urllib.request.urlopen(address[0], timeout=60) as answer:
+                return answer.read().decode()
+        finally:
+            page.terminate()
+
+
+@pytest.mark.slow
+def test_commands_run_as_they_stand_on_500_pictures(tmp_path, monkeypatch):
+    pytest.importorskip("gradio", reason="the web page needs the demo extra")
+    monkeypatch.chdir(tmp_path)
+    for number in range(500):
+        place = tmp_path / "photos" / ("cats", "dogs")[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        draw_photo(number).save(place / f"{number // 2}.jpg")
+    for words in commands():
+        if words[0] != "mergevq":
+            continue
+        if words[1] == "train":
+            # The schedules end when the time does, so nothing but the length is different.
+            run_as_written(words, "--train.max-minutes", "0.5")
+        elif words[1] == "demo":
+            assert "MergeVQ" in fetch_page(words)
+        else:
+            run_as_written(words)
+    runs = tmp_path / "runs"
+    assert (runs / "photos/evaluation/rate_distortion.png").is_file()
+    assert (runs / "photos/knn/probe.json").is_file()
+    assert len(list((tmp_path / "samples").glob("0*.png"))) == 16
 
 
 def test_the_tree_names_every_room():
