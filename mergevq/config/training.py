@@ -110,7 +110,9 @@ class TrainConfig:
     max_nonfinite: int = 20
     """Steps in a row with a non-finite loss or gradient after which the run stops."""
     max_minutes: float | None = None
-    """Minutes of steps after which a run saves and stops, for --resume; None is no limit."""
+    """Minutes that the whole run may take, stops left out; None is no limit. The run ends with its
+    time or its steps, whichever is first, and schedules (warm-up, the fall of the rate, the entry
+    of the adversary) follow the share that is used. Results written at the end come on top."""
     tensorboard: bool = False
     """Also write TensorBoard events (the `log` extra)."""
 

@@ -7,7 +7,6 @@ run that was stopped draws what it would have drawn.
 
 import dataclasses
 import logging
-import math
 import os
 import platform
 import shlex
@@ -16,7 +15,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -282,32 +280,21 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class StopRequest:
-    """Whether this process was asked to stop, or has had its time."""
+    """Whether this process was asked to stop."""
 
     requested: bool = False
     """Turned on by a signal. Ranks are asked at different moments: agree before acting."""
-    deadline: float = math.inf
-    """Value of `time.monotonic` from which on the process is to stop."""
-
-    @property
-    def is_due(self) -> bool:
-        """Whether to stop."""
-        return self.requested or time.monotonic() >= self.deadline
 
 
 @contextmanager
-def on_sigterm(max_minutes: float | None = None) -> Iterator[StopRequest]:
+def on_sigterm() -> Iterator[StopRequest]:
     """Turn SIGTERM, SIGHUP and the first Ctrl-C into a request, so that a step can be saved.
 
     A second Ctrl-C kills. The handlers that were there return at the end. Outside the main thread
     Python delivers no signals, and the request never comes. A process that was started with `nohup`
     goes on without its terminal.
-
-    Args:
-        max_minutes: minutes from now after which to stop without being asked; None is no limit.
     """
-    deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
-    stop = StopRequest(deadline=deadline)
+    stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

@@ -27,6 +27,7 @@ from mergevq.runtime.checkpoints import CheckpointManager, load_state, restoring
 from mergevq.runtime.logs import MetricsLog, Progress, read_metrics
 from mergevq.runtime.optim import set_learning_rate
 from mergevq.runtime.run import RunDirectory, StopRequest, on_sigterm
+from mergevq.training.budget import Budget
 from mergevq.training.panels import Log, write_curves
 
 logger = logging.getLogger("mergevq")
@@ -39,7 +40,7 @@ Columns = TypeVar("Columns", bound=tuple[Tensor | None, ...])
 
 _STOP_STEPS = 10
 """Steps after which several ranks ask each other whether one was told to stop."""
-_ALWAYS_SHOWN = frozenset({"loss", "lr", "num_kept", "grad_norm"})
+_ALWAYS_SHOWN = frozenset({"loss", "lr", "num_kept", "grad_norm", "time_used"})
 """Numbers of the log line in every stage."""
 
 
@@ -54,6 +55,8 @@ class State(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
     step: int
     """Optimizer steps done."""
+    budget: Budget
+    """Steps and time of the run, which its schedules follow."""
 
     @property
     def is_finite(self) -> bool:
@@ -145,18 +148,20 @@ def fit(
         log.note(line)
     plotting = distributed.is_main() and has_plots(directory.curves)
     speed = _Speed(task.unit, bar.done)
-    with on_sigterm(loop.max_minutes) as signal, contextlib.closing(bar), contextlib.closing(log):
-        for batch in task.batches(state.step):
+    state.budget.start()
+    with on_sigterm() as signal, contextlib.closing(bar), contextlib.closing(log):
+        for batch in () if state.budget.is_used(state.step) else task.batches(state.step):
             with distributed.located(world, state.step):
                 numbers = task.step(batch)
             manager.settle(finite=state.is_finite)
             state.step += 1
+            state.budget.update()
             bar.update(size)
-            last = state.step == loop.num_steps
+            last = state.budget.is_used(state.step)
             logging_due = (state.step - 1) % loop.log_every == 0 or last
             validating = state.step % loop.eval_every == 0 or last
             if logging_due or validating:
-                values = read_numbers(numbers, world.device)
+                values = read_numbers(numbers, world.device) | state.budget.numbers()
                 values |= speed.since(bar.done) | task.interval_numbers() if logging_due else {}
                 values |= task.validate() if validating else {}
                 log.write(state.step - 1, values, shown=_shown(task, values))
@@ -169,6 +174,7 @@ def fit(
                 write_curves(directory.curves, task.panels(read_metrics(directory.metrics)))
             if stopping and not last:
                 logger.warning("stopped after %d steps; go on with --resume", state.step)
+            if stopping or last:
                 break
 
 
@@ -312,7 +318,7 @@ def _agree_to_stop(signal: StopRequest, world: distributed.World, step: int) -> 
     """Whether any rank has to stop; all find the same, so all stop after the same step."""
     if world.world_size > 1 and step % _STOP_STEPS:
         return False
-    return bool(distributed.sum(torch.tensor(int(signal.is_due))) > 0)
+    return bool(distributed.sum(torch.tensor(int(signal.requested))) > 0)
 
 
 def _save(task: Task[Any], manager: CheckpointManager, model: Path) -> None:

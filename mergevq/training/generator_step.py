@@ -37,6 +37,7 @@ from mergevq.runtime.optim import (
     set_learning_rate,
 )
 from mergevq.runtime.random import step_generator
+from mergevq.training.budget import Budget
 from mergevq.training.fit import Number, cut
 from mergevq.training.initial import initialize_generator_from
 
@@ -65,6 +66,7 @@ class State:
     ema: Ema
     guard: NonFiniteGuard
     scaler: torch.amp.GradScaler
+    budget: Budget
     step: int = 0
 
     @property
@@ -93,7 +95,9 @@ class GeneratorLearner:
         """One optimizer step; returns what is worth logging."""
         run, state, sums = self.run, self.state, {}
         num_kept = batch.source.num_kept
-        rate = learning_rate(state.step, run.optim, run.train.num_steps, run.train.batch_size)
+        rate = learning_rate(
+            state.budget.place(state.step), run.optim, run.train.num_steps, run.train.batch_size
+        )
         set_learning_rate(state.optimizer, rate)
         state.optimizer.zero_grad(set_to_none=True)
         parts = cut(self._draw(batch), run.train.accumulation, self.world.device)
@@ -183,6 +187,7 @@ def build(run: GeneratorRun, world: distributed.World, record: TokenRecord) -> G
         ema=Ema(generator, run.optim.ema_decay),
         guard=NonFiniteGuard(run.train.max_nonfinite),
         scaler=gradient_scaler(device, dtype),
+        budget=Budget(num_steps=run.train.num_steps, max_minutes=run.train.max_minutes),
     )
     return GeneratorLearner(run=run, world=world, state=state, wrapped=wrapped, dtype=dtype)
 

@@ -43,6 +43,7 @@ from mergevq.tokenizer.losses.teachers import SelfTeacher, Teacher, build_teache
 from mergevq.tokenizer.losses.terms import TokenizerLosses, reconstruction_loss, source_loss
 from mergevq.tokenizer.quantizers.lfq import quantize_losses
 from mergevq.tokenizer.tokenizer import Tokenizer, TokenizerOutput
+from mergevq.training.budget import Budget
 from mergevq.training.fit import Number, cut
 from mergevq.training.initial import Start, initial_tokenizer
 
@@ -122,7 +123,13 @@ class State:
     scaler: torch.amp.GradScaler
     discriminator_scaler: torch.amp.GradScaler
     """Its own: a loss scale that suits one side may overflow the other."""
+    budget: Budget
     step: int = 0
+
+    @property
+    def place(self) -> int:
+        """Step of the schedules."""
+        return self.budget.place(self.step)
 
     @property
     def is_finite(self) -> bool:
@@ -158,12 +165,12 @@ class TokenizerLearner:
         """One optimizer step of both sides; returns what is worth logging."""
         run, state = self.run, self.state
         num_kept = draw_num_kept(run.kept, run.train.seed, state.step)
-        rate = learning_rate(state.step, run.optim, run.train.num_steps, run.train.batch_size)
+        rate = learning_rate(state.place, run.optim, run.train.num_steps, run.train.batch_size)
         set_learning_rate(state.optimizer, rate)
         set_learning_rate(state.discriminator_optimizer, rate)
         parts = cut(batch, run.train.accumulation, self.world.device)
         numbers, reconstructions = self.update_tokenizer(parts, num_kept)
-        if discriminator_active(state.step, run.loss):
+        if discriminator_active(state.place, run.loss):
             numbers |= self.update_discriminator(parts, reconstructions)
         return numbers | {"lr": rate, "num_kept": num_kept}
 
@@ -183,11 +190,11 @@ class TokenizerLearner:
         for position, (part, target) in enumerate(zip(parts, targets, strict=True)):
             syncs = position == len(parts) - 1
             place = self.world.rank * len(parts) + position
-            recovers = recovering(run.loss.recovered_share_at(state.step), place, part.image)
+            recovers = recovering(run.loss.recovered_share_at(state.place), place, part.image)
             with distributed.no_sync(self.objective, active=not syncs):
                 with self.autocast():
                     losses, output = self.losses(part, num_kept, recovers=recovers, target=target)
-                total = losses.total(run.loss, adversarial_weight(state.step, run.loss))
+                total = losses.total(run.loss, adversarial_weight(state.place, run.loss))
                 state.scaler.scale(total / len(parts)).backward()
             reconstructions.append(output.reconstruction.detach())
             indices.append(output.encoded.indices)
@@ -251,7 +258,7 @@ class TokenizerLearner:
             batch,
             num_kept,
             target,
-            quantized=state.step >= run.quantize_start_step,
+            quantized=state.place >= run.quantize_start_step,
             source_gradient=run.loss.source_gradient,
             recovers=recovers,
         )
@@ -260,7 +267,7 @@ class TokenizerLearner:
         perceptual, adversarial = zero, zero
         if self.perceptual is not None:
             perceptual = self.perceptual(output.reconstruction, batch.image).mean()
-        if adversarial_weight(state.step, run.loss) > 0:
+        if adversarial_weight(state.place, run.loss) > 0:
             adversarial = generator_loss(state.discriminator(output.reconstruction))
         losses = TokenizerLosses(
             reconstruction=reconstruction_loss(batch.image, output.reconstruction),
@@ -312,7 +319,7 @@ class TokenizerLearner:
         else:
             logger.warning("step %d of the discriminator is not finite and is skipped", state.step)
         state.discriminator_scaler.update()
-        weight = adversarial_weight(state.step, run.loss)
+        weight = adversarial_weight(state.place, run.loss)
         return sums | {"adversarial_weight": weight, "grad_norm_discriminator": norm}
 
 
@@ -363,6 +370,7 @@ def build(
         discriminator_guard=NonFiniteGuard(run.train.max_nonfinite),
         scaler=gradient_scaler(device, dtype),
         discriminator_scaler=gradient_scaler(device, dtype),
+        budget=Budget(num_steps=run.train.num_steps, max_minutes=run.train.max_minutes),
     )
     return TokenizerLearner(
         run=run,

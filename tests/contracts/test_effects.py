@@ -251,7 +251,7 @@ OPTIM = {
     "optim.milestones": {"optim.schedule": "step"},
     "optim.final_lr_ratio": {"optim.schedule": "cosine"},
 }
-OVERFLOW = {"optim.lr": 1e20, "optim.clip_norm": None, "train.num_steps": 12}
+OVERFLOW = {"optim.lr": 1000.0, "optim.clip_norm": None, "train.num_steps": 12}
 OVERFLOW |= {f"train.{name}_every": 12 for name in ("eval", "image", "save")}
 KEPT = {
     "kept.rate": {"kept.distribution": "exponential"},

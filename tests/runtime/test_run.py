@@ -227,18 +227,6 @@ def test_a_run_that_ignores_a_closed_terminal_goes_on_ignoring_it():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_run_stops_when_its_minutes_are_over(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr("mergevq.runtime.run.time.monotonic", lambda: now[0])
-    with on_sigterm(max_minutes=2.0) as stop, on_sigterm() as endless:
-        assert not stop.is_due
-        now[0] += 119.9
-        assert not stop.is_due
-        now[0] += 0.1
-        assert stop.is_due
-        assert not endless.is_due
-
-
 @pytest.mark.slow
 def test_a_second_interrupt_kills():
     code = (

@@ -1,6 +1,7 @@
 """The loop that every stage shares, around a task of one weight."""
 
 import json
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple
@@ -14,6 +15,7 @@ from mergevq.report.plots import Curve, Panel
 from mergevq.runtime import distributed
 from mergevq.runtime.checkpoints import load_state
 from mergevq.runtime.run import RunDirectory
+from mergevq.training.budget import Budget
 from mergevq.training.fit import Task, cut, fit, put_state, read_numbers, state_of
 
 CPU = torch.device("cpu")
@@ -29,16 +31,21 @@ class State:
 
     weight: nn.Linear
     optimizer: torch.optim.Optimizer
+    budget: Budget
     absent: nn.Module | None = None
     step: int = 0
     is_finite: ClassVar[bool] = True
 
 
-def fresh() -> State:
+def fresh(loop: TrainConfig = LOOP) -> State:
     weight = nn.Linear(1, 1)
     nn.init.ones_(weight.weight)
     nn.init.zeros_(weight.bias)
-    return State(weight=weight, optimizer=torch.optim.Adam(weight.parameters(), lr=0.1))
+    return State(
+        weight=weight,
+        optimizer=torch.optim.Adam(weight.parameters(), lr=0.1),
+        budget=Budget(num_steps=loop.num_steps, max_minutes=loop.max_minutes),
+    )
 
 
 @dataclass
@@ -85,6 +92,7 @@ class Toy:
 
 def run(folder, task: Toy, loop: TrainConfig = LOOP, *, resume: bool = False, **options) -> Toy:
     task.num_steps = loop.num_steps
+    task.state.budget = Budget(num_steps=loop.num_steps, max_minutes=loop.max_minutes)
     fit(task, loop, RunDirectory(folder), WORLD, resume=resume, **options)
     return task
 
@@ -171,16 +179,79 @@ def test_resuming_without_a_checkpoint_starts(tmp_path):
     assert run(tmp_path, Toy(), resume=True).state.step == 6
 
 
-def test_a_run_that_has_had_its_minutes_saves_and_stops(tmp_path, caplog):
-    task = run(tmp_path, Toy(), replace(LOOP, max_minutes=1e-9))
-    assert task.state.step == 1
-    assert task.asked == ["model 1"]
-    assert "stopped after 1 steps; go on with --resume" in caplog.text
+class Clock:
+    """A clock that stands still but for the seconds that each step takes."""
+
+    def __init__(self, monkeypatch, per_step):
+        self.now, self.per_step = 1000.0, per_step
+        monkeypatch.setattr("mergevq.training.budget.time.monotonic", lambda: self.now)
+
+    def slow(self, task):
+        """The task with steps that take their time, which it writes down with their places."""
+
+        def step(batch, step=task.step):
+            self.now += self.per_step
+            task.asked.append(f"at {task.state.budget.place(task.state.step)}")
+            return step(batch)
+
+        task.step = step
+        return task
+
+
+TIMED = replace(
+    LOOP, num_steps=100, max_minutes=1.0, eval_every=99, image_every=99, save_every=99, log_every=1
+)
+
+
+def test_a_run_goes_through_its_schedules_in_its_time(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch, per_step=15.0)
+    task = run(tmp_path, clock.slow(Toy()), TIMED)
+    assert task.state.step == 4
+    places = [f"at {step}" for step in (0, 25, 50, 75)]
+    assert task.asked == [*places, "validate 4", "step-00000004.png", "model 4"]
+    assert [line["time_used"] for line in read_log(tmp_path)] == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_a_run_of_few_steps_ends_before_its_time(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch, per_step=1.0)
+    task = run(tmp_path, clock.slow(Toy()), replace(TIMED, num_steps=3))
+    assert task.asked[:3] == ["at 0", "at 1", "at 2"]
+    assert task.state.step == 3
+
+
+def test_a_run_that_was_stopped_goes_on_from_the_share_it_had_used(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch, per_step=15.0)
+    toy = clock.slow(Toy())
+    slow_step = toy.step
+
+    def interrupted(batch):
+        if toy.state.step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return slow_step(batch)
+
+    toy.step = interrupted
+    run(tmp_path, toy, TIMED)
+    assert (toy.state.step, toy.state.budget.share) == (2, 0.5)
+    clock.now += 86_400.0  # A night in which nothing ran.
+    task = run(tmp_path, clock.slow(Toy()), TIMED, resume=True)
+    assert task.asked[:2] == ["at 50", "at 75"]
+    assert (task.state.step, task.state.budget.share) == (4, 1.0)
+    again = run(tmp_path, clock.slow(Toy()), TIMED, resume=True)
+    assert (again.asked, again.state.step) == ([], 4), "nothing is left to do"
+    more = run(tmp_path, clock.slow(Toy()), replace(TIMED, max_minutes=2.0), resume=True)
+    assert more.asked[:4] == ["at 50", "at 62", "at 75", "at 87"]
 
 
 def test_several_ranks_ask_each_other_every_tenth_step(tmp_path):
-    task = Toy(num_steps=25)
-    loop = replace(LOOP, num_steps=25, max_minutes=1e-9)
+    class Stopped(Toy):
+        def step(self, batch):
+            if self.state.step == 2:
+                signal.raise_signal(signal.SIGTERM)
+            return super().step(batch)
+
+    task = Stopped(num_steps=25)
+    task.state.budget = Budget(num_steps=25)
+    loop = replace(LOOP, num_steps=25)
     fit(task, loop, RunDirectory(tmp_path), replace(WORLD, world_size=2), resume=False)
     assert task.state.step == 10
 
@@ -250,7 +321,7 @@ def test_a_batch_is_cut_column_by_column():
 def test_a_state_is_its_fields_without_absent_ones():
     state = fresh()
     saved = state_of(state)
-    assert set(saved) == {"weight", "optimizer", "step"}
+    assert set(saved) == {"weight", "optimizer", "budget", "step"}
     other = fresh()
     nn.init.zeros_(other.weight.weight)
     put_state(other, saved | {"step": 7})

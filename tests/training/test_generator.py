@@ -260,17 +260,19 @@ def test_a_step_that_went_too_far_does_not_cost_the_last_good_checkpoint(
     assert all((tmp_path / "r/checkpoints" / name / "suspect").exists() for name in names[2:])
 
 
-def test_a_run_that_has_had_its_minutes_saves_and_goes_on(material, tmp_path, caplog):
+def test_a_run_that_has_had_its_minutes_is_complete_and_goes_on_with_more(material, tmp_path):
     run = small(material, num_steps=3, save_every=100, max_minutes=1e-9)
     run = replace(run, out=str(tmp_path / "r"))
     train(run)
-    assert "stopped after 1 steps; go on with --resume" in caplog.text
+    assert (tmp_path / "r/model/model.safetensors").is_file()
+    assert (tmp_path / "r/checkpoints/step-00000001").is_dir()
     train(replace(run, train=replace(run.train, max_minutes=None)), resume=True)
     whole = replace(run, train=replace(run.train, max_minutes=None), out=str(tmp_path / "whole"))
     train(whole)
     first, second = (
         load_state(tmp_path / name / "checkpoints/step-00000003/state") for name in ("r", "whole")
     )
+    assert first.pop("budget")["seconds"] > second.pop("budget")["seconds"] == 0
     assert equal(first, second)
 
 
@@ -348,10 +350,11 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(material):
     assert state.guard.num_in_a_row == 0
 
 
-def test_a_step_that_is_skipped_names_its_rows(material, tmp_path, caplog):
+def test_a_step_that_is_skipped_names_its_rows(material, tmp_path, caplog, monkeypatch):
     run = small(material, num_steps=3, batch_size=3, max_nonfinite=2)
     # A rate beyond float32 makes all steps after the first non-finite.
-    optim = replace(run.optim, lr=1e38, clip_norm=None)
+    optim = replace(run.optim, clip_norm=None)
+    monkeypatch.setattr("mergevq.training.generator_step.learning_rate", lambda *_: 1e38)
     with pytest.raises(RuntimeError, match="not finite"):
         train(replace(run, optim=optim, out=str(tmp_path / "run")))
     train_set, _ = split(open_tokens(run.tokens.path), run.tokens.val_fraction)

@@ -22,7 +22,9 @@ from mergevq.data.batches import Batch, open_train_val
 from mergevq.runtime import distributed
 from mergevq.runtime.artefacts import load_model
 from mergevq.runtime.checkpoints import load_state
+from mergevq.runtime.optim import learning_rate
 from mergevq.tokenizer.interop import select_weights
+from mergevq.tokenizer.losses.adversarial import adversarial_weight
 from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training.fit import put_state, state_of
 from mergevq.training.tokenizer import TokenizerTask, train
@@ -283,6 +285,68 @@ def test_too_many_such_steps_stop_the_run_and_name_the_term():
     learner.step(broken)
     with pytest.raises(RuntimeError, match="reconstruction"):
         learner.step(broken)
+
+
+def test_the_weight_of_lecam_is_that_of_the_settings():
+    gradients = []
+    for weight in (0.0, 1.0, 2.0):
+        run = small()
+        loss = replace(run.loss, lecam_weight=weight)
+        optim = replace(run.optim, clip_norm=None)
+        learner = build(replace(run, loss=loss, optim=optim), WORLD, num_classes=0)
+        torch.manual_seed(0)
+        parts = [batch()]
+        learner.update_discriminator(parts, [parts[0].image.flip(0) * 0.5])
+        parameters = learner.state.discriminator.parameters()
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
+    none, once, twice = gradients
+    assert (once - none).norm() > 1e-3 * none.norm()
+    torch.testing.assert_close(twice - none, 2 * (once - none), rtol=1e-3, atol=1e-6)
+
+
+def test_the_self_teacher_keeps_the_share_of_itself_that_the_settings_say():
+    run = small()
+    run = replace(run, teacher=replace(run.teacher, momentum=0.25))
+    learner = build(run, WORLD, num_classes=0)
+    encoder, average = learner.state.tokenizer.encoder, learner.state.teacher_encoder
+    assert average is not None
+    for parameter in average.parameters():
+        parameter.data.add_(1.0)
+    before = [parameter.clone() for parameter in average.parameters()]
+    learner.update_tokenizer([batch()], 16)
+    for old, new, now in zip(before, encoder.parameters(), average.parameters(), strict=True):
+        torch.testing.assert_close(now, 0.25 * old + 0.75 * new)
+
+
+def test_schedules_follow_the_share_of_the_time_that_is_used(monkeypatch):
+    run = small(num_steps=100, max_minutes=1.0)
+    run = replace(
+        run,
+        quantize_start_step=50,
+        loss=replace(
+            run.loss,
+            adversarial_start_step=40,
+            adversarial_ramp_steps=20,
+            recovered_share=1.0,
+            recovered_start_step=50,
+        ),
+        optim=replace(run.optim, warmup_steps=10, schedule="cosine"),
+    )
+    learner = build(run, WORLD, num_classes=0)
+    seen = []
+    look = learner.objective.forward
+
+    def forward(*args, **kwargs):
+        seen.append((kwargs["quantized"], kwargs["recovers"] is not None))
+        return look(*args, **kwargs)
+
+    monkeypatch.setattr(learner.objective, "forward", forward)
+    for seconds, place in ((0.0, 3), (24.0, 40), (29.9, 49), (30.0, 50), (59.9, 99)):
+        learner.state.step, learner.state.budget.seconds = 3, seconds
+        numbers = learner.step(batch())
+        assert numbers["lr"] == learning_rate(place, run.optim, 100, run.train.batch_size)
+        assert numbers["adversarial_weight"] == adversarial_weight(place, run.loss)
+    assert seen == [(False, False)] * 3 + [(True, True)] * 2
 
 
 def test_before_quantization_starts_the_decoder_sees_latents():
@@ -603,11 +667,12 @@ def test_two_ranks_equal_one_process_at_the_same_global_batch(tmp_path):
             assert log[0][name] == pytest.approx(log[1][name], rel=5e-3), name
 
 
-def test_a_failing_step_says_on_which_rank_and_at_which_step(tmp_path):
+def test_a_failing_step_says_on_which_rank_and_at_which_step(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
     run = replace(small(num_steps=3, max_nonfinite=1), out=str(tmp_path / "run"))
     # A rate beyond float32 makes the second step's loss non-finite.
-    run = replace(run, optim=replace(run.optim, lr=1e38, warmup_steps=0, clip_norm=None))
+    run = replace(run, optim=replace(run.optim, clip_norm=None))
+    monkeypatch.setattr("mergevq.training.tokenizer_step.learning_rate", lambda *_: 1e38)
     with pytest.raises(RuntimeError, match="not finite") as failure:
         train(run)
     assert failure.value.__notes__ == ["on rank 0 of 1, at step 1"]
