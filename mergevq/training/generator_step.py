@@ -25,6 +25,7 @@ from mergevq.data.tokens.files import TokenRecord, require_tokenizer
 from mergevq.generator.autoregressive import Generator, GeneratorLoss, random_orders, uniform
 from mergevq.runtime import distributed
 from mergevq.runtime.artefacts import resolve, tokens_hash
+from mergevq.runtime.budget import Budget
 from mergevq.runtime.device import autocast, resolve_precision
 from mergevq.runtime.optim import (
     Ema,
@@ -37,7 +38,6 @@ from mergevq.runtime.optim import (
     set_learning_rate,
 )
 from mergevq.runtime.random import step_generator
-from mergevq.training.budget import Budget
 from mergevq.training.fit import Number, cut
 from mergevq.training.initial import initialize_generator_from
 

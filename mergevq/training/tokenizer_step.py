@@ -18,6 +18,7 @@ from mergevq.data.batches import Batch
 from mergevq.metrics.codes import CodebookUsage, CollapseMonitor
 from mergevq.metrics.lpips import Perceptual, load_perceptual, missing_weights
 from mergevq.runtime import distributed
+from mergevq.runtime.budget import Budget
 from mergevq.runtime.device import autocast, resolve_precision
 from mergevq.runtime.optim import (
     Ema,
@@ -43,7 +44,6 @@ from mergevq.tokenizer.losses.teachers import SelfTeacher, Teacher, build_teache
 from mergevq.tokenizer.losses.terms import TokenizerLosses, reconstruction_loss, source_loss
 from mergevq.tokenizer.quantizers.lfq import quantize_losses
 from mergevq.tokenizer.tokenizer import Tokenizer, TokenizerOutput
-from mergevq.training.budget import Budget
 from mergevq.training.fit import Number, cut
 from mergevq.training.initial import Start, initial_tokenizer
 

@@ -1,5 +1,6 @@
 """The commands of `mergevq probe`: options arrive, and mistakes are explained."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -8,6 +9,8 @@ import torch
 import tyro
 
 from mergevq.cli.probe import COMMANDS
+from mergevq.config.probing import FinetuneConfig, KnnConfig, LinearConfig
+from mergevq.evaluate.probe import run as run_module
 from tests.support.probes import tiny_tokenizer, write_colours
 
 
@@ -41,6 +44,67 @@ def test_a_table_is_printed_for_every_number_of_tokens(folder, tmp_path, capsys,
         assert text in printed
     assert str(tmp_path / "out") in printed
     assert (tmp_path / "out/probe.json").is_file()
+
+
+METHODS = {
+    "linear": LinearConfig(
+        rates=(0.5, 0.25),
+        held_out_fraction=0.3,
+        num_epochs=7,
+        batch_size=11,
+        weight_decay=0.125,
+        warmup_fraction=0.4,
+        num_crops=3,
+    ),
+    "knn": KnnConfig(num_neighbours=(2, 5), temperature=0.5, leave_one_out=True),
+    "finetune": FinetuneConfig(
+        stage="unmerged",
+        pool="class",
+        num_epochs=7,
+        batch_size=11,
+        rate=0.5,
+        layer_decay=0.75,
+        weight_decay=0.125,
+        warmup_fraction=0.4,
+        clip_norm=5.0,
+        label_smoothing=0.3,
+        mixup=0.6,
+        cutmix=0.7,
+        augmentation="crop",
+        randaugment=2.0,
+        erasing=0.9,
+        drop_path=0.45,
+        precision="float32",
+        linear=LinearConfig(num_epochs=13),
+    ),
+}
+OPTIONS = {"num_epochs": "epochs", "num_crops": "crops", "num_neighbours": "k"}
+"""Options by name of a setting, where they differ."""
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_option_of_a_probe_is_its_setting(folder, tmp_path, monkeypatch, name):
+    runs = []
+
+    def seen(run):
+        runs.append(run)
+        return {"rows": []}
+
+    monkeypatch.setattr(run_module, "probe", seen)
+    monkeypatch.setattr(run_module, "summary", lambda _: [])
+    given = []
+    for field in dataclasses.fields(METHODS[name]):
+        value = getattr(METHODS[name], field.name)
+        option = f"--{OPTIONS.get(field.name, field.name).replace('_', '-')}"
+        if field.name == "linear":
+            given += ["--linear-epochs", str(value.num_epochs)]
+        elif value is True:
+            given += [option]
+        elif field.name != "clip_norm":  # It has no option.
+            given += [option, *map(str, value if isinstance(value, tuple) else (value,))]
+    call(name, folder, tmp_path / "out", *given)
+    (run,) = runs
+    assert run.method == METHODS[name]
 
 
 def test_tokens_that_are_no_numbers_are_an_error(folder, tmp_path):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from mergevq.training import budget as module
-from mergevq.training.budget import Budget
+from mergevq.runtime import budget as module
+from mergevq.runtime.budget import Budget
 
 
 @pytest.fixture
