@@ -240,7 +240,7 @@ def describe(run: TokenizerRun | GeneratorRun, found: Estimate) -> dict[str, str
         f"{unit}s at once (estimate)",
         "speed": f"{found.images_per_second:.3g} {unit}s per second without loading (measured "
         f"with {found.timed_images} at once)",
-        "time": f"{_hours(seconds)} at that speed",
+        "time": f"{_hours(seconds)} at that speed{_limit(run, seconds)}",
         "out": run.out,
     }
     if found.cpu_share is not None and found.cpu_share < _OWN:
@@ -249,6 +249,14 @@ def describe(run: TokenizerRun | GeneratorRun, found: Estimate) -> dict[str, str
             f"would take about {_hours(seconds * found.cpu_share)} alone"
         )
     return lines
+
+
+def _limit(run: TokenizerRun | GeneratorRun, seconds: float) -> str:
+    """The limit on a run's time, where it is the shorter one."""
+    minutes = run.train.max_minutes
+    if minutes is None or 60 * minutes >= seconds:
+        return ""
+    return f"; it ends after train.max_minutes ({_hours(60 * minutes)}), its schedules with it"
 
 
 def _hours(seconds: float) -> str:

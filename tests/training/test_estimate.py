@@ -323,3 +323,14 @@ def test_a_processor_that_others_have_too_is_told(run, found):
     assert shared["time"] == "1 h 0 min at that speed"
     assert "for 25% of the time" in shared["processor"]
     assert "about 0 h 15 min alone" in shared["processor"]
+
+
+def test_a_limit_on_time_is_told_where_it_is_the_shorter(run, found):
+    long = replace(run, train=replace(run.train, num_steps=3600, batch_size=1, max_minutes=20.0))
+    limited = describe(long, found._replace(images_per_second=1.0))
+    assert limited["time"] == (
+        "1 h 0 min at that speed; it ends after train.max_minutes (0 h 20 min), its schedules with "
+        "it"
+    )
+    short = describe(long, found._replace(images_per_second=10.0))
+    assert short["time"] == "0 h 6 min at that speed"
