@@ -383,7 +383,8 @@ def require_classes(class_names: tuple[str, ...], reference: Reference, path: Pa
     Raises:
         ValueError: it is of others, so a distance would tell the data apart and not the generator.
     """
-    theirs = tuple(map(str, reference.metadata.get("class_names", [])))
+    theirs = reference.metadata.get("class_names")
+    theirs = tuple(map(str, theirs)) if isinstance(theirs, list) else ()
     if class_names and theirs:
         require_same_classes(
             Identity(class_names=theirs),
