@@ -103,20 +103,26 @@ def tokenizer_run(run, out):
     )
 
 
+def on_generator(model):
+    """A generator of the 8 bits of the digits tokenizer, as either commit writes its settings."""
+    if not hasattr(model, "head"):
+        return replace(model, num_bits=8, factor_bits=(4, 4), flex_attention=False)
+    order = model.order
+    if hasattr(order, "flex_attention"):
+        order = replace(order, flex_attention=False)
+    return replace(model, head=replace(model.head, sizes=(16, 16)), order=order)
+
+
 def generator_run(run, tokenizer, folder, out):
     """A recipe as a run of three steps on tokens of the small digits tokenizer."""
     run = find("shrink_generator", *SMALL)(run)
-    config = json.loads((tokenizer / "config.json").read_text(encoding="utf-8"))["config"]
-    bits = config["num_bits"]
     candidates = run.kept.candidates
     tokens = folder / "tokens-{}".format("-".join(map(str, candidates)))
     if not tokens.exists():
         find("encode", *ENCODE)(
             tokenizer, "digits", tokens, num_kept=candidates, num_workers=0, device="cpu"
         )
-    model = replace(
-        run.model, num_bits=bits, factor_bits=(bits // 2, bits - bits // 2), flex_attention=False
-    )
+    model = on_generator(run.model)
     data = replace(run.tokens, path=str(tokens), tokenizer=str(tokenizer), val_fraction=0.05)
     return replace(run, model=model, tokens=data, train=short(run.train), out=str(out))
 

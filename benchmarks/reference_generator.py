@@ -70,7 +70,7 @@ class Loop:
     @property
     def length(self) -> int:
         """Tokens of a sequence."""
-        whole = self.config.order in ("raster", "merge")
+        whole = self.config.order.kind in ("raster", "merge")
         return self.config.num_tokens if whole else self.num_kept
 
     def seek(self, parts: Tensor, num_steps: int) -> None:
@@ -86,7 +86,7 @@ class Loop:
             return
         if num_tokens:
             # The last step's tokens have not been through the network.
-            num_new = 2 * self.counts[num_steps - 1] if self.config.order == "random" else 1
+            num_new = 2 * self.counts[num_steps - 1] if self.config.order.kind == "random" else 1
             self.num_old = self.inputs.shape[1] - num_new
             self.inputs = self.inputs[:, self.num_old :]
             self.positions = self.positions[:, self.num_old :]
@@ -107,14 +107,14 @@ class Loop:
     @property
     def _most_inputs(self) -> int:
         """Inputs there can be at once, those that only ask included."""
-        if self.config.order == "random":
+        if self.config.order.kind == "random":
             return self.prefix.shape[1] + 2 * self.num_kept
         return self.prefix.shape[1] + self.length
 
     @torch.no_grad()
     def step(self) -> None:
         """Choose the next token of each image, or the next few in order `random`."""
-        if self.config.order == "random":
+        if self.config.order.kind == "random":
             self._step_random()
             return
         state = self._states(self.inputs, self.positions, self._mask())[:, -1]
@@ -147,11 +147,11 @@ class Loop:
             self.state[f"part_embeddings.{part}.weight"][parts[..., part]]
             for part in range(parts.shape[-1])
         )
-        if self.config.order == "random":
+        if self.config.order.kind == "random":
             where = self._slot_positions(self.order[:, first : first + count])
             embedded = torch.stack([self._instruction(where), embedded], dim=2).flatten(1, 2)
             where = where.repeat_interleave(2, dim=1)
-        elif self.config.order == "anchor":
+        elif self.config.order.kind == "anchor":
             where = self.cells[parts[..., 0]]
         else:
             where = self.cells[first : first + count].expand(len(parts), -1, -1)
@@ -163,18 +163,18 @@ class Loop:
         num_new, num_prefix = self.inputs.shape[1], self.prefix.shape[1]
         index = torch.arange(self.num_old + num_new)
         distance = index[self.num_old :, None] - index[None, :]
-        if self.config.order != "merge":
+        if self.config.order.kind != "merge":
             lone = num_new == 1 and self.way == "concatenate"
             return None if lone else (distance >= 0)[None]
         tokens = self.parts
         same = (tokens[:, :, None] == tokens[:, None, :]).all(-1)
         is_first = ~(same & torch.ones_like(same[0]).tril(-1)).any(-1)
         is_first = functional.pad(is_first, (num_prefix, 0), value=True)
-        return (distance >= 0) & ((distance <= self.config.window) | is_first[:, None, :])
+        return (distance >= 0) & ((distance <= self.config.order.window) | is_first[:, None, :])
 
     def _gap_mask(self, token: int) -> Tensor | None:
         """Which gaps to the next anchor leave room for the tokens after it."""
-        if self.config.order != "anchor":
+        if self.config.order.kind != "anchor":
             return None
         gaps = torch.arange(self.config.num_tokens)
         if token == 0:
@@ -188,7 +188,7 @@ class Loop:
         for part in range(len(self.config.part_sizes)):
             hidden = x
             mask = torch.ones(x.shape[1], x.shape[1]).tril().bool()[None]
-            for layer in range(self.config.num_head_layers):
+            for layer in range(self.config.head.num_layers):
                 hidden = self._block(hidden, f"head.blocks.{layer}", None, mask, None)
             hidden = self._norm(hidden[:, -1], "head.norm.weight")
             logits = functional.linear(hidden, self.state[f"head.outputs.{part}.weight"]).float()
@@ -196,7 +196,7 @@ class Loop:
                 logits = logits.masked_fill(~allowed, -torch.inf)
             drawn = logits.softmax(-1).multinomial(1)[:, 0]
             value = logits.argmax(-1) if self.greedy else drawn
-            if part == 0 and self.config.order == "anchor" and self.parts.shape[1]:
+            if part == 0 and self.config.order.kind == "anchor" and self.parts.shape[1]:
                 value = self.parts[:, -1, 0] + value
             chosen.append(value)
             embedded = self.state[f"part_embeddings.{part}.weight"][value]
@@ -286,7 +286,7 @@ class Loop:
         """Position instructions, (B, N, C)."""
         batch, length, _ = positions.shape
         vector = self.state["instruction"].expand(batch, length, -1)
-        if not self.config.rotate_instruction:
+        if not self.config.order.rotate_instruction:
             return vector
         heads = vector.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
         return rotate(heads, self._angles(positions)).transpose(1, 2).flatten(2)

@@ -41,8 +41,10 @@ _USUAL_SAMPLING = {
     "temperature": 1.0,
     "top_k": 0,
     "top_p": 1.0,
+    # Of records of format 1, and of later ones.
     "budget": True,
     "num_steps": None,
+    "passes": {"kind": "one", "budget": True},
 }
 """Settings of sampling that a row need not tell."""
 
@@ -149,9 +151,14 @@ def _reconstruction_conditions(records: Mapping[str, Record]) -> list[str]:
         model, config = record["model"], record["model"]["config"]
         sentences.append(
             f"`{name}`: model {model['hash'][:12]}, made for K = {config['num_kept']}, "
-            f"{config['num_bits']} bits a token, {2 ** config['num_bits']:,} codes"
+            f"{_bits(config)} bits a token, {2 ** _bits(config):,} codes"
         )
     return [*sentences, f"Model in {first['precision']}", _environments(records.values())]
+
+
+def _bits(config: Mapping[str, Any]) -> int:
+    """Bits of a token; settings of format 1 have no part of their own for the quantizer."""
+    return config.get("quantizer", config)["num_bits"]
 
 
 # ----------------------------------------------------------------------------------------- probe
@@ -305,7 +312,7 @@ def generation_table(records: Mapping[str, Record], generators: Mapping[str, Rec
         numbers["class accuracy"] = [_percent(share) for share in shares]
     labels = {
         "generator": [f"`{name}`" for name in records],
-        "order": [config["order"] for config in configs],
+        "order": [_order(config["order"]) for config in configs],
         "sampling": [_sampling(run) for run in runs],
     }
     return _captioned(_markdown(labels, numbers), _generation_conditions(records))
@@ -328,12 +335,24 @@ def _require_generator(name: str, record: Record, generator: Record) -> None:
         )
 
 
+def _order(order: str | Record) -> str:
+    """Kind of an order, which was a word in format 1."""
+    return order if isinstance(order, str) else order["kind"]
+
+
+def _value(setting: object) -> object:
+    """A setting as a cell shows it; of a part its own settings."""
+    if not isinstance(setting, dict):
+        return setting
+    return " ".join(f"{name} {value}" for name, value in setting.items() if name != "kind")
+
+
 def _sampling(run: Record) -> str:
     """How samples were drawn: guidance, and what else is not as usual."""
     settings = run["settings"]
     words = [f"guidance {settings['guidance_scale']:g}"]
     words += [
-        f"{name.replace('_', ' ')} {value}"
+        f"{name.replace('_', ' ')} {_value(value)}"
         for name, value in settings.items()
         if name != "guidance_scale" and (name, value) not in _USUAL_SAMPLING.items()
     ]

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from mergevq.data.layouts import Source
     from mergevq.data.tokens.dataset import open_tokens
     from mergevq.evaluate.reconstruction import evaluate_reconstruction
-    from mergevq.generator.autoregressive import Generator
     from mergevq.generator.generation import generate, load_pair
+    from mergevq.generator.seams import Generator
     from mergevq.tokenizer.codec import decode_image, encode_image, reconstruct_image
     from mergevq.tokenizer.tokenizer import Tokenizer
     from mergevq.training.train import train
@@ -40,7 +40,7 @@ __all__ = [
     "train",
 ]
 _MODULES = {
-    "Generator": "generator.autoregressive",
+    "Generator": "generator.seams",
     "GeneratorConfig": "config.generator",
     "Source": "data.layouts",
     "Tokenizer": "tokenizer.tokenizer",

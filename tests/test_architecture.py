@@ -40,12 +40,15 @@ MAX_FILES = 12
 # What an image passes through; it also runs on devices that know neither float64 nor complex.
 MODEL_PATH = {
     "config/generator",
+    "config/parts",
     "config/tokenizer",
     "data/codes",
     "data/layouts",
     "generator/autoregressive",
     "generator/decoding",
     "generator/heads",
+    "generator/nat",
+    "generator/network",
     "generator/orders",
     "generator/sampling",
     "nn",
@@ -57,7 +60,7 @@ MODEL_PATH = {
     "tokenizer/stems",
     "tokenizer/tokenizer",
 }
-METHOD = (MODEL_PATH - {"config/generator", "config/tokenizer", "nn"}) | {
+METHOD = (MODEL_PATH - {"config/generator", "config/parts", "config/tokenizer", "nn"}) | {
     "evaluate/compare",
     "evaluate/probe/features",
     "evaluate/probe/finetune",
@@ -89,12 +92,19 @@ TESTED_WITH = {
     "config/recipes/teachers": "config/recipes",
     "config/recipes/tiny64": "config/recipes",
     "config/records": "config/evaluation",
-    "generator/heads/subindices": "generator/autoregressive",
+    "generator/network": "generator/autoregressive",
+    "generator/orders/anchored": "generator/autoregressive",
+    "generator/orders/random": "generator/autoregressive",
+    "generator/orders/raster": "generator/autoregressive",
+    "generator/seams": "generator/build",
+    "nn/finite": "tokenizer/tokenizer",
     "nn/rows": "tokenizer/reducers/matching",
+    "tokenizer/build": "contracts/parts",
     "tokenizer/decoders/cnn": "tokenizer/tokenizer",
     "data/tokens/dataset": "data/tokens/files",
     "data/tokens/writing": "data/tokens/files",
     "tokenizer/encoder": "tokenizer/tokenizer",
+    "tokenizer/seams": "contracts/parts",
     "training/generator_step": "training/generator",
     "training/tokenizer_step": "training/tokenizer",
 }

@@ -3,13 +3,19 @@
 import ast
 import importlib
 import re
+import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from mergevq.cli.main import COMMANDS, GROUPS
+from mergevq.config import parts
 from mergevq.config.generator import GENERATOR_SIZES
 from mergevq.config.recipes import RECIPES
+from mergevq.data.codes import check_values
+from mergevq.tokenizer.quantizers import lfq
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mergevq"
@@ -79,7 +85,7 @@ def test_every_equation_leads_to_functions_that_exist():
         assert [name for name in quoted(cell) if not is_there(name)] == []
 
 
-@pytest.mark.parametrize("document", ["method.md", "deviations.md", "which.md"])
+@pytest.mark.parametrize("document", ["method.md", "deviations.md", "which.md", "adding-a-part.md"])
 def test_a_document_names_nothing_of_a_module_that_is_not_there(document):
     rooms = {module.partition(".")[0] for module in MODULES}
     names = re.findall(r"`(?:mergevq\.)?((\w+)(?:\.\w+)+)[(`]", read(document))
@@ -114,9 +120,34 @@ def test_sizes_are_those_of_the_config():
     for row in rows:
         size = GENERATOR_SIZES[row["`config.generator.GENERATOR_SIZES`"]]
         blocks = row["blocks + blocks of the head"]
-        assert (
-            blocks == f"{size['num_layers']} + {size['num_head_layers']} of width {size['dim']:,}"
-        )
+        assert blocks == f"{size.num_layers} + {size.num_head_layers} of width {size.dim:,}"
+
+
+def test_the_part_that_is_added_as_an_example_works():
+    of_settings, of_module = map(
+        textwrap.dedent, re.findall(r"(?s)```python\n(.*?)```", read("adding-a-part.md"))
+    )
+    settings = dict(vars(parts))
+    exec(of_settings, settings)
+    names = {**vars(lfq), "settings": SimpleNamespace(**settings), "check_values": check_values}
+    exec(of_module, names)
+    quantizer = names["Ternary"](settings["Ternary"](dim=5))
+    assert settings["Quantizer"] == parts.Lfq | settings["Ternary"]
+    latents = torch.tensor([[-2.0, -0.1, 0.0, 0.3, 3.0]], requires_grad=True)
+    codes, of_token = quantizer(latents)
+    assert codes.tolist() == [[-1, 0, 0, 0, 1]]
+    assert of_token.tolist() == [[0, 1, 1, 1, 2]]
+    assert torch.equal(quantizer.decode(of_token), codes)
+    quantizer.losses(latents[None])["commitment"].backward()
+    assert latents.grad.count_nonzero() == 4
+
+
+def test_files_that_a_new_part_needs_are_there():
+    paths = re.findall(r"`((?:mergevq|tests)/[\w/]+\.py)`", read("adding-a-part.md"))
+    there = [path for path in paths if "ternary" not in path]
+    assert len(there) > 3
+    assert all((ROOT / path).is_file() for path in there)
+    assert re.search(r"^_SMALL = ", (ROOT / "tests/support/parts.py").read_text(), re.MULTILINE)
 
 
 def test_commands_for_jobs_exist():

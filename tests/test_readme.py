@@ -19,9 +19,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # What makes the trainings of the README end in seconds; nothing else is changed.
 SHORT = {
     "photos64": shlex.split(
-        "--model.image-size 32 --model.channels 8 --model.num-layers 3 --model.num-heads 2 "
-        "--model.patch-decoder.width 16 --model.patch-decoder.blocks ca "
-        "--model.source-dim 16 --model.num-source-heads 2 --model.num-kept 40 "
+        "--model.image-size 32 --model.stem.num-groups 8 --model.reducer.num-layers 3 "
+        "--model.reducer.num-heads 2 --model.decoder.width 16 --model.decoder.blocks ca "
+        "--model.expander.dim 16 --model.expander.num-heads 2 --model.num-kept 40 "
         "--kept.candidates 32 40 64 --train.eval-num-kept 40 "
         "--train.num-steps 2 --train.batch-size 2 "
         "--data.num-workers 0 --train.num-eval-images 2 --loss.perceptual-weight 0"

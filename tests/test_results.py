@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from mergevq.config.evaluation import GenerationSettings, ReconstructionSettings, Subject
-from mergevq.config.generator import GeneratorConfig, SampleRun
+from mergevq.config.generator import GeneratorConfig, Merge, SampleRun, Subindices
 from mergevq.config.probing import FeatureConfig, KnnConfig, LinearConfig, ProbeRun
 from mergevq.config.training import DataConfig
 from mergevq.evaluate.generation import evaluate_generation
 from mergevq.evaluate.probe.run import probe
 from mergevq.evaluate.reconstruction import evaluate_reconstruction
-from mergevq.generator.autoregressive import Generator
+from mergevq.generator.build import build_generator, save_generator
 from mergevq.metrics.references import make_reference
 from mergevq.runtime.artefacts import model_hash, tokens_hash
 from tests.support.evaluations import write_images, write_network, write_tokenizer
@@ -474,7 +474,7 @@ def written(tmp_path_factory):
     write_colours(folder / "train", 12)
     write_colours(folder / "val", 4, seed=1)
     config = GeneratorConfig(
-        order="merge",
+        order=Merge(),
         dim=16,
         num_layers=1,
         num_heads=2,
@@ -483,12 +483,11 @@ def written(tmp_path_factory):
         grid_size=(4, 4),
         num_kept=8,
         kept_candidates=(8,),
-        num_bits=4,
-        factor_bits=(2, 2),
+        head=Subindices(sizes=(4, 4)),
     )
-    generator = Generator(config)
+    generator = build_generator(config)
     tokens = tokens_hash(folder / "tokenizer")
-    generator.save_pretrained(folder / "generator", tokenizer=tokens, class_names=["a", "b", "c"])
+    save_generator(generator, folder / "generator", tokenizer=tokens, class_names=["a", "b", "c"])
     return folder
 
 

@@ -9,6 +9,7 @@ import inspect
 import io
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial, update_wrapper
@@ -111,12 +112,16 @@ def problem(
 
 
 def options_of_settings(settings: object) -> dict[str, str]:
-    """Option by dotted name of each setting of a run, and by its last part where that is one's."""
+    """Option by dotted name of each setting of a run, and by every end that only one name has."""
     names = list(_setting_names(settings))
-    lasts = [name.rpartition(".")[2] for name in names]
-    own = {name: name for name in names}
-    own |= {last: n for n, last in zip(names, lasts, strict=True) if lasts.count(last) == 1}
-    return {name: _option(of) for name, of in own.items()}
+    ends = Counter(end for name in names for end in _ends(name))
+    return {end: _option(name) for name in names for end in _ends(name) if ends[end] == 1}
+
+
+def _ends(name: str) -> list[str]:
+    """A dotted name, and what is left of it without its first parts: `a.b.c`, `b.c`, `c`."""
+    parts = name.split(".")
+    return [".".join(parts[first:]) for first in range(len(parts))]
 
 
 def options_of_command(command: Callable[..., object]) -> dict[str, str]:

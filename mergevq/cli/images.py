@@ -16,6 +16,7 @@ import tyro
 from mergevq.cli.options import MAY_BE_EMPTY, Counts, Sampling, whole_numbers
 from mergevq.cli.tables import logit_error_line
 from mergevq.config.base import MAX_PIXELS, Device, SizePolicy
+from mergevq.config.parts import bits_of
 from mergevq.runtime.environment import let_products_repeat, prepare_to_compute
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def encode(  # noqa: PLR0913 - each is an option
     kept = " and ".join(map(str, record.num_kept))
     broken = f"; {len(written.broken)} cannot be read" if written.broken else ""
     print(
-        f"{out}: {kept} tokens of {record.num_bits} bits for each of {len(written)} rows, from "
+        f"{out}: {kept} tokens of {record.bits:g} bits for each of {len(written)} rows, from "
         f"{record.num_images} images{broken}"
     )
 
@@ -251,9 +252,9 @@ def convert(
     )
     load_official(state, config).tokenizer.save_pretrained(out)
     print(
-        f"{out}: {config.stem} stem, width {config.dim}, {config.num_layers} encoder and "
-        f"{config.num_decoder_layers} decoder blocks, {config.num_bits} bits; its source "
-        "predictor is untrained"
+        f"{out}: {config.stem.kind} stem, width {config.dim}, {config.reducer.num_layers} encoder "
+        f"blocks, {config.decoder.kind} decoder, {bits_of(config.quantizer.sizes):g} bits; its "
+        "source predictor is untrained"
     )
 
 

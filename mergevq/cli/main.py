@@ -4,6 +4,7 @@ Each command is a function whose signature is its options and whose docstring is
 heavy is imported inside, so that help, recipes and mistyped options never wait for torch.
 """
 
+import contextlib
 import inspect
 import io
 import logging
@@ -23,10 +24,11 @@ from mergevq.cli.doctor import doctor
 from mergevq.cli.errors import command_line, options_of_command, options_of_settings, problem
 from mergevq.cli.errors import speaks_for_itself as _speaks_for_itself
 from mergevq.cli.images import convert, encode, reconstruct, sample
+from mergevq.cli.parts import parts
 from mergevq.cli.tables import summary
 from mergevq.cli.train import recipes, train
-from mergevq.config.base import MAX_PIXELS, Device
-from mergevq.config.choices import nearest
+from mergevq.config.base import MAX_PIXELS, Device, nearest
+from mergevq.config.kinds import with_kinds
 from mergevq.config.recipes import RECIPES
 from mergevq.runtime.environment import installed_version, let_products_repeat, prepare_to_compute
 
@@ -163,7 +165,18 @@ def demo(
 
 COMMANDS: dict[str, Callable[..., object]] = {
     command.__name__: command
-    for command in (quickstart, train, recipes, reconstruct, encode, sample, convert, demo, doctor)
+    for command in (
+        quickstart,
+        train,
+        recipes,
+        parts,
+        reconstruct,
+        encode,
+        sample,
+        convert,
+        demo,
+        doctor,
+    )
 }
 COMMANDS |= cli_source.COMMANDS
 GROUPS = {
@@ -219,6 +232,8 @@ def _problem(error: Exception, command: Callable[..., object], arguments: Sequen
     """An error's message in the words of the command line."""
     if command is train:
         run = RECIPES[arguments[0]]()
+        with contextlib.suppress(ValueError):
+            run, _ = with_kinds(run, arguments[1:])
         return problem(error, arguments, options_of_settings(run), run.out)
     out = inspect.signature(command).parameters.get("out")
     default = str(out.default) if out is not None and isinstance(out.default, Path) else None

@@ -4,12 +4,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
 from mergevq.config.base import Device
-from mergevq.config.generator import GuidanceSchedule, SampleRun, SamplingSettings, Weights
+from mergevq.config.generator import (
+    GuidanceSchedule,
+    OneByOne,
+    Passes,
+    SampleRun,
+    SamplingSettings,
+    Several,
+    Weights,
+)
 
 
 def shown_default(default: str) -> str:
@@ -27,6 +35,8 @@ Counts = Annotated[
 ]
 """An option that takes numbers with commas or spaces between them; see `whole_numbers`."""
 _PLAIN = SamplingSettings()
+_SEVERAL = Several()
+_CONFIDENCE = _SEVERAL.confidence_temperature
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +66,12 @@ class SamplingOptions:
     """sample among the most likely values that together have this probability; one number, or one
     for each part."""
     steps: int | None = None
-    """forward passes of random order, several tokens in each; one token each by default."""
+    """forward passes of random or masked order, several tokens in each; one token each by
+    default."""
+    schedule: Literal["cosine", "arccos"] = _SEVERAL.schedule
+    """growth of the tokens that are known with these passes; `arccos` of masked order alone."""
+    confidence: float = _CONFIDENCE
+    """in masked order, scale of the noise on the confidence by which tokens are kept."""
     budget: bool = True
     """in merge order, hold an image to K distinct tokens."""
     seed: int = 0
@@ -96,9 +111,28 @@ class SamplingOptions:
                 temperature=_one_or_several(self.temperature),
                 top_k=_one_or_several(self.top_k),
                 top_p=_one_or_several(self.top_p),
-                budget=self.budget,
-                num_steps=self.steps,
+                passes=self._passes(),
             ),
+        )
+
+    def _passes(self) -> Passes:
+        """Tokens of a pass.
+
+        Raises:
+            ValueError: an option is not of this way of decoding.
+        """
+        if self.steps is None:
+            if (self.schedule, self.confidence) != (_SEVERAL.schedule, _CONFIDENCE):
+                raise ValueError(
+                    "--schedule and --confidence are of several tokens a pass: give --steps too"
+                )
+            return OneByOne(budget=self.budget)
+        if not self.budget:
+            raise ValueError("--no-budget is of one token a pass: leave out --steps")
+        return Several(
+            num_steps=self.steps,
+            schedule=self.schedule,
+            confidence_temperature=self.confidence,
         )
 
 

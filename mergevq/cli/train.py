@@ -10,21 +10,42 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Annotated, Generic, Literal, TypeVar, get_args
 
 import tyro
 
 from mergevq.cli.errors import parsed
 from mergevq.cli.options import MAY_BE_EMPTY
 from mergevq.cli.tables import print_table, summary
-from mergevq.config.base import Device, Precision
-from mergevq.config.choices import nearest
+from mergevq.config.base import Device, Precision, nearest
+from mergevq.config.kinds import with_kinds
 from mergevq.config.recipes import RECIPES, SOURCE_RECIPES
 from mergevq.config.training import GeneratorRun, SourceRun
 from mergevq.runtime.environment import prepare_to_compute
 
 Run = TypeVar("Run")
 _TRAIN_USAGE = "usage: mergevq train RECIPE [--section.field VALUE ..]"
+_ABOUT_KINDS = (
+    "`--model.PART.kind KIND` takes another kind of part, with its own defaults; "
+    "`mergevq parts` lists the kinds."
+)
+_REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _kind(
+    type_info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[str] | None:
+    """How a part's `kind` looks in the help: its one value is not all that can be typed."""
+    if type_info.type_origin is not Literal or len(get_args(type_info.type)) != 1:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="KIND",
+        instance_from_str="".join,
+        is_instance=lambda value: value in get_args(type_info.type),
+        str_from_instance=lambda kind: [kind],
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +63,7 @@ def train(arguments: list[str]) -> int:
     """Train a recipe, with any of its fields changed."""
     name, *overrides = arguments or [""]
     if name in {"-h", "--help"}:
-        print(f"{_TRAIN_USAGE}\n\n{_recipe_list()}")
+        print(f"{_TRAIN_USAGE}\n\n{_recipe_list()}\n\n{_ABOUT_KINDS}")
         return 0
     if name not in RECIPES:
         problem = _TRAIN_USAGE
@@ -50,15 +71,16 @@ def train(arguments: list[str]) -> int:
             problem = f"mergevq train: no recipe {name!r}{nearest(name, RECIPES)}"
         print(f"{problem}\n\n{_recipe_list()}", file=sys.stderr)
         return 2
-    run = RECIPES[name]()
+    run, overrides = with_kinds(RECIPES[name](), overrides)
     options = parsed(
         lambda: tyro.cli(
             _TrainOptions[type(run)],
             default=_TrainOptions(run=run),
             args=overrides,
             prog=f"mergevq train {name}",
-            description=inspect.getdoc(RECIPES[name]),
+            description=f"{inspect.getdoc(RECIPES[name])}\n\n{_ABOUT_KINDS}",
             config=(tyro.conf.AvoidSubcommands,),
+            registry=_REGISTRY,
         )
     )
     prepare_to_compute()

@@ -1,9 +1,11 @@
 """Literals, the format's version and the check that all settings share; no torch."""
 
-from typing import Literal
+import difflib
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
 
-FORMAT_VERSION = 1
-"""Version of `config.json`; raised when a field changes its meaning."""
+FORMAT_VERSION = 2
+"""Version of everything that is written; raised when a field changes its meaning."""
 
 MAX_PIXELS = 89_478_485
 """Largest picture that is read by default, as width times height: 256 MiB in 8-bit RGB."""
@@ -37,3 +39,22 @@ Pool = Literal["none", "class", "mean", "size_weighted_mean"]
 a token counts as often as it has grid cells."""
 ImagePool = Literal["class", "mean", "size_weighted_mean"]
 """The pools that give one vector per image."""
+
+
+RecoverySource = Literal["given", "recovered"]
+"""Source map that a decoder is given: the encoder's, or the one inferred from the tokens."""
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:  # noqa: ANN401 - a Literal
+    """Raise `ValueError` unless a value is one of a `Literal`'s; a near one is suggested."""
+    allowed = get_args(choices)
+    if value in allowed:
+        return
+    hint = nearest(str(value), allowed)
+    raise ValueError(f"{name} ({value!r}) must be one of {', '.join(map(repr, allowed))}{hint}")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """End of a message about a mistyped word: the nearest known one, if any is near."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {near[0]!r}?" if near else ""

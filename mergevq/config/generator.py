@@ -1,8 +1,8 @@
-"""Settings of a generator, its sizes, and settings of sampling; no torch."""
+"""Settings of a generator, of its order and head, its sizes, and settings of sampling; no torch."""
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, NamedTuple
 
 from mergevq.config.base import Device, require
 from mergevq.config.ranges import check_numbers
@@ -11,20 +11,161 @@ GuidanceSchedule = Literal["constant", "linear", "cosine", "power"]
 Weights = Literal["float32", "bf16", "int8"]
 _MIN_TEMPERATURE = 1e-3
 """Below this a draw is the most likely value, to the precision of float32."""
+Reads = Literal["cells", "kept"]
+"""Tokens of a sequence: all cells of the grid in raster order, or the kept tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Raster:
+    """All cells row by row (LlamaGen)."""
+
+    kind: Literal["raster"] = "raster"
+
+    reads: ClassVar[Reads] = "cells"
+    """Tokens of a sequence."""
+    merges: ClassVar[bool] = False
+    """Whether cells are copies of kept tokens, or kept tokens alone are read."""
+    is_anchored: ClassVar[bool] = False
+    """Whether the first part of a token is the cell at which it opens."""
+    in_parallel: ClassVar[bool] = False
+    """Whether several tokens can be decoded in one pass."""
+    fills_in: ClassVar[bool] = False
+    """Whether some tokens can be kept and the others sampled."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Merge:
+    """All cells row by row, merged duplicates hidden (MergeAR)."""
+
+    kind: Literal["merge"] = "merge"
+    window: int = 2
+    """Duplicates stay visible to this many tokens after them."""
+    groups: Literal["code", "source"] = "code"
+    """Tokens are duplicates if their codes are equal, as in sampling, or (in training only) if the
+    tokenizer merged them."""
+    flex_attention: bool = False
+    """Train with a compiled block mask on CUDA; other devices ignore it."""
+
+    reads: ClassVar[Reads] = "cells"
+    merges: ClassVar[bool] = True
+    is_anchored: ClassVar[bool] = False
+    in_parallel: ClassVar[bool] = False
+    fills_in: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Reject a negative window."""
+        check_numbers(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Random:
+    """The kept tokens in random order, each after an instruction that names its slot (RandAR)."""
+
+    kind: Literal["random"] = "random"
+    rotate_instruction: bool = True
+    """Rotate a position-instruction vector itself by its slot, besides the rotation that every
+    query and key gets."""
+
+    reads: ClassVar[Reads] = "kept"
+    merges: ClassVar[bool] = True
+    is_anchored: ClassVar[bool] = False
+    in_parallel: ClassVar[bool] = True
+    fills_in: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Anchored:
+    """The kept tokens in canonical order, each with the cell at which it opens."""
+
+    kind: Literal["anchor"] = "anchor"
+
+    reads: ClassVar[Reads] = "kept"
+    merges: ClassVar[bool] = True
+    is_anchored: ClassVar[bool] = True
+    in_parallel: ClassVar[bool] = False
+    fills_in: ClassVar[bool] = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Masked:
+    """All cells in a few passes, the most confident first (MaskGIT; ENAT with `disentangle`)."""
+
+    kind: Literal["masked"] = "masked"
+    masking: Literal["arccos", "beta"] = "arccos"
+    """Distribution of the share of tokens that training hides: arccos(u) / (pi / 2) of an even u
+    (mean 0.64, MaskGIT), or Beta(12, 3) (mean 0.8, ENAT)."""
+    visible_weight: float = 0.1
+    """Weight of visible tokens in the loss, beside 1 for hidden ones; 0 with `disentangle`, which
+    predicts hidden tokens alone."""
+    disentangle: bool = False
+    """Encode visible tokens by themselves, and let hidden ones attend to them in a decoder."""
+    num_decoder_layers: int = 1
+    """Transformer blocks of hidden tokens with `disentangle`; `num_layers` are of visible ones."""
+    reuse: bool = False
+    """With `disentangle`, encode in each pass only the tokens of the pass before, which attend to
+    the features that older ones have."""
+
+    reads: ClassVar[Reads] = "cells"
+    merges: ClassVar[bool] = True
+    is_anchored: ClassVar[bool] = False
+    in_parallel: ClassVar[bool] = True
+    fills_in: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Reject settings that contradict each other."""
+        check_numbers(self)
+        require(
+            not self.disentangle or self.visible_weight == 0,
+            f"visible_weight ({self.visible_weight}) must be 0 with disentangle: visible tokens "
+            "are not predicted",
+        )
+        require(
+            self.disentangle or not self.reuse,
+            "reuse (True) needs disentangle (False): only features of visible tokens alone can be "
+            "used again",
+        )
+
+
+Order = Raster | Merge | Random | Anchored | Masked
+"""How sequences are ordered and decoded."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subindices:
+    """A token as several sub-indices, each predicted from those before it."""
+
+    kind: Literal["subindices"] = "subindices"
+    sizes: tuple[int, ...] = (512, 512)
+    """Values of each sub-index, the lowest digit of a token's index first; their product is the
+    number of tokens that the tokenizer has. The authors have (64, 4096)."""
+    num_layers: int = 1
+    """Transformer blocks over the parts of one token."""
+
+    def __post_init__(self) -> None:
+        """Reject parts without a choice, and more tokens than indices."""
+        check_numbers(self)
+        require(
+            min(self.sizes, default=0) >= 2 and math.prod(self.sizes) <= 2**63,
+            f"sizes {self.sizes} must be numbers of values from 2, and their product at most 2**63",
+        )
+
+
+Head = Subindices
+"""How the parts of a token are predicted; a union as soon as there is another."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GeneratorConfig:
-    """Architecture of a generator: a Llama-style transformer over indices, and its order.
+    """Architecture of a generator: a Llama-style transformer over indices, its order and head.
 
     Class ids are 0 to `num_classes - 1`; `null_class` is the id of "no class". Both live in a
     table of their own, so no special id is ever in the range of the codes.
     """
 
-    order: Literal["raster", "merge", "random", "anchor"] = "merge"
-    """Order of a sequence: all L cells in raster order (`raster`, LlamaGen), the same with merged
-    duplicates hidden (`merge`, MergeAR), the K kept tokens in random order (`random`, RandAR), or
-    in canonical order with the cell each opens at (`anchor`)."""
+    order: Order = field(default_factory=Merge)
+    """Order of a sequence and of decoding it."""
+    head: Head = field(default_factory=Subindices)
+    """Prediction of the parts of a token."""
     dim: int = 384
     """Width."""
     num_layers: int = 8
@@ -36,8 +177,6 @@ class GeneratorConfig:
     ffn_dim: int | None = None
     """Hidden width of the feed-forward layers; None is 8/3 of the width, up to a multiple of 256.
     """
-    num_head_layers: int = 1
-    """Transformer blocks over the parts of one token, each part conditioned on those before it."""
     num_classes: int = 0
     """Classes of the data; 0 is an unconditional generator."""
     grid_size: tuple[int, int] = (16, 16)
@@ -47,18 +186,6 @@ class GeneratorConfig:
     kept_candidates: tuple[int, ...] = (144,)
     """The K a sequence may have: one merge-instruction embedding each. Empty leaves that token out
     of the prefix, which only order `raster` allows."""
-    window: int = 2
-    """In order `merge` duplicates stay visible to so many tokens after them."""
-    merge_groups: Literal["code", "source"] = "code"
-    """In order `merge` tokens are duplicates when their codes are equal, as in sampling, or (in
-    training only) when the tokenizer merged them."""
-    rotate_instruction: bool = True
-    """In order `random` a position-instruction vector is itself rotated by its slot, besides the
-    rotation that every query and key gets."""
-    num_bits: int = 18
-    """D: bits of a token, as in the tokenizer."""
-    factor_bits: tuple[int, ...] = (9, 9)
-    """Bits of each sub-index, lowest first; the authors have (6, 12)."""
     qk_norm: bool = False
     """Normalise queries and keys."""
     dropout: float = 0.1
@@ -67,8 +194,6 @@ class GeneratorConfig:
     """Probability that training replaces a label by `null_class`, which guidance needs."""
     label_smoothing: float = 0.1
     """Label smoothing of the cross-entropy."""
-    flex_attention: bool = False
-    """In order `merge` train with a compiled block mask on CUDA; other devices ignore it."""
 
     def __post_init__(self) -> None:
         """Reject what cannot be built, naming both numbers."""
@@ -82,10 +207,6 @@ class GeneratorConfig:
             self.num_heads % self.key_heads == 0,
             f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.key_heads})",
         )
-        require(
-            sum(self.factor_bits) == self.num_bits,
-            f"factor_bits {self.factor_bits} must sum to num_bits ({self.num_bits})",
-        )
         self._check_kept()
 
     def _check_kept(self) -> None:
@@ -98,7 +219,7 @@ class GeneratorConfig:
             )
         require(
             self.num_kept in self.kept_candidates
-            or (self.order == "raster" and not self.kept_candidates),
+            or not (self.order.merges or self.kept_candidates),
             f"num_kept ({self.num_kept}) must be one of kept_candidates {self.kept_candidates}",
         )
 
@@ -106,6 +227,10 @@ class GeneratorConfig:
     def num_tokens(self) -> int:
         """L: cells of the grid."""
         return self.grid_size[0] * self.grid_size[1]
+
+    def length(self, num_kept: int) -> int:
+        """Tokens of a sequence with K kept ones."""
+        return self.num_tokens if self.order.reads == "cells" else num_kept
 
     @property
     def null_class(self) -> int:
@@ -135,28 +260,92 @@ class GeneratorConfig:
         return math.ceil(int(8 * self.dim / 3) / 256) * 256
 
     @property
+    def num_codes(self) -> int:
+        """Tokens that exist."""
+        return math.prod(self.head.sizes)
+
+    @property
     def part_names(self) -> tuple[str, ...]:
         """Names of the parts predicted for one token, in order."""
-        subindices = tuple(f"subindex_{number}" for number in range(1, len(self.factor_bits) + 1))
-        return ("anchor", *subindices) if self.order == "anchor" else subindices
+        subindices = tuple(f"subindex_{number}" for number in range(1, len(self.head.sizes) + 1))
+        return ("anchor", *subindices) if self.order.is_anchored else subindices
 
     @property
     def part_sizes(self) -> tuple[int, ...]:
         """Number of values of each part; an anchor is one of the cells."""
-        subindices = tuple(2**bits for bits in self.factor_bits)
-        return (self.num_tokens, *subindices) if self.order == "anchor" else subindices
+        anchor = (self.num_tokens,) if self.order.is_anchored else ()
+        return anchor + self.head.sizes
 
 
-GENERATOR_SIZES: dict[str, dict[str, int]] = {
-    "tiny": {"dim": 128, "num_layers": 4, "num_heads": 4, "num_head_layers": 1},
-    "small": {"dim": 384, "num_layers": 8, "num_heads": 6, "num_head_layers": 1},
-    "B": {"dim": 768, "num_layers": 14, "num_heads": 12, "num_head_layers": 1},
-    "L": {"dim": 1024, "num_layers": 24, "num_heads": 16, "num_head_layers": 2},
-    "XL": {"dim": 1280, "num_layers": 36, "num_heads": 20, "num_head_layers": 2},
-    "XXL": {"dim": 1536, "num_layers": 48, "num_heads": 24, "num_head_layers": 2},
+class Size(NamedTuple):
+    """Shape of a generator."""
+
+    dim: int
+    """Width."""
+    num_layers: int
+    """Transformer blocks."""
+    num_heads: int
+    """Attention heads."""
+    num_head_layers: int
+    """Transformer blocks over the parts of a token."""
+
+
+GENERATOR_SIZES: dict[str, Size] = {
+    "tiny": Size(128, 4, 4, 1),
+    "small": Size(384, 8, 6, 1),
+    "B": Size(768, 14, 12, 1),
+    "L": Size(1024, 24, 16, 2),
+    "XL": Size(1280, 36, 20, 2),
+    "XXL": Size(1536, 48, 24, 2),
 }
-"""Shapes for `replace(config, **GENERATOR_SIZES["L"])`. B to XXL have as many parameters as
-LlamaGen's; those of its two tables of codes are in the head's blocks, and in B in two layers."""
+"""Shapes by name; see `sized`. B to XXL have as many parameters as LlamaGen's; those of its two
+tables of codes are in the head's blocks, and in B in two layers."""
+
+
+def sized(config: GeneratorConfig, size: str) -> GeneratorConfig:
+    """The same generator in a named size.
+
+    Raises:
+        ValueError: there is no such size.
+    """
+    if size not in GENERATOR_SIZES:
+        raise ValueError(f"size ({size}) must be one of {', '.join(GENERATOR_SIZES)}")
+    dim, num_layers, num_heads, num_head_layers = GENERATOR_SIZES[size]
+    head = replace(config.head, num_layers=num_head_layers)
+    return replace(config, dim=dim, num_layers=num_layers, num_heads=num_heads, head=head)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OneByOne:
+    """One token in each pass."""
+
+    kind: Literal["one"] = "one"
+    budget: bool = True
+    """In order `merge` hold a sample to K distinct tokens, so that its cache has K slots; without
+    it the cache has a slot for every cell."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Several:
+    """Several tokens in each pass, for orders `random` and `masked`."""
+
+    kind: Literal["several"] = "several"
+    num_steps: int = 8
+    """Passes."""
+    schedule: Literal["cosine", "arccos"] = "cosine"
+    """Tokens known after a share s of the passes: 1 - cos(pi s / 2), few at first; or
+    1 - arccos(s) / (pi / 2), nearly even but for many at the end (in order `masked` alone)."""
+    confidence_temperature: float = 4.5
+    """In order `masked`, scale of the noise on the confidence by which tokens are kept; it falls
+    linearly to 0. 0 keeps the most confident."""
+
+    def __post_init__(self) -> None:
+        """Reject a number of passes below 1, and a negative scale."""
+        check_numbers(self)
+
+
+Passes = OneByOne | Several
+"""Tokens of a pass."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,11 +372,8 @@ class SamplingSettings:
     """Sample among the so many most likely values; 0 is all."""
     top_p: float | tuple[float, ...] = 1.0
     """Sample among the most likely values that together have this probability; 1 is all."""
-    budget: bool = True
-    """In order `merge` hold a sample to K distinct tokens, so that its cache has K slots; without
-    it the cache has a slot for every cell."""
-    num_steps: int | None = None
-    """In order `random` forward passes, several tokens in each; None is one token a pass."""
+    passes: Passes = field(default_factory=OneByOne)
+    """Tokens decoded in one pass."""
 
     def __post_init__(self) -> None:
         """Reject what is no distribution."""
@@ -242,6 +428,19 @@ class SampleRun:
             (self.keep_from is None) == (self.mask is None),
             f"keep_from ({self.keep_from}) and mask ({self.mask}) must be given together",
         )
+
+
+def check_passes(config: GeneratorConfig, settings: SamplingSettings) -> None:
+    """Check that an order can decode as many tokens in a pass as settings ask for.
+
+    Raises:
+        ValueError: it decodes one.
+    """
+    require(
+        config.order.in_parallel or isinstance(settings.passes, OneByOne),
+        f"passes.kind ({settings.passes.kind}) must be 'one' in order '{config.order.kind}', which "
+        "decodes one token in each pass",
+    )
 
 
 def _each(setting: float | int | tuple[float | int, ...]) -> tuple[float | int, ...]:

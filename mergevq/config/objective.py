@@ -35,8 +35,6 @@ class LossConfig:
     """Mean squared distance of latents to their codes."""
     entropy_weight: float = 0.1
     """Token entropy minus codebook entropy."""
-    entropy_temperature: float = 0.01
-    """Temperature of the soft assignment in both entropies."""
     source_weight: float = 0.5
     """Cross-entropy of the source predictor (0.5 for G and G+R, 1.0 for R)."""
     source_gradient: float = 0.0

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mergevq.config.base import MAX_PIXELS, Device, Precision, require
-from mergevq.config.generator import GeneratorConfig, SamplingSettings
+from mergevq.config.generator import GeneratorConfig, SamplingSettings, check_passes
 from mergevq.config.objective import LossConfig, TeacherConfig
+from mergevq.config.parts import NUM_KEYS, Merge, PatchStem
 from mergevq.config.ranges import check_numbers
-from mergevq.config.tokenizer import NUM_KEYS, KeptConfig, TokenizerConfig
+from mergevq.config.tokenizer import KeptConfig, TokenizerConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,7 +150,7 @@ class TokenizerRun:
     init_codes: Literal["random", "components"] = "random"
     """First weights: random ones, or those with which codes are the signs of the training images'
     principal components, so that training begins at pictures instead of noise. `components` needs
-    `model.stem` patch and `model.patch_norm` False; a `model.decoder` of patch begins there too."""
+    `model.stem.kind` patch with `norm` False; a `model.decoder.kind` of patch begins there too."""
     quantize_start_step: int = 0
     """Before this step the decoder sees the latents themselves, not the codes."""
     encoder_lr_ratio: float = 1.0
@@ -179,29 +180,38 @@ class TokenizerRun:
                 "which gives the first weights itself",
             )
         model, way_out = self.model, "or set init_codes to random"
+        stem = model.stem
+        if not isinstance(stem, PatchStem) or stem.norm or not isinstance(model.reducer, Merge):
+            raise ValueError(
+                "init_codes (components) needs model.stem.kind patch with model.stem.norm False, "
+                f"and model.reducer.kind merge, not {stem.kind}"
+                f"{' with norm True' * getattr(stem, 'norm', False)} and {model.reducer.kind}; "
+                f"change them, {way_out}"
+            )
         require(
-            (model.stem, model.patch_norm) == ("patch", False),
-            f"init_codes (components) needs model.stem patch and model.patch_norm False, not "
-            f"{model.stem} and {model.patch_norm}; change them, {way_out}",
+            set(model.quantizer.sizes) <= {2**bits for bits in range(1, 64)},
+            f"init_codes (components) needs codes of bits, not model.quantizer.kind "
+            f"{model.quantizer.kind}; change it, {way_out}",
         )
-        width, heads = model.dim, model.num_heads
+        width, heads, per_group = model.dim, model.reducer.num_heads, model.dim // stem.num_groups
         require(
-            (width // model.num_groups) % 2 == 0,
+            per_group % 2 == 0,
             f"init_codes (components) needs an even number of channels in each of the "
-            f"{model.num_groups} normalisation groups, not {width // model.num_groups}; change "
-            f"model.patch_dim ({width}) or model.channels, {way_out}",
+            f"{stem.num_groups} normalisation groups, not {per_group}; change model.stem.width "
+            f"({width}) or model.stem.num_groups, {way_out}",
         )
         require(
             width // heads > NUM_KEYS,
             f"init_codes (components) needs more than {NUM_KEYS} channels in a head, not "
-            f"{width // heads}; lower model.num_heads ({heads}) or widen model.patch_dim "
+            f"{width // heads}; lower model.reducer.num_heads ({heads}) or widen model.stem.width "
             f"({width}), {way_out}",
         )
         require(
             model.num_carried >= NUM_KEYS,
             f"init_codes (components) needs channels for {NUM_KEYS} components, and beside "
-            f"{model.num_bits} bits and {model.num_positions} positions, each a pair, there are "
-            f"those of {max(0, model.num_carried)}; widen model.patch_dim ({width}), {way_out}",
+            f"{model.quantizer.dim} bits and {stem.num_positions} positions, each a pair, there "
+            f"are those of {max(0, model.num_carried)}; widen model.stem.width ({width}), "
+            f"{way_out}",
         )
 
 
@@ -254,9 +264,9 @@ class GeneratorRun:
         check_numbers(self)
         num_tokens = self.model.num_tokens
         require(
-            self.model.order != "raster" or self.kept.candidates == (num_tokens,),
+            self.model.order.merges or self.kept.candidates == (num_tokens,),
             f"kept.candidates {self.kept.candidates} must be the {num_tokens} cells of the grid in "
-            "order 'raster'",
+            f"order '{self.model.order.kind}'",
         )
         require(
             (self.parallel, self.train.precision) != ("fsdp", "float16"),
@@ -268,12 +278,13 @@ class GeneratorRun:
                 f"eval_num_kept ({num_kept}) must be one of kept.candidates "
                 f"{self.kept.candidates}: there are no tokens of another K",
             )
+        check_passes(self.model, self.sampling)
         self.resolved_model  # noqa: B018 - checks that the nominal K is a candidate
 
     @property
     def resolved_model(self) -> GeneratorConfig:
         """The architecture with the K of this run; `raster` may do without the instruction."""
-        without = self.model.order == "raster" and not self.model.kept_candidates
+        without = not (self.model.order.merges or self.model.kept_candidates)
         candidates = () if without else tuple(sorted(set(self.kept.candidates)))
         return replace(self.model, kept_candidates=candidates)
 

@@ -1,13 +1,90 @@
-"""Indices and their sub-indices: one number in several parts, and back.
+"""Tokens as numbers: an index, or the parts that it is made of.
 
 Source: Luo et al. 2024, "Open-MAGVIT2", section 3.2 (arXiv:2409.04410).
 
-Shape letters: F sub-indices.
+Shape letters: F sub-indices, P parts of a token, D channels.
 """
+
+import itertools
+import math
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
+
+from mergevq.config.parts import bits_of
+
+_MAX_VALUES = 2**63
+"""Values of a token whose index fits a signed integer of 64 bits."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CodeSpec:
+    """Form of a quantizer's tokens.
+
+    A token has P parts, each one of `sizes[p]` values. Where all of them together are below 2**63
+    they are also one index, whose lowest digit is part 0.
+
+    Example:
+        >>> spec = CodeSpec(sizes=(8, 5), dim=2)
+        >>> spec.join(torch.tensor([[3, 4]])), spec.split(torch.tensor([35]))
+        (tensor([35]), tensor([[3, 4]]))
+    """
+
+    sizes: tuple[int, ...]
+    """Values of each part."""
+    dim: int
+    """Channels of latents and of codes, D."""
+
+    @property
+    def num_values(self) -> int:
+        """Tokens that exist."""
+        return math.prod(self.sizes)
+
+    @property
+    def bits(self) -> float:
+        """Bits of a token."""
+        return bits_of(self.sizes)
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether parts are bits alone, so that tokens can differ in a number of bits."""
+        return all(size & (size - 1) == 0 for size in self.sizes)
+
+    def join(self, parts: Int64[Tensor, "*b p"]) -> Int64[Tensor, "*b"]:
+        """Index of each token.
+
+        Raises:
+            ValueError: there are more tokens than indices.
+        """
+        self._require_index()
+        if len(self.sizes) == 1:
+            return parts[..., 0]
+        places = list(itertools.accumulate(self.sizes[:-1], lambda a, b: a * b, initial=1))
+        return (parts * torch.tensor(places, device=parts.device)).sum(-1)
+
+    def split(self, indices: Int64[Tensor, "*b"]) -> Int64[Tensor, "*b p"]:
+        """Parts of each index; inverse of `join`.
+
+        Raises:
+            ValueError: an index is outside the codebook, or there are more tokens than indices.
+        """
+        self._require_index()
+        check_values(indices, self.num_values)
+        parts = []
+        for size in self.sizes[:-1]:
+            parts.append(indices % size)
+            indices = indices // size
+        return torch.stack([*parts, indices], -1)
+
+    def _require_index(self) -> None:
+        """Raise `ValueError` where tokens have no index."""
+        if self.num_values > _MAX_VALUES:
+            raise ValueError(
+                f"a token has {self.num_values} values, above the {_MAX_VALUES} that one index "
+                "can tell apart; use its parts"
+            )
 
 
 def indices_to_subindices(
@@ -36,12 +113,17 @@ def subindices_to_indices(
 
 def check_range(indices: Int64[Tensor, "*shape"], num_bits: int) -> None:
     """Raise `ValueError` when an index is outside a codebook of 2**num_bits entries."""
+    check_values(indices, 2**num_bits)
+
+
+def check_values(indices: Int64[Tensor, "*shape"], num_values: int) -> None:
+    """Raise `ValueError` when an index is outside a codebook of so many entries."""
     if indices.numel() == 0 or torch.compiler.is_compiling():
         return
     low, high = indices.aminmax()
-    # Not `high >= 2**num_bits`: at 63 bits that number does not fit the tensor's type.
-    if low < 0 or high > 2**num_bits - 1:
+    # Not `high >= num_values`: 2**63 does not fit the tensor's type.
+    if low < 0 or high > num_values - 1:
         raise ValueError(
-            f"indices ({int(low)} to {int(high)}) must be between 0 and {2**num_bits - 1}, the "
-            f"last code of {num_bits} bits; these are tokens of another tokenizer"
+            f"indices ({int(low)} to {int(high)}) must be between 0 and {num_values - 1}, the "
+            f"last of {num_values} codes; these are tokens of another tokenizer"
         )

@@ -1,4 +1,6 @@
-"""The source map: which kept token each grid token joined, its canonical order, its bits.
+"""Layouts: what a decoder must know about tokens besides their codes, and the bits it costs.
+
+The source map says which kept token each grid token joined; ordered tokens need no map.
 
 Source: Li et al. 2025, "MergeVQ", section 3.2 and appendix A.1 (arXiv:2504.00999).
 
@@ -65,15 +67,64 @@ class Source:
         last = self.index.new_full((batch, self.num_kept), num_tokens)
         return last.scatter_reduce(1, self.index, cells, reduce="amin")
 
-    def bits(self, num_bits: int) -> Bits:
-        """Bits of one image: its K tokens of `num_bits` each, and its source map.
+    def bits(self, bits_per_token: float) -> Bits:
+        """Bits of one image: its K tokens of `bits_per_token` each, and its source map.
 
         The source is counted as an index into all maps of L cells onto K tokens in canonical
         order, of which there are as many as partitions of L things into K groups: the shortest
         code of one length for all, and the same number for every image.
         """
         num_tokens = self.index.shape[1]
-        return Bits(self.num_kept * num_bits, source_bits(num_tokens, self.num_kept))
+        return Bits(self.num_kept * bits_per_token, source_bits(num_tokens, self.num_kept))
+
+    def rows(self, index: slice) -> "Source":
+        """The maps of some images of a batch."""
+        return Source(self.index[index], self.num_kept)
+
+    def to(self, device: torch.device | str) -> "Source":
+        """The same map on another device."""
+        return Source(self.index.to(device), self.num_kept)
+
+
+@dataclass(frozen=True, slots=True)
+class Ordered:
+    """Tokens in an order that says all about their places: a list, or the raster of a grid."""
+
+    num_kept: int
+    """K."""
+
+    def bits(self, bits_per_token: float) -> Bits:
+        """Bits of one image: its K tokens; the order costs nothing."""
+        return Bits(self.num_kept * bits_per_token, 0.0)
+
+    def rows(self, index: slice) -> "Ordered":  # noqa: ARG002 - as of a source map
+        """The layout of some images of a batch: that of all."""
+        return self
+
+    def to(self, device: torch.device | str) -> "Ordered":  # noqa: ARG002 - as of a source map
+        """The same layout: it has no tensor."""
+        return self
+
+
+Layout = Source | Ordered
+
+
+def require_source(layout: Layout, purpose: str) -> Source:
+    """The source map of a layout.
+
+    Args:
+        layout: of a batch of images.
+        purpose: what needs the map, for the message.
+
+    Raises:
+        ValueError: the layout has none.
+    """
+    if isinstance(layout, Source):
+        return layout
+    raise ValueError(
+        f"{purpose} needs a source map, and the {layout.num_kept} tokens of this tokenizer are "
+        "ordered and have none; take a tokenizer whose model.reducer.kind is merge"
+    )
 
 
 @functools.cache

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mergevq.config.base import MAX_PIXELS
 from mergevq.config.generator import SampleRun, SamplingSettings
+from mergevq.config.parts import bits_of
 from mergevq.data.batches import eval_batches
 from mergevq.data.images import ImageDataset, open_images
 from mergevq.data.prepare import load_picture, load_square, to_rgb
@@ -312,7 +313,7 @@ def _reconstruction_tab(gradio: ModuleType, tokenizer: Tokenizer, folder: Path) 
         return [*(_saved(picture, folder) for picture in pictures), text]
 
     config = tokenizer.config
-    least = -(-config.num_tokens // 2**config.num_layers)
+    least = config.reducer.least_kept(config.num_tokens)
     with gradio.Tab("Reconstruct"):
         with gradio.Row():
             picture = _picture_input(gradio)
@@ -425,7 +426,8 @@ def _description(tokenizer: Tokenizer) -> str:
     config = tokenizer.config
     return (
         f"A tokenizer of {config.image_size} x {config.image_size} pixels: up to "
-        f"{config.num_tokens} tokens of {config.num_bits} bits, {config.num_kept} as a rule."
+        f"{config.num_tokens} tokens of {bits_of(config.quantizer.sizes):g} bits, "
+        f"{config.num_kept} as a rule."
     )
 
 

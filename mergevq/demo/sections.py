@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
+from mergevq.config.parts import bits_of
 from mergevq.data.layouts import source_bits
 from mergevq.demo.trial import GeneratorTrial, Trial, training_seconds
 from mergevq.report.lettering import shown_names
@@ -37,6 +38,7 @@ def reconstruction_section(trial: Trial) -> Section:
     nominal = next(p for p in trial.pictured if p.num_kept == model.num_kept)
     columns = [trial.originals, nominal.merge_maps, nominal.given, nominal.recovered]
     titles = ["original", "merge map", "given source", "recovered source"]
+    bits = bits_of(model.quantizer.sizes)
     by_k, titles_by_k = [trial.originals], ["original"]
     for pictured in trial.pictured:
         by_k += [pictured.merge_maps, pictured.given]
@@ -45,7 +47,7 @@ def reconstruction_section(trial: Trial) -> Section:
         title="Reconstructions",
         text=(
             "Every image is cut into a grid of cells. The encoder merges cells that look alike, "
-            f"until {model.num_kept} tokens are left, and each becomes a code of {model.num_bits} "
+            f"until {model.num_kept} tokens are left, and each becomes a code of {bits:g} "
             "bits. A merge map paints all cells that share a token, wherever they lie, in their "
             "mean colour.\n\n"
             "To paint the image again the decoder must know which cell belongs to which token: "
@@ -82,7 +84,7 @@ def _sheet(
 def numbers_section(trial: Trial) -> Section:
     """Quality and cost at every K."""
     run, measured = trial.run, trial.measured
-    num_bits = run.model.num_bits
+    num_bits = bits_of(run.model.quantizer.sizes)
     maps = {k: source_bits(run.model.num_tokens, k) for k in measured}
 
     def row(label: str, name: str, digits: int) -> list[str]:
@@ -100,7 +102,7 @@ def numbers_section(trial: Trial) -> Section:
             row("SSIM, recovered source", "ssim_recovered", 4),
             percent("Source accuracy", "source_accuracy"),
             *_recognised_rows(trial),
-            ["Bits per image: tokens", *(f"{k * num_bits}" for k in measured)],
+            ["Bits per image: tokens", *(f"{k * num_bits:g}" for k in measured)],
             ["Bits per image: source", *(f"{maps[k]:.1f}" for k in measured)],
             row("Bits per image: total", "bits", 1),
             row("Bits per pixel, given source", "bits_per_pixel", 3),
@@ -206,16 +208,16 @@ def training_section(trial: Trial) -> Section:
 
 def codebook_section(trial: Trial, *, plots: bool = True) -> Section:
     """Which codes the tokens take; with `plots`, drawn too."""
-    usage, num_bits = trial.usage, trial.run.model.num_bits
+    usage, num_bits = trial.usage, bits_of(trial.run.model.quantizer.sizes)
     return Section(
         title="Codes",
         text=(
-            f"A token is {num_bits} bits, one of {2**num_bits:,} codes. The {usage.num_tokens:,} "
-            f"tokens of the held-out images at K = {trial.run.model.num_kept} use "
-            f"{usage.num_distinct:,} of them, {100 * usage.usage:.1f} %; the perplexity, "
+            f"A token is {num_bits:g} bits, one of {usage.num_values:,} codes. The "
+            f"{usage.num_tokens:,} tokens of the held-out images at K = {trial.run.model.num_kept} "
+            f"use {usage.num_distinct:,} of them, {100 * usage.usage:.1f} %; the perplexity, "
             f"{usage.perplexity:.1f}, is "
             "how many equally frequent codes would be as varied. A bit that is nearly always 0 or "
-            f"always 1 carries nothing: {usage.num_dead_bits} of {num_bits} are constant."
+            f"always 1 carries nothing: {usage.num_dead_bits} of {num_bits:g} are constant."
         ),
         pictures=[
             Picture(
@@ -353,11 +355,11 @@ def generator_sections(trial: GeneratorTrial, *, plots: bool = True) -> list[Sec
 
 def likelihood_picture(trial: GeneratorTrial) -> Picture:
     """Likelihood of the codes during training."""
+    num_values = math.prod(trial.run.model.head.sizes)
     return Picture(
         name="likelihood",
         image=line_plot(likelihood_panels(trial.log), x_label="step", share_y=True),
-        caption=f"An even guess among {2**trial.run.model.num_bits:,} codes has "
-        f"{math.log(2**trial.run.model.num_bits):.2f} nats.",
+        caption=f"An even guess among {num_values:,} codes has {math.log(num_values):.2f} nats.",
         scale=PLOT_SCALE,
     )
 
@@ -374,8 +376,8 @@ def introduction(trial: Trial) -> str:
     return (
         f"A tokenizer was trained on {trial.run.data.path}. It turns an image of "
         f"{model.image_size} x {model.image_size} pixels into {model.num_kept} tokens of "
-        f"{model.num_bits} bits, or as many tokens as are asked for, and back. Everything below "
-        "was measured on images that were held out of training."
+        f"{bits_of(model.quantizer.sizes):g} bits, or as many tokens as are asked for, and back. "
+        "Everything below was measured on images that were held out of training."
     )
 
 

@@ -186,9 +186,9 @@ def _count_codes(
 ) -> CodebookStatistics:
     """How all tokens at the nominal K use the codebook."""
     device = next(tokenizer.parameters()).device
-    config = tokenizer.config
-    window = max(2**config.num_bits, num_images * config.num_kept)
-    usage = CodebookUsage(config.num_bits, window=window, device=device)
+    spec = tokenizer.quantizer.spec
+    window = max(spec.num_values, num_images * tokenizer.config.num_kept)
+    usage = CodebookUsage(spec, window=window, device=device)
     for batch in batches:
         usage.update(tokenizer.encode(batch.image.to(device)).indices)
     return usage.compute()

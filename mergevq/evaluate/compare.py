@@ -208,13 +208,13 @@ class Evaluation:
         cells = Source(torch.zeros(1, rows * columns, dtype=torch.int64), self.num_kept)
         # A rank that got no image takes part with no token.
         tokens = torch.cat([torch.empty(0, dtype=torch.int64), *self.tokens])
-        num_bits = self.tokenizer.config.num_bits
+        spec = self.tokenizer.quantizer.spec
         return Outcome(
             given=self.given.compute(reference),
             recovered=self.recovered.compute(reference),
             source_accuracy=accuracy.mean,
-            codebook=codebook_statistics(distributed.gather(tokens), num_bits),
-            bits=cells.bits(num_bits),
+            codebook=codebook_statistics(distributed.gather(tokens), spec),
+            bits=cells.bits(spec.bits),
             num_pixels=height * width,
             num_images=accuracy.num_items,
             images_per_second=float(distributed.sum(rate)),

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from mergevq.config.evaluation import ReconstructionSettings
+from mergevq.config.parts import bits_of
 from mergevq.config.records import (
     ExtremeRecord,
     OwnReference,
@@ -241,7 +242,7 @@ def _measured(
 def _num_bytes(tokenizer: Tokenizer, num_kept: int) -> int:
     """Bytes of one image: tokens and source map, rounded up."""
     config = tokenizer.config
-    bits = num_kept * config.num_bits + source_bits(config.num_tokens, num_kept)
+    bits = num_kept * bits_of(config.quantizer.sizes) + source_bits(config.num_tokens, num_kept)
     return math.ceil(bits / 8)
 
 

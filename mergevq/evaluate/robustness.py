@@ -46,6 +46,7 @@ from mergevq.runtime.files import write_json
 from mergevq.runtime.logs import Progress
 from mergevq.runtime.random import step_generator
 from mergevq.runtime.settings import to_json
+from mergevq.tokenizer.tokenizer import Tokenizer
 
 AVERAGED_FRACTIONS = (0.5, 0.6, 0.7, 0.8, 0.9)
 """Shares of wrong tokens that the paper's pFID is the mean over."""
@@ -88,7 +89,7 @@ def evaluate_robustness(settings: RobustnessSettings) -> RobustnessRecord | None
     require_fresh(out)
     plotting = distributed.is_main() and has_plots(out / "robustness.png")
     with opened(settings.subject) as subject:
-        num_bits = subject.tokenizer.config.num_bits
+        num_bits = require_bits(subject.tokenizer)
         radii = [settings.radius] if settings.radius is not None else default_radii(num_bits)
         found = measure_robustness(
             subject,
@@ -111,7 +112,7 @@ def _record(
     settings: RobustnessSettings, subject: Opened, radii: Sequence[int], found: Curves
 ) -> RobustnessRecord:
     """Content of `evaluation.json`."""
-    num_bits = subject.tokenizer.config.num_bits
+    num_bits = require_bits(subject.tokenizer)
     missing = _missing(settings, subject)
     return {
         "kind": "robustness evaluation",
@@ -192,10 +193,10 @@ def measure_robustness(
         ValueError: K or a radius is not legal, or a number is not finite.
     """
     tokenizer, world = subject.tokenizer, subject.world
-    config = tokenizer.config
+    config, num_bits = tokenizer.config, require_bits(tokenizer)
     balls = sorted(set(radii))
     for radius in balls:
-        ball_share(config.num_bits, radius)
+        ball_share(num_bits, radius)
     tokenizer.num_tokens(torch.empty(1, 3, config.image_size, config.image_size), num_kept)
     comparisons = {
         (fraction, radius): Comparison(
@@ -217,7 +218,7 @@ def measure_robustness(
             with subject.autocast():
                 encoded = tokenizer.encode(image, num_kept)
             ids = batch.index.tolist()
-            flips = {r: draw_flips(num_kept, config.num_bits, r, seed, ids) for r in balls}
+            flips = {r: draw_flips(num_kept, num_bits, r, seed, ids) for r in balls}
             for (fraction, radius), comparison in comparisons.items():
                 codes = encoded.codes
                 if radius is not None:
@@ -281,6 +282,21 @@ def perturb(codes: Float[Tensor, "b k d"], flips: Flips, num_tokens: int) -> Flo
 def num_replaced(num_kept: int, fraction: float) -> int:
     """Tokens that a fraction of K is, to the nearest."""
     return math.floor(fraction * num_kept + 0.5)
+
+
+def require_bits(tokenizer: Tokenizer) -> int:
+    """Bits of a token, each of them one channel of its code.
+
+    Raises:
+        ValueError: channels are not bits, so that near codes are not those of few flips.
+    """
+    spec = tokenizer.quantizer.spec
+    if spec.is_binary and spec.bits == spec.dim:
+        return spec.dim
+    raise ValueError(
+        f"codes of {spec.dim} channels with {spec.sizes} values have no bits to flip; robustness "
+        "is measured for quantizers of bits, such as model.quantizer.kind lfq"
+    )
 
 
 def ball_share(num_bits: int, radius: int) -> float:

@@ -11,7 +11,6 @@ first. Skipped tokens are filled in likewise, so its cache is as full as it can 
 
 The plain loops are in `benchmarks/reference_generator.py` of the repository.
 
-Shape letters: B images, T tokens, P parts of a token.
 """
 
 import copy
@@ -22,26 +21,35 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
-from jaxtyping import Int64
-from torch import Tensor
 
-from mergevq.config.generator import GENERATOR_SIZES, GeneratorConfig, SamplingSettings, Weights
-from mergevq.data.codes import indices_to_subindices
-from mergevq.generator.autoregressive import Generator
-from mergevq.generator.cache import FullCache, SlotCache
-from mergevq.generator.decoding import decode, decode_slots, make_cache, make_random_cache, prefill
-from mergevq.generator.sampling import Restrictions, arccos_schedule, choose, draw
+from mergevq.config.generator import (
+    GeneratorConfig,
+    OneByOne,
+    Order,
+    SamplingSettings,
+    Several,
+    Weights,
+    sized,
+)
+from mergevq.generator.build import AnyGenerator, build_generator
+from mergevq.generator.seams import Sequences
 from mergevq.generator.weights import as_weights, logit_error
 from mergevq.runtime.logs import Progress
 from mergevq.runtime.random import step_generator
 from mergevq.runtime.run import environment
 from mergevq.runtime.settings import to_json
 
-ORDERS = ("raster", "merge", "random", "anchor")
-NAMES = {"raster": "full cache", "merge": "MergeAR", "random": "RandAR", "anchor": "anchored"}
+NAMES = {
+    "raster": "full cache",
+    "merge": "MergeAR",
+    "random": "RandAR",
+    "anchor": "anchored",
+    "masked": "MaskGIT",
+}
+"""Names of orders, by kind, in the printed table."""
 NOMINAL_KEPT = {256: 144, 1024: 256}
 """K of the paper's versions by their grid cells; of other grids a quarter of the cells is kept."""
 NUM_CLASSES = 1000
@@ -51,7 +59,6 @@ _STEPS_IN_A_ROW = 4
 """A run of timed steps, where not all are timed."""
 _RECOMPUTED_STEPS = 2
 """Timed steps of the loop without a cache, whose every step runs the sequence so far."""
-_SETTINGS = SamplingSettings()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +124,7 @@ class _Timed(NamedTuple):
 
     name: str
     weights: Weights
-    generator: Generator
+    generator: AnyGenerator
     decoder: Decoder
     steps: list[list[int]]
     """Runs of steps that are timed."""
@@ -154,11 +161,12 @@ def bench_generator(
             f"({max_steps}) must be at least 1, and weights {tuple(weights)} name a type: there is "
             "nothing to time otherwise"
         )
-    generators: dict[tuple[str, Weights], Generator] = {}
+    generators: dict[tuple[str, Weights], AnyGenerator] = {}
     errors: dict[tuple[str, Weights], float] = {}
-    baselines: dict[str, Generator] = {}
-    for order in ORDERS:
-        exact = random_generator(replace(config, order=order), device)
+    baselines: dict[str, AnyGenerator] = {}
+    for member in get_args(Order):
+        order = member().kind
+        exact = random_generator(replace(config, order=member()), device)
         bf16 = as_weights(exact, "bf16")
         for kind in weights:
             generators[order, kind] = bf16 if kind == "bf16" else as_weights(exact, kind)
@@ -202,19 +210,17 @@ def size_config(size: str) -> GeneratorConfig:
     Raises:
         ValueError: there is no such size.
     """
-    if size not in GENERATOR_SIZES:
-        raise ValueError(f"size ({size}) must be one of {', '.join(GENERATOR_SIZES)}")
-    return replace(GeneratorConfig(num_classes=NUM_CLASSES), **GENERATOR_SIZES[size])
+    return sized(GeneratorConfig(num_classes=NUM_CLASSES), size)
 
 
-def random_generator(config: GeneratorConfig, device: torch.device) -> Generator:
+def random_generator(config: GeneratorConfig, device: torch.device) -> AnyGenerator:
     """A generator with random weights, outputs too, in evaluation mode."""
     with torch.device("meta"):
-        generator = Generator(config)
+        generator = build_generator(config)
     generator = generator.to_empty(device=device).requires_grad_(requires_grad=False)
     numbers = step_generator(0, "bench", 0)
     generator.reset_parameters(numbers)
-    for output in generator.head.outputs:
+    for output in generator.network.head.layers[-1]:
         torch.nn.init.normal_(output.get_parameter("weight"), std=0.02, generator=numbers)
     return generator.eval()
 
@@ -317,131 +323,53 @@ def line(speed: Speed) -> str:
 # ---------------------------------------------------------------------------------- decoders
 
 
-class SequenceDecoder:
-    """Our decoding of orders `raster`, `merge` and `anchor`, without guidance."""
+class OurDecoder:
+    """Our decoding of a generator's order, without guidance."""
 
-    def __init__(self, generator: Generator, num_images: int) -> None:
-        """Allocate the cache and make up tokens."""
+    def __init__(
+        self, generator: AnyGenerator, num_images: int, most_steps: int = NUM_RANDOM_STEPS
+    ) -> None:
+        """Allocate the cache and make up what is in it.
+
+        Args:
+            generator: in evaluation mode.
+            num_images: of the batch.
+            most_steps: passes, if the order decodes several tokens in one.
+        """
         config = generator.config
-        self.generator, self.num_kept = generator, config.num_kept
-        anchored = config.order == "anchor"
-        self.num_steps = config.num_kept if anchored else config.num_tokens
-        self.cache = make_cache(
-            generator, batch=num_images, num_kept=config.num_kept, settings=_SETTINGS
-        )
-        _make_up(self.cache)
-        self.labels = torch.zeros(num_images, dtype=torch.int64, device=generator.device)
-        ids, num_parts = range(num_images), len(config.part_names)
-        self.draws = draw(0, ids, self.num_steps, num_parts, generator.device)
-        self.history = made_up_parts(config, num_images).to(generator.device)
-        self.token = 0
+        num_steps = min(most_steps, config.length(config.num_kept))
+        several = Several(num_steps=num_steps)
+        settings = SamplingSettings(passes=several if config.order.in_parallel else OneByOne())
+        labels = torch.zeros(num_images, dtype=torch.int64, device=generator.device)
+        draws = generator.draws(0, range(num_images), config.num_kept, settings)
+        self.decoder = generator.decoder(labels, config.num_kept, draws, settings)
+        self.num_steps, self.kv_bytes = self.decoder.num_steps, self.decoder.kv_bytes
+        self.step = self.decoder.step
+        sequences = made_up_sequences(config, num_images, generator.device)
+        self.history = generator.parts(sequences)
+        for memory in self.decoder.memory:
+            # Keys and values that are neither zero nor of any model.
+            numbers = torch.randn(memory.shape[-1], generator=torch.Generator().manual_seed(0))
+            memory.copy_(numbers.expand_as(memory))
 
-    @property
-    def kv_bytes(self) -> int:
-        """Memory of keys and values."""
-        return self.cache.num_bytes
-
-    @torch.inference_mode()
     def seek(self, step: int) -> None:
-        """Put the prefix in and take the made-up tokens before as put in."""
-        self.states = prefill(self.generator, self.cache, self.labels, self.num_kept)
-        self.restrictions = Restrictions(
-            self.generator,
-            self.cache,
-            _SETTINGS,
-            batch=len(self.labels),
-            num_kept=self.num_kept,
-        )
-        if isinstance(self.cache, SlotCache):
-            codes = self.generator.indices(self.history)
-            for token in range(step):
-                self.cache.place(codes[:, token])
-        else:
-            self.cache.advance(step)
-        self.previous = None
-        if self.generator.config.order == "anchor":
-            self.previous = self.history[:, max(step - 1, 0), 0]
-        self.token = step
-
-    @torch.inference_mode()
-    def step(self) -> None:
-        """Choose a token and put it in, as sampling does."""
-        token = self.token
-        restrict = self.restrictions.of(token, self.previous)
-        uniforms = self.draws.uniforms[:, token]
-        parts = choose(
-            self.generator, self.states, uniforms, 1.0, _SETTINGS, restrict, self.previous
-        )
-        self.previous = None if self.previous is None else parts[:, 0]
-        if token + 1 < self.num_steps:
-            self.states = decode(self.generator, self.cache, parts, token)
-        self.token = token + 1
-
-
-class SlotsDecoder:
-    """Our decoding of order `random`, several tokens a step, without guidance."""
-
-    def __init__(self, generator: Generator, num_images: int, num_steps: int) -> None:
-        """Allocate the cache and draw the orders."""
-        config = generator.config
-        self.generator, self.num_kept = generator, config.num_kept
-        self.num_steps = min(num_steps, config.num_kept)
-        self.counts = arccos_schedule(config.num_kept, self.num_steps)
-        self.cache = make_random_cache(generator, batch=num_images, num_kept=config.num_kept)
-        _make_up(self.cache)
-        self.labels = torch.zeros(num_images, dtype=torch.int64, device=generator.device)
-        ids, num_parts = range(num_images), len(config.part_names)
-        self.draws = draw(0, ids, config.num_kept, num_parts, generator.device)
-        self.slots = generator.slot_positions(config.num_kept)
-        self.done = self.pass_number = 0
-
-    @property
-    def kv_bytes(self) -> int:
-        """Memory of keys and values."""
-        return self.cache.num_bytes
-
-    @torch.inference_mode()
-    def seek(self, step: int) -> None:
-        """Take all made-up tokens as put in, but those of the pass before."""
-        self.cache.reset()
-        self.pass_number, self.done = step, sum(self.counts[:step])
-        self.inputs = self.generator.embed_prefix(self.labels, self.num_kept)
-        self.positions = torch.zeros(*self.inputs.shape[:2], 2, device=self.inputs.device)
-        if step == 0:
-            return
-        last = self.counts[step - 1]
-        self.cache.advance(self.generator.config.num_prefix + 2 * (self.done - last))
-        before = self.draws.order[:, self.done - last : self.done]
-        num_parts = self.draws.uniforms.shape[-1]
-        parts = torch.zeros(*before.shape, num_parts, dtype=torch.int64, device=before.device)
-        self.inputs, self.positions = self.generator.pairs(parts, self.slots[before])
-
-    @torch.inference_mode()
-    def step(self) -> None:
-        """Put in what the pass before decoded and decode some more."""
-        count = self.counts[self.pass_number]
-        wanted = self.draws.order[:, self.done : self.done + count]
-        states = decode_slots(
-            self.generator, self.cache, self.inputs, self.positions, self.slots[wanted]
-        )
-        index = wanted[..., None].expand(-1, -1, self.draws.uniforms.shape[-1])
-        uniforms = self.draws.uniforms.gather(1, index).flatten(0, 1)
-        parts = choose(self.generator, states.flatten(0, 1), uniforms, 1.0, _SETTINGS)
-        parts = parts.unflatten(0, wanted.shape)
-        self.inputs, self.positions = self.generator.pairs(parts, self.slots[wanted])
-        self.done, self.pass_number = self.done + count, self.pass_number + 1
+        """Take the made-up tokens before a step as decoded."""
+        self.decoder.seek(step, self.history)
 
 
 class PlainDecoder:
     """A plain loop over all tokens in raster order."""
 
-    def __init__(self, plain: ModuleType, way: str, generator: Generator, num_images: int) -> None:
+    def __init__(
+        self, plain: ModuleType, way: str, generator: AnyGenerator, num_images: int
+    ) -> None:
         """Give the loop our weights."""
         config = generator.config
         self.num_steps = config.num_tokens
-        self.history = made_up_parts(config, num_images)
+        self.history = generator.parts(made_up_sequences(config, num_images, generator.device))
         labels = torch.zeros(num_images, dtype=torch.int64)
-        self.loop = plain.Loop(generator.state_dict(), config, labels, config.num_kept, way)
+        state = generator.network.state_dict()
+        self.loop = plain.Loop(state, config, labels, config.num_kept, way)
         self.step = self.loop.step
 
     @property
@@ -454,40 +382,34 @@ class PlainDecoder:
         self.loop.seek(self.history[:, :step], step)
 
 
-def made_up_parts(config: GeneratorConfig, num_images: int) -> Int64[Tensor, "b t p"]:
-    """Tokens of which the first K are distinct and the others repeat them in turn."""
-    anchored = config.order == "anchor"
-    length = config.num_kept if anchored else config.num_tokens
-    tokens = torch.arange(length)
-    codes = indices_to_subindices(tokens % config.num_kept, config.factor_bits)
-    if anchored:
-        cells = tokens * config.num_tokens // config.num_kept
-        codes = torch.cat([cells[:, None], codes], dim=-1)
-    return codes.expand(num_images, -1, -1).contiguous()
-
-
-def _make_up(cache: FullCache | SlotCache) -> None:
-    """Fill a cache with keys and values that are neither zero nor of any model."""
-    numbers = torch.randn(cache.keys.shape[-1], generator=torch.Generator().manual_seed(0))
-    cache.keys.copy_(numbers.expand_as(cache.keys))
-    cache.values.copy_(numbers.expand_as(cache.values))
+def made_up_sequences(config: GeneratorConfig, num_images: int, device: torch.device) -> Sequences:
+    """Sequences of which the first K tokens are distinct and the others repeat them in turn."""
+    tokens = torch.arange(config.length(config.num_kept), device=device)
+    kept = torch.arange(config.num_kept, device=device)
+    return Sequences(
+        indices=(tokens % config.num_kept).expand(num_images, -1),
+        class_label=torch.zeros(num_images, dtype=torch.int64, device=device),
+        num_kept=config.num_kept,
+        anchors=(kept * config.num_tokens // config.num_kept).expand(num_images, -1),
+        slots=kept.expand(num_images, -1),
+        stages=torch.full((num_images, len(tokens)), 2, device=device),
+    )
 
 
 # ------------------------------------------------------------------------------------- times
 
 
-def _ours(weights: Weights, generator: Generator, num_images: int, max_steps: int | None) -> _Timed:
+def _ours(
+    weights: Weights, generator: AnyGenerator, num_images: int, max_steps: int | None
+) -> _Timed:
     """Our decoder of a generator's order."""
-    if generator.config.order == "random":
-        decoder: Decoder = SlotsDecoder(generator, num_images, NUM_RANDOM_STEPS)
-    else:
-        decoder = SequenceDecoder(generator, num_images)
+    decoder = OurDecoder(generator, num_images)
     steps = spread_steps(decoder.num_steps, max_steps)
     return _Timed("mergevq", weights, generator, decoder, steps)
 
 
 def _plain(
-    plain: ModuleType, way: str, generator: Generator, num_images: int, max_steps: int | None
+    plain: ModuleType, way: str, generator: AnyGenerator, num_images: int, max_steps: int | None
 ) -> _Timed:
     """A plain loop; without a cache only a few steps are timed, however many there are."""
     decoder = PlainDecoder(plain, way, generator, num_images)
@@ -520,11 +442,11 @@ def _now(device: torch.device) -> float:
 def _speed(one: _Timed, times: Mapping[int, float], num_images: int, num_repeats: int) -> Speed:
     """Speed that the times of steps amount to."""
     config = one.generator.config
-    num_tokens = config.num_tokens if config.order in {"raster", "merge"} else config.num_kept
+    num_tokens = config.length(config.num_kept)
     seconds = statistics.fmean(times.values())
     images_per_second = num_images / (seconds * one.decoder.num_steps)
     return Speed(
-        order=config.order,
+        order=config.order.kind,
         way=one.name,
         weights=one.weights,
         num_cells=config.num_tokens,
@@ -547,18 +469,7 @@ def _is_ours(speed: Speed) -> bool:
 
 
 @torch.no_grad()
-def _error(right: Generator, quantized: Generator) -> float:
+def _error(right: AnyGenerator, quantized: AnyGenerator) -> float:
     """Logit error of 8-bit weights on made-up tokens."""
-    config = right.config
-    parts = made_up_parts(config, 1).to(right.device)
-    anchored, random = config.order == "anchor", config.order == "random"
-    parts = parts[:, : config.num_kept] if random else parts
-    return logit_error(
-        right,
-        quantized,
-        right.indices(parts),
-        torch.zeros(1, dtype=torch.int64, device=right.device),
-        config.num_kept,
-        anchors=parts[..., 0] if anchored else None,
-        order=torch.arange(config.num_kept, device=right.device)[None] if random else None,
-    )
+    sequences = made_up_sequences(right.config, 1, right.device)
+    return logit_error(right, quantized, sequences)

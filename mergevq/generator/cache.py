@@ -93,6 +93,9 @@ class FullCache(_Memory):
             is_causal=mask is None and count > 1,
         )
 
+    def place(self, codes: Int64[Tensor, "b"]) -> None:
+        """Do nothing: the next token goes after the others, and sees them all."""
+
     def advance(self, count: int) -> None:
         """Keep the first `count` of the inputs last written; the others will be overwritten."""
         self.length += count
@@ -112,14 +115,24 @@ class SlotCache(_Memory):
         self,
         config: GeneratorConfig,
         *,
+        window: int,
         batch: int,
         num_slots: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """Allocate `num_slots` slots for each of `batch` rows; `slots_for` says how many."""
+        """Allocate slots.
+
+        Args:
+            config: sizes of keys and values.
+            window: a duplicate stays visible to this many tokens after it.
+            batch: rows.
+            num_slots: of each row; `slots_for` gives a number that suffices.
+            device: where keys and values are.
+            dtype: their type.
+        """
         super().__init__(config, batch=batch, num_slots=num_slots, device=device, dtype=dtype)
-        self.window, self.num_prefix = config.window, config.num_prefix
+        self.window, self.num_prefix = window, config.num_prefix
         self.rows = torch.arange(batch, device=device)[:, None]
         most = num_slots - self.num_prefix
         self.codes = torch.empty(batch, most, dtype=torch.int64, device=device)
@@ -127,11 +140,11 @@ class SlotCache(_Memory):
         self.reset()
 
     @staticmethod
-    def slots_for(config: GeneratorConfig, num_distinct: int) -> int:
+    def slots_for(config: GeneratorConfig, num_distinct: int, window: int) -> int:
         """Slots that always suffice for sequences of at most `num_distinct` distinct tokens."""
         most = config.num_tokens - 1  # The last token is never an input.
         # Without a window a duplicate is written where the next token will be.
-        return config.num_prefix + min(num_distinct + max(config.window, 1), most)
+        return config.num_prefix + min(num_distinct + max(window, 1), most)
 
     @property
     def num_distinct(self) -> list[int]:
@@ -149,6 +162,9 @@ class SlotCache(_Memory):
         self._recent: deque[list[int | None]] = deque(maxlen=self.window)
         # Where the next token goes: one slot, or another in each row.
         self._slot: int | Int64[Tensor, "b 1"] = 0
+
+    def advance(self, count: int) -> None:
+        """Do nothing: an input is kept in the slot that it was given."""
 
     def place(self, codes: Int64[Tensor, "b"]) -> Bool[Tensor, "b 1 m"] | None:
         """Give each row's next token a slot, and say which slots that token sees.

@@ -24,16 +24,17 @@ from mergevq.config.generator import SampleRun, SamplingSettings
 from mergevq.data.layouts import Source
 from mergevq.data.prepare import crop_square, load_picture, load_square, to_tensor
 from mergevq.data.sample_files import SampleFiles
-from mergevq.generator.autoregressive import Generator, random_orders
-from mergevq.generator.decoding import inpaint, sample
-from mergevq.generator.sampling import Sampled, image_seed
+from mergevq.generator.build import AnyGenerator, saved_generator
+from mergevq.generator.sampling import image_seed, inpaint, sample
+from mergevq.generator.seams import Sampled, Sequences
 from mergevq.generator.weights import as_weights, logit_error
 from mergevq.report.pictures import contact_sheet, to_pil
 from mergevq.runtime.artefacts import load_model, model_hash, read_record, resolve, tokens_hash
 from mergevq.runtime.device import resolve_device
 from mergevq.runtime.files import read_json, require_entries, sha256_of, write_json
 from mergevq.runtime.logs import Progress
-from mergevq.runtime.random import step_generator
+from mergevq.runtime.migrate import migrate_samples
+from mergevq.runtime.random import BatchNumbers
 from mergevq.runtime.run import environment
 from mergevq.runtime.settings import from_json, to_json
 from mergevq.tokenizer.tokenizer import Tokenizer
@@ -51,7 +52,7 @@ _COMPARED = 4
 class Pair(NamedTuple):
     """A generator and the tokenizer of its tokens."""
 
-    generator: Generator
+    generator: AnyGenerator
     """With the weights that sample."""
     tokenizer: Tokenizer
     """In float32."""
@@ -145,7 +146,7 @@ def load_pair(model: str | Path, tokenizer: str | Path, device: torch.device) ->
     saved = load_model(model, kind="generator")
     extra = saved.record["extra"]
     require_same_tokenizer(extra.get("tokenizer"), tokens_hash(tokenizer), generator=model)
-    generator = Generator.from_saved(saved).to(device)
+    generator = saved_generator(saved).to(device)
     return Pair(
         generator=generator,
         tokenizer=Tokenizer.from_pretrained(tokenizer).to(device),
@@ -461,7 +462,11 @@ def read_sample_run(written: dict[str, Any], *, where: str) -> SampleRun:
     require_entries(
         written, {"run": dict, "generator": str, "tokenizer": str, "images": list}, Path(where)
     )
-    return from_json(SampleRun, written["run"], where=f"{where}: run")
+    try:
+        run = migrate_samples(written)["run"]
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return from_json(SampleRun, run, where=f"{where}: run")
 
 
 def _decode(pair: Pair, sampled: Sampled, source: Source | None) -> Float[Tensor, "b 3 h w"]:
@@ -476,7 +481,7 @@ def _batch(run: SampleRun, number: int) -> list[int]:
     return list(range(first, min(first + run.batch_size, run.num_images)))
 
 
-def _weights_error(exact: Generator, lighter: Generator, run: SampleRun) -> float:
+def _weights_error(exact: AnyGenerator, lighter: AnyGenerator, run: SampleRun) -> float:
     """How far the lighter generator's logits are off, on sequences that it samples."""
     config = exact.config
     num_kept = config.num_kept if run.num_kept is None else run.num_kept
@@ -490,19 +495,17 @@ def _weights_error(exact: Generator, lighter: Generator, run: SampleRun) -> floa
         image_ids=ids,
         settings=SamplingSettings(),
     )
-    order = None
-    if config.order == "random":
-        numbers = step_generator(run.seed, "weights", 0)
-        order = random_orders(sampled.indices.shape, numbers, exact.device)
-    return logit_error(
-        exact,
-        lighter,
-        sampled.indices,
-        labels.to(exact.device),
-        num_kept,
+    sequences = Sequences(
+        indices=sampled.indices,
+        class_label=labels.to(exact.device),
+        num_kept=num_kept,
         anchors=sampled.anchors,
-        order=order,
+        source_index=sampled.source_index,
     )
+    numbers = BatchNumbers(
+        seed=run.seed, step=0, num_rows=len(labels), rows=slice(None), prefix="weights "
+    )
+    return logit_error(exact, lighter, exact.draw(sequences, numbers))
 
 
 def _origin(pair: Pair, run: SampleRun) -> Origin | None:

@@ -1,4 +1,4 @@
-"""Sampling from a generator: prefill, decode, guidance, and the numbers that decide a draw.
+"""Sampling from a generator: the numbers that decide a draw, guidance, schedules of passes.
 
 Source: Li et al. 2025, "MergeVQ", section 3.4 (arXiv:2504.00999); Pang et al. 2024, "RandAR",
 sections 3.3 and 4 (parallel decoding, in-painting, arXiv:2412.01827); Ho and Salimans 2022,
@@ -7,56 +7,110 @@ sections 3.3 and 4 (parallel decoding, in-painting, arXiv:2412.01827); Ho and Sa
 Image k of a run depends on (seed, k) alone: its uniform numbers are drawn before the batch it is
 in is known, and a value is the place of such a number in the distribution function.
 
-Differs: tokens that RandAR decodes in one pass do not see each other's instructions, so each has
-exactly the distribution that training gave it; RandAR's code lets later ones see earlier ones.
-
-Shape letters: B images, R rows (B, or 2B with guidance: conditional ones first), L grid cells,
-K kept tokens, T tokens of a sequence, P parts of a token, C channels, S slots of a cache, N new
-inputs, M tokens decoded in one pass, V values of a part.
+Shape letters: B images, K kept tokens, T tokens of a sequence, P parts of a token, N tokens,
+V values of a part.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from mergevq.config.generator import SamplingSettings
-from mergevq.data.codes import indices_to_subindices
-from mergevq.generator.autoregressive import Generator, legal_gaps
-from mergevq.generator.cache import FullCache, SlotCache
+from mergevq.config.generator import SamplingSettings, Several, check_passes
+from mergevq.generator.seams import Decoder, Draws, Generator, Sampled
 from mergevq.runtime.random import numbered_seed
 
 Number = TypeVar("Number", int, float)
 
-Restriction = Callable[[int, list[Tensor]], Tensor | None]
-"""Given a part and the parts chosen before it, which of its values are allowed; None is all."""
+
+@torch.no_grad()
+def sample(
+    generator: Generator,
+    *,
+    labels: Int64[Tensor, "b"],
+    num_kept: int,
+    seed: int,
+    image_ids: Sequence[int],
+    settings: SamplingSettings,
+) -> Sampled:
+    """Sample one sequence for each label.
+
+    Args:
+        generator: in evaluation mode.
+        labels: classes; `null_class` for none.
+        num_kept: K, one of those the generator was trained on.
+        seed: of the run.
+        image_ids: number of each image in the run.
+        settings: guidance, temperature and so on.
+
+    Raises:
+        ValueError: the settings do not fit the generator, or a class or K is unknown to it.
+        RuntimeError: a cache overflowed, or a state was not finite.
+    """
+    _check(generator, labels, image_ids, settings)
+    draws = generator.draws(seed, image_ids, num_kept, settings)
+    sampled = generator.sample(labels.to(generator.device), num_kept, draws, settings)
+    # Tensors of inference mode cannot be learned from.
+    return sampled._replace(
+        indices=sampled.indices.clone(),
+        source_index=None if sampled.source_index is None else sampled.source_index.clone(),
+        anchors=None if sampled.anchors is None else sampled.anchors.clone(),
+    )
 
 
-class Sampled(NamedTuple):
-    """Token sequences from a generator."""
+@torch.no_grad()
+def inpaint(
+    generator: Generator,
+    *,
+    indices: Int64[Tensor, "b k"],
+    keep: Bool[Tensor, "b k"],
+    labels: Int64[Tensor, "b"],
+    seed: int,
+    image_ids: Sequence[int],
+    settings: SamplingSettings,
+) -> Sampled:
+    """Keep some tokens of each image and sample the others, given those and the label.
 
-    indices: Int64[Tensor, "b t"]
-    """All cells in raster order (`raster`, `merge`) or the kept tokens in canonical order."""
-    source_index: Int64[Tensor, "b l"] | None
-    """In order `merge` which of its distinct tokens, in canonical order, each cell is."""
-    anchors: Int64[Tensor, "b t"] | None
-    """In order `anchor` the cell at which each kept token opens."""
-    num_forward: int
-    """Passes through the transformer, each for the whole batch."""
-    kv_bytes: int
-    """Memory of the cache."""
+    Args:
+        generator: one that fills in (`GeneratorConfig.order.fills_in`), in evaluation mode.
+        indices: tokens in canonical order; those not kept are ignored.
+        keep: which tokens stay.
+        labels: classes; another one than the image's edits it.
+        seed: of the run.
+        image_ids: number of each image in the run.
+        settings: guidance, temperature and so on; fewer tokens than `num_steps` take fewer passes.
+
+    Raises:
+        ValueError: the generator has another order, or the settings do not fit it.
+        RuntimeError: a state was not finite.
+    """
+    order = generator.config.order
+    if not order.fills_in:
+        raise ValueError(
+            f"tokens can only be kept in order 'random', not '{order.kind}': the others do not see "
+            "what comes later, or have no kept tokens"
+        )
+    _check(generator, labels, image_ids, settings)
+    draws = generator.draws(seed, image_ids, indices.shape[1], settings)
+    device = generator.device
+    return generator.inpaint(
+        indices.to(device), keep.to(device), labels.to(device), draws, settings
+    )
 
 
-class Draws(NamedTuple):
-    """The random numbers of a batch of images."""
+def run(decoder: Decoder) -> None:
+    """Decode sequences from the first step to the last.
 
-    uniforms: Float[Tensor, "b t p"]
-    """In [0, 1), one for each part of each token."""
-    order: Int64[Tensor, "b t"]
-    """A permutation of the tokens."""
+    Raises:
+        RuntimeError: a cache overflowed, or a state was not finite.
+    """
+    decoder.seek(0)
+    for _ in range(decoder.num_steps):
+        decoder.step()
+    check_finite(decoder.finite)
 
 
 def image_seed(seed: int, image_id: int) -> int:
@@ -65,15 +119,38 @@ def image_seed(seed: int, image_id: int) -> int:
 
 
 def draw(
-    seed: int, image_ids: Sequence[int], num_tokens: int, num_parts: int, device: torch.device
+    seed: int,
+    image_ids: Sequence[int],
+    num_tokens: int,
+    num_parts: int,
+    device: torch.device,
+    *,
+    num_passes: int = 0,
 ) -> Draws:
-    """All random numbers of some images of a run, each image's from its own seed."""
-    uniforms, orders = [], []
+    """All random numbers of some images of a run, each image's from its own seed.
+
+    Args:
+        seed: of the run.
+        image_ids: numbers of the images.
+        num_tokens: of a sequence.
+        num_parts: of a token.
+        device: where the numbers are used.
+        num_passes: passes in each of which every part of every token is chosen anew, and a token
+            needs one number more; 0 draws none of these.
+    """
+    uniforms, orders, passes = [], [], []
     for image_id in image_ids:
         numbers = torch.Generator().manual_seed(image_seed(seed, image_id))
         uniforms.append(torch.rand(num_tokens, num_parts, generator=numbers))
         orders.append(torch.randperm(num_tokens, generator=numbers))
-    return Draws(torch.stack(uniforms).to(device), torch.stack(orders).to(device))
+        if num_passes:
+            shape = (num_passes, num_tokens, num_parts + 1)
+            passes.append(torch.rand(shape, generator=numbers))
+    return Draws(
+        torch.stack(uniforms).to(device),
+        torch.stack(orders).to(device),
+        torch.stack(passes).to(device) if num_passes else None,
+    )
 
 
 def guidance_scales(
@@ -121,6 +198,33 @@ def arccos_schedule(num_tokens: int, num_steps: int) -> list[int]:
     return counts
 
 
+def even_schedule(num_tokens: int, num_steps: int) -> list[int]:
+    """Tokens to decode in each pass: nearly even, but for many at the end; none is empty.
+
+    After a share s of the passes floor(L arccos(s) / (pi / 2)) of L tokens are left, as in TiTok's
+    generator.
+
+    Raises:
+        ValueError: there are more passes than tokens, or none.
+    """
+    if not 1 <= num_steps <= num_tokens:
+        raise ValueError(f"num_steps ({num_steps}) must be between 1 and the {num_tokens} tokens")
+    counts, left = [], num_tokens
+    for step in range(1, num_steps + 1):
+        share = math.acos(step / num_steps) / (math.pi / 2)
+        # At least one token in this pass, and one for each of those to come.
+        after = max(num_steps - step, min(left - 1, math.floor(num_tokens * share)))
+        counts.append(left - after)
+        left = after
+    return counts
+
+
+def num_passes(settings: SamplingSettings, num_tokens: int) -> int:
+    """Passes in which a sequence of some tokens is decoded."""
+    passes = settings.passes
+    return passes.num_steps if isinstance(passes, Several) else num_tokens
+
+
 def pick(
     logits: Float[Tensor, "n v"],
     uniforms: Float[Tensor, "n"],
@@ -156,150 +260,7 @@ def pick(
     return (reached <= uniforms[:, None] * reached[:, -1:]).sum(-1)
 
 
-def choose(
-    generator: Generator,
-    states: Float[Tensor, "r c"],
-    uniforms: Float[Tensor, "b p"],
-    scale: float,
-    settings: SamplingSettings,
-    restrict: Restriction | None = None,
-    previous: Int64[Tensor, "b"] | None = None,
-    *,
-    finite: list[Tensor] | None = None,
-) -> Int64[Tensor, "b p"]:
-    """Choose the parts of one token for each image, in turn.
-
-    Args:
-        generator: whose head is asked.
-        states: of the transformer; with twice as many rows as images the second half is
-            unconditional.
-        uniforms: numbers that decide.
-        scale: of guidance, where there are unconditional states.
-        settings: temperature, top-k and top-p.
-        restrict: which values are allowed.
-        previous: anchors of the tokens before, when the first part is a gap from there.
-        finite: whether states and logits are finite is added to it, to be asked once in the end,
-            where asking waits for the device; None asks here.
-
-    Raises:
-        RuntimeError: without `finite`, a state or a logit is not finite.
-    """
-    batch, num_parts = uniforms.shape
-    chosen: list[Tensor] = []
-    memory: list[tuple[Tensor, Tensor]] = []
-    inputs = states
-    found = [states.isfinite().all()]
-    for part in range(num_parts):
-        logits = generator.head.step(inputs, memory, part)
-        found.append(logits.isfinite().all())
-        if states.shape[0] > batch:
-            conditional, unconditional = logits.chunk(2)
-            logits = unconditional + scale * (conditional - unconditional)
-            logits = conditional if scale == 1 else logits
-        allowed = None if restrict is None else restrict(part, chosen)
-        if allowed is not None:
-            logits = logits.masked_fill(~allowed, -torch.inf)
-        value = pick(
-            logits,
-            uniforms[:, part],
-            temperature=_of_part(settings.temperature, part),
-            top_k=_of_part(settings.top_k, part),
-            top_p=_of_part(settings.top_p, part),
-        )
-        if part == 0 and previous is not None:
-            value = previous + value
-        chosen.append(value)
-        if part + 1 < num_parts:
-            inputs = generator.embed_part(part, value.repeat(len(states) // batch))
-    if finite is None:
-        check_finite(found)
-    else:
-        finite += found
-    return torch.stack(chosen, dim=-1)
-
-
-class Restrictions:
-    """Which values the tokens of one batch of sequences may have, one token after the other."""
-
-    def __init__(
-        self,
-        generator: Generator,
-        cache: FullCache | SlotCache,
-        settings: SamplingSettings,
-        *,
-        batch: int,
-        num_kept: int,
-    ) -> None:
-        """Watch a sequence from its beginning.
-
-        Args:
-            generator: of any order but `random`.
-            cache: that holds all tokens before.
-            settings: whether the budget holds.
-            batch: images.
-            num_kept: K.
-        """
-        self._generator, self._batch, self._num_kept = generator, batch, num_kept
-        self._cache = cache if isinstance(cache, SlotCache) and settings.budget else None
-        self._num_distinct: list[int] = []
-        self._within_budget: Restriction | None = None
-
-    def of(self, token: int, previous: Int64[Tensor, "b"] | None) -> Restriction | None:
-        """Which values the next token of each image may have; None is all.
-
-        Args:
-            token: position of the token in the sequence, from 0.
-            previous: of order `anchor`, anchors of the tokens before; 0 before the first.
-        """
-        if previous is not None:
-            return self._legal_gap(token, previous)
-        if self._cache is None:
-            return None
-        num_distinct = self._cache.num_distinct[: self._batch]
-        # Once all budgets are spent nothing changes any more.
-        if num_distinct != self._num_distinct:
-            self._num_distinct = num_distinct
-            self._within_budget = self._budget(self._cache)
-        return self._within_budget
-
-    def _legal_gap(self, token: int, previous: Int64[Tensor, "b"]) -> Restriction:
-        """Only gaps after which the tokens left still fit; codes are free."""
-        tokens = torch.tensor([token], device=previous.device)
-        num_tokens = self._generator.config.num_tokens
-        legal = legal_gaps(previous[:, None], tokens, self._num_kept, num_tokens)[:, 0]
-        return lambda part, chosen: legal if part == 0 else None  # noqa: ARG005
-
-    def _budget(self, cache: SlotCache) -> Restriction | None:
-        """Only tokens that are there already, in images that have K distinct ones; None is all.
-
-        Sub-indices are restricted in turn, each to those of present tokens that agree so far.
-        """
-        is_spent = [count >= self._num_kept for count in self._num_distinct]
-        if not any(is_spent):
-            return None
-        config, codes = self._generator.config, cache.codes[: self._batch]
-        free = ~torch.tensor(is_spent, device=codes.device)[:, None]
-        present = codes >= 0
-        parts = indices_to_subindices(codes.clamp_min(0), config.factor_bits)
-
-        def of_agreeing(part: int, agrees: Bool[Tensor, "b k"]) -> Bool[Tensor, "b v"]:
-            counts = agrees.new_zeros(self._batch, config.part_sizes[part], dtype=torch.int64)
-            return (counts.scatter_add(1, parts[..., part], agrees.long()) > 0) | free
-
-        of_first = of_agreeing(0, present)
-
-        def restrict(part: int, chosen: list[Tensor]) -> Tensor:
-            if part == 0:
-                return of_first
-            agrees = present
-            for earlier, value in enumerate(chosen):
-                agrees = agrees & (parts[..., earlier] == value[:, None])
-            return of_agreeing(part, agrees)
-
-        return restrict
-
-
-def _of_part(setting: Number | tuple[Number, ...], part: int) -> Number:
+def of_part(setting: Number | tuple[Number, ...], part: int) -> Number:
     """A setting's number for one part."""
     return setting[part] if isinstance(setting, tuple) else setting
 
@@ -310,3 +271,29 @@ def check_finite(finite: list[Tensor]) -> None:
         raise RuntimeError(
             "the generator's states or logits are not finite: its weights are broken"
         )
+
+
+def _check(
+    generator: Generator,
+    labels: Int64[Tensor, "b"],
+    image_ids: Sequence[int],
+    settings: SamplingSettings,
+) -> None:
+    """Raise `ValueError` when a call does not fit its generator."""
+    if generator.training:
+        raise ValueError("the generator must be in evaluation mode: call generator.eval()")
+    if len(labels) != len(image_ids):
+        raise ValueError(f"{len(labels)} labels must go with as many image_ids ({len(image_ids)})")
+    if settings.guidance_scale != 1 and generator.config.num_classes == 0:
+        raise ValueError(
+            f"guidance_scale ({settings.guidance_scale}) must be 1 for a generator without classes"
+        )
+    check_passes(generator.config, settings)
+    num_parts = len(generator.config.part_names)
+    for name in ("temperature", "top_k", "top_p"):
+        setting = getattr(settings, name)
+        if isinstance(setting, tuple) and len(setting) != num_parts:
+            raise ValueError(
+                f"{name} has {len(setting)} numbers and must have 1 or {num_parts}, one for each "
+                f"of {', '.join(generator.config.part_names)}"
+            )

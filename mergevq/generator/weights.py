@@ -14,13 +14,14 @@ Shape letters: O outputs, I inputs, B batch, T tokens.
 import copy
 
 import torch
-from jaxtyping import Float, Int8, Int64
+from jaxtyping import Float, Int8
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mergevq.config.generator import Weights
-from mergevq.generator.autoregressive import Generator
-from mergevq.nn.llama import Block, Mask, Recall, Rotation, gated, normalized
+from mergevq.generator.build import AnyGenerator
+from mergevq.generator.seams import Sequences
+from mergevq.nn.llama import Block, Mask, Projection, Recall, Rotation, gated, normalized
 
 # The CPU kernel reads this many inputs at a time; other widths give wrong results or crash it.
 _KERNEL_WIDTH = 32
@@ -111,7 +112,7 @@ class DecodingBlock(nn.Module):
         return x + down(gated(up(normalized(x, self.dtype))))
 
 
-def as_weights(generator: Generator, weights: Weights) -> Generator:
+def as_weights(generator: AnyGenerator, weights: Weights) -> AnyGenerator:
     """A copy of a generator for sampling only, with weights of another type.
 
     Args:
@@ -119,13 +120,12 @@ def as_weights(generator: Generator, weights: Weights) -> Generator:
         weights: `bf16` and `int8` have activations in bf16.
     """
     copied = copy.deepcopy(generator).requires_grad_(requires_grad=False)
-    for blocks in (copied.blocks, copied.head.blocks):
-        for number, block in enumerate(blocks):
-            if isinstance(block, Block):
-                blocks[number] = DecodingBlock(block, weights)
-    outputs = copied.head.outputs
-    for number, output in enumerate(outputs):
-        outputs[number] = _layer(output.get_parameter("weight"), weights)
+    for layers in copied.layers:
+        for number, layer in enumerate(layers):
+            if isinstance(layer, Block):
+                layers[number] = DecodingBlock(layer, weights)
+            elif isinstance(layer, Projection):
+                layers[number] = _layer(layer.weight, weights)
     return copied if weights == "float32" else copied.to(torch.bfloat16)
 
 
@@ -142,39 +142,19 @@ def _layer(weight: Float[Tensor, "o i"], weights: Weights) -> nn.Module:
 
 
 @torch.no_grad()
-def logit_error(
-    generator: Generator,
-    other: Generator,
-    indices: Int64[Tensor, "b t"],
-    class_label: Int64[Tensor, "b"],
-    num_kept: int,
-    *,
-    anchors: Int64[Tensor, "b t"] | None = None,
-    order: Int64[Tensor, "b t"] | None = None,
-) -> float:
+def logit_error(generator: AnyGenerator, other: AnyGenerator, sequences: Sequences) -> float:
     """How far another generator's logits are off, as a share of the spread of the first's.
 
     Args:
         generator: the one taken as right.
         other: the same in other types.
-        indices: sequences to compare on; they and the rest are as in `Generator.logits`.
-        class_label: their classes.
-        num_kept: their K.
-        anchors: cells of the tokens.
-        order: of the slots.
+        sequences: to compare on; everything that is random about them is drawn.
 
     Returns:
         Root mean square difference over the standard deviation, all parts together.
     """
     right, wrong = (
-        torch.cat(
-            [
-                part.flatten()
-                for part in model.logits(
-                    indices, class_label, num_kept, anchors=anchors, order=order
-                )
-            ]
-        )
+        torch.cat([part.flatten() for part in model.logits(sequences)])
         for model in (generator, other)
     )
     legal = right > -torch.inf

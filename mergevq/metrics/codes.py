@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from mergevq.data.codes import CodeSpec
 from mergevq.runtime import distributed
 
 USAGE_FLOOR = 0.05
@@ -39,18 +40,20 @@ class CodebookStatistics(NamedTuple):
     """Different codes among them."""
     perplexity: float
     """Exponential of the entropy of the codes' frequencies: the number of codes in even use."""
+    num_values: int
+    """Codes of the codebook."""
     bit_probs: Float[Tensor, "d"]
-    """P(bit = 1) of each bit, lowest first."""
+    """P(bit = 1) of each bit of an index, lowest first; none where indices are not made of bits."""
 
     @property
     def usage(self) -> float:
         """Share of the whole codebook that occurs."""
-        return self.num_distinct / 2 ** len(self.bit_probs)
+        return self.num_distinct / self.num_values
 
     @property
     def attained(self) -> float:
         """Share of what could occur: of the codebook, or of the tokens where they are fewer."""
-        return self.num_distinct / min(2 ** len(self.bit_probs), self.num_tokens)
+        return self.num_distinct / min(self.num_values, self.num_tokens)
 
     @property
     def bit_entropies(self) -> Float[Tensor, "d"]:
@@ -64,8 +67,8 @@ class CodebookStatistics(NamedTuple):
         return int(((self.bit_probs == 0) | (self.bit_probs == 1)).sum())
 
 
-def codebook_statistics(tokens: Int64[Tensor, "n"], num_bits: int) -> CodebookStatistics:
-    """How tokens of D bits use the codebook.
+def codebook_statistics(tokens: Int64[Tensor, "n"], spec: CodeSpec) -> CodebookStatistics:
+    """How indices of tokens use the codebook.
 
     Raises:
         ValueError: there is no token.
@@ -74,10 +77,12 @@ def codebook_statistics(tokens: Int64[Tensor, "n"], num_bits: int) -> CodebookSt
         raise ValueError("codebook usage has seen no token; there is nothing to count")
     codes, counts = tokens.cpu().unique(return_counts=True)
     frequencies = counts.double() / len(tokens)
+    num_bits = (spec.num_values - 1).bit_length() if spec.is_binary else 0
     ones = [int(counts[(codes >> bit) & 1 == 1].sum()) for bit in range(num_bits)]
     return CodebookStatistics(
         num_tokens=len(tokens),
         num_distinct=len(codes),
+        num_values=spec.num_values,
         perplexity=math.exp(-float(torch.xlogy(frequencies, frequencies).sum())),
         bit_probs=torch.tensor(ones, dtype=torch.float64) / len(tokens),
     )
@@ -87,9 +92,9 @@ class CodebookUsage:
     """The last tokens of each rank, counted exactly, however they came in batches.
 
     Args:
-        num_bits: D, from 1 to 63.
-        window: tokens remembered on each rank, at least 2**D; None is 2**D. Above 24 bits the
-            codebook is larger than any window: there 2**24 tokens, 128 MiB, are enough.
+        spec: form of the tokens.
+        window: tokens remembered on each rank, at least as many as there are codes; None is as
+            many. Above 2**24 codes 2**24 tokens, 128 MiB, are enough.
         device: where tokens are kept and counted.
 
     Raises:
@@ -97,15 +102,15 @@ class CodebookUsage:
     """
 
     def __init__(
-        self, num_bits: int, window: int | None = None, device: torch.device | str = "cpu"
+        self, spec: CodeSpec, window: int | None = None, device: torch.device | str = "cpu"
     ) -> None:
-        shortest = 2 ** min(num_bits, 24)
+        shortest = min(spec.num_values, 2**24)
         if window is not None and window < shortest:
             raise ValueError(
-                f"window ({window}) must be at least {shortest} tokens for num_bits ({num_bits}): "
-                "a shorter one cannot tell an unused code from one that had no turn"
+                f"window ({window}) must be at least {shortest} tokens for {spec.num_values} "
+                "codes: a shorter one cannot tell an unused code from one that had no turn"
             )
-        self.num_bits = num_bits
+        self.spec = spec
         self.window = torch.full((window or shortest,), -1, dtype=torch.int64, device=device)
         self.num_seen = 0
 
@@ -116,11 +121,11 @@ class CodebookUsage:
             ValueError: an index is outside the codebook.
         """
         tokens = indices.detach().flatten().to(self.window.device)
-        outside = ((tokens < 0) | (tokens > 2**self.num_bits - 1)).nonzero()[:, 0].tolist()
+        outside = ((tokens < 0) | (tokens > self.spec.num_values - 1)).nonzero()[:, 0].tolist()
         if outside:
             raise ValueError(
                 f"codebook usage: index {int(tokens[outside[0]])} of token "
-                f"{self.num_seen + outside[0]} must be in [0, 2**{self.num_bits})"
+                f"{self.num_seen + outside[0]} must be in [0, {self.spec.num_values})"
             )
         self.num_seen += len(tokens)
         tokens = tokens[-len(self.window) :]
@@ -135,7 +140,7 @@ class CodebookUsage:
             ValueError: there was no token.
         """
         tokens = distributed.gather(self.window).cpu()
-        return codebook_statistics(tokens[tokens >= 0], self.num_bits)
+        return codebook_statistics(tokens[tokens >= 0], self.spec)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The windows of all ranks as one list of tokens, the oldest first; every rank must call.

@@ -52,18 +52,23 @@ class Upsample(nn.Module):
 class AdaptiveGroupNorm(nn.Module):
     """Group norm whose gain and shift come from the codes of the whole image."""
 
-    def __init__(self, num_bits: int, channels: int, num_groups: int) -> None:
-        """Gain reads the standard deviation of each bit over the grid, shift its mean."""
+    def __init__(self, style_dim: int | None, channels: int, num_groups: int) -> None:
+        """Gain reads the deviation of each channel of the codes, shift its mean.
+
+        Without codes (`style_dim` None) both are learned numbers, as in any group norm.
+        """
         super().__init__()
-        self.norm = nn.GroupNorm(num_groups, channels, eps=NORM_EPS, affine=False)
-        self.gain = nn.Linear(num_bits, channels)
-        self.shift = nn.Linear(num_bits, channels)
+        self.norm = nn.GroupNorm(num_groups, channels, eps=NORM_EPS, affine=style_dim is None)
+        self.gain = None if style_dim is None else nn.Linear(style_dim, channels)
+        self.shift = None if style_dim is None else nn.Linear(style_dim, channels)
 
     def forward(
-        self, x: Float[Tensor, "b c h w"], codes: Float[Tensor, "b l d"]
+        self, x: Float[Tensor, "b c h w"], codes: Float[Tensor, "b n d"] | None
     ) -> Float[Tensor, "b c h w"]:
-        """Normalise `x` in the style of the unmerged codes."""
-        # Statistics of L signs need more than bf16's 8 bits; one cell has no deviation.
+        """Normalise `x` in the style of the codes."""
+        if self.gain is None or self.shift is None or codes is None:
+            return self.norm(x)
+        # Statistics of signs need more than bf16's 8 bits; one token has no deviation.
         codes = codes.float()
         deviation = (codes.var(1, correction=min(1, codes.shape[1] - 1)) + NORM_EPS).sqrt()
         gain = self.gain(deviation.to(x.dtype))[..., None, None]

@@ -135,6 +135,15 @@ class Attention(nn.Module):
         """
         return self.out(self.mix(self.qkv(x), turns, mask, recall))
 
+    def keys_values(
+        self, x: Float[Tensor, "b n c"], turns: Rotation
+    ) -> tuple[Float[Tensor, "b g n d"], Float[Tensor, "b g n d"]]:
+        """Keys and values of inputs that only others attend to."""
+        weight = self.qkv.weight[self.num_heads * self.head_dim :]
+        heads = functional.linear(x, weight).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        key, value = heads.chunk(2, dim=1)
+        return rotate(key if self.key_norm is None else self.key_norm(key), turns), value
+
     def mix(
         self,
         qkv: Float[Tensor, "b n _"],
@@ -227,6 +236,13 @@ class Dropout(nn.Dropout):
         size = len(input)
         whole = functional.dropout(input.new_ones(count * size, *input.shape[1:]), self.p)
         return input * (whole[index * size : (index + 1) * size] != 0) * (1 / (1 - self.p))
+
+
+def set_share(module: nn.Module, index: int, count: int) -> None:
+    """Set which of `count` equal shares of the batch comes next, for every `Dropout` inside."""
+    for part in module.modules():
+        if isinstance(part, Dropout):
+            part.share = (index, count)
 
 
 class Block(nn.Module):

@@ -6,7 +6,6 @@ none of their code. Every directory is written under another name and renamed wh
 reader finds the old one or the new one, never half of one.
 """
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mergevq.config.base import FORMAT_VERSION
-from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.runtime.environment import needing
 from mergevq.runtime.files import (
     atomic_directory,
@@ -37,6 +35,13 @@ from mergevq.runtime.files import (
     some,
     write_json,
 )
+from mergevq.runtime.migrate import (
+    is_encoder,
+    is_old,
+    migrate_model,
+    migrate_name,
+    old_tokens_identity,
+)
 from mergevq.runtime.run import git_commit, versions
 from mergevq.runtime.settings import changed_settings, to_json
 
@@ -46,22 +51,8 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 HUB_FORM = "a model on Hugging Face as owner/name@revision, such as owner/name@main"
 """How a model on the hub is written, for messages."""
-_ENCODER = "encoder."
-"""Weights of a tokenizer that decide its tokens."""
-_AFTER_THE_TOKENS = (
-    "num_kept",
-    "kept_range",
-    "num_decoder_layers",
-    "decoder",
-    "patch_decoder",
-    "num_decoder_heads",
-    "source_dim",
-    "num_source_layers",
-    "num_source_heads",
-)
-"""Settings of a tokenizer that decide none: each token file says its own K."""
-_LATER_SETTINGS = ("transformer_norm_eps", "patch_norm_eps", "patch_norm")
-"""Settings that the records of older tokenizers lack; those tokenizers have their defaults."""
+_TOKENS = ("image_size", "stem", "reducer", "quantizer")
+"""Settings of a tokenizer that decide its tokens; each token file says its own K."""
 
 
 class SavedModel(NamedTuple):
@@ -80,6 +71,7 @@ def save_model(
     *,
     kind: str,
     extra: Mapping[str, Any] | None = None,
+    tokens_id: str | None = None,
 ) -> None:
     """Write a model for use, replacing the one that was there.
 
@@ -89,6 +81,8 @@ def save_model(
         config: dataclass that builds the module.
         kind: what it is: tokenizer or generator.
         extra: anything else JSON can hold, such as metrics.
+        tokens_id: `tokens_hash` of the tokenizer that this one's encoder was taken from unchanged,
+            so that its tokens stay valid in any format; None is a tokenizer of its own.
 
     Raises:
         RuntimeError: a weight is not floating point or not finite; nothing is written.
@@ -108,6 +102,7 @@ def save_model(
             "config": to_json(config),
             "extra": dict(extra or {}),
             "weights_sha256": sha256_of(partial / WEIGHTS),
+            **({} if tokens_id is None else {"tokens_id": tokens_id}),
             "versions": versions(),
             "git_commit": git_commit(),
         }
@@ -121,12 +116,13 @@ def load_model(directory: str | Path, kind: str) -> SavedModel:
         ValueError: no model, one of another kind or of a newer format, or damaged weights.
     """
     directory = readable(Path(directory))
-    record = read_record(directory)
+    raw = _read_raw(directory)
+    record = _migrated(raw, directory)
     if record["kind"] != kind:
         raise ValueError(f"{directory} holds a {record['kind']}, and a {kind} is needed here")
     weights = directory / WEIGHTS
     is_whole = sha256_of(weights) == record["weights_sha256"]
-    changed = _config_difference(weights, record["config"])
+    changed = _config_difference(weights, raw["config"])
     if changed:
         raise ValueError(
             f"{weights} was saved with other settings than those in {CONFIG} beside it: {changed}; "
@@ -139,6 +135,8 @@ def load_model(directory: str | Path, kind: str) -> SavedModel:
         )
     state = read_tensors(weights)
     require_weights(state, where=weights)
+    if is_old(raw):
+        state = {migrate_name(kind, name): tensor for name, tensor in state.items()}
     return SavedModel(record=record, state=state)
 
 
@@ -158,7 +156,7 @@ def _config_difference(weights: Path, config: Mapping[str, Any]) -> str:
 def model_hash(directory: str | Path) -> str:
     """SHA-256 over kind, settings and weights: another model has another hash."""
     directory = readable(Path(directory))
-    record = read_record(directory)
+    record = _read_raw(directory)
     identity = [record["kind"], record["config"], sha256_of(directory / WEIGHTS)]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
@@ -170,17 +168,17 @@ def tokens_hash(directory: str | Path) -> str:
     of the same tokens, and leaves it as it is.
     """
     directory = readable(Path(directory))
-    record = read_record(directory)
-    settings = {n: v for n, v in record["config"].items() if n not in _AFTER_THE_TOKENS}
-    defaults = {field.name: field.default for field in dataclasses.fields(TokenizerConfig)}
-    for name in _LATER_SETTINGS:
-        # An older tokenizer keeps its hash when it is saved anew.
-        if settings.get(name) == defaults[name]:
-            del settings[name]
-    digest = hashlib.sha256(json.dumps([record["kind"], settings], sort_keys=True).encode())
+    record = _read_raw(directory)
+    if "tokens_id" in record:
+        return record["tokens_id"]
+    if is_old(record):
+        digest = old_tokens_identity(record["kind"], record["config"])
+    else:
+        settings = {name: record["config"].get(name) for name in _TOKENS}
+        digest = hashlib.sha256(json.dumps([record["kind"], settings], sort_keys=True).encode())
     with open_tensors(directory / WEIGHTS) as weights:
         for name in sorted(weights.keys()):
-            if name.startswith(_ENCODER):
+            if is_encoder(name):
                 tensor = weights.get_tensor(name).contiguous()
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.flatten().view(torch.uint8).numpy())
@@ -313,6 +311,25 @@ def hub_id(text: str | Path) -> HubId | None:
 def read_record(directory: Path) -> dict[str, Any]:
     """The `config.json` of a model: its kind, its settings and what was written beside them.
 
+    Settings of an older format come as those of today.
+
+    Raises:
+        ValueError: there is none, or it lacks something.
+    """
+    return _migrated(_read_raw(directory), directory)
+
+
+def _migrated(raw: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """A record as today's format has it; what it cannot be made of is a ValueError."""
+    try:
+        return migrate_model(raw)
+    except ValueError as error:
+        raise ValueError(f"{directory / CONFIG}: {error}") from error
+
+
+def _read_raw(directory: Path) -> dict[str, Any]:
+    """The `config.json` of a model as it was written.
+
     Raises:
         ValueError: there is none, or it lacks something.
     """
@@ -322,5 +339,7 @@ def read_record(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{directory} holds no model: there is no {CONFIG}{hint}")
     record = read_json(directory / CONFIG)
     needed = {"kind": str, "config": dict, "extra": dict, "weights_sha256": str}
+    if "tokens_id" in record:
+        needed["tokens_id"] = str
     require_entries(record, needed, where=directory / CONFIG)
     return record

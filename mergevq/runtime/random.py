@@ -1,9 +1,15 @@
-"""Seeds that are distinct by construction, and random numbers tied to purpose and step."""
+"""Seeds that are distinct by construction, and random numbers tied to purpose and step.
+
+Shape letters: B rows of a batch at hand.
+"""
 
 import hashlib
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from mergevq.config.tokenizer import KeptConfig
 
@@ -58,3 +64,24 @@ def draw_num_kept(kept: KeptConfig, seed: int, step: int) -> int:
     probabilities = torch.tensor(kept.probabilities, dtype=torch.float64)
     chosen = torch.multinomial(probabilities, 1, generator=step_generator(seed, "kept", step))
     return kept.candidates[int(chosen)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchNumbers:
+    """Random numbers of some rows of a batch: those that one process would draw for all rows."""
+
+    seed: int
+    """Of the run."""
+    step: int
+    """Number of the batch."""
+    num_rows: int
+    """Rows of the whole batch."""
+    rows: slice
+    """Rows at hand."""
+    prefix: str = ""
+    """Put before every purpose."""
+
+    def uniform(self, purpose: str, *shape: int) -> Float[Tensor, "b *shape"]:
+        """Uniform numbers in [0, 1) on the CPU, which depend on seed, purpose and step alone."""
+        numbers = step_generator(self.seed, f"{self.prefix}{purpose}", self.step)
+        return torch.rand(self.num_rows, *shape, generator=numbers)[self.rows]

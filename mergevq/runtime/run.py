@@ -192,6 +192,12 @@ class RunDirectory:
             ValueError: a checkpoint cannot be gone on with like this.
         """
         new = to_json(run)
+        if old["format_version"] < FORMAT_VERSION:
+            raise ValueError(
+                f"{self.path} was begun in format {old['format_version']} and this is format "
+                f"{FORMAT_VERSION}; finish it with the release that began it, or start another run "
+                f"from its model: --init-from {self.path / 'model'}"
+            )
         if not old["run"].keys() <= new.keys():
             raise ValueError(
                 f"{self.path} holds a run with the settings {', '.join(old['run'])}, and this one "

@@ -7,9 +7,11 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
+from mergevq.config.kinds import kind_of
+
 Config = TypeVar("Config")
 
-_TOO_LARGE = {bool: 2, int: 2**63, float: math.inf}
+_TOO_LARGE = {bool: 2, int: 2**63 + 1, float: math.inf}
 """Bounds that the absolute value of a number must be below."""
 
 
@@ -33,7 +35,7 @@ def from_json(cls: type[Config], values: Mapping[str, Any], *, where: str = "") 
 
     Args:
         cls: dataclass of bool, int, float, str, Literal, None, and tuples, dataclasses and unions
-            of these. Of several dataclasses the one with these fields is meant.
+            of these. In a union of dataclasses `kind` selects one; without kinds, its fields do.
         values: field values by name; a field with a default may be absent.
         where: dotted name of this object in messages; empty for the outermost.
 
@@ -112,23 +114,38 @@ def _member(members: tuple[Any, ...], value: Any, where: str) -> Any:  # noqa: A
     if value is not None and len(given) == 1:
         return given[0]
     if isinstance(value, Mapping):
-        classes = [member for member in members if dataclasses.is_dataclass(member)]
-        fields = {item: {field.name for field in dataclasses.fields(item)} for item in classes}
-        # What was written has all fields; by hand some may be left out, if one class has the rest.
-        fitting = [item for item in classes if fields[item] == value.keys()]
-        fitting = fitting or [item for item in classes if fields[item] >= value.keys()]
-        if len(fitting) != 1:
-            names = "; ".join(f"{_name(item)}: {', '.join(fields[item])}" for item in classes)
-            raise ValueError(
-                f"{where} has the fields {', '.join(map(str, value))} and must have those of one "
-                f"class alone ({names})"
-            )
-        return fitting[0]
+        return _class_of(members, value, where)
     for member in members:
         if _is_of(member, value):
             return member
     shown = " or ".join(map(_name, members))
     raise ValueError(f"{where} ({value!r}) must be of type {shown}")
+
+
+def _class_of(members: tuple[Any, ...], value: Mapping[str, Any], where: str) -> Any:  # noqa: ANN401
+    """The dataclass of a union that a JSON object is of: by its `kind`, else by its fields.
+
+    Raises:
+        ValueError: it is of none, or could be of several.
+    """
+    classes = [member for member in members if dataclasses.is_dataclass(member)]
+    if kinds := {kind: item for item in classes if (kind := kind_of(item))}:
+        kind = value.get("kind")
+        if not isinstance(kind, str) or kind not in kinds:
+            given = "is missing" if kind is None else f"({kind!r}) is not known"
+            raise ValueError(f"{where}.kind {given}; it must be one of {', '.join(kinds)}")
+        return kinds[kind]
+    fields = {item: {field.name for field in dataclasses.fields(item)} for item in classes}
+    # Records have all fields; by hand some may be left out, if one class has the rest.
+    fitting = [item for item in classes if fields[item] == value.keys()]
+    fitting = fitting or [item for item in classes if fields[item] >= value.keys()]
+    if len(fitting) != 1:
+        names = "; ".join(f"{_name(item)}: {', '.join(fields[item])}" for item in classes)
+        raise ValueError(
+            f"{where} has the fields {', '.join(map(str, value))} and must have those of one "
+            f"class alone ({names})"
+        )
+    return fitting[0]
 
 
 def _name(kind: Any) -> str:  # noqa: ANN401 - any annotation

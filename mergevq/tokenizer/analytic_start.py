@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mergevq.config.tokenizer import NUM_KEYS
+from mergevq.config.parts import NUM_KEYS
 from mergevq.tokenizer.components import KEY_OFFSET, Components
 from mergevq.tokenizer.decoders.patch import PatchDecoder
 from mergevq.tokenizer.encoder import Encoder
@@ -82,18 +82,18 @@ def start_from_components(encoder: Encoder, components: Components) -> int:
     """
     config = encoder.config
     if not isinstance(encoder.stem, PlainStem):
-        raise ValueError("an analytic start needs a patch stem without norm: patch_norm False")
+        raise ValueError("an analytic start needs a patch stem without norm: model.stem.norm False")
     num_carried = config.num_carried
     last_used = max(component for component, _ in components.bits)
     if last_used >= num_carried or num_carried < NUM_KEYS:
         raise ValueError(
-            f"patch_dim ({config.dim}) leaves room for {num_carried} components, and bits are of "
-            f"the first {max(last_used + 1, NUM_KEYS)}; widen it, or take fewer num_bits "
-            f"({config.num_bits})"
+            f"model.stem.width ({config.dim}) leaves room for {num_carried} components, and bits "
+            f"are of the first {max(last_used + 1, NUM_KEYS)}; widen it, or take fewer bits "
+            f"({config.quantizer.dim})"
         )
     constant, first_bit = 2 * num_carried, 2 * num_carried + 2
     _fill_stem(encoder.stem, components, num_carried)
-    blocks = [cast("MergeBlock", block) for block in encoder.blocks]
+    blocks = [cast("MergeBlock", block) for block in encoder.reducer.blocks]
     for block in blocks:
         _fill_keys(block, constant)
         for part in (block.attn.proj, block.mlp.fc2):
@@ -101,7 +101,7 @@ def start_from_components(encoder: Encoder, components: Components) -> int:
             part.bias.zero_()
     encoder.to_latents.weight.zero_()
     encoder.to_latents.bias.zero_()
-    for bit in range(config.num_bits):
+    for bit in range(config.quantizer.dim):
         # silu(x) - silu(-x) = x.
         encoder.to_latents.weight[bit, first_bit + 2 * bit] = 1
         encoder.to_latents.weight[bit, first_bit + 2 * bit + 1] = -1
@@ -152,7 +152,7 @@ def _write_waves(block: MergeBlock, components: Components, constant: int, first
     if needed > fc1.out_features:
         raise ValueError(
             f"the waves of {len(bits)} bits need {needed} hidden units, and the MLP has "
-            f"{fc1.out_features}, 4 for each of patch_dim; widen it, or take fewer num_bits"
+            f"{fc1.out_features}, 4 for each of model.stem.width; widen it, or take fewer bits"
         )
     unit = 0
     for bit, (wave, height, bends) in enumerate(bits):
@@ -213,7 +213,7 @@ def start_decoder_from_components(decoder: PatchDecoder, components: Components)
     """
     if decoder.skip is None:
         raise ValueError(
-            "an analytic start needs a decoder with patch_decoder.bit_components: "
+            "an analytic start needs a decoder with decoder.bit_components: "
             f"{[component for component, _ in components.bits]}"
         )
     decoder.conv_out.weight.zero_()

@@ -13,8 +13,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from mergevq.config.base import SizePolicy
-from mergevq.config.choices import RecoverySource, check_choice
+from mergevq.config.base import RecoverySource, SizePolicy, check_choice
 from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.data.layouts import Bits, Source
 from mergevq.data.prepare import to_rgb, to_tensor
@@ -181,7 +180,7 @@ def reconstruct_image(
     original = to_tensor(picture)
     given = _decode(tokenizer, encoded_image, "given")
     recovered = _decode(tokenizer, encoded_image, "recovered")
-    tile_bits = encoded.source.bits(tokenizer.config.num_bits)
+    tile_bits = encoded.source.bits(tokenizer.quantizer.spec.bits)
     num_tiles = len(layout.corners)
     return ImageReconstruction(
         original=picture,
@@ -353,7 +352,7 @@ def _encode(
     return Encoded(
         codes=torch.cat([part.codes for part in parts]),
         indices=torch.cat([part.indices for part in parts]),
-        source=Source(torch.cat([part.source.index for part in parts]), parts[0].source.num_kept),
+        layout=Source(torch.cat([part.source.index for part in parts]), parts[0].source.num_kept),
         grid_shape=parts[0].grid_shape,
         class_token=torch.cat([part.class_token for part in parts]),
         latents=torch.cat([part.latents for part in parts]),
@@ -368,7 +367,7 @@ def _decode(
     encoded, parts = image.encoded, []
     for tile in range(0, len(encoded.indices), _TILES_AT_ONCE):
         indices = encoded.indices[tile : tile + _TILES_AT_ONCE]
-        used = Source(encoded.source.index[tile : tile + _TILES_AT_ONCE], encoded.source.num_kept)
+        used = encoded.source.rows(slice(tile, tile + _TILES_AT_ONCE))
         if source == "recovered":
             used = tokenizer.recover(indices, encoded.grid_shape)
         parts.append(tokenizer.decode(indices, used, encoded.grid_shape).float().cpu())

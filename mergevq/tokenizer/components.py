@@ -18,7 +18,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional
 
-from mergevq.config.tokenizer import NUM_KEYS, MergeShape
+from mergevq.config.parts import NUM_KEYS, MergeShape
 from mergevq.data.layouts import Source, canonicalize
 from mergevq.nn.rows import take_rows
 from mergevq.tokenizer.reducers.matching import match, merge_schedule, merge_step

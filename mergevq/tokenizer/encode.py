@@ -109,7 +109,7 @@ def token_record(
     return TokenRecord(
         tokenizer=tokenizer_hash,
         num_kept=tuple(sorted(set(num_kept or (config.num_kept,)))),
-        num_bits=config.num_bits,
+        sizes=tokenizer.quantizer.spec.sizes,
         grid_shape=tokenizer.grid_shape(blank),
         data=data,
         images=identity.images,

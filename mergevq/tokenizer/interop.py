@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mergevq.config.parts import CnnDecoder, CnnStem, Lfq, Merge, PatchStem
 from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.runtime.artefacts import build_for, resolve
 from mergevq.runtime.files import (
@@ -22,7 +23,7 @@ from mergevq.runtime.files import (
     require_regular,
     require_weights,
 )
-from mergevq.tokenizer.expanders.unmerge import SourcePredictor
+from mergevq.tokenizer.build import build_expander
 from mergevq.tokenizer.losses.teachers import AlignmentHead
 from mergevq.tokenizer.tokenizer import Tokenizer
 
@@ -74,8 +75,8 @@ def load_official(state: State, config: TokenizerConfig) -> Official:
     """
     converted = {f"encoder.{k}": v for k, v in _encoder(_part(state, "encoder"), config).items()}
     converted |= {f"decoder.{k}": v for k, v in _decoder(_part(state, "decoder"), config).items()}
-    predictor = SourcePredictor(config).state_dict()
-    converted |= {f"source_predictor.{k}": v for k, v in predictor.items()}
+    predictor = build_expander(config).state_dict()
+    converted |= {f"expander.{k}": v for k, v in predictor.items()}
     tokenizer = Tokenizer.from_weights(config, converted)
     return Official(tokenizer.eval(), _alignment_head(_part(state, "encoder.dist_head")))
 
@@ -113,23 +114,36 @@ def official_config(
     if num_decoder_heads is None:
         num_decoder_heads = 12 if widths[-1:] == [768] else 8
     channels = channels if patch else _shape(encoder, "conv_in.weight", 4)[0]
-    config = TokenizerConfig(
-        image_size=image_size,
-        stem="patch" if patch else "cnn",
+    cnn = CnnDecoder(
         channels=channels,
         channel_mult=tuple(width // channels for width in widths),
         num_res_blocks=_count(decoder, r"^up\.0\.block\.(\d+)\."),
-        patch_dim=_shape(encoder, "conv_in.0.weight", 4)[0] if patch else 768,
-        num_layers=_count(encoder, r"^attn\.blocks\.(\d+)\."),
-        num_heads=num_heads,
-        transformer_norm_eps=_TRANSFORMER_NORM_EPS,
-        patch_norm_eps=_PATCH_NORM_EPS,
-        num_kept=num_kept,
-        num_bits=_shape(encoder, "conv_out.weight")[0],
-        num_decoder_layers=_count(decoder, r"^attn\.blocks\.(\d+)\."),
-        num_decoder_heads=num_decoder_heads,
+        num_layers=_count(decoder, r"^attn\.blocks\.(\d+)\."),
+        num_heads=num_decoder_heads,
+        norm_eps=_TRANSFORMER_NORM_EPS,
     )
-    return config
+    stem = CnnStem(
+        channels=channels, channel_mult=cnn.channel_mult, num_res_blocks=cnn.num_res_blocks
+    )
+    if patch:
+        stem = PatchStem(
+            width=_shape(encoder, "conv_in.0.weight", 4)[0],
+            patch_size=stem.patch_size,
+            norm_eps=_PATCH_NORM_EPS,
+            num_groups=cnn.num_groups,
+        )
+    return TokenizerConfig(
+        image_size=image_size,
+        stem=stem,
+        reducer=Merge(
+            num_layers=_count(encoder, r"^attn\.blocks\.(\d+)\."),
+            num_heads=num_heads,
+            norm_eps=_TRANSFORMER_NORM_EPS,
+        ),
+        quantizer=Lfq(num_bits=_shape(encoder, "conv_out.weight")[0]),
+        decoder=cnn,
+        num_kept=num_kept,
+    )
 
 
 def read_official(path: str | Path) -> State:
@@ -266,9 +280,11 @@ def initialize_from_dinov2(tokenizer: Tokenizer, state: State) -> None:
     Raises:
         ValueError: the ViT is smaller than the encoder, or its names are not known.
     """
-    blocks = _dinov2_blocks(state)
+    blocks = {
+        re.sub(r"^blocks\.", "reducer.blocks.", k): v for k, v in _dinov2_blocks(state).items()
+    }
     own = tokenizer.encoder.state_dict()
-    wanted = [name for name in own if name.startswith(("blocks.", "class_token"))]
+    wanted = [name for name in own if name.startswith(("reducer.blocks.", "class_token"))]
     missing = sorted(set(wanted) - set(blocks))
     if missing:
         raise ValueError(f"the ViT lacks {missing[:4]}; {len(missing)} of {len(wanted)} names")
@@ -312,29 +328,37 @@ def _rename(name: str) -> str:
 
 def _encoder(state: State, config: TokenizerConfig) -> State:
     """The authors' encoder in our names."""
+    num_blocks = None if isinstance(config.stem, PatchStem) else config.stem.num_res_blocks
     converted = {}
     for name, tensor in state.items():
         if name.startswith("dist_head."):
             continue
         if match := re.match(r"down\.(\d+)\.(block\.(\d+)|downsample)\.(.*)", name):
             level, _, block, rest = match.groups()
-            first = 1 + int(level) * (config.num_res_blocks + 1)
-            position = first + (config.num_res_blocks if block is None else int(block))
+            first = 1 + int(level) * ((num_blocks or 0) + 1)
+            position = first + ((num_blocks or 0) if block is None else int(block))
             new = f"stem.{position}.{rest}".replace("nin_shortcut", "shortcut")
         elif name.startswith("conv_in."):
-            new = name.replace("conv_in.", "stem." if config.stem == "patch" else "stem.0.")
+            new = name.replace(
+                "conv_in.", "stem." if isinstance(config.stem, PatchStem) else "stem.0."
+            )
         elif name.startswith("conv_out."):
             new = name.replace("conv_out.", "to_latents.")
             tensor = tensor.flatten(1) if tensor.shape[2:] == (1, 1) else tensor
         else:
-            new = _rename(name).replace("norm_out.", "norm.")
+            new = re.sub(r"^blocks\.", "reducer.blocks.", _rename(name))
+            new = new.replace("norm_out.", "norm.")
         converted[new] = tensor.flatten() if new == "class_token" else tensor
     return converted
 
 
 def _decoder(state: State, config: TokenizerConfig) -> State:
     """The authors' decoder in our names; our levels run from coarse to fine."""
-    last = len(config.channel_mult) - 1
+    if not isinstance(config.decoder, CnnDecoder):
+        raise ValueError(
+            f"the authors' decoder is a CNN, not model.decoder.kind {config.decoder.kind}"
+        )
+    last = len(config.decoder.channel_mult) - 1
     converted = {}
     for name, tensor in state.items():
         if match := re.match(r"up\.(\d+)\.(block\.\d+|upsample)\.(.*)", name):

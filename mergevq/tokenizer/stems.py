@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mergevq.config.tokenizer import TokenizerConfig
+from mergevq.config import parts as settings
 from mergevq.nn.conv import ResBlock
 from mergevq.nn.positions import sincos, to_grid
 from mergevq.nn.precision import without_autocast
@@ -25,7 +25,7 @@ _POSITION_SCALE = 0.5
 """Their amplitude, beside components of patches that are seldom above 1 or 2."""
 
 
-def cnn_stem(config: TokenizerConfig) -> nn.Sequential:
+def cnn_stem(config: settings.CnnStem) -> nn.Sequential:
     """Residual levels; every level but the last ends in a convolution of stride 2."""
     stem: list[nn.Module] = [nn.Conv2d(3, config.channels, 3, padding=1, bias=False)]
     width = config.channels
@@ -39,13 +39,13 @@ def cnn_stem(config: TokenizerConfig) -> nn.Sequential:
     return nn.Sequential(*stem)
 
 
-def patch_stem(config: TokenizerConfig) -> nn.Module:
-    """One convolution per patch; see `TokenizerConfig.patch_norm` for what follows it."""
-    if not config.patch_norm:
+def patch_stem(config: settings.PatchStem) -> nn.Module:
+    """One convolution per patch; `norm` of the settings decides about the rest."""
+    if not config.norm:
         return PlainStem(config)
     return nn.Sequential(
-        nn.Conv2d(3, config.patch_dim, config.patch_size, stride=config.patch_size),
-        nn.GroupNorm(config.patch_dim, config.patch_dim, eps=config.patch_norm_eps),
+        nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size),
+        nn.GroupNorm(config.width, config.width, eps=config.norm_eps),
     )
 
 
@@ -55,11 +55,11 @@ class PlainStem(nn.Module):
     Nothing after it can tell brightness or colour that half precision has rounded away here.
     """
 
-    def __init__(self, config: TokenizerConfig) -> None:
-        """Build for a configuration with a patch stem."""
+    def __init__(self, config: settings.PatchStem) -> None:
+        """Build for settings without norm."""
         super().__init__()
         patch = config.patch_size
-        self.conv = nn.Conv2d(3, config.patch_dim, patch, stride=patch)
+        self.conv = nn.Conv2d(3, config.width, patch, stride=patch)
         self.num_positions = config.num_positions
 
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h2 w2"]:
@@ -91,8 +91,3 @@ def paired_positions(
     half = num_features // 2
     features = torch.cat([sincos(axis, half, _POSITION_PERIOD) for axis in (rows, columns)], -1)
     return _POSITION_SCALE * torch.stack([features, -features], -1).flatten(1)
-
-
-def make_level(level: nn.ModuleDict, x: Tensor, codes: Tensor) -> Tensor:
-    """One level of the decoder."""
-    return level["upsample"](level["blocks"](level["norm"](x, codes)))

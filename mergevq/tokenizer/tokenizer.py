@@ -21,36 +21,42 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from mergevq.config.base import Pool, Stage
-from mergevq.config.choices import RecoverySource, check_choice
+from mergevq.config.base import Pool, RecoverySource, Stage, check_choice
 from mergevq.config.tokenizer import TokenizerConfig
-from mergevq.data.layouts import Source, canonicalize, unmerge
-from mergevq.nn.rows import take_rows
+from mergevq.data.layouts import Layout, Source, require_source, unmerge
+from mergevq.nn.finite import require_finite
 from mergevq.runtime.artefacts import build_for, load_model, resolve, save_model
 from mergevq.runtime.settings import from_json
-from mergevq.tokenizer.decoders.cnn import Decoder
-from mergevq.tokenizer.decoders.patch import PatchDecoder
-from mergevq.tokenizer.encoder import Encoder, EncoderOutput, require_finite
-from mergevq.tokenizer.expanders.unmerge import SourcePredictor, most_likely_source
-from mergevq.tokenizer.quantizers.lfq import indices_to_codes, quantize
-from mergevq.tokenizer.reducers.matching import merge_schedule
+from mergevq.tokenizer.build import (
+    build_decoder,
+    build_expander,
+    build_quantizer,
+    count_layers,
+)
+from mergevq.tokenizer.encoder import Encoder
+from mergevq.tokenizer.seams import TokenSet
 
 
 class Encoded(NamedTuple):
     """An image as tokens: everything `Tokenizer.decode` needs, and what they were made from."""
 
     codes: Float[Tensor, "b k d"]
-    """Signs in {-1, +1}, in canonical order."""
+    """Values that a decoder reads, in the order of the layout; of bits, signs in {-1, +1}."""
     indices: Int64[Tensor, "b k"]
-    """The same as integers in [0, 2**D)."""
-    source: Source
-    """Which kept token each grid cell went into."""
+    """The same as whole numbers from 0, the parts of a token in one (`CodeSpec.join`)."""
+    layout: Layout
+    """Places of the tokens; of a merging tokenizer the source map."""
     grid_shape: tuple[int, int]
     """(height, width) in cells; their product is L."""
     class_token: Float[Tensor, "b c"]
     """The encoder's summary, aligned with the teacher."""
     latents: Float[Tensor, "b k d"]
     """Before quantization."""
+
+    @property
+    def source(self) -> Source:
+        """Which kept token each grid cell went into; a ValueError without a source map."""
+        return require_source(self.layout, "source")
 
 
 class Reconstruction(NamedTuple):
@@ -59,20 +65,25 @@ class Reconstruction(NamedTuple):
     image: Float[Tensor, "b 3 h w"]
     """In about [-1, 1], not clamped."""
     encoded: Encoded
-    """Its tokens, with the source that was given."""
-    source: Source
-    """The source that was decoded with: given or recovered."""
+    """Its tokens, with the layout that was given."""
+    layout: Layout
+    """The layout that was decoded with: given or recovered."""
+
+    @property
+    def source(self) -> Source:
+        """The source map that was decoded with; a ValueError without one."""
+        return require_source(self.layout, "source")
 
 
 class TokenizerOutput(NamedTuple):
     """One training pass."""
 
     reconstruction: Float[Tensor, "b 3 h w"]
-    """Decoded with the given source."""
+    """Decoded with the given source, or with the recovered one where that was asked for."""
     encoded: Encoded
     """Tokens of the image."""
-    source_logits: Float[Tensor, "b l k"]
-    """Logits of the source predictor for each cell."""
+    losses: Mapping[str, Float[Tensor, ""]]
+    """Losses of quantizer and expander, unweighted, by the names of `LossConfig`."""
     view_class_token: Float[Tensor, "b c"] | None
     """Class token of the alignment view; None without one."""
 
@@ -81,11 +92,11 @@ class Tokenizer(nn.Module):
     """Images to discrete tokens and back.
 
     Example:
-        >>> from mergevq.config.choices import RecoverySource
+        >>> from mergevq.config.parts import CnnDecoder, CnnStem, Merge
         >>> from mergevq.config.tokenizer import TokenizerConfig
         >>> config = TokenizerConfig(
-        ...     image_size=32, channels=16, channel_mult=(1, 2, 2), num_kept=16, num_layers=3,
-        ...     num_decoder_layers=1, num_heads=4, num_decoder_heads=4, source_dim=32)
+        ...     image_size=32, stem=CnnStem(channels=16), reducer=Merge(num_layers=3, num_heads=4),
+        ...     decoder=CnnDecoder(channels=16, num_layers=1, num_heads=4), num_kept=16)
         >>> tokenizer = Tokenizer(config).eval()
         >>> encoded = tokenizer.encode(torch.zeros(2, 3, 32, 32), num_kept=20)
         >>> encoded.indices.shape, encoded.source.index.shape
@@ -99,8 +110,11 @@ class Tokenizer(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.decoder = PatchDecoder(config) if config.decoder == "patch" else Decoder(config)
-        self.source_predictor = SourcePredictor(config)
+        self.quantizer = build_quantizer(config.quantizer)
+        dim, style_dim = config.expander.given_dims(config.quantizer.dim)
+        # The decoder draws first, so that a seed gives the weights it always gave.
+        self.decoder = build_decoder(config, dim, style_dim)
+        self.expander = build_expander(config)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Tokenizer":
@@ -123,16 +137,7 @@ class Tokenizer(nn.Module):
         Raises:
             ValueError: the weights are not those of such a tokenizer.
         """
-        is_patch = config.decoder == "patch"
-        layers = {
-            "the number of levels in channel_mult": len(config.channel_mult),
-            "num_res_blocks": config.num_res_blocks,
-            "num_layers": config.num_layers,
-            "num_decoder_layers": 0 if is_patch else config.num_decoder_layers,
-            "blocks in patch_decoder": len(config.patch_decoder.blocks) if is_patch else 0,
-            "num_source_layers": config.num_source_layers,
-        }
-        return build_for(lambda: cls(config), state, layers=layers)
+        return build_for(lambda: cls(config), state, layers=count_layers(config))
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write `model.safetensors` and `config.json` into a directory."""
@@ -140,7 +145,7 @@ class Tokenizer(nn.Module):
 
     def set_checkpointing(self, *, enabled: bool) -> None:
         """Trade time for memory in training: recompute activations in the backward pass."""
-        self.encoder.checkpointing = enabled
+        self.encoder.reducer.checkpointing = enabled
         self.decoder.checkpointing = enabled
 
     def num_tokens(self, image: Float[Tensor, "b 3 h w"], num_kept: int | None = None) -> int:
@@ -188,36 +193,45 @@ class Tokenizer(nn.Module):
     def decode(
         self,
         tokens: Float[Tensor, "b k d"] | Int64[Tensor, "b k"],
-        source: Source,
+        layout: Layout,
         grid_shape: tuple[int, int] | None = None,
     ) -> Float[Tensor, "b 3 h w"]:
         """Tokens to image, in about [-1, 1] and not clamped.
 
         Args:
             tokens: codes, or indices.
-            source: which token each cell copies.
-            grid_shape: (height, width) in cells; None is a square.
+            layout: places of the tokens; of a merging tokenizer the source map.
+            grid_shape: (height, width) in cells; None is a square, of a layout without cells the
+                trained one.
 
         Raises:
             ValueError: the grid is not a square and no shape was given, or does not fit.
         """
-        num_tokens = source.index.shape[1]
         if grid_shape is None:
-            side = math.isqrt(num_tokens)
+            cells = self.config.num_tokens
+            side = math.isqrt(layout.index.shape[1] if isinstance(layout, Source) else cells)
             grid_shape = (side, side)
-        if math.prod(grid_shape) != num_tokens:
+        if isinstance(layout, Source) and math.prod(grid_shape) != layout.index.shape[1]:
             raise ValueError(
-                f"grid_shape {grid_shape} must have the {num_tokens} cells of the source; pass "
-                "the grid_shape that encode returned"
+                f"grid_shape {grid_shape} must have the {layout.index.shape[1]} cells of the "
+                "source; pass the grid_shape that encode returned"
             )
-        if tokens.shape[1] != source.num_kept:
+        if tokens.shape[1] != layout.num_kept:
             raise ValueError(
                 f"tokens ({tokens.shape[1]}) must be as many as the source keeps "
-                f"({source.num_kept})"
+                f"({layout.num_kept})"
             )
         if not tokens.is_floating_point():
-            tokens = indices_to_codes(tokens, self.config.num_bits, self._dtype)
-        return self.decoder(unmerge(tokens, source), grid_shape)
+            tokens = self.codes_of(tokens)
+        return self.decoder(self.expander(tokens, layout, grid_shape))
+
+    def codes_of(self, indices: Int64[Tensor, "*b"]) -> Float[Tensor, "*b d"]:
+        """Codes of tokens, in the dtype of the decoder's weights.
+
+        Raises:
+            ValueError: an index is outside the codebook.
+        """
+        return self.quantizer.decode(self.quantizer.spec.split(indices)).to(self._dtype)
 
     def recover(
         self,
@@ -225,11 +239,15 @@ class Tokenizer(nn.Module):
         grid_shape: tuple[int, int] | None = None,
         anchors: Int64[Tensor, "b k"] | None = None,
     ) -> Source:
-        """Infer the source from kept tokens alone; the grid is the trained one when not given."""
+        """Infer the source from kept tokens alone; the grid is the trained one when not given.
+
+        Raises:
+            ValueError: tokens of this tokenizer have no source map.
+        """
         if not tokens.is_floating_point():
-            tokens = indices_to_codes(tokens, self.config.num_bits, self._dtype)
+            tokens = self.codes_of(tokens)
         shape = grid_shape or (self.config.grid_size, self.config.grid_size)
-        return self.source_predictor.predict(tokens, shape, anchors)
+        return require_source(self.expander.infer(tokens, shape, anchors), "recovery")
 
     def reconstruct(
         self,
@@ -240,7 +258,7 @@ class Tokenizer(nn.Module):
         """Encode and decode, with the encoder's source or the one inferred from the codes."""
         check_choice("source", source, RecoverySource)
         encoded = self.encode(image, num_kept)
-        used = encoded.source
+        used = encoded.layout
         if source == "recovered":
             used = self.recover(encoded.codes, encoded.grid_shape)
         return Reconstruction(self.decode(encoded.codes, used, encoded.grid_shape), encoded, used)
@@ -272,15 +290,20 @@ class Tokenizer(nn.Module):
         """
         check_choice("stage", stage, Stage)
         check_choice("pool", pool, Pool)
-        num_layers = self.config.num_layers if layer is None else layer
+        num_layers = self.num_layers if layer is None else layer
         self._check_stage(stage, num_layers)
         if stage == "pre_merge":
             num_kept = math.prod(self.grid_shape(image))
         return self.pool(self.run_layers(image, num_kept, num_layers), stage, pool)
 
+    @property
+    def num_layers(self) -> int:
+        """Blocks of the encoder."""
+        return len(self.encoder.reducer.blocks)
+
     def run_layers(
         self, image: Float[Tensor, "b 3 h w"], num_kept: int | None = None, layer: int | None = None
-    ) -> EncoderOutput:
+    ) -> TokenSet:
         """The encoder's tokens, from which `pool` makes several features without running it again.
 
         Args:
@@ -292,17 +315,17 @@ class Tokenizer(nn.Module):
             ValueError: wrong type, range, size or K, or the layer does not exist.
         """
         self._check_image(image)
-        num_layers = self.config.num_layers if layer is None else layer
-        if not 0 <= num_layers <= self.config.num_layers:
+        num_layers = self.num_layers if layer is None else layer
+        if not 0 <= num_layers <= self.num_layers:
             raise ValueError(
-                f"layer ({num_layers}) must be between 0 and the {self.config.num_layers} blocks"
+                f"layer ({num_layers}) must be between 0 and the {self.num_layers} blocks"
             )
         grid_shape = self.grid_shape(image)
         merges = num_kept != math.prod(grid_shape)
         count = self._resolve_num_kept(grid_shape, num_kept) if merges else math.prod(grid_shape)
         return self.encoder(image, count, num_layers)
 
-    def pool(self, out: EncoderOutput, stage: Stage, pool: Pool) -> Float[Tensor, "b *n c"]:
+    def pool(self, out: TokenSet, stage: Stage, pool: Pool) -> Float[Tensor, "b *n c"]:
         """Features of the encoder's tokens; see `features`.
 
         `latents` and `quantized` are only meant for tokens after the last layer.
@@ -313,16 +336,16 @@ class Tokenizer(nn.Module):
         if stage in {"latents", "quantized"}:
             tokens = self.encoder.latents(tokens)
         if stage == "quantized":
-            tokens = quantize(tokens).codes
+            tokens = self.quantizer(tokens).codes
         if stage == "unmerged" or pool == "size_weighted_mean":
-            tokens = unmerge(tokens, out.source)
+            tokens = unmerge(tokens, require_source(out.layout, f"{stage} features"))
         return tokens if pool == "none" else tokens.mean(1)
 
     def _check_stage(self, stage: Stage, layer: int) -> None:
         """Raise `ValueError` if a stage that comes after the last layer is asked of another."""
-        if stage in {"latents", "quantized"} and layer != self.config.num_layers:
+        if stage in {"latents", "quantized"} and layer != self.num_layers:
             raise ValueError(
-                f"layer ({layer}) must be {self.config.num_layers} or None for stage "
+                f"layer ({layer}) must be {self.num_layers} or None for stage "
                 f"{stage!r}: only the last block's tokens are quantized"
             )
 
@@ -349,38 +372,36 @@ class Tokenizer(nn.Module):
         """
         encoded = self._encode(image, num_kept)
         fixed = encoded.codes.detach()
-        codes = fixed + source_gradient * (encoded.codes - fixed)
-        logits = self.source_predictor(codes, encoded.grid_shape)
-        source = encoded.source
-        if recovers is not None:
-            recovered = most_likely_source(logits.detach().float())
-            index = torch.where(recovers[:, None], recovered.index, source.index)
-            source = Source(index, num_kept)
+        seen = fixed + source_gradient * (encoded.codes - fixed)
         # Until quantization starts, bounded latents keep the decoder's input on the codes' scale.
         tokens = encoded.codes if quantized else encoded.latents.tanh()
-        reconstruction = self.decode(tokens, source, encoded.grid_shape)
+        expanded = self.expander.train_pass(
+            tokens, seen, encoded.layout, encoded.grid_shape, inferred=recovers
+        )
+        reconstruction = self.decoder(expanded.given)
         view_class_token = None
         if view is not None:
             proportion = num_kept / math.prod(encoded.grid_shape)
             view_kept = self._in_proportion(math.prod(self.grid_shape(view)), proportion)
             view_class_token = self.encoder(view, view_kept).class_token
-        return TokenizerOutput(reconstruction, encoded, logits, view_class_token)
+        losses = {**self.quantizer.losses(encoded.latents), **expanded.losses}
+        return TokenizerOutput(reconstruction, encoded, losses, view_class_token)
 
     def _encode(self, image: Float[Tensor, "b 3 h w"], num_kept: int) -> Encoded:
         """Encode without checks."""
         out = self.encoder(image, num_kept)
-        source, order = canonicalize(out.source)
-        tokens = take_rows(out.tokens, order)
-        latents = self.encoder.latents(tokens)
-        codes, indices = quantize(latents)
-        return Encoded(codes, indices, source, self.grid_shape(image), out.class_token, latents)
+        latents = self.encoder.latents(out.tokens)
+        codes, parts = self.quantizer(latents)
+        indices = self.quantizer.spec.join(parts)
+        grid_shape = self.grid_shape(image)
+        return Encoded(codes, indices, out.layout, grid_shape, out.class_token, latents)
 
     def _resolve_num_kept(self, grid_shape: tuple[int, int], num_kept: int | None) -> int:
         """K for a grid, checked against it and against the trained range."""
         config, num_tokens = self.config, math.prod(grid_shape)
         if num_kept is None:
             return self._in_proportion(num_tokens, config.num_kept / config.num_tokens)
-        merge_schedule(num_tokens, num_kept, config.num_layers, config.merge_shape)
+        config.reducer.check_kept(num_tokens, num_kept)
         if config.kept_range is not None and num_tokens == config.num_tokens:
             low, high = config.kept_range
             if not low <= num_kept <= high:
@@ -392,14 +413,13 @@ class Tokenizer(nn.Module):
         return num_kept
 
     def _in_proportion(self, num_tokens: int, proportion: float) -> int:
-        """K for a grid, rounded to one that the layers reach."""
-        least = math.ceil(num_tokens / 2**self.config.num_layers)
-        return max(least, round(num_tokens * proportion))
+        """K for a grid, rounded to one that the encoder gives."""
+        return self.config.reducer.nearest_kept(num_tokens, round(num_tokens * proportion))
 
     @property
     def _dtype(self) -> torch.dtype:
         """Type of the decoder's weights."""
-        return self.decoder.conv_in.weight.dtype
+        return next(self.decoder.parameters()).dtype
 
     def _check_image(self, image: Tensor) -> None:
         """Raise `ValueError` unless the image is floating point in [-1, 1]."""

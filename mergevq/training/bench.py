@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mergevq.config.objective import LossConfig
+from mergevq.config.parts import Lfq
 from mergevq.config.tokenizer import KeptConfig
 from mergevq.config.training import TokenizerRun
 from mergevq.data.batches import Batch
@@ -89,6 +90,7 @@ class LfqSize(NamedTuple):
 
     num_bits: int
     num_tokens: int
+    temperature: float = Lfq().entropy_temperature
 
 
 MERGE_SIZES = tuple(MergeSize(num_images=count) for count in (1, 8, 64))
@@ -395,7 +397,7 @@ def _lfq_in_this_process(
         latents = torch.randn(1, num_tokens, size.num_bits, generator=generator).to(device)
         latents.requires_grad_()
         losses = quantize_losses if plain is None else plain.lfq_losses
-        found = losses(latents, loss.entropy_temperature)
+        found = losses(latents, size.temperature)
         entropy = found.token_entropy - found.codebook_entropy
         total = loss.commitment_weight * found.commitment + loss.entropy_weight * entropy
         (gradient,) = torch.autograd.grad(total, latents)

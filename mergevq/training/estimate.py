@@ -13,12 +13,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from mergevq.config.generator import GeneratorConfig
+from mergevq.config.parts import bits_of
 from mergevq.config.tokenizer import KeptConfig, TokenizerConfig
 from mergevq.config.training import GeneratorRun, TokenizerRun
 from mergevq.data.batches import Batch, open_train_val
 from mergevq.data.tokens.batches import split
 from mergevq.data.tokens.dataset import open_tokens
-from mergevq.generator.autoregressive import Generator
+from mergevq.generator.build import AnyGenerator, build_generator
 from mergevq.runtime import distributed
 from mergevq.runtime.device import resolve_device
 from mergevq.tokenizer.tokenizer import Tokenizer
@@ -156,9 +157,9 @@ def count_products(config: TokenizerConfig | GeneratorConfig) -> dict[str, int]:
     """
     with torch.device("meta"), torch.no_grad():
         if isinstance(config, GeneratorConfig):
-            passes = _generator_passes(Generator(config).eval())
+            passes = _generator_passes(build_generator(config).eval())
         else:
-            passes = _tokenizer_passes(Tokenizer(config).eval())
+            passes = _tokenizer_passes(Tokenizer(config).eval().requires_grad_(requires_grad=False))
         return {name: _multiply_adds(run) for name, run in passes.items()}
 
 
@@ -168,7 +169,9 @@ def _tokenizer_passes(tokenizer: Tokenizer) -> dict[str, Callable[[], object]]:
     grid_shape = (config.grid_size, config.grid_size)
     image = torch.empty(1, 3, config.image_size, config.image_size)
     kept = torch.empty(1, config.num_kept, config.dim)
-    codes = torch.empty(1, config.num_tokens, config.num_bits)
+    codes = torch.empty(1, config.num_kept, config.quantizer.dim)
+    layout = tokenizer.encoder(image, config.num_kept).layout
+    given = tokenizer.expander(codes, layout, grid_shape)
 
     def encode() -> None:
         tokenizer.encoder(image, config.num_kept)
@@ -176,30 +179,31 @@ def _tokenizer_passes(tokenizer: Tokenizer) -> dict[str, Callable[[], object]]:
 
     return {
         "encoder": encode,
-        "decoder": lambda: tokenizer.decoder(codes, grid_shape),
-        "source predictor": lambda: tokenizer.source_predictor(
-            codes[:, : config.num_kept], grid_shape
-        ),
+        "decoder": lambda: tokenizer.decoder(given),
+        "source predictor": lambda: tokenizer.expander.predictor(codes, grid_shape),
     }
 
 
-def _generator_passes(generator: Generator) -> dict[str, Callable[[], object]]:
+def _generator_passes(generator: AnyGenerator) -> dict[str, Callable[[], object]]:
     """Forward pass in training of the parts of a generator, on the meta device.
 
     Attention is counted as if every input saw all others: kernels differ in how much they skip.
     """
-    config = generator.config
-    inputs = torch.empty(1, _sequence_length(config, config.num_kept), config.dim)
-    whole = config.order in {"raster", "merge"}
-    states = torch.empty(config.num_tokens if whole else config.num_kept, config.dim)
+    config, network = generator.config, generator.network
+    inputs = torch.empty(1, generator.num_inputs(config.num_kept), config.dim)
+    length = config.length(config.num_kept)
+    states = torch.empty(length, config.dim)
+    parts = torch.empty(length, len(config.part_names), dtype=torch.int64)
 
     def transform() -> None:
         x = inputs
         for block in generator.blocks:
             x = block(x)
 
-    known = [states] * (len(config.part_names) - 1)
-    return {"blocks": transform, "head": lambda: generator.head(states, known)}
+    return {
+        "blocks": transform,
+        "head": lambda: network.head(states, parts, network.embed_part),
+    }
 
 
 def _multiply_adds(run: Callable[[], object]) -> int:
@@ -224,12 +228,14 @@ def describe(run: TokenizerRun | GeneratorRun, found: Estimate) -> dict[str, str
     products = ", ".join(f"{count / 1e9:.3g} {name}" for name, count in found.products.items())
     classes = f"{found.num_classes} classes" if found.num_classes else "no labels"
     seconds = num_images / found.images_per_second
+    model = run.model
+    sizes = model.head.sizes if isinstance(model, GeneratorConfig) else model.quantizer.sizes
     lines = {
         "parameters": f"{sum(found.num_parameters.values()):,} ({parts})",
         "products": f"10^9 multiply-adds of a forward pass of one {unit} at {run.model.num_kept} "
         f"tokens: {products}",
         "tokens": f"{kept}{max(candidates)} of {run.model.num_tokens} per image, "
-        f"{run.model.num_bits} bits each",
+        f"{bits_of(sizes):g} bits each",
         "sequence": f"at most {found.sequence_length} inputs of the transformer",
         "data": f"{found.num_train_images:,} training and {found.num_val_images:,} validation "
         f"{unit}s, {classes}",
@@ -283,7 +289,7 @@ def _estimate_tokenizer(run: TokenizerRun, world: distributed.World) -> Estimate
         parts = {
             "encoder": state.tokenizer.encoder,
             "decoder": state.tokenizer.decoder,
-            "source predictor": state.tokenizer.source_predictor,
+            "source predictor": state.tokenizer.expander,
             "alignment head": state.teacher,
             "discriminator": state.discriminator if learner.has_adversary else None,
         }
@@ -310,12 +316,14 @@ def _estimate_generator(run: GeneratorRun, world: distributed.World) -> Estimate
     dataset = open_tokens(run.tokens.path)
     train_set, val_set = split(dataset, run.tokens.val_fraction)
     num_kept = max(run.kept.candidates)
+    with torch.device("meta"):
+        shapes = build_generator(run.resolved_model)
 
     def make() -> _Trainee:
         learner = generator_step.build(run, world, dataset.record)
         generator = learner.state.generator
-        head = list(generator.head.parameters())
-        blocks = list(generator.blocks.parameters())
+        head = list(generator.network.get_submodule("head").parameters())
+        blocks = [p for block in generator.blocks for p in block.parameters()]
         others = {id(parameter) for parameter in (*head, *blocks)}
 
         def step(num: int) -> None:
@@ -331,19 +339,11 @@ def _estimate_generator(run: GeneratorRun, world: distributed.World) -> Estimate
         generator_step.fitted_config(run, dataset.record),
         world,
         pass_images=run.train.batch_size,
-        sequence_length=_sequence_length(run.resolved_model, num_kept),
+        sequence_length=shapes.num_inputs(num_kept),
         num_train_images=len(train_set),
         num_val_images=len(val_set),
         num_classes=dataset.record.num_classes,
     )
-
-
-def _sequence_length(config: GeneratorConfig, num_kept: int) -> int:
-    """Inputs of a generator's transformer in training; the last token is never one."""
-    if config.order == "random":
-        return config.num_prefix + 2 * num_kept - 1
-    num_tokens = num_kept if config.order == "anchor" else config.num_tokens
-    return config.num_prefix + num_tokens - 1
 
 
 def _estimate(

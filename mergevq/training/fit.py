@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from mergevq.config.training import TrainConfig
 from mergevq.report.plots import Panel, has_plots
 from mergevq.runtime import distributed
-from mergevq.runtime.budget import Budget
 from mergevq.runtime.checkpoints import CheckpointManager, load_state, restoring, save_state
 from mergevq.runtime.logs import MetricsLog, Progress, read_metrics
-from mergevq.runtime.optim import set_learning_rate
+from mergevq.runtime.optim import Budget, set_learning_rate
 from mergevq.runtime.run import RunDirectory, StopRequest, on_sigterm
 from mergevq.training.panels import Log, write_curves
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from mergevq.config.training import GeneratorRun
 from mergevq.data.tokens.batches import rows_in_order, split, token_batches
 from mergevq.data.tokens.dataset import TokenBatch, TokenDataset, open_tokens
-from mergevq.generator.autoregressive import Generator, random_orders
-from mergevq.generator.decoding import sample
+from mergevq.generator.build import AnyGenerator, build_generator
 from mergevq.generator.generation import decode_sampled
+from mergevq.generator.sampling import sample
 from mergevq.report.lettering import shown_names
 from mergevq.report.pictures import contact_sheet, to_pil
 from mergevq.report.plots import Panel
@@ -28,7 +28,7 @@ from mergevq.runtime import distributed
 from mergevq.runtime.artefacts import resolve, save_model
 from mergevq.runtime.device import resolve_device
 from mergevq.runtime.logs import describe_batch
-from mergevq.runtime.random import draw_num_kept, step_generator
+from mergevq.runtime.random import BatchNumbers, draw_num_kept
 from mergevq.runtime.run import RunDirectory
 from mergevq.runtime.settings import to_json
 from mergevq.tokenizer.tokenizer import Tokenizer
@@ -37,7 +37,6 @@ from mergevq.training.generator_step import (
     GeneratorLearner,
     State,
     build,
-    sequence_loss,
     to_sequences,
 )
 from mergevq.training.panels import Log, generator_panels
@@ -177,11 +176,14 @@ class GeneratorTask:
                     start = starts[min(position, len(starts) - 1)]
                     own = rows[start : start + _EVAL_BATCH]
                     sequences = to_sequences(generator, self.val_set.batch(own, num_kept))
-                    if generator.config.order == "random":
-                        drawn = step_generator(0, "validation orders", start)
-                        order = random_orders(sequences.indices.shape, drawn, generator.device)
-                        sequences = sequences._replace(order=order)
-                    nll = sequence_loss(generator, sequences, num_kept).nll
+                    drawn = BatchNumbers(
+                        seed=0,
+                        step=start,
+                        num_rows=len(own),
+                        rows=slice(None),
+                        prefix="validation ",
+                    )
+                    nll = generator(generator.draw(sequences, drawn)).nll
                     num_counted = len(own) if position < len(starts) else 0
                     sums += torch.stack([nll * num_counted, torch.tensor(num_counted).to(nll)])
                 total, count = distributed.sum(sums).tolist()
@@ -251,7 +253,7 @@ class GeneratorTask:
         return generator_panels(log)
 
 
-def averaged(state: State, device: torch.device) -> Generator | None:
+def averaged(state: State, device: torch.device) -> AnyGenerator | None:
     """The generator with the averaged weights, whole; on the main process, None on the others."""
     weights: dict[str, Tensor] = {}
     for name, shadow in state.ema.shadow.items():
@@ -261,7 +263,7 @@ def averaged(state: State, device: torch.device) -> Generator | None:
     if not distributed.is_main():
         return None
     with torch.device("meta"):
-        generator = Generator(state.generator.config)
+        generator = build_generator(state.generator.config)
     # Assigned, so that without shards it shares the memory of the averages.
     generator.load_state_dict(weights, assign=True)
     return generator.to(device).eval()

@@ -6,28 +6,27 @@ Source: Li et al. 2025, "MergeVQ", section 3.4 and table A2 (arXiv:2504.00999); 
 Dropped labels and orders are drawn for the whole batch and cut to a rank's share or a part of it,
 and so is dropout, which starts anew in every step.
 
-Shape letters: B sequences of a part of the batch, T tokens of a sequence, L grid cells.
 """
 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Int64
 from torch import Tensor, nn
 
 from mergevq.config.generator import GeneratorConfig
 from mergevq.config.training import GeneratorRun
 from mergevq.data.tokens.dataset import TokenBatch
 from mergevq.data.tokens.files import TokenRecord, require_tokenizer
-from mergevq.generator.autoregressive import Generator, GeneratorLoss, random_orders, uniform
+from mergevq.generator.build import AnyGenerator, build_generator
+from mergevq.generator.seams import GeneratorLoss, Sequences
+from mergevq.nn.llama import set_share
 from mergevq.runtime import distributed
 from mergevq.runtime.artefacts import resolve, tokens_hash
-from mergevq.runtime.budget import Budget
 from mergevq.runtime.device import autocast, resolve_precision
 from mergevq.runtime.optim import (
+    Budget,
     Ema,
     NonFiniteGuard,
     build_optimizer,
@@ -37,31 +36,16 @@ from mergevq.runtime.optim import (
     learning_rate,
     set_learning_rate,
 )
-from mergevq.runtime.random import step_generator
-from mergevq.training.fit import Number, cut
+from mergevq.runtime.random import BatchNumbers, step_generator
+from mergevq.training.fit import Number
 from mergevq.training.initial import initialize_generator_from
-
-
-class Sequences(NamedTuple):
-    """A batch as the generator's loss takes it."""
-
-    indices: Int64[Tensor, "b t"]
-    """All cells in raster order, or the kept tokens in canonical order."""
-    class_label: Int64[Tensor, "b"]
-    """In [0, num_classes]; the last is no class."""
-    anchors: Int64[Tensor, "b t"] | None
-    """In order `anchor` the cell at which each token opens."""
-    source_index: Int64[Tensor, "b l"] | None
-    """In order `merge` with groups of the source the source map."""
-    order: Int64[Tensor, "b t"] | None
-    """In order `random` slots in the order in which they are decoded."""
 
 
 @dataclass(kw_only=True)
 class State:
     """Everything that changes while training; all of it is in a checkpoint."""
 
-    generator: Generator
+    generator: AnyGenerator
     optimizer: torch.optim.Optimizer
     ema: Ema
     guard: NonFiniteGuard
@@ -100,17 +84,17 @@ class GeneratorLearner:
         )
         set_learning_rate(state.optimizer, rate)
         state.optimizer.zero_grad(set_to_none=True)
-        parts = cut(self._draw(batch), run.train.accumulation, self.world.device)
+        parts = self._draw(batch).cut(run.train.accumulation)
         first, count = self.world.rank * len(parts), self.world.world_size * len(parts)
         for position, part in enumerate(parts):
             syncs = position == len(parts) - 1
-            state.generator.set_share(first + position, count)
+            set_share(state.generator, first + position, count)
             with (
                 self._dropout_numbers(),
                 distributed.no_sync(self.wrapped, active=not syncs),
             ):
                 with self.autocast():
-                    loss = sequence_loss(self.wrapped, part, num_kept)
+                    loss = self.wrapped(part)
                 # Inside, because activations may be computed again, with the same numbers.
                 state.scaler.scale(loss.total / len(parts)).backward()
             for name, value in _terms(state.generator, loss).items():
@@ -129,20 +113,15 @@ class GeneratorLearner:
         }
 
     def _draw(self, batch: TokenBatch) -> Sequences:
-        """Drop labels and draw orders, as one process would for the whole batch."""
-        state, world, seed = self.state, self.world, self.run.train.seed
-        generator = state.generator
-        sequences = to_sequences(generator, batch)
-        share, length = sequences.indices.shape
-        own = slice(world.rank * share, (world.rank + 1) * share)
-        whole, device = share * world.world_size, generator.device
-        numbers = uniform((whole,), step_generator(seed, "dropped classes", state.step), device)
-        label = generator.drop_classes(sequences.class_label, numbers[own])
-        order = None
-        if generator.config.order == "random":
-            drawn = step_generator(seed, "orders", state.step)
-            order = random_orders((whole, length), drawn, device)[own]
-        return sequences._replace(class_label=label, order=order)
+        """This rank's sequences with all that is random drawn, as one process would for all."""
+        generator, world, share = self.state.generator, self.world, len(batch.indices)
+        numbers = BatchNumbers(
+            seed=self.run.train.seed,
+            step=self.state.step,
+            num_rows=share * world.world_size,
+            rows=slice(world.rank * share, (world.rank + 1) * share),
+        )
+        return generator.draw(to_sequences(generator, batch), numbers)
 
     @contextlib.contextmanager
     def _dropout_numbers(self) -> Iterator[None]:
@@ -167,15 +146,15 @@ def build(run: GeneratorRun, world: distributed.World, record: TokenRecord) -> G
     # The only use of the global generator: it fills fresh weights, and is put back after.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.train.seed)  # noqa: TID251 - layers fill themselves from it
-        generator = Generator(config)
+        generator = build_generator(config)
     if run.init_from is not None:
         initialize_generator_from(generator, run.init_from, record.identity)
     device = world.device
     dtype = resolve_precision(run.train.precision, device)
     generator.train()
-    generator.set_checkpointing(enabled=run.train.checkpointing)
+    generator.network.checkpointing = run.train.checkpointing
     if run.parallel == "fsdp":
-        units = [*generator.blocks, generator.head]
+        units = [*generator.blocks, generator.network.get_submodule("head")]
         wrapped = distributed.shard(generator, units, device=device, dtype=dtype)
     else:
         wrapped = distributed.wrap(generator.to(device))
@@ -201,7 +180,7 @@ def fitted_config(run: GeneratorRun, record: TokenRecord) -> GeneratorConfig:
     model = run.resolved_model
     for name, wanted, found in (
         ("model.grid_size", model.grid_size, record.grid_shape),
-        ("model.num_bits", model.num_bits, record.num_bits),
+        ("the product of model.head.sizes", model.num_codes, record.num_values),
         ("model.num_classes", model.num_classes or record.num_classes, record.num_classes),
     ):
         if wanted != found:
@@ -219,35 +198,27 @@ def fitted_config(run: GeneratorRun, record: TokenRecord) -> GeneratorConfig:
     return replace(model, num_classes=record.num_classes)
 
 
-def to_sequences(generator: Generator, batch: TokenBatch) -> Sequences:
-    """Turn a batch of files into what the generator's order learns from, on its device."""
+def to_sequences(generator: AnyGenerator, batch: TokenBatch) -> Sequences:
+    """Turn a batch of files into sequences of a generator, on its device."""
     config, device = generator.config, generator.device
     label = torch.where(batch.label < 0, config.null_class, batch.label).to(device)
     indices, source = batch.indices, batch.source
-    anchors = source_index = None
-    if config.order == "anchor":
-        anchors = source.anchors().to(device)
-    elif config.order in {"raster", "merge"}:
-        indices = indices.gather(1, source.index)
-    if config.order == "merge" and config.merge_groups == "source":
-        source_index = source.index.to(device)
-    return Sequences(indices.to(device), label, anchors, source_index, None)
-
-
-def sequence_loss(module: nn.Module, sequences: Sequences, num_kept: int) -> GeneratorLoss:
-    """Cross-entropy of sequences for which everything is drawn."""
-    return module(
-        sequences.indices,
-        sequences.class_label,
-        num_kept,
-        None,
-        anchors=sequences.anchors,
-        source_index=sequences.source_index,
-        order=sequences.order,
+    if config.order.reads == "cells":
+        return Sequences(
+            indices=indices.gather(1, source.index).to(device),
+            class_label=label,
+            num_kept=source.num_kept,
+            source_index=source.index.to(device),
+        )
+    return Sequences(
+        indices=indices.to(device),
+        class_label=label,
+        num_kept=source.num_kept,
+        anchors=source.anchors().to(device),
     )
 
 
-def _terms(generator: Generator, loss: GeneratorLoss) -> dict[str, Tensor]:
+def _terms(generator: AnyGenerator, loss: GeneratorLoss) -> dict[str, Tensor]:
     """Everything in a loss by name."""
     parts = zip(generator.config.part_names, loss.parts, strict=True)
     return {"loss": loss.total, "nll": loss.nll} | {f"loss_{name}": term for name, term in parts}

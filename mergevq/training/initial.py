@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 import torch
 
+from mergevq.config import parts
 from mergevq.config.identity import Identity
 from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.config.training import TokenizerRun
 from mergevq.data.batches import eval_batches
 from mergevq.data.images import ImageDataset
-from mergevq.generator.autoregressive import Generator
+from mergevq.generator.build import AnyGenerator, saved_generator
 from mergevq.generator.generation import class_names
 from mergevq.runtime.artefacts import load_model, load_strict, read_record, resolve
 from mergevq.runtime.files import some
@@ -31,7 +32,14 @@ _NUM_IMAGES = 4000
 """Images that components are fitted to, at most: of 64 pixels, they have a million patches of 4."""
 _BATCH = 64
 """Images read at once for it."""
-_FREE_OF_TOKENIZERS = ("image_size", "num_kept", "kept_range", "layer_scale")
+_FREE_OF_TOKENIZERS = (
+    "image_size",
+    "num_kept",
+    "kept_range",
+    "reducer.layer_scale",
+    "decoder.layer_scale",
+    "quantizer.entropy_temperature",
+)
 """Settings that may differ from those of a tokenizer that training starts from: weights fit any
 size and K, and layer scale is where fresh weights begin."""
 _FREE_OF_GENERATORS = (
@@ -39,17 +47,19 @@ _FREE_OF_GENERATORS = (
     "grid_size",
     "num_kept",
     "ffn_dim",
-    "window",
-    "merge_groups",
+    "order.window",
+    "order.groups",
+    "order.flex_attention",
+    "order.masking",
+    "order.visible_weight",
     "dropout",
     "class_dropout",
     "label_smoothing",
-    "flex_attention",
 )
 """The same for generators. The class table is made anew where classes differ; a grid has no weights
 of its own; None and a number may mean one hidden width, and weights of another do not fit; the rest
 is how it is trained."""
-_CLASS_TABLE = "class_embedding.weight"
+_CLASS_TABLE = "network.class_embedding.weight"
 
 
 class Start(NamedTuple):
@@ -105,7 +115,7 @@ def find_start(
         kept.append(patches[-num_seen % stride :: stride].clone())
         num_seen += len(patches)
         num_images += len(batch.image)
-    return Start(fit_patches(torch.cat(kept), model.patch_size, model.num_bits), num_images)
+    return Start(fit_patches(torch.cat(kept), model.patch_size, model.quantizer.dim), num_images)
 
 
 def initial_tokenizer(run: TokenizerRun, start: Start | None = None) -> Tokenizer:
@@ -154,18 +164,21 @@ def _analytic_tokenizer(config: TokenizerConfig, components: Components) -> Toke
 
 def _with_components(config: TokenizerConfig, bit_components: Sequence[int]) -> TokenizerConfig:
     """The configuration of a tokenizer whose bits are of these components."""
-    if config.decoder != "patch":
+    if not isinstance(config.decoder, parts.PatchDecoder):
         return config
-    settings = replace(config.patch_decoder, bit_components=tuple(bit_components))
-    return replace(config, patch_decoder=settings)
+    decoder = replace(config.decoder, bit_components=tuple(bit_components))
+    return replace(config, decoder=decoder)
 
 
 def _with_components_of(config: TokenizerConfig, path: str | Path) -> TokenizerConfig:
     """The configuration with the components of another tokenizer's bits where it has none."""
     other = from_json(TokenizerConfig, read_record(resolve(path))["config"])
-    if config.patch_decoder.bit_components or other.decoder != "patch":
+    mine, theirs = config.decoder, other.decoder
+    if not isinstance(mine, parts.PatchDecoder) or mine.bit_components:
         return config
-    return _with_components(config, other.patch_decoder.bit_components)
+    if not isinstance(theirs, parts.PatchDecoder):
+        return config
+    return _with_components(config, theirs.bit_components)
 
 
 def initialize_from(tokenizer: Tokenizer, path: str | Path) -> None:
@@ -183,7 +196,7 @@ def initialize_from(tokenizer: Tokenizer, path: str | Path) -> None:
 
 
 def initialize_generator_from(
-    generator: Generator, path: str | Path, made_from: Identity | None = None
+    generator: AnyGenerator, path: str | Path, made_from: Identity | None = None
 ) -> None:
     """Copy a trained generator's weights; of the table of classes, those of the same names.
 
@@ -196,15 +209,15 @@ def initialize_generator_from(
         ValueError: it is not there, or is another architecture or order.
     """
     saved = load_model(resolve(path), kind="generator")
-    other = Generator.from_saved(saved).config
-    mine = generator.config
+    trained = saved_generator(saved)
+    other, mine = trained.config, generator.config
     _require_same_architecture(
         mine, other, free=_FREE_OF_GENERATORS, what=f"generator of init_from, {path}"
     )
     extra = saved.record["extra"]
     names = made_from.class_names if made_from is not None else ()
     known = class_names(extra, other.num_classes, where=Path(path))
-    weights = dict(saved.state)
+    weights = trained.state_dict()
     if other.num_classes != mine.num_classes or (names and known and names != known):
         fresh = [name for name in names if name not in known] or list(names)
         logger.warning(
@@ -220,7 +233,7 @@ def initialize_generator_from(
         table = generator.state_dict()[_CLASS_TABLE].clone()
         for number, name in enumerate(names):
             if name in known:
-                table[number] = saved.state[_CLASS_TABLE][known.index(name)]
+                table[number] = weights[_CLASS_TABLE][known.index(name)]
         weights[_CLASS_TABLE] = table
     if made_from is not None and extra.get("tokenizer") != made_from.tokenizer:
         logger.warning(

@@ -23,13 +23,13 @@ class Part(NamedTuple):
 
 
 def named_parts(module: nn.Module) -> dict[str, list[nn.Module]]:
-    """Modules of at most two names, such as `encoder.stem`; of a list, its items and their layers.
+    """Modules of at most two names, such as `encoder.stem`; of a list inside, items and layers.
 
     What an item does between its layers, such as merging, is a part of its own.
     """
     found: dict[str, list[nn.Module]] = {}
     for name, part in module.named_modules():
-        if isinstance(part, nn.ModuleList) and name.count(".") == 1:
+        if isinstance(part, nn.ModuleList) and name.count(".") in {1, 2}:
             found[f"{name}, between layers"] = list(part)
             found[name] = [layer for item in part for layer in item.children()]
         elif name and name.count(".") < 2:

@@ -23,15 +23,15 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from mergevq.config.generator import SamplingSettings
+from mergevq.config.generator import SamplingSettings, Several
 from mergevq.config.identity import Identity, require_same_classes
 from mergevq.config.training import SourceRun
 from mergevq.data.layouts import Source
 from mergevq.data.tokens.batches import split, token_batches
 from mergevq.data.tokens.dataset import TokenBatch, TokenDataset, open_tokens
 from mergevq.data.tokens.files import require_tokenizer
-from mergevq.generator.decoding import inpaint
 from mergevq.generator.generation import Pair, load_pair
+from mergevq.generator.sampling import inpaint
 from mergevq.runtime.artefacts import load_model, resolve, save_model, tokens_hash
 from mergevq.runtime.device import autocast, resolve_device, resolve_precision
 from mergevq.runtime.logs import Progress
@@ -48,7 +48,6 @@ from mergevq.runtime.run import environment
 from mergevq.runtime.settings import to_json
 from mergevq.tokenizer.expanders.unmerge import SourcePredictor
 from mergevq.tokenizer.losses.terms import source_loss
-from mergevq.tokenizer.quantizers.lfq import indices_to_codes
 
 logger = logging.getLogger("mergevq")
 
@@ -106,7 +105,7 @@ def finetune_source(run: SourceRun) -> Finetuned:
     train_set, val_set = split(dataset, run.val_fraction)
     pair.generator.requires_grad_(requires_grad=False)
     pair.tokenizer.requires_grad_(requires_grad=False)
-    predictor = pair.tokenizer.source_predictor.requires_grad_(requires_grad=True)
+    predictor = pair.tokenizer.expander.predictor.requires_grad_(requires_grad=True)
     ema = Ema(predictor, run.optim.ema_decay)
     before = evaluate(run, pair, val_set, counts)
     _learn(run, pair, train_set, counts, ema)
@@ -151,7 +150,7 @@ def replace_tokens(
         labels=torch.where(batch.label < 0, null, batch.label),
         seed=step_generator(run.seed, "new tokens", purpose, 0).initial_seed(),
         image_ids=image_ids,
-        settings=SamplingSettings(num_steps=run.num_passes),
+        settings=SamplingSettings(passes=Several(num_steps=run.num_passes)),
     )
     return sampled.indices.cpu()
 
@@ -181,10 +180,10 @@ def evaluate(
 @torch.no_grad()
 def _recovery(pair: Pair, indices: Int64[Tensor, "b k"], source: Source) -> Recovery:
     """Recovery of one batch, in float32."""
-    config, device = pair.tokenizer.config, pair.generator.device
-    codes = indices_to_codes(indices.to(device), config.num_bits, torch.float32)
+    device = pair.generator.device
+    codes = pair.tokenizer.codes_of(indices.to(device)).float()
     own = Source(source.index.to(device), source.num_kept)
-    predictor, shape = pair.tokenizer.source_predictor, pair.generator.config.grid_size
+    predictor, shape = pair.tokenizer.expander.predictor, pair.generator.config.grid_size
     loss = source_loss(predictor(codes, shape), own)
     right = predictor.predict(codes, shape).index == own.index
     return Recovery(float(loss), float(right.float().mean()))
@@ -194,7 +193,7 @@ def _learn(
     run: SourceRun, pair: Pair, dataset: TokenDataset, counts: tuple[int, ...], ema: Ema
 ) -> None:
     """Train the predictor in place."""
-    predictor: SourcePredictor = pair.tokenizer.source_predictor
+    predictor: SourcePredictor = pair.tokenizer.expander.predictor
     device, shape = pair.generator.device, pair.generator.config.grid_size
     dtype = resolve_precision(run.precision, device)
     optimizer = build_optimizer([predictor], run.optim, run.batch_size)
@@ -213,9 +212,7 @@ def _learn(
             indices = replace_tokens(
                 run, pair, batch, share=share, image_ids=ids, purpose="training"
             )
-            codes = indices_to_codes(
-                indices.to(device), pair.tokenizer.config.num_bits, torch.float32
-            )
+            codes = pair.tokenizer.codes_of(indices.to(device)).float()
             own = Source(batch.source.index.to(device), batch.source.num_kept)
             set_learning_rate(
                 optimizer, learning_rate(step, run.optim, run.num_steps, run.batch_size)
@@ -245,10 +242,11 @@ def _counts(run: SourceRun, pair: Pair, dataset: TokenDataset) -> tuple[int, ...
         ValueError: there is none, the tokens or the generator lack one, or the order needs none.
     """
     config = pair.generator.config
-    if config.order != "random":
+    if not config.order.fills_in:
         raise ValueError(
-            f"the generator in {run.generator} must be of order 'random', not '{config.order}': "
-            "only that one makes tokens anew between others and leaves the source to be found"
+            f"the generator in {run.generator} must be of order 'random', not "
+            f"'{config.order.kind}': only that one makes tokens anew between others and leaves the "
+            "source to be found"
         )
     common = tuple(sorted(set(dataset.num_kept) & set(config.kept_candidates)))
     counts = run.num_kept or common
@@ -284,4 +282,5 @@ def _save(
         pair.tokenizer.config,
         kind="tokenizer",
         extra=old | {"source_finetuning": note},
+        tokens_id=tokens_hash(resolve(run.tokenizer)),
     )

@@ -18,9 +18,9 @@ from mergevq.data.batches import Batch
 from mergevq.metrics.codes import CodebookUsage, CollapseMonitor
 from mergevq.metrics.lpips import Perceptual, load_perceptual, missing_weights
 from mergevq.runtime import distributed
-from mergevq.runtime.budget import Budget
 from mergevq.runtime.device import autocast, resolve_precision
 from mergevq.runtime.optim import (
+    Budget,
     Ema,
     NonFiniteGuard,
     build_optimizer,
@@ -41,8 +41,7 @@ from mergevq.tokenizer.losses.adversarial import (
     generator_loss,
 )
 from mergevq.tokenizer.losses.teachers import SelfTeacher, Teacher, build_teacher
-from mergevq.tokenizer.losses.terms import TokenizerLosses, reconstruction_loss, source_loss
-from mergevq.tokenizer.quantizers.lfq import quantize_losses
+from mergevq.tokenizer.losses.terms import TokenizerLosses, reconstruction_loss
 from mergevq.tokenizer.tokenizer import Tokenizer, TokenizerOutput
 from mergevq.training.fit import Number, cut
 from mergevq.training.initial import Start, initial_tokenizer
@@ -205,7 +204,9 @@ class TokenizerLearner:
         state.discriminator.requires_grad_(requires_grad=True)
         state.scaler.unscale_(state.optimizer)
         norms = {
-            f"grad_norm_{name}": _norm(module) for name, module in state.tokenizer.named_children()
+            f"grad_norm_{name}": _norm(module)
+            for name, module in state.tokenizer.named_children()
+            if any(True for _ in module.parameters())
         }
         norm = clip(self.objective.parameters(), run.optim.clip_norm)
         if state.guard.check(state.step, sums | {"grad_norm": norm}):
@@ -263,7 +264,6 @@ class TokenizerLearner:
             recovers=recovers,
         )
         zero = torch.zeros((), device=batch.image.device)
-        quantizer = quantize_losses(output.encoded.latents, run.loss.entropy_temperature)
         perceptual, adversarial = zero, zero
         if self.perceptual is not None:
             perceptual = self.perceptual(output.reconstruction, batch.image).mean()
@@ -273,9 +273,9 @@ class TokenizerLearner:
             reconstruction=reconstruction_loss(batch.image, output.reconstruction),
             perceptual=perceptual,
             adversarial=adversarial,
-            commitment=quantizer.commitment,
-            entropy=quantizer.entropy,
-            source=source_loss(output.source_logits, output.encoded.source),
+            commitment=output.losses.get("commitment", zero),
+            entropy=output.losses.get("entropy", zero),
+            source=output.losses.get("source", zero),
             alignment=alignment,
         )
         return losses, output
@@ -354,7 +354,8 @@ def build(
     discriminator_optimizer = build_optimizer([discriminator], run.optim, run.train.batch_size)
     check_coverage([objective, discriminator], [optimizer, discriminator_optimizer])
     dtype = resolve_precision(run.train.precision, device)
-    window = 2 ** min(run.model.num_bits, _USAGE_WINDOW_BITS)
+    spec = tokenizer.quantizer.spec
+    window = min(spec.num_values, 2**_USAGE_WINDOW_BITS)
     state = State(
         tokenizer=tokenizer,
         teacher=teacher,
@@ -364,7 +365,7 @@ def build(
         optimizer=optimizer,
         discriminator_optimizer=discriminator_optimizer,
         ema=Ema(tokenizer, run.optim.ema_decay),
-        usage=CodebookUsage(run.model.num_bits, window=window, device=device),
+        usage=CodebookUsage(spec, window=window, device=device),
         monitor=CollapseMonitor(_COLLAPSE_REPORTS),
         guard=NonFiniteGuard(run.train.max_nonfinite),
         discriminator_guard=NonFiniteGuard(run.train.max_nonfinite),

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from mergevq.cli import bench as cli_bench
-from tests.support.generators import ORDERS
+from tests.support.generators import KINDS
 
 
 def test_the_command_prints_every_row_and_writes_them_with_the_conditions(tmp_path, capsys):
@@ -20,10 +20,10 @@ def test_the_command_prints_every_row_and_writes_them_with_the_conditions(tmp_pa
     )
     printed = capsys.readouterr().out
     assert "measuring without comparison" in printed
-    for name in ("full cache", "MergeAR", "RandAR", "anchored"):
+    for name in ("full cache", "MergeAR", "RandAR", "anchored", "MaskGIT"):
         assert f" {name} " in printed
     written = json.loads((tmp_path / "speeds.json").read_text())
-    assert [speed["order"] for speed in written["speeds"]] == list(ORDERS)
+    assert [speed["order"] for speed in written["speeds"]] == list(KINDS)
     assert written["conditions"]["max_steps"] == 1
     assert written["conditions"]["torch"]
     assert written["generators"][0]["grid_size"] == [2, 2]

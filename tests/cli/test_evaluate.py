@@ -10,7 +10,7 @@ import tyro
 
 from mergevq.cli.evaluate import COMMANDS
 from mergevq.cli.main import main
-from mergevq.config.generator import SamplingSettings
+from mergevq.config.generator import SamplingSettings, Several
 from mergevq.evaluate import generation as evaluate_generation
 from mergevq.evaluate.selftest import Check
 from tests.support.evaluations import write_images, write_network, write_tokenizer
@@ -183,7 +183,7 @@ def test_options_of_sampling_reach_the_run(tmp_path, monkeypatch):
         *("--out", tmp_path, "--num", 6, "--num-kept", 5, "--seed", 7, "--weights", "int8"),
         *("--guidance", 3, "--guidance-schedule", "power", "--guidance-power", 1.5),
         *("--guidance-interval", 0.1, 0.9, "--temperature", 1, 0.8, "--top-k", 0, 4),
-        *("--top-p", 0.9, "--steps", 2, "--no-budget", "--batch-size", 3, "--device", "cpu"),
+        *("--top-p", 0.9, "--steps", 2, "--batch-size", 3, "--device", "cpu"),
     )
     (settings,) = seen
     sampled = settings.run
@@ -198,8 +198,7 @@ def test_options_of_sampling_reach_the_run(tmp_path, monkeypatch):
         temperature=(1.0, 0.8),
         top_k=(0, 4),
         top_p=0.9,
-        budget=False,
-        num_steps=2,
+        passes=Several(num_steps=2),
     )
 
 

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import subprocess
 import sys
@@ -7,8 +8,10 @@ from dataclasses import replace
 import pytest
 import tyro
 
+from mergevq.cli.main import main
 from mergevq.cli.train import COMMANDS, Recipe
-from mergevq.config.recipes import SOURCE_RECIPES
+from mergevq.config.parts import PatchDecoder, PatchStem
+from mergevq.config.recipes import RECIPES, SOURCE_RECIPES
 from mergevq.config.training import SourceRun
 from tests.training.test_source import NUM_KEPT, material  # noqa: F401 - a fixture
 
@@ -82,3 +85,90 @@ def test_a_recipe_fills_in_what_the_options_leave_out(monkeypatch):
 
 def test_the_command_offers_every_recipe():
     assert typing.get_args(Recipe) == ("none", *SOURCE_RECIPES)
+
+
+# ------------------------------------------------------------------------------ kinds of parts
+
+
+def run_of(monkeypatch, *arguments):
+    """The run that training is given."""
+    seen = []
+    monkeypatch.setattr("mergevq.training.train.train", lambda run, **_: seen.append(run))
+    assert main(["train", "digits32", *arguments]) == 0
+    return seen[0]
+
+
+@pytest.mark.parametrize(
+    "kind", [["--model.stem.kind", "patch"], ["--model.stem.kind=patch"]], ids=" ".join
+)
+def test_a_part_of_another_kind_is_taken_with_settings_of_its_own(kind, monkeypatch):
+    # Its options may come before it.
+    sizes = ["--model.stem.width", "64", *kind, "--model.stem.patch-size", "4"]
+    run, recipe = run_of(monkeypatch, *sizes), RECIPES["digits32"]()
+    stem = PatchStem(width=64, patch_size=4)
+    assert run == replace(recipe, model=replace(recipe.model, stem=stem))
+
+
+def test_parts_have_to_fit_only_together(monkeypatch):
+    """Neither kind goes with the recipe's own other part, nor the patch size of either."""
+    run = run_of(
+        monkeypatch,
+        *("--model.stem.kind", "patch", "--model.decoder.kind", "patch"),
+        *("--model.stem.patch-size", "8", "--model.decoder.width", "32"),
+        *("--model.image-size", "64"),
+    )
+    assert run.model.stem == PatchStem(patch_size=8)
+    assert run.model.decoder == PatchDecoder(width=32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--model.stem.kind", "pach"],
+            "--model.stem.kind (pach) must be one of cnn, patch; did you mean 'patch'?",
+        ),
+        (
+            ["--model.stem.width", "64"],
+            "--model.stem.width is for --model.stem.kind patch, and the kind is cnn",
+        ),
+        (
+            ["--model.stem.kind", "patch", "--model.stem.channels=3"],
+            "--model.stem.channels is for --model.stem.kind cnn, and the kind is patch",
+        ),
+        (
+            ["--model.stem.kind", "patch", "--model.stem.norm-eps", "4"],
+            "--model.stem.norm-eps (4.0) must be above 0 and below 1",
+        ),
+        (
+            ["--model.reducer.num-heads", "7"],
+            "encoder width (64) must be a multiple of --model.reducer.num-heads (7)",
+        ),
+        (
+            ["--model.num-kept", "2"],
+            "--model.num-kept (2) must be at least 4: each of --model.reducer.num-layers (4) can "
+            "merge at most half of its tokens and the first has 64; keep more tokens or use more "
+            "layers",
+        ),
+    ],
+)
+def test_what_a_part_refuses_is_one_line_in_options(arguments, message, capsys):
+    assert main(["train", "digits32", *arguments]) == 1
+    assert capsys.readouterr().err == f"mergevq: error: {message}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["digits32", "--help"]])
+def test_help_leads_to_the_kinds_of_parts(arguments, capsys):
+    with contextlib.suppress(SystemExit):
+        assert main(["train", *arguments]) == 0
+    assert "`mergevq parts` lists the kinds" in " ".join(capsys.readouterr().out.split())
+
+
+def test_help_shows_the_settings_of_the_chosen_kind(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "digits32", "--model.stem.kind", "patch", "--help"])
+    printed = capsys.readouterr().out
+    assert "--model.stem.kind KIND" in printed
+    assert "(default: patch)" in printed
+    assert "--model.stem.width INT" in printed
+    assert "--model.stem.channels" not in printed

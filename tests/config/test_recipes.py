@@ -1,5 +1,6 @@
 """Every recipe is legal, matches what its docstring says, and trains when shrunk."""
 
+import math
 import re
 from dataclasses import replace
 
@@ -43,6 +44,8 @@ SHRUNK_APART = [
 # Each generator recipe, and the tokenizer recipe whose tokens it learns.
 LEARNS_FROM = {
     "digits32_ar": "digits32",
+    "digits32_maskgit": "digits32",
+    "digits32_enat": "digits32",
     "photos64_mergear": "photos64",
     "tiny64_mergear": "tiny64_gr",
     "tiny64_randar": "tiny64_gr",
@@ -96,7 +99,7 @@ def test_a_recipe_says_hardware_and_time_or_how_much_there_is_to_do(name):
 def test_every_candidate_k_can_be_reached(name):
     run = TOKENIZER_RUNS[name]()
     for num_kept in run.kept.candidates:
-        counts = merge_schedule(run.model.num_tokens, num_kept, run.model.num_layers)
+        counts = merge_schedule(run.model.num_tokens, num_kept, run.model.reducer.num_layers)
         assert run.model.num_tokens - sum(counts) == num_kept
 
 
@@ -152,7 +155,8 @@ def test_widths_have_as_many_parameters_as_the_authors(name, encoder, decoder):
 )
 def test_imagenet_tokenizers_are_the_authors(name, width, num_heads, num_epochs, clip_norm, most):
     run = TOKENIZER_RUNS[name]()
-    assert (run.model.dim, run.model.num_heads, run.model.num_layers) == (width, num_heads, 12)
+    reducer = run.model.reducer
+    assert (run.model.dim, reducer.num_heads, reducer.num_layers) == (width, num_heads, 12)
     assert (run.optim.clip_norm, max(run.kept.candidates)) == (clip_norm, most)
     assert (run.optim.lr, run.optim.betas, run.train.batch_size) == (1e-4, (0.5, 0.9), 256)
     num_images = run.train.num_steps * run.train.batch_size
@@ -204,8 +208,8 @@ def test_a_shrunk_recipe_trains(name, tmp_path):
 def test_training_starts_from_the_weights_of_the_vit(tmp_path):
     pytest.importorskip("sklearn")
     run = short(TOKENIZER_RUNS["tiny64_gr"](), tmp_path)
-    state = Tokenizer(run.model).encoder.state_dict()
-    vit = {name: torch.randn_like(value) for name, value in state.items() if "blocks." in name}
+    state = Tokenizer(run.model).encoder.reducer.state_dict()
+    vit = {name: torch.randn_like(value) for name, value in state.items()}
     vit["cls_token"] = torch.randn(1, 1, run.model.dim)
     save_file(vit, tmp_path / "model.safetensors")
     # Too slow to leave where it starts.
@@ -213,18 +217,18 @@ def test_training_starts_from_the_weights_of_the_vit(tmp_path):
     model = train(replace(run, init_vit=str(tmp_path), optim=still))
     encoder = Tokenizer.from_pretrained(model).encoder
     torch.testing.assert_close(encoder.class_token, vit["cls_token"].flatten())
-    torch.testing.assert_close(encoder.blocks[2].ls1.gamma, vit["blocks.2.ls1.gamma"])
+    torch.testing.assert_close(encoder.reducer.blocks[2].ls1.gamma, vit["blocks.2.ls1.gamma"])
 
 
 @pytest.mark.parametrize(("name", "tokenizer"), LEARNS_FROM.items())
 def test_a_generator_fits_the_tokens_of_its_tokenizer(name, tokenizer):
     run, source = GENERATOR_RECIPES[name](), TOKENIZER_RUNS[tokenizer]()
     assert run.model.grid_size == (source.model.grid_size, source.model.grid_size)
-    assert run.model.num_bits == source.model.num_bits
+    assert math.prod(run.model.head.sizes) == math.prod(source.model.quantizer.sizes)
     assert run.tokens.tokenizer == f"{source.out}/model"
     assert run.tokens.path == f"{source.out}/tokens"
     for num_kept in run.kept.candidates:
-        counts = merge_schedule(source.model.num_tokens, num_kept, source.model.num_layers)
+        counts = merge_schedule(source.model.num_tokens, num_kept, source.model.reducer.num_layers)
         assert source.model.num_tokens - sum(counts) == num_kept
 
 
@@ -254,7 +258,7 @@ def test_imagenet_generators_are_the_papers(name, num_steps, betas):
     assert (run.optim.lr, run.optim.weight_decay, run.train.batch_size) == (4e-4, 0.05, 1024)
     assert (run.optim.schedule, run.optim.clip_norm) == ("step", 1.0)
     assert run.optim.betas == betas
-    assert run.sampling.num_steps == num_steps
+    assert getattr(run.sampling.passes, "num_steps", None) == num_steps
     # 300 epochs.
     assert run.train.num_steps * 1024 / 1_281_167 == pytest.approx(300, rel=2e-3)
 

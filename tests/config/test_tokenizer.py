@@ -2,43 +2,56 @@
 
 import pytest
 
-from mergevq.config.tokenizer import KeptConfig, PatchDecoderConfig, TokenizerConfig
+from mergevq.config.parts import CnnDecoder, CnnStem, Merge, PatchDecoder, PatchStem
+from mergevq.config.tokenizer import KeptConfig, TokenizerConfig, with_cnn
 from mergevq.config.training import TokenizerRun
 from tests.support.config import refused
 
-PATCH = {"stem": "patch", "position_embedding": True}
-PLAIN = {"stem": "patch", "patch_norm": False}
-
-
-def patch_decoder(**values):
-    return {"decoder": "patch", "patch_decoder": PatchDecoderConfig(**values)}
-
+LEVELS = (1, 1, 2, 4, 8)
+BIG = {
+    "image_size": 256,
+    "stem": CnnStem(channel_mult=LEVELS),
+    "decoder": CnnDecoder(channel_mult=LEVELS),
+}
 
 # ---------------------------------------------------------------------------------- tokenizer
 
 
 @pytest.mark.parametrize(
-    ("values", "patch_size", "num_tokens", "dim", "decoder_dim"),
+    ("values", "patch_size", "num_tokens", "dim"),
     [
-        ({"image_size": 256, "channel_mult": (1, 2, 4, 8), "num_kept": 256}, 8, 1024, 512, 512),
-        ({"image_size": 256, "channel_mult": (1, 1, 2, 4, 8)}, 16, 256, 512, 512),
-        ({"image_size": 256, "channel_mult": (1, 1, 2, 4, 8), **PATCH}, 16, 256, 768, 512),
-        ({"image_size": 64, "channel_mult": (1, 2, 4)}, 4, 256, 256, 256),
-        ({"image_size": 32, "channel_mult": (1, 3), "channels": 32}, 2, 256, 96, 96),
+        (
+            {
+                "image_size": 256,
+                "stem": CnnStem(channel_mult=(1, 2, 4, 8)),
+                "decoder": CnnDecoder(channel_mult=(1, 2, 4, 8)),
+                "num_kept": 256,
+            },
+            8,
+            1024,
+            512,
+        ),
+        (BIG, 16, 256, 512),
+        ({**BIG, "stem": PatchStem()}, 16, 256, 768),
+        ({"image_size": 64}, 4, 256, 256),
+        (
+            {
+                "image_size": 32,
+                "stem": CnnStem(channels=32, channel_mult=(1, 3)),
+                "decoder": PatchDecoder(),
+            },
+            2,
+            256,
+            96,
+        ),
     ],
 )
-def test_sizes_follow_from_the_levels(values, patch_size, num_tokens, dim, decoder_dim):
+def test_sizes_follow_from_the_stem(values, patch_size, num_tokens, dim):
     model = TokenizerConfig(**values)
-    assert model.patch_size == patch_size
+    assert model.patch_size == model.stem.patch_size == patch_size
     assert model.num_tokens == num_tokens
     assert model.grid_size**2 == num_tokens
-    assert model.dim == dim
-    assert model.decoder_dim == decoder_dim
-
-
-def test_groups_of_normalisation_are_32_where_the_width_has_them():
-    assert TokenizerConfig(channels=64).num_groups == 32
-    assert TokenizerConfig(channels=16).num_groups == 16
+    assert model.dim == model.stem.width == dim
 
 
 @pytest.mark.parametrize(
@@ -46,84 +59,80 @@ def test_groups_of_normalisation_are_32_where_the_width_has_them():
     [
         ({"image_size": 66}, "image_size (66) must be a multiple of the patch size (4)"),
         ({"image_size": 0}, "image_size (0) must be between 1 and 65536"),
-        ({"channel_mult": ()}, "channel_mult () must name one multiple per CNN level"),
-        ({"channel_mult": (1, 0)}, "channel_mult (1, 0) must all be between 1"),
-        ({"channels": 0}, "channels (0) must be between 1 and"),
-        ({"num_layers": 0}, "num_layers (0) must be between 1 and"),
-        ({"num_res_blocks": 0}, "num_res_blocks (0) must be between 1 and"),
-        ({"num_source_layers": 0}, "num_source_layers (0) must be between 1 and"),
         ({"num_kept": 257}, "num_kept (257) must be between 1 and the 256 tokens"),
         ({"num_kept": 0}, "num_kept (0) must be between 1 and the 256 tokens"),
-        ({"num_kept": 63, "num_layers": 2}, "num_kept (63) must be at least 64: each of"),
-        ({"transformer_norm_eps": 0.0}, "transformer_norm_eps (0.0) must be above 0 and below 1"),
-        ({"patch_norm_eps": float("nan")}, "patch_norm_eps (nan) must be above 0 and below 1"),
-        ({"kept_range": (200, 100)}, "kept_range (200, 100) must be a smallest and a largest K"),
-        ({"num_bits": 0}, "num_bits (0) must be between 1 and 63"),
-        ({"num_bits": 64}, "num_bits (64) must be between 1 and 63"),
-        ({"num_heads": 7}, "encoder width (256) must be a multiple of num_heads (7)"),
-        ({"num_heads": 0}, "num_heads (0) must be between 1 and"),
-        ({"num_decoder_heads": 7}, "decoder width (256) must be a multiple of num_decoder_heads"),
-        ({"source_dim": 100}, "source_dim (100) must be a multiple of num_source_heads (8)"),
         (
-            {"source_dim": 102, "num_source_heads": 2},
-            "source_dim (102) must be a multiple of 4",
+            {"num_kept": 63, "reducer": Merge(num_layers=2)},
+            "num_kept (63) must be at least 64: each of reducer.num_layers (2) can merge at most "
+            "half of its tokens and the first has 256",
+        ),
+        ({"kept_range": (200, 100)}, "kept_range (200, 100) must be a smallest and a largest K"),
+        ({"kept_range": (0, 100)}, "kept_range (0, 100) must all be between 1 and"),
+        (
+            {"reducer": Merge(num_heads=7)},
+            "encoder width (256) must be a multiple of reducer.num_heads (7)",
         ),
         (
-            {"channels": 6, "num_heads": 6, "channel_mult": (1, 1, 1), "num_decoder_heads": 6}
-            | {"position_embedding": True},
+            {
+                "stem": CnnStem(channels=6, channel_mult=(1, 1, 1), position_embedding=True),
+                "reducer": Merge(num_heads=6),
+            },
             "encoder width (6) must be a multiple of 4 for position_embedding",
         ),
-        ({"channels": 48}, "channels (48) times each of channel_mult (1, 2, 4) must be a multiple"),
-        ({"patch_dim": 72, **PATCH}, "patch_dim (72) must be a multiple of 32"),
-        ({"patch_norm": False}, "patch_norm (False) needs stem patch: there is no such norm in"),
-        ({**PLAIN, "position_embedding": True}, "position_embedding (True) must be False with"),
         (
-            {**PLAIN, "patch_dim": 16, "channels": 8},
-            "patch_dim (16) must be at least 24 with patch_norm False",
+            {"decoder": CnnDecoder(channel_mult=(1, 2))},
+            "decoder.channel_mult (1, 2) must make the stem's cells of 4 x 4 pixels, and makes 2 x "
+            "2: every level but one doubles the side",
         ),
         (
-            {**patch_decoder(), "channel_mult": (4,), "num_kept": 4096, "image_size": 64},
-            "decoder (patch) needs cells of at least 2 x 2 pixels: give channel_mult (4,) another",
+            {"stem": CnnStem(channel_mult=(4,)), "decoder": PatchDecoder(), "num_kept": 4096},
+            "decoder (patch) needs cells of an even number of pixels a side, not 1",
         ),
         (
-            patch_decoder(bit_components=(0, 1)),
-            "patch_decoder.bit_components (2) must name a component for each of the num_bits (18)",
-        ),
-        (
-            patch_decoder(width=36),
-            "decoder width (36) must be a multiple of num_decoder_heads (8)",
+            {"decoder": PatchDecoder(bit_components=(0, 1))},
+            "decoder.bit_components (2) must name a component for each of the 18 channels of a",
         ),
     ],
 )
-def test_a_tokenizer_that_cannot_be_built_is_refused(values, message):
+def test_parts_that_do_not_fit_each_other_are_refused(values, message):
     assert refused(TokenizerConfig, **values).startswith(message)
 
 
 def test_a_run_refuses_a_number_of_tokens_that_its_layers_do_not_reach():
-    model, kept = TokenizerConfig(num_layers=2), KeptConfig(candidates=(64, 36))
+    model = TokenizerConfig(reducer=Merge(num_layers=2))
+    kept = KeptConfig(candidates=(64, 36))
     assert "num_kept (36) must be at least 64" in refused(TokenizerRun, model=model, kept=kept)
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("model", "num_carried"),
     [
-        ({"width": 30}, "patch_decoder.width (30) must be a multiple of 4"),
-        ({"width": 0}, "width (0) must be between 1 and"),
-        ({"blocks": ""}, "patch_decoder.blocks ('') must be letters c (convolution) and a"),
-        ({"blocks": "cab"}, "patch_decoder.blocks ('cab') must be letters c (convolution) and a"),
+        # 128 channels in pairs: 20 positions, 18 bits and a constant leave 25 components.
+        (TokenizerConfig(**BIG | {"stem": PatchStem(width=128, norm=False)}), 25),
+        # There are no more than the numbers in a patch of 2 x 2.
         (
-            {"bit_components": (0,) * 11 + (1,)},
-            "patch_decoder.bit_components gives one component 11 bits and must give at most 10",
+            TokenizerConfig(
+                stem=PatchStem(width=128, patch_size=2, norm=False), decoder=PatchDecoder()
+            ),
+            12,
         ),
+        # A CNN carries nothing.
+        (TokenizerConfig(), -1),
     ],
 )
-def test_a_patch_decoder_that_cannot_be_built_is_refused(values, message):
-    assert refused(PatchDecoderConfig, **values).startswith(message)
+def test_an_analytic_start_carries_what_its_width_has_room_for(model, num_carried):
+    assert model.num_carried == num_carried
 
 
-def test_bits_are_grouped_by_their_component():
-    groups = PatchDecoderConfig(bit_components=(0, 0, 1, 0, 2, 1)).bit_groups
-    assert groups == ((0, 1, 3), (2, 5), (4,))
+def test_cnns_of_stem_and_decoder_are_changed_together():
+    model = with_cnn(TokenizerConfig(), channels=32, num_res_blocks=1)
+    assert model.stem == CnnStem(channels=32, num_res_blocks=1)
+    assert model.decoder == CnnDecoder(channels=32, num_res_blocks=1)
+    patches = TokenizerConfig(decoder=PatchDecoder())
+    assert with_cnn(patches, channels=32).decoder == PatchDecoder()
+    deeper = with_cnn(TokenizerConfig(), channel_mult=(1, 2))
+    assert deeper.patch_size == 2
+    assert with_cnn(model) == model
 
 
 # ------------------------------------------------------------------------- distribution of K

@@ -35,7 +35,7 @@ from mergevq.evaluate.probe import linear
 from mergevq.evaluate.probe import run as probing
 from mergevq.evaluate.reconstruction import evaluate_reconstruction
 from mergevq.evaluate.robustness import evaluate_robustness
-from mergevq.generator.autoregressive import Generator
+from mergevq.generator.build import load_generator, save_generator
 from mergevq.metrics.lpips import Perceptual
 from mergevq.metrics.references import make_reference
 from mergevq.runtime.artefacts import tokens_hash
@@ -44,7 +44,7 @@ from mergevq.training import fit
 from mergevq.training import generator as training_generator
 from mergevq.training import source as train_source
 from mergevq.training import tokenizer as train_tokenizer
-from tests.support.leaves import changed, leaf_kinds, replaced
+from tests.support.leaves import changed, leaf_kinds, replaced, with_parts_of
 from tests.support.small import shrink, shrink_generator
 
 pytest.importorskip("transformers")
@@ -230,9 +230,7 @@ KINDS = {
 
 # ------------------------------------------------------------------- what a setting needs, or lacks
 
-PATCH = {"model.stem": "patch", "model.position_embedding": True}
-PLAIN = {"model.stem": "patch", "model.patch_norm": False, "model.patch_dim": 96}
-PATCH_DECODER = {"model.decoder": "patch"}
+PLAIN = {"model.stem[patch].norm": False, "model.stem[patch].width": 96}
 GAUSSIAN = {"kept.distribution": "gaussian"}
 FROZEN = {"teacher.kind": "huggingface", "teacher.path": "@dinov2", "teacher.teacher_size": 28}
 PERCEPTUAL = {
@@ -240,9 +238,12 @@ PERCEPTUAL = {
     "loss.perceptual_trunk": "squeeze",
     "loss.perceptual_path": "@lpips",
 }
-RANDOM = {"model.order": "random"}
+RANDOM = {"model.order.kind": "random"}
+MASKED = {"model.order.kind": "masked"}
+SPLIT = {"model.order[masked].visible_weight": 0.0}
+ENAT = SPLIT | {"model.order[masked].disentangle": True}
 RASTER = {
-    "model.order": "raster",
+    "model.order.kind": "raster",
     "model.num_kept": 64,
     "model.kept_candidates": (64,),
     "kept.candidates": (64,),
@@ -263,12 +264,7 @@ NEEDS = {
     "tokenizer": {
         **OPTIM,
         **KEPT,
-        "model.patch_dim": PATCH,
-        "model.patch_norm_eps": PATCH,
-        "model.patch_norm": {"model.stem": "patch"},
-        "model.patch_decoder.width": PATCH_DECODER,
-        "model.patch_decoder.blocks": PATCH_DECODER,
-        "model.patch_decoder.bit_components": PATCH_DECODER,
+        "model.stem[patch].norm_eps": {"model.stem[patch].position_embedding": True},
         "init_codes": PLAIN,
         "loss.recovered_start_step": {"loss.recovered_share": 0.5},
         "teacher.label_smoothing": {"teacher.kind": "labels"},
@@ -286,8 +282,13 @@ NEEDS = {
         **OPTIM,
         **KEPT,
         "model.kept_candidates": RASTER,
-        "model.rotate_instruction": RANDOM,
-        "sampling.num_steps": RANDOM,
+        "model.order[masked].disentangle": SPLIT,
+        "model.order[masked].num_decoder_layers": ENAT,
+        "model.order[masked].reuse": ENAT,
+        "sampling.passes.kind": RANDOM,
+        "sampling.passes[several].num_steps": RANDOM,
+        "sampling.passes[several].schedule": MASKED,
+        "sampling.passes[several].confidence_temperature": MASKED,
         "sampling.guidance_power": {"sampling.guidance_schedule": "power"},
         "train.save_every": {"train.keep_last": 4},
         "train.max_nonfinite": OVERFLOW,
@@ -295,7 +296,10 @@ NEEDS = {
     "source": OPTIM,
     "generation": {
         "run.settings.guidance_power": {"run.settings.guidance_schedule": "power"},
-        "run.settings.num_steps": {"run.model": "@random"},
+        "run.settings.passes.kind": {"run.model": "@random"},
+        "run.settings.passes[several].num_steps": {"run.model": "@random"},
+        "run.settings.passes[several].schedule": {"run.model": "@masked"},
+        "run.settings.passes[several].confidence_temperature": {"run.model": "@masked"},
         "run.keep_from": {"run.model": "@random", "run.keep_from": "@a.png", "run.mask": "@b.png"},
         "run.mask": {"run.model": "@random", "run.keep_from": "@a.png", "run.mask": "@b.png"},
     },
@@ -309,10 +313,11 @@ VALUES = {
         "optim.ema_decay": 0.05,
         "train.num_eval_images": 2,
         "train.max_nonfinite": 2,
-        "model.transformer_norm_eps": 0.01,
-        "model.patch_norm_eps": 0.01,
-        "model.patch_decoder.blocks": "ac",
-        "model.patch_decoder.bit_components": (0, 1, 2, 3) * 2,
+        "model.reducer[merge].norm_eps": 0.01,
+        "model.decoder[cnn].norm_eps": 0.01,
+        "model.stem[patch].norm_eps": 0.01,
+        "model.decoder[patch].blocks": "ac",
+        "model.decoder[patch].bit_components": (0, 1, 2, 3) * 2,
         "kept.rate": 0.01,
         "kept.mean": 9.0,
         "kept.std": 90.0,
@@ -331,7 +336,7 @@ VALUES = {
     },
     "generator": {
         "model.num_kept": 24,
-        "model.factor_bits": (2, 6),
+        "model.head[subindices].sizes": (4, 64),
         "optim.ema_decay": 0.05,
         "train.eval_num_kept": (24,),
         "train.max_nonfinite": 2,
@@ -400,7 +405,11 @@ VALUES["generation"] = {
 VALUES["guidance"] = {"stop": 8.5, "evaluation.run.settings.guidance_scale": 8.5}
 """Values to change to, where the first value that comes to mind would not do."""
 TOGETHER = {
-    ("generator", "model.num_bits"): {"model.factor_bits": (4, 5), "model.num_bits": 9},
+    ("tokenizer", "model.stem[patch].patch_size"): {
+        "model.stem[patch].patch_size": 8,
+        "model.decoder.kind": "patch",
+        "model.image_size": 64,
+    },
     ("generator", "model.grid_size"): {"model.grid_size": (4, 16)},
     ("generation", "samples"): {"samples": "@others", "run": None},
 }
@@ -414,7 +423,7 @@ NO_EFFECT = {
     ("tokenizer", "data.num_workers"): _WORKERS,
     ("tokenizer", "train.device"): _DEVICE,
     ("tokenizer", "train.checkpointing"): "saves memory, which test_estimate measures",
-    ("generator", "model.flex_attention"): "is for CUDA",
+    ("generator", "model.order[merge].flex_attention"): "is for CUDA",
     ("generator", "train.device"): _DEVICE,
     ("generator", "parallel"): "is for several processes",
     ("generator", "train.checkpointing"): "saves memory",
@@ -499,13 +508,13 @@ def perceptual_weights(folder, seed):
 
 def scatter(directory, tokenizer, seed):
     """Let a generator of a few steps tell its inputs apart as a trained one does."""
-    generator = Generator.from_pretrained(directory)
+    generator = load_generator(directory)
     numbers = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in generator.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=numbers))
-    generator.save_pretrained(
-        directory, tokenizer=tokens_hash(tokenizer), class_names=("even", "odd")
+    save_generator(
+        generator, directory, tokenizer=tokens_hash(tokenizer), class_names=("even", "odd")
     )
 
 
@@ -533,9 +542,9 @@ def material(tmp_path_factory):
                 num_workers=0,
                 device="cpu",
             )
-            for order in ("merge", "random"):
-                # Both of the first tokenizer, so that one may stand in the other's place.
-                made = {"model.order": order, "train.seed": number, "train.num_steps": 8}
+            for order in ("merge", "random", "masked"):
+                # All of the first tokenizer, so that one may stand in the other's place.
+                made = {"model.order.kind": order, "train.seed": number, "train.num_steps": 8}
                 made["out"] = str(folder / f"run-{order}{suffix}")
                 done = training_generator.train(replaced(generator_run(folder), made))
                 scatter(done, folder / "tokenizer", number)
@@ -632,10 +641,11 @@ def before(material, tmp_path_factory):
     """The outcome of a base by kind of run and of what was changed for the setting's sake."""
     known = {}
 
-    def find(kind, needs):
-        key = kind, repr(needs)
+    def find(kind, needs, leaf=""):
+        base = replaced(KINDS[kind].base(material), in_folder(material, needs))
+        base = with_parts_of(base, leaf)
+        key = kind, repr(base)
         if key not in known:
-            base = replaced(KINDS[kind].base(material), in_folder(material, needs))
             known[key] = base, outcome(kind, base, tmp_path_factory.mktemp("base") / "out")
         return known[key]
 
@@ -660,7 +670,7 @@ CASES = [
 
 @pytest.mark.parametrize(("kind", "leaf"), CASES, ids=[" ".join(case) for case in CASES])
 def test_a_setting_has_an_effect(kind, leaf, material, before, tmp_path):
-    base, old = before(kind, NEEDS.get(kind, {}).get(leaf, {}))
+    base, old = before(kind, NEEDS.get(kind, {}).get(leaf, {}), leaf)
     if (kind, leaf) in TOGETHER:
         new = replaced(base, in_folder(material, TOGETHER[kind, leaf]))
     elif leaf in VALUES.get(kind, {}):

@@ -10,6 +10,7 @@ import pytest
 
 from mergevq.config.evaluation import GenerationSettings, ReconstructionSettings, RobustnessSettings
 from mergevq.config.generator import SampleRun, SamplingSettings
+from mergevq.config.kinds import unions
 from mergevq.config.probing import FinetuneConfig, KnnConfig, LinearConfig, ProbeRun
 from mergevq.config.ranges import RANGES
 from mergevq.config.records import GuidanceSettings
@@ -21,6 +22,16 @@ RUNS = [
     *(ReconstructionSettings, RobustnessSettings, GenerationSettings, GuidanceSettings),
     *(LinearConfig, KnnConfig, FinetuneConfig),
 ]
+MEMBERS = sorted(
+    {
+        member
+        for run in (TokenizerRun, GeneratorRun)
+        for union in unions(run)
+        for member in union.members.values()
+    },
+    key=lambda cls: (cls.__module__, cls.__name__),
+)
+"""Every kind of every part."""
 
 
 def key(cls, name):
@@ -97,7 +108,7 @@ def test_every_number_is_in_its_range(cls):
 
 
 def test_every_range_is_of_a_setting():
-    classes = {cls for run in RUNS for cls in within(example(run))}
+    classes = {cls for run in RUNS for cls in within(example(run))} | set(MEMBERS)
     used = {key(cls, field.name) for cls in classes for field in dataclasses.fields(cls)}
     assert set(RANGES) <= used
 
@@ -108,6 +119,17 @@ def within(settings):
     for field in dataclasses.fields(settings):
         if dataclasses.is_dataclass(inner := getattr(settings, field.name)):
             yield from within(inner)
+
+
+@pytest.mark.parametrize("member", MEMBERS, ids=lambda cls: cls.__name__)
+def test_every_number_of_every_kind_of_part_has_a_range(member):
+    wrong = []
+    for name, allowed, make in with_impossible_numbers(member()):
+        with pytest.raises(ValueError, match=r" must ") as caught:
+            make()
+        if not str(caught.value).endswith(str(allowed)):
+            wrong.append(f"{name}: {caught.value}")
+    assert wrong == []
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """Tests of `mergevq.data.codes`."""
 
+import math
+
 import pytest
 import torch
 
-from mergevq.data.codes import indices_to_subindices, subindices_to_indices
+from mergevq.data.codes import CodeSpec, indices_to_subindices, subindices_to_indices
 from tests.support.quantize import random_indices
 
 LAYOUTS = [(4, 16), (2, 3, 5)]
@@ -30,5 +32,32 @@ def test_subindices_round_trip_in_any_layout(shape, layout, generator):
 
 
 def test_a_layout_with_too_few_bits_is_an_error():
-    with pytest.raises(ValueError, match=r"must be between 0 and 31, the last code of 5 bits"):
+    with pytest.raises(ValueError, match=r"must be between 0 and 31, the last of 32 codes"):
         indices_to_subindices(torch.tensor([32]), (2, 3))
+
+
+@pytest.mark.parametrize("sizes", [(2**18,), (8, 5), (3, 4, 5), (2,) * 63, (2**31, 2**32)])
+def test_parts_and_index_are_each_others_inverse(sizes, generator):
+    spec = CodeSpec(sizes=sizes, dim=3)
+    parts = torch.stack([torch.randint(size, (4, 6), generator=generator) for size in sizes], -1)
+    parts[0, 0] = torch.tensor(sizes) - 1
+    indices = spec.join(parts)
+    assert torch.equal(spec.split(indices), parts)
+    assert int(indices[0, 0]) == spec.num_values - 1
+    assert spec.bits == pytest.approx(sum(math.log2(size) for size in sizes))
+
+
+def test_part_0_is_the_lowest_digit():
+    assert CodeSpec(sizes=(8, 5), dim=2).join(torch.tensor([[3, 4]])).tolist() == [3 + 8 * 4]
+
+
+def test_parts_of_bits_are_the_sub_indices(generator):
+    indices = torch.randint(2**18, (5,), generator=generator)
+    parts = CodeSpec(sizes=(2**6, 2**12), dim=18).split(indices)
+    assert torch.equal(parts, indices_to_subindices(indices, (6, 12)))
+
+
+def test_tokens_of_too_many_values_have_no_index():
+    spec = CodeSpec(sizes=(2**32, 2**32), dim=64)
+    with pytest.raises(ValueError, match=f"a token has {2**64} values"):
+        spec.join(torch.zeros(1, 2, dtype=torch.int64))

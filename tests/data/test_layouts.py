@@ -131,7 +131,7 @@ def test_source_bits_stay_exact_at_real_sizes(num_tokens, num_kept):
 
 
 def test_an_image_costs_its_tokens_and_its_source():
-    bits = SOURCE.bits(num_bits=18)
+    bits = SOURCE.bits(18.0)
     assert bits.tokens == 3 * 18
     # Six things fall into three groups in 90 ways.
     assert bits.source == pytest.approx(math.log2(90))
@@ -139,7 +139,7 @@ def test_an_image_costs_its_tokens_and_its_source():
 
 
 def test_an_unmerged_image_needs_no_bits_for_its_source():
-    assert Source(torch.arange(9)[None], 9).bits(18).total == 9 * 18
+    assert Source(torch.arange(9)[None], 9).bits(18.0).total == 9 * 18
 
 
 def test_certain_logits_of_a_canonical_map_give_it_back(generator):

@@ -18,21 +18,21 @@ import torch
 from PIL import Image
 
 from mergevq.cli.main import main
-from mergevq.config.generator import GeneratorConfig
-from mergevq.config.tokenizer import TokenizerConfig
+from mergevq.config.generator import GeneratorConfig, Merge, Subindices
 from mergevq.data.images import open_images
 from mergevq.data.prepare import load_picture, to_tensor
 from mergevq.demo import app
-from mergevq.generator.autoregressive import Generator
+from mergevq.generator.build import build_generator, save_generator
 from mergevq.generator.generation import load_pair
 from mergevq.runtime.artefacts import tokens_hash
 from mergevq.tokenizer.codec import reconstruct_image
 from mergevq.tokenizer.tokenizer import Tokenizer
+from tests.support.parts import tokenizer_config
 
 CPU = torch.device("cpu")
 
 
-SMALL = TokenizerConfig(
+SMALL = tokenizer_config(
     image_size=16,
     channels=8,
     channel_mult=(1, 1, 1),
@@ -55,9 +55,9 @@ def folder(tmp_path_factory):
     directory = tmp_path_factory.mktemp("page")
     torch.manual_seed(0)
     Tokenizer(SMALL).eval().save_pretrained(directory / "tokenizer")
-    generator = Generator(
+    generator = build_generator(
         GeneratorConfig(
-            order="merge",
+            order=Merge(),
             dim=32,
             num_layers=1,
             num_heads=2,
@@ -66,11 +66,11 @@ def folder(tmp_path_factory):
             grid_size=(4, 4),
             num_kept=6,
             kept_candidates=(6,),
-            num_bits=4,
-            factor_bits=(2, 2),
+            head=Subindices(sizes=(4, 4)),
         )
     )
-    generator.eval().save_pretrained(
+    save_generator(
+        generator.eval(),
         directory / "generator",
         tokenizer=tokens_hash(directory / "tokenizer"),
         class_names=["cat", "dog"],

@@ -97,7 +97,7 @@ def test_a_quickstart_leaves_a_report_pictures_and_a_tokenizer(finished):
         assert f"<h2>{title}</h2>" in page
     assert {path.stem for path in finished.glob("*.png")} == PICTURES
     assert page.count("data:image/png;base64,") == len(PICTURES)
-    assert Tokenizer.from_pretrained(finished / "tokenizer" / "model").config.num_bits == 8
+    assert Tokenizer.from_pretrained(finished / "tokenizer" / "model").quantizer.spec.bits == 8
 
 
 def test_the_report_names_command_hardware_and_time(finished):

@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.data.batches import Batch
 from mergevq.evaluate.compare import measure
 from mergevq.metrics.image import psnr
 from mergevq.runtime.device import autocast
 from mergevq.tokenizer.tokenizer import Tokenizer
+from tests.support.parts import tokenizer_config
 
-CONFIG = TokenizerConfig(
+CONFIG = tokenizer_config(
     image_size=32,
     channels=8,
     channel_mult=(1, 2, 2),

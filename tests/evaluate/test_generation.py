@@ -17,7 +17,7 @@ from mergevq.data.arrays import ImageArray
 from mergevq.data.images import open_images
 from mergevq.evaluate.generation import evaluate_generation
 from mergevq.evaluate.samples import sample_missing
-from mergevq.generator.autoregressive import Generator
+from mergevq.generator.build import build_generator, save_generator
 from mergevq.generator.generation import class_labels
 from mergevq.metrics.extractor import FeatureExtractor
 from mergevq.metrics.references import make_reference
@@ -109,8 +109,11 @@ def named(sampled_folder, tmp_path_factory):
                 device="cpu",
             )
     tokenizer = sampled_folder / "tokenizer"
-    Generator(GENERATOR).save_pretrained(
-        folder / "generator", tokenizer=tokens_hash(tokenizer), class_names=("cat", "dog", "eel")
+    save_generator(
+        build_generator(GENERATOR),
+        folder / "generator",
+        tokenizer=tokens_hash(tokenizer),
+        class_names=("cat", "dog", "eel"),
     )
     return folder
 
@@ -339,8 +342,9 @@ def test_samples_of_several_sizes_are_refused(tmp_path, sampled_folder):
 
 
 def test_a_classifier_of_other_classes_is_refused(tmp_path, sampled_folder, pair):
-    generator = Generator(replace(GENERATOR, num_classes=4))
-    generator.save_pretrained(
+    generator = build_generator(replace(GENERATOR, num_classes=4))
+    save_generator(
+        generator,
         tmp_path / "four",
         tokenizer=tokens_hash(sampled_folder / "tokenizer"),
         class_names=list("abcd"),

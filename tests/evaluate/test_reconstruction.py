@@ -238,9 +238,9 @@ def test_the_record_says_all_that_the_numbers_depend_on(tmp_path, folder):
     assert {file["file_format"] for file in record["baselines"]} == {"JPEG", "WebP"}
     del result["bits"]["total"]
     result["worst"][0]["psnr"] = 1.0
-    record["model"]["config"]["num_bits"] = "4"
+    record["model"]["config"]["quantizer"]["num_bits"] = "4"
     assert sorted(problems(record, ReconstructionRecord)) == [
-        "record.model.config.num_bits is '4'",
+        "record.model.config.quantizer.num_bits is '4'",
         "record.results[0].bits.total is missing",
         "record.results[0].worst[0].psnr is not declared",
     ]

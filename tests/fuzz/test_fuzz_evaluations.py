@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from mergevq.cli.errors import speaks_for_itself
-from mergevq.config.generator import GeneratorConfig, SampleRun
+from mergevq.config.generator import GeneratorConfig, Merge, SampleRun, Subindices
 from mergevq.data.arrays import ImageArray
-from mergevq.generator.autoregressive import Generator
+from mergevq.generator.build import build_generator, save_generator
 from mergevq.generator.generation import make_again, write_samples
 from mergevq.metrics.extractor import FeatureExtractor
 from mergevq.metrics.frechet import Gaussian
@@ -38,7 +38,7 @@ from tests.fuzz.test_fuzz_models import (
 from tests.support.evaluations import write_network, write_tokenizer
 
 CONFIG = GeneratorConfig(
-    order="merge",
+    order=Merge(),
     dim=32,
     num_layers=1,
     num_heads=2,
@@ -47,8 +47,7 @@ CONFIG = GeneratorConfig(
     grid_size=(4, 4),
     kept_candidates=(8,),
     num_kept=8,
-    num_bits=4,
-    factor_bits=(2, 2),
+    head=Subindices(sizes=(4, 4)),
 )
 FORGED_SHAPES = [(2**40,), (2**20, 2**20), (-1, 5), (0,), (), (5, 5, 5), (2**62, 2**62, 4)]
 
@@ -79,7 +78,8 @@ def material(tmp_path_factory):
     np.savez_compressed(folder / "array.npz", images)
     write_tokenizer(folder / "tokenizer")
     torch.manual_seed(0)
-    Generator(CONFIG).save_pretrained(
+    save_generator(
+        build_generator(CONFIG),
         folder / "generator",
         tokenizer=tokens_hash(folder / "tokenizer"),
         class_names=["a", "b", "c"],

@@ -27,7 +27,7 @@ from mergevq.cli.errors import speaks_for_itself
 from mergevq.data.tokens.dataset import open_tokens
 from mergevq.data.tokens.files import TokenRecord, TokenRows
 from mergevq.data.tokens.writing import claim, finish, write_shard
-from mergevq.generator.autoregressive import Generator
+from mergevq.generator.build import load_generator, save_generator
 from mergevq.generator.generation import load_pair
 from mergevq.runtime.checkpoints import _digest, load_state, save_state
 from mergevq.tokenizer.interop import (
@@ -95,8 +95,11 @@ DTYPES = (torch.float64, torch.float16, torch.int64, torch.bool, torch.complex64
 def write_models(folder: Path) -> None:
     """A tokenizer and a generator."""
     tiny_tokenizer().save_pretrained(folder / "tokenizer")
-    tiny_generator("merge").save_pretrained(
-        folder / "generator", tokenizer="a" * 64, class_names=("a", "b", "c")
+    save_generator(
+        tiny_generator("merge"),
+        folder / "generator",
+        tokenizer="a" * 64,
+        class_names=("a", "b", "c"),
     )
 
 
@@ -105,7 +108,7 @@ def write_tokens(folder: Path) -> None:
     record = TokenRecord(
         tokenizer="a" * 64,
         num_kept=(2, 3),
-        num_bits=6,
+        sizes=(2**6,),
         grid_shape=(2, 2),
         data="made up",
         images="b" * 64,
@@ -152,7 +155,11 @@ def write_foreign(folder: Path) -> None:
     save_file(state, folder / "official/model.safetensors")
     torch.save({"state_dict": state, "epoch": 3}, folder / "lightning/last.ckpt")
     encoder = tiny_tokenizer().encoder.state_dict()
-    vit = {name: value for name, value in encoder.items() if name.startswith("blocks.")}
+    vit = {
+        name.removeprefix("reducer."): value
+        for name, value in encoder.items()
+        if name.startswith("reducer.blocks.")
+    }
     vit["cls_token"] = encoder["class_token"][None, None]
     save_file(vit, folder / "vit/model.safetensors")
 
@@ -186,7 +193,7 @@ def use_tokenizer(folder: Path) -> None:
 
 def use_generator(folder: Path) -> None:
     """Load it by itself and with a tokenizer, which is not its own."""
-    Generator.from_pretrained(folder)
+    load_generator(folder)
     try:
         load_pair(folder, folder.parent / "whole-tokenizer", torch.device("cpu"))
     except ValueError as error:
@@ -199,7 +206,7 @@ def use_tokens(folder: Path) -> None:
     dataset = open_tokens(folder)
     for num_kept in dataset.num_kept:
         batch = dataset.batch(range(len(dataset)), num_kept)
-        assert int(batch.indices.max()) < 2**dataset.record.num_bits
+        assert int(batch.indices.max()) < dataset.record.num_values
         assert int(batch.source.index.max()) < num_kept
     dataset.origin(range(len(dataset)))
 

@@ -4,14 +4,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mergevq.config.generator import SamplingSettings
-from mergevq.generator import autoregressive
+from mergevq.config.generator import OneByOne, SamplingSettings, Several
 from mergevq.generator import bench as bench_generator
 from mergevq.generator.bench import grid_config, spread_steps
-from mergevq.generator.decoding import sample
-from mergevq.generator.sampling import arccos_schedule, draw
+from mergevq.generator.build import build_generator
+from mergevq.generator.sampling import arccos_schedule, draw, sample
 from mergevq.training.bench import load_reference
-from tests.support.generators import ORDERS, TINY, tiny_generator
+from tests.support.generators import KINDS, ORDERS, TINY, changed, tiny_generator
 
 REFERENCE = Path(__file__).resolve().parents[2] / "benchmarks" / "reference_generator.py"
 PLAIN = load_reference(REFERENCE)
@@ -20,14 +19,19 @@ PLAIN = load_reference(REFERENCE)
 def greedy_tokens(model, way, labels, order, num_steps=None):
     """What a plain loop decodes, all steps."""
     config = model.config
+    state = model.network.state_dict() | {
+        name.removeprefix("order."): weight
+        for name, weight in model.state_dict().items()
+        if name.startswith("order.")
+    }
     loop = PLAIN.Loop(
-        model.state_dict(),
+        state,
         config,
         labels,
         5,
         way,
         greedy=True,
-        order=order if config.order == "random" else None,
+        order=order if config.order.kind == "random" else None,
         counts=arccos_schedule(5, num_steps or 5),
     )
     while loop.parts.shape[1] < loop.length:
@@ -47,11 +51,14 @@ def test_plain_loops_decode_the_tokens_that_we_decode(order, way):
         num_kept=5,
         seed=0,
         image_ids=range(3),
-        settings=SamplingSettings(temperature=0.0, budget=False, num_steps=num_steps),
+        settings=SamplingSettings(
+            temperature=0.0,
+            passes=Several(num_steps=3) if num_steps else OneByOne(budget=False),
+        ),
     )
     slots = draw(0, range(3), 5, 2, model.device).order
     parts = greedy_tokens(model, way, labels, slots, num_steps)
-    indices = model.indices(parts)
+    indices = model.network.indices(parts)
     if order == "random":
         indices = torch.zeros_like(indices).scatter(1, slots, indices)
     assert torch.equal(indices, sampled.indices)
@@ -63,6 +70,8 @@ def test_plain_loops_decode_the_tokens_that_we_decode(order, way):
 
 
 CPU = torch.device("cpu")
+NUM_OURS = 2 * len(KINDS)
+"""Our rows, before those of the plain loops."""
 CONFIG = replace(TINY, grid_size=(4, 4), num_kept=4, kept_candidates=(4,))
 
 
@@ -83,14 +92,14 @@ def speeds():
 
 def test_every_order_is_timed_with_every_type_and_beside_every_plain_loop(speeds):
     ours = {(speed.order, speed.weights) for speed in speeds if speed.way == "mergevq"}
-    assert ours == {(order, weights) for order in ORDERS for weights in ("bf16", "int8")}
-    assert [speed.way for speed in speeds[8:]] == list(PLAIN.WAYS)
-    assert all(speed.order == "raster" and speed.weights == "bf16" for speed in speeds[8:])
+    assert ours == {(order, weights) for order in KINDS for weights in ("bf16", "int8")}
+    assert [speed.way for speed in speeds[NUM_OURS:]] == list(PLAIN.WAYS)
+    assert all(speed.order == "raster" and speed.weights == "bf16" for speed in speeds[NUM_OURS:])
 
 
 def test_rates_agree_with_each_other(speeds):
     for speed in speeds:
-        assert speed.num_tokens == (16 if speed.order in {"raster", "merge"} else 4)
+        assert speed.num_tokens == (4 if speed.order in {"random", "anchor"} else 16)
         assert speed.num_steps == speed.num_tokens
         assert speed.images_per_second * speed.num_tokens == pytest.approx(speed.tokens_per_second)
         seconds = speed.seconds_per_step * speed.num_steps / speed.num_images
@@ -105,7 +114,7 @@ def test_ratios_are_those_of_the_rows(speeds):
     assert merge.times_raster == merge.images_per_second / raster.images_per_second
     assert merge.cache_share == merge.kv_bytes / raster.kv_bytes
     assert raster.times_raster is raster.cache_share is merge.times_plain is None
-    expected = {s.way: raster.tokens_per_second / s.tokens_per_second for s in speeds[8:]}
+    expected = {s.way: raster.tokens_per_second / s.tokens_per_second for s in speeds[NUM_OURS:]}
     assert raster.times_plain == expected
 
 
@@ -118,13 +127,13 @@ def test_only_int8_has_a_logit_error(speeds):
 def test_cache_bytes_by_formula(speeds):
     # Prefix 2, then: all but the last token; K and window; an instruction and a token for each slot
     # but the last token; all kept tokens but the last.
-    slots = {"raster": 2 + 15, "merge": 2 + 4 + 2, "random": 2 + 7, "anchor": 2 + 3}
+    slots = {"raster": 2 + 15, "merge": 2 + 4 + 2, "random": 2 + 7, "anchor": 2 + 3, "masked": 0}
     # Keys and values of two layers, two images, two heads of 16 channels: ours on CPUs in float32,
     # those of the plain loops in the type of their weights.
     one = 2 * 2 * 2 * 2 * 16 * 4
-    for speed in speeds[:8]:
+    for speed in speeds[:NUM_OURS]:
         assert speed.kv_bytes == slots[speed.order] * one
-    assert [2 * speed.kv_bytes // one for speed in speeds[8:]] == [0, 2 + 16, 2 + 16]
+    assert [2 * speed.kv_bytes // one for speed in speeds[NUM_OURS:]] == [0, 2 + 16, 2 + 16]
 
 
 def test_timed_steps_are_spread_evenly():
@@ -139,13 +148,14 @@ def test_timed_steps_are_spread_evenly():
         assert len(flat) <= max_steps
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", KINDS)
 def test_a_decoder_can_start_anywhere(order):
-    model = bench_generator.random_generator(replace(CONFIG, order=order), CPU)
-    ours = bench_generator.SlotsDecoder(model, 2, 3) if order == "random" else None
-    decoder = ours or bench_generator.SequenceDecoder(model, 2)
+    model = bench_generator.random_generator(changed(CONFIG, order=order), CPU)
+    decoder = bench_generator.OurDecoder(model, 2, most_steps=3)
     lengths = []
-    hook = model.blocks[0].register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0]))
+    hook = model.network.blocks[0].register_forward_hook(
+        lambda _, inputs, __: lengths.append(inputs[0])
+    )
     for start in (decoder.num_steps - 1, 0, 1):
         decoder.seek(start)
         for _ in range(start, decoder.num_steps):
@@ -156,7 +166,7 @@ def test_a_decoder_can_start_anywhere(order):
 
 @pytest.mark.parametrize("way", PLAIN.WAYS)
 def test_a_plain_loop_can_start_anywhere(way):
-    model = bench_generator.random_generator(replace(CONFIG, order="raster"), CPU)
+    model = bench_generator.random_generator(changed(CONFIG, order="raster"), CPU)
     decoder = bench_generator.PlainDecoder(PLAIN, way, model, 2)
     for start in (13, 0, 5):
         decoder.seek(start)
@@ -176,7 +186,7 @@ def test_grids_have_the_nominal_number_of_kept_tokens():
 def test_a_size_is_as_large_as_its_name_says():
     config = bench_generator.size_config("B")
     with torch.device("meta"):
-        count = sum(p.numel() for p in autoregressive.Generator(config).parameters())
+        count = sum(p.numel() for p in build_generator(config).parameters())
     assert count == pytest.approx(111e6, rel=0.03)
     with pytest.raises(ValueError, match=r"size \(huge\) must be one of tiny, small, B"):
         bench_generator.size_config("huge")

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from mergevq.generator.cache import FullCache, SlotCache
-from tests.support.generators import CLUSTERS, FIGURE_6, TINY
+from tests.support.generators import CLUSTERS, FIGURE_6, TINY, changed
 
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 # Heads of 64 channels: one for every input, and two for the prefix.
-MERGE = replace(TINY, order="merge", grid_size=(2, 5), dim=128)
+MERGE = replace(TINY, grid_size=(2, 5), dim=128)
 FULL = replace(TINY, dim=128)
 
 
@@ -38,29 +38,31 @@ def place_all(cache, codes):
 
 
 def slot_cache(batch=1, num_slots=9, config=MERGE):
-    return SlotCache(config, batch=batch, num_slots=num_slots, **CPU)
+    return SlotCache(config, window=config.order.window, batch=batch, num_slots=num_slots, **CPU)
 
 
 def test_slots_hold_what_figure_6_shows():
-    seen = place_all(slot_cache(num_slots=SlotCache.slots_for(MERGE, 4)), CLUSTERS)
+    seen = place_all(slot_cache(num_slots=SlotCache.slots_for(MERGE, 4, 2)), CLUSTERS)
     expected = [row.nonzero()[:, 0].tolist() for row in FIGURE_6]
     assert [rows[0] for rows in seen] == expected
 
 
 def test_figure_6_needs_the_slots_of_its_distinct_tokens():
     # Prefix 2, four distinct tokens, window 2.
-    assert SlotCache.slots_for(MERGE, 4) == 2 + 4 + 2
+    assert SlotCache.slots_for(MERGE, 4, 2) == 2 + 4 + 2
 
 
 def test_there_are_never_more_slots_than_inputs():
-    assert SlotCache.slots_for(MERGE, 10) == 2 + 9
+    assert SlotCache.slots_for(MERGE, 10, 2) == 2 + 9
 
 
 def test_the_slots_suffice_for_any_sequence_within_the_budget(generator):
     config = replace(MERGE, grid_size=(6, 6))
     codes = torch.randint(4, (64, 36), generator=generator)
     codes[:8, 20:] = codes[:8, 19:20]
-    cache = slot_cache(batch=64, num_slots=SlotCache.slots_for(config, 4), config=config)
+    cache = slot_cache(
+        batch=64, num_slots=SlotCache.slots_for(config, 4, config.order.window), config=config
+    )
     seen = place_all(cache, codes)
     assert max(cache.num_distinct) == 4
     assert max(len(row) for rows in seen for row in rows) == 4 + 2 + 1
@@ -82,8 +84,8 @@ def test_a_freed_slot_is_used_again():
 
 
 def test_without_a_window_a_duplicate_is_seen_by_itself_alone():
-    config = replace(MERGE, window=0)
-    cache = slot_cache(batch=2, num_slots=SlotCache.slots_for(config, 2), config=config)
+    config = changed(MERGE, window=0)
+    cache = slot_cache(batch=2, num_slots=SlotCache.slots_for(config, 2, 0), config=config)
     seen = place_all(cache, torch.tensor([[1, 1, 2, 1, 2], [1, 2, 2, 2, 1]]))
     assert [rows[0] for rows in seen] == [[0], [0, 1], [0, 2], [0, 2, 3], [0, 2, 4]]
     assert [rows[1] for rows in seen] == [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 4]]

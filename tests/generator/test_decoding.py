@@ -1,20 +1,21 @@
 """Tests of `mergevq.generator.decoding`."""
 
-import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from mergevq.config.generator import SamplingSettings
+from mergevq.config.generator import OneByOne, SamplingSettings, Several
 from mergevq.data.layouts import Source, canonicalize
-from mergevq.generator.autoregressive import Generator
-from mergevq.generator.decoding import decode, decode_slots, make_cache, make_random_cache, prefill
-from mergevq.generator.sampling import choose, draw
+from mergevq.generator.build import build_generator
+from mergevq.generator.decoding import full_cache, prefill, put_in
+from mergevq.generator.orders.random import slot_positions
+from mergevq.generator.seams import Sequences
 from mergevq.generator.weights import as_weights
-from tests.support.generators import ORDERS, TINY, tiny_batch, tiny_generator
+from tests.support.generators import KINDS, ORDERS, TINY, loss_of, tiny_batch, tiny_generator
 from tests.support.sampling import PLAIN, inpainted, run
 
+FREE = SamplingSettings(passes=OneByOne(budget=False))
 GREEDY = SamplingSettings(temperature=0.0)
 GUIDED = SamplingSettings(guidance_scale=3.0)
 SEQUENTIAL = ("raster", "merge", "anchor")
@@ -22,60 +23,68 @@ SEQUENTIAL = ("raster", "merge", "anchor")
 
 @torch.no_grad()
 def decoded_logits(model, cache, given):
-    """What `Generator.logits` returns, one token at a time through a cache."""
-    sequence = model.parts(given["indices"], given.get("anchors"))
-    states = prefill(model, cache, given["class_label"], given["num_kept"])
+    """What `Autoregressive.logits` returns, one token at a time through a cache."""
+    network, sequence = model.network, model.parts(given)
+    states = prefill(network, cache, given.class_label, given.num_kept)
     steps = []
     for token in range(sequence.shape[1]):
         parts = sequence[:, token]
-        known = [model.embed_part(part, parts[:, part]) for part in range(parts.shape[1] - 1)]
-        steps.append(model.head(states, known))
+        steps.append(network.head(states, parts, network.embed_part))
         if token + 1 < sequence.shape[1]:
-            states = decode(model, cache, parts, token)
+            states = put_in(network, cache, parts, model.order.turns(cache, parts, token))
     return [torch.stack(part, dim=1) for part in zip(*steps, strict=True)]
+
+
+def make_cache(model, *, batch, settings=PLAIN):
+    return model.order.cache(model.network, batch=batch, num_kept=5, settings=settings)
+
+
+def make_random_cache(model, batch=4):
+    return full_cache(model.network, batch, 2 * 5 - 1)
 
 
 @torch.no_grad()
 def decoded_slots(model, given, counts, cache=None):
     """States of the slots in the order of decoding, `counts` of them in each pass."""
-    sequence = model.parts(given["indices"])
-    order, slots = given["order"], model.slot_positions(given["num_kept"])
-    cache = cache or make_random_cache(model, batch=len(order), num_kept=given["num_kept"])
+    sequence, network = model.parts(given), model.network
+    order, slots = given.slots, slot_positions(network, given.num_kept)
+    cache = cache or make_random_cache(model, len(order))
     cache.reset()
-    inputs = model.embed_prefix(given["class_label"], given["num_kept"])
+    inputs = network.embed_prefix(given.class_label, given.num_kept)
     positions = torch.zeros(len(order), 2, 2)
     states, start = [], 0
     for count in counts:
         wanted = order[:, start : start + count]
-        states.append(decode_slots(model, cache, inputs, positions, slots[wanted]))
+        states.append(model.order.put(network, cache, inputs, positions, slots[wanted]))
         tokens = sequence.gather(1, wanted[..., None].expand(-1, -1, sequence.shape[2]))
-        inputs, positions = model.pairs(tokens, slots[wanted])
+        inputs, positions = model.order.pairs(network, tokens, slots[wanted])
         start += count
     return torch.cat(states, dim=1)
 
 
 @torch.no_grad()
 def decoded_slot_logits(model, given, cache=None):
-    """What `Generator.logits` returns, one slot at a time through a cache."""
-    order = given["order"]
-    states = decoded_slots(model, given, [1] * order.shape[1], cache).flatten(0, 1)
-    parts = model.parts(given["indices"])
-    parts = parts.gather(1, order[..., None].expand_as(parts)).flatten(0, 1)
-    known = [model.embed_part(part, parts[:, part]) for part in range(parts.shape[1] - 1)]
+    """What `Autoregressive.logits` returns, one slot at a time through a cache."""
+    order = given.slots
+    states = decoded_slots(model, given, [1] * order.shape[1], cache)
+    parts = model.parts(given)
+    parts = parts.gather(1, order[..., None].expand_as(parts))
     back = order.argsort(1)
     return [
-        logits.unflatten(0, order.shape).gather(1, back[..., None].expand(-1, -1, logits.shape[-1]))
-        for logits in model.head(states, known)
+        logits.gather(1, back[..., None].expand(-1, -1, logits.shape[-1]))
+        for logits in model.network.part_logits(states, parts)
     ]
 
 
 def doubled(model, given):
     """Rows with their class, and the same rows without, as guidance decodes them."""
-    rows = {
-        name: value if isinstance(value, int) else value.repeat(2, *[1] * (value.dim() - 1))
-        for name, value in given.items()
-    }
-    rows["class_label"][len(given["class_label"]) :] = model.config.null_class
+    rows = Sequences(
+        *(
+            value.repeat(2, *[1] * (value.dim() - 1)) if torch.is_tensor(value) else value
+            for value in given
+        )
+    )
+    rows.class_label[len(given.class_label) :] = model.config.null_class
     return rows
 
 
@@ -88,7 +97,7 @@ def assert_equal_where_legal(actual, expected):
 # ------------------------------------------------------------------------------------ caches
 
 
-@pytest.mark.parametrize("settings", [PLAIN, SamplingSettings(budget=False)], ids=["k", "any"])
+@pytest.mark.parametrize("settings", [PLAIN, FREE], ids=["k", "any"])
 @pytest.mark.parametrize(
     "changes", [{}, {"num_kv_heads": 1, "qk_norm": True, "num_head_layers": 2}]
 )
@@ -97,18 +106,18 @@ def assert_equal_where_legal(actual, expected):
 def test_cached_logits_equal_uncached(order, batch, changes, settings):
     model = tiny_generator(order, **changes)
     given = tiny_batch(order, batch=batch)
-    cache = make_cache(model, batch=batch, num_kept=5, settings=settings)
-    expected = model.logits(**given)
+    cache = make_cache(model, batch=batch, settings=settings)
+    expected = model.logits(given)
     assert_equal_where_legal(decoded_logits(model, cache, given), expected)
 
 
 @pytest.mark.parametrize("order", SEQUENTIAL)
 def test_a_cache_can_be_used_again(order):
     model = tiny_generator(order)
-    cache = make_cache(model, batch=4, num_kept=5, settings=PLAIN)
+    cache = make_cache(model, batch=4)
     given = tiny_batch(order)
-    decoded_logits(model, cache, given | {"indices": given["indices"].flip(0)})
-    assert_equal_where_legal(decoded_logits(model, cache, given), model.logits(**given))
+    decoded_logits(model, cache, given._replace(indices=given.indices.flip(0)))
+    assert_equal_where_legal(decoded_logits(model, cache, given), model.logits(given))
 
 
 @pytest.mark.parametrize(
@@ -117,17 +126,17 @@ def test_a_cache_can_be_used_again(order):
 @pytest.mark.parametrize("batch", [1, 4])
 def test_random_order_one_by_one_equals_the_full_forward(batch, changes):
     model, given = tiny_generator("random", **changes), tiny_batch("random", batch=batch)
-    decoded, expected = decoded_slot_logits(model, given), model.logits(**given)
+    decoded, expected = decoded_slot_logits(model, given), model.logits(given)
     assert len(decoded) == len(expected) == 2
     assert_equal_where_legal(decoded, expected)
 
 
 def test_a_cache_of_random_order_can_be_used_again():
     model, given = tiny_generator("random"), tiny_batch("random")
-    cache = make_random_cache(model, batch=4, num_kept=5)
-    other = given | {"indices": given["indices"].flip(0), "order": given["order"].flip(0)}
+    cache = make_random_cache(model)
+    other = given._replace(indices=given.indices.flip(0), slots=given.slots.flip(0))
     decoded_slot_logits(model, other, cache)
-    assert_equal_where_legal(decoded_slot_logits(model, given, cache), model.logits(**given))
+    assert_equal_where_legal(decoded_slot_logits(model, given, cache), model.logits(given))
 
 
 @pytest.mark.parametrize("counts", [[2, 3], [1, 2, 2], [5], [1, 3, 1]])
@@ -140,10 +149,12 @@ def test_a_parallel_pass_equals_asking_for_each_slot_next(counts):
             # The slot comes right after what earlier passes decoded.
             moved = [*range(start), position]
             rest = [other for other in range(5) if other not in moved]
-            order = given["order"][:, moved + rest]
-            expected = model.logits(**given | {"order": order})[0]
-            asked = given["order"][:, position]
-            first = model.head(states[:, position], [])[0]
+            order = given.slots[:, moved + rest]
+            expected = model.logits(given._replace(slots=order))[0]
+            asked = given.slots[:, position]
+            first = model.network.part_logits(
+                states[:, position, None], torch.zeros(4, 1, 2).long()
+            )[0][:, 0]
             torch.testing.assert_close(first, expected[torch.arange(4), asked], rtol=0, atol=1e-4)
         start += count
 
@@ -155,10 +166,10 @@ def test_guided_cached_logits_equal_uncached(order):
     if order == "random":
         cached = decoded_slot_logits(model, rows)
     else:
-        cache = make_cache(model, batch=8, num_kept=5, settings=PLAIN)
+        cache = make_cache(model, batch=8)
         cached = decoded_logits(model, cache, rows)
-    for part, (ours, legal) in enumerate(zip(cached, model.logits(**given), strict=True)):
-        conditional, unconditional = model.logits(**rows)[part].chunk(2)
+    for part, (ours, legal) in enumerate(zip(cached, model.logits(given), strict=True)):
+        conditional, unconditional = model.logits(rows)[part].chunk(2)
         guided = unconditional + 3 * (conditional - unconditional)
         ours_guided = ours[4:] + 3 * (ours[:4] - ours[4:])
         mask = torch.isfinite(legal)
@@ -167,7 +178,7 @@ def test_guided_cached_logits_equal_uncached(order):
 
 def test_the_compressed_cache_is_as_small_as_its_budget():
     merged, full = (
-        make_cache(tiny_generator(order, grid_size=(8, 8)), batch=1, num_kept=5, settings=PLAIN)
+        make_cache(tiny_generator(order, grid_size=(8, 8)), batch=1)
         for order in ("merge", "raster")
     )
     # Prefix, K and window, against the prefix and all inputs.
@@ -179,7 +190,7 @@ def test_the_compressed_cache_is_as_small_as_its_budget():
 def test_an_image_depends_on_seed_and_number_alone(order, settings):
     model = tiny_generator(order)
     if order == "random":
-        settings = replace(settings, num_steps=3)
+        settings = replace(settings, passes=Several(num_steps=3))
     labels = [0, 1, 2, 0, 1, 2]
     together = run(model, labels, settings, seed=5).indices
     for number in (0, 4):
@@ -207,36 +218,20 @@ def test_the_global_generator_is_left_alone():
 @pytest.mark.parametrize("order", ORDERS)
 def test_sampled_indices_are_codes(order):
     indices = run(tiny_generator(order), [0] * 20).indices
-    assert 0 <= int(indices.min()) <= int(indices.max()) < 2**TINY.num_bits
-
-
-def test_sampling_follows_the_joint_distribution():
-    model = tiny_generator("raster", grid_size=(1, 1), num_kept=1, kept_candidates=(1,))
-    count = 20_000
-    label = torch.zeros(1, dtype=torch.int64)
-    codes = torch.arange(32)[:, None]
-    expected = model.log_likelihood(codes, label.expand(32), 1).exp()
-    with torch.no_grad():
-        state = prefill(model, make_cache(model, batch=1, num_kept=1, settings=PLAIN), label, 1)
-    uniforms = draw(0, [0], count, 2, model.device).uniforms[0]
-    drawn = model.indices(choose(model, state.expand(count, -1), uniforms, 1.0, PLAIN))
-    observed = torch.bincount(drawn, minlength=32) / count
-    # Four standard deviations of the likeliest code's share.
-    assert (observed - expected).abs().max() < 4 * math.sqrt(0.25 / count)
-    assert expected.max() > 3 * expected.median()
+    assert 0 <= int(indices.min()) <= int(indices.max()) < TINY.num_codes
 
 
 def test_each_part_has_its_own_temperature():
     model = tiny_generator("raster")
     mixed = run(model, [0] * 6, replace(PLAIN, temperature=(0.0, 1.0))).indices
-    parts = model.parts(mixed)
+    parts = model.network.codes(mixed)
     assert len(parts[:, 0, 0].unique()) == 1
     assert len(parts[:, 0, 1].unique()) > 1
 
 
 def count_rows(model, settings):
     rows = []
-    hook = model.blocks[0].register_forward_hook(lambda _, __, out: rows.append(len(out)))
+    hook = model.network.blocks[0].register_forward_hook(lambda _, __, out: rows.append(len(out)))
     sampled = run(model, [0, 1], settings)
     hook.remove()
     return sampled, rows
@@ -275,14 +270,14 @@ def test_the_budget_is_never_exceeded():
     for settings in (PLAIN, GUIDED):
         indices = run(model, [0, 1, 2, 3] * 4, settings).indices
         assert max(len(row.unique()) for row in indices) == 5
-    free = run(model, [0, 1, 2, 3] * 4, replace(PLAIN, budget=False)).indices
+    free = run(model, [0, 1, 2, 3] * 4, FREE).indices
     assert max(len(row.unique()) for row in free) > 5
 
 
 def test_the_budget_changes_nothing_before_it_is_spent():
     model = tiny_generator("merge", grid_size=(4, 5))
     held = run(model, [0, 1, 2, 3]).indices
-    free = run(model, [0, 1, 2, 3], replace(PLAIN, budget=False)).indices
+    free = run(model, [0, 1, 2, 3], FREE).indices
     for row in range(4):
         distinct = [len(free[row, :count].unique()) for count in range(1, 21)]
         within = sum(count <= 5 for count in distinct)
@@ -311,7 +306,7 @@ def test_anchors_are_those_of_kept_tokens_in_canonical_order():
 
 
 def test_a_pass_per_step():
-    sampled = run(tiny_generator("random"), [0, 1], replace(PLAIN, num_steps=2))
+    sampled = run(tiny_generator("random"), [0, 1], replace(PLAIN, passes=Several(num_steps=2)))
     assert sampled.num_forward == 2
     assert sampled.indices.shape == (2, 5)
 
@@ -319,9 +314,9 @@ def test_a_pass_per_step():
 def test_kept_tokens_stay_and_the_others_are_sampled():
     model, given = tiny_generator("random"), tiny_batch("random", num_codes=20)
     keep = torch.tensor([[1, 0, 1, 0, 1], [0] * 5, [1] * 5, [0, 0, 0, 0, 1]]).bool()
-    result = inpainted(model, given["indices"], keep, [0, 1, 2, 3], num_steps=3)
-    assert torch.equal(result.indices[keep], given["indices"][keep])
-    assert not torch.equal(result.indices[~keep], given["indices"][~keep])
+    result = inpainted(model, given.indices, keep, [0, 1, 2, 3], passes=Several(num_steps=3))
+    assert torch.equal(result.indices[keep], given.indices[keep])
+    assert not torch.equal(result.indices[~keep], given.indices[~keep])
     # Two, three and three passes for the groups that keep three, none and one.
     assert result.num_forward == 2 + 3 + 3
 
@@ -336,7 +331,7 @@ def test_keeping_nothing_is_sampling():
 def test_an_inpainted_image_depends_on_what_it_keeps_and_not_on_its_batch():
     model, given = tiny_generator("random"), tiny_batch("random", num_codes=20)
     keep = torch.tensor([[1, 0, 1, 0, 1], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0] * 5]).bool()
-    indices, labels = given["indices"], [0, 1, 2, 3]
+    indices, labels = given.indices, [0, 1, 2, 3]
     together = inpainted(model, indices, keep, labels, guidance_scale=2.0).indices
     alone = inpainted(model, indices[:1], keep[:1], labels[:1], guidance_scale=2.0).indices
     assert torch.equal(together[:1], alone)
@@ -365,25 +360,23 @@ def test_other_types_of_weights_sample_too(order):
 
 def overfit(order, num_sequences, config, num_steps):
     """Train on one sequence for each class, then sample each class greedily."""
-    numbers = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     config = replace(
         config,
-        order=order,
+        order=KINDS[order](),
         num_classes=num_sequences,
         dropout=0.0,
         class_dropout=0.0,
         label_smoothing=0.0,
     )
-    model = Generator(config)
+    model = build_generator(config)
     given = tiny_batch(order, batch=num_sequences, num_kept=config.num_kept, config=config)
-    given.pop("order", None)
-    given["class_label"] = torch.arange(num_sequences)
+    given = given._replace(class_label=torch.arange(num_sequences))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
-    for _ in range(num_steps):
+    for step in range(num_steps):
         optimizer.zero_grad()
-        model(**given, generator=numbers).total.backward()
+        loss_of(model, given, step).total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -397,15 +390,15 @@ def test_greedy_sampling_reproduces_what_was_learned(order):
     # In random order a sequence is many tasks, and takes longer to learn.
     num_steps = 600 if order == "random" else 300
     given, sampled = overfit(order, 8, replace(TINY, **small, kept_candidates=(4,)), num_steps)
-    assert torch.equal(sampled.indices, given["indices"])
+    assert torch.equal(sampled.indices, given.indices)
     if order == "anchor":
-        assert torch.equal(sampled.anchors, given["anchors"])
+        assert torch.equal(sampled.anchors, given.anchors)
 
 
 def test_calls_that_do_not_fit_the_generator_are_errors():
     model = tiny_generator("random")
     with pytest.raises(ValueError, match=r"num_steps \(6\) must be between 1 and the 5 tokens"):
-        run(model, [0], replace(PLAIN, num_steps=6))
+        run(model, [0], replace(PLAIN, passes=Several(num_steps=6)))
     with pytest.raises(ValueError, match=r"top_k has 3 numbers and must have 1 or 2, one for each"):
         run(model, [0], replace(PLAIN, top_k=(1, 2, 3)))
     with pytest.raises(ValueError, match=r"2 labels must go with as many image_ids \(1\)"):
@@ -433,16 +426,16 @@ def test_a_generator_without_classes_samples():
 def test_samples_can_be_learned_from(order):
     model = tiny_generator(order)
     sampled = run(model, [0, 1])
-    given = {"anchors": sampled.anchors, "generator": torch.Generator()}
-    model(sampled.indices, torch.tensor([0, 1]), 5, **given).total.backward()
-    assert model.part_embeddings[-1].weight.grad.abs().sum() > 0
+    given = Sequences(sampled.indices, torch.tensor([0, 1]), 5, anchors=sampled.anchors)
+    loss_of(model, given).total.backward()
+    assert model.network.part_embeddings[-1].weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_broken_weights_do_not_sample(order):
     model = tiny_generator(order)
     with torch.no_grad():
-        model.blocks[0].ffn.down.weight[0, 0] = torch.nan
+        model.network.blocks[0].ffn.down.weight[0, 0] = torch.nan
     with pytest.raises(RuntimeError, match="states or logits are not finite"):
         run(model, [0, 1])
 
@@ -451,7 +444,7 @@ def test_broken_weights_do_not_sample(order):
 def test_logits_that_are_not_finite_are_an_error_though_the_states_are(order):
     model = tiny_generator(order)
     with torch.no_grad():
-        model.head.outputs[-1].weight[1, 0] = torch.nan
+        model.network.head.outputs[-1].weight[1, 0] = torch.nan
     with pytest.raises(RuntimeError, match="logits are not finite"):
         run(model, [0, 1])
 
@@ -460,10 +453,10 @@ def test_logits_that_are_not_finite_are_an_error_though_the_states_are(order):
 @pytest.mark.parametrize("gradients", [False, True])
 def test_a_generator_in_double_precision_works_with_and_without_gradients(order, gradients):
     given = tiny_batch(order)
-    expected = torch.cat([part.flatten() for part in tiny_generator(order).logits(**given)])
+    expected = torch.cat([part.flatten() for part in tiny_generator(order).logits(given)])
     model = tiny_generator(order).double()
     with torch.set_grad_enabled(gradients):
-        found = torch.cat([part.flatten() for part in model.logits(**given)])
+        found = torch.cat([part.flatten() for part in model.logits(given)])
     legal = expected > -torch.inf
     torch.testing.assert_close(found[legal], expected[legal], rtol=1e-4, atol=1e-4)
     assert run(model, [0, 1]).indices.shape == run(tiny_generator(order), [0, 1]).indices.shape

@@ -10,11 +10,17 @@ import torch
 from PIL import Image
 
 from mergevq.cli.main import main
-from mergevq.config.generator import GeneratorConfig, SampleRun, SamplingSettings
-from mergevq.config.tokenizer import TokenizerConfig
+from mergevq.config.generator import (
+    GeneratorConfig,
+    OneByOne,
+    SampleRun,
+    SamplingSettings,
+    Several,
+    Subindices,
+)
 from mergevq.data.layouts import Source
 from mergevq.generator import generation
-from mergevq.generator.autoregressive import Generator
+from mergevq.generator.build import build_generator, load_generator, save_generator, saved_generator
 from mergevq.generator.generation import (
     class_labels,
     decode_sampled,
@@ -27,9 +33,11 @@ from mergevq.generator.generation import (
 )
 from mergevq.generator.sampling import Sampled
 from mergevq.runtime.artefacts import load_model, model_hash, save_model, tokens_hash
+from mergevq.tokenizer.seams import Given
 from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training.generator import train
-from tests.support.generators import ORDERS
+from tests.support.generators import KINDS, ORDERS
+from tests.support.parts import tokenizer_config
 from tests.training.test_generator import small, small_tokenizer, write_tokens
 
 CPU = torch.device("cpu")
@@ -50,7 +58,7 @@ def folder(tmp_path_factory):
     """A random tokenizer of 16 pixels and 4 x 4 cells, and a generator for each order."""
     directory = tmp_path_factory.mktemp("models")
     tokenizer = Tokenizer(
-        TokenizerConfig(
+        tokenizer_config(
             image_size=16,
             channels=8,
             channel_mult=(1, 1, 1),
@@ -69,7 +77,7 @@ def folder(tmp_path_factory):
     scattered(tokenizer, 0).save_pretrained(directory / "tokenizer")
     for order in ORDERS:
         config = GeneratorConfig(
-            order=order,
+            order=KINDS[order](),
             dim=32,
             num_layers=2,
             num_heads=2,
@@ -78,12 +86,14 @@ def folder(tmp_path_factory):
             grid_size=(4, 4),
             num_kept=16 if order == "raster" else 6,
             kept_candidates=() if order == "raster" else (6, 8),
-            num_bits=4,
-            factor_bits=(2, 2),
+            head=Subindices(sizes=(4, 4)),
         )
         names = [f"digit {number}" for number in range(10)]
-        scattered(Generator(config), 1).save_pretrained(
-            directory / order, tokenizer=tokens_hash(directory / "tokenizer"), class_names=names
+        save_generator(
+            scattered(build_generator(config), 1),
+            directory / order,
+            tokenizer=tokens_hash(directory / "tokenizer"),
+            class_names=names,
         )
     return directory
 
@@ -115,7 +125,7 @@ def test_all_cells_are_decoded_as_they_are(folder, order):
     pair = load_pair(folder / order, folder / "tokenizer", CPU)
     sampled, images = generate(pair, run_of(folder, order), [0, 1])
     codes = ((sampled.indices[..., None] >> torch.arange(4)) & 1) * 2.0 - 1
-    expected = pair.tokenizer.decoder(codes, (4, 4)).clamp(-1, 1)
+    expected = pair.tokenizer.decoder(Given(codes, (4, 4), codes)).clamp(-1, 1)
     torch.testing.assert_close(images, expected.detach(), rtol=1e-4, atol=1e-5)
 
 
@@ -150,7 +160,9 @@ def test_an_image_is_decoded_the_same_in_any_batch(folder):
 @pytest.mark.parametrize("order", ORDERS)
 def test_an_image_is_made_again_from_the_sidecar(folder, tmp_path, order):
     num_steps = 3 if order == "random" else None
-    settings = SamplingSettings(guidance_scale=2.0, num_steps=num_steps)
+    settings = SamplingSettings(
+        guidance_scale=2.0, passes=OneByOne() if num_steps is None else Several(num_steps=num_steps)
+    )
     run = run_of(folder, order, settings=settings)
     written = write_samples(run, tmp_path / "out")
     assert [path.name for path in written.images] == [f"{k:06d}.png" for k in range(5)]
@@ -230,12 +242,12 @@ def test_an_image_depends_on_its_number_alone(folder, tmp_path):
 
 def test_images_are_not_made_again_by_another_generator(folder, tmp_path):
     own = tmp_path / "own"
-    generator = Generator.from_pretrained(folder / "merge")
-    generator.save_pretrained(own, tokenizer=tokens_hash(folder / "tokenizer"))
+    generator = load_generator(folder / "merge")
+    save_generator(generator, own, tokenizer=tokens_hash(folder / "tokenizer"))
     write_samples(run_of(folder, model=str(own)), tmp_path / "out")
     with torch.no_grad():
-        generator.head.norm.weight[0] += 1
-    generator.save_pretrained(own, tokenizer=tokens_hash(folder / "tokenizer"))
+        generator.network.head.norm.weight[0] += 1
+    save_generator(generator, own, tokenizer=tokens_hash(folder / "tokenizer"))
     with pytest.raises(ValueError, match=r"generator is .* and was"):
         make_again(tmp_path / "out/samples.json", [3])
 
@@ -401,7 +413,7 @@ def generator_of(folder, directory, path):
     extra = {"tokenizer": tokens_hash(folder / "tokenizer"), "class_names": []}
     extra |= {} if path is None else {"tokenizer_path": str(path)}
     saved = load_model(folder / "merge", kind="generator")
-    config = Generator.from_saved(saved).config
+    config = saved_generator(saved).config
     save_model(directory, saved.state, config, kind="generator", extra=extra)
     return directory
 

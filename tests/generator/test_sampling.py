@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from mergevq.config.generator import SamplingSettings
+from mergevq.config.generator import OneByOne, SamplingSettings
 from mergevq.generator.sampling import (
     arccos_schedule,
-    choose,
     draw,
     guidance_scales,
     image_seed,
     pick,
 )
-from tests.support.generators import ORDERS, TINY, tiny_batch, tiny_generator
-from tests.support.sampling import PLAIN, inpainted, run
+from mergevq.generator.seams import Sequences
+from tests.support.generators import ORDERS, tiny_batch, tiny_generator
+from tests.support.sampling import inpainted, run
 
 GREEDY = SamplingSettings(temperature=0.0)
 GUIDED = SamplingSettings(guidance_scale=3.0)
@@ -29,7 +29,7 @@ SEQUENTIAL = ("raster", "merge", "anchor")
 
 def test_rows_of_a_merged_batch_are_ragged():
     # The batch above is a test of raggedness only if its rows differ in number of tokens.
-    indices = tiny_batch("merge")["indices"]
+    indices = tiny_batch("merge").indices
     assert len({len(row.unique()) for row in indices}) > 1
 
 
@@ -42,16 +42,14 @@ def test_rows_of_a_merged_batch_are_ragged():
 @pytest.mark.parametrize("order", ORDERS)
 def test_greedy_is_the_argmax_of_the_full_forward(order, settings):
     model = tiny_generator(order)
-    settings = replace(settings, budget=False)
+    settings = replace(settings, passes=OneByOne(budget=False))
     sampled = run(model, [0, 1, 2, 2], settings)
-    given = {"indices": sampled.indices, "num_kept": 5}
-    if order == "anchor":
-        given["anchors"] = sampled.anchors
+    given = Sequences(sampled.indices, torch.tensor([0, 1, 2, 2]), 5, anchors=sampled.anchors)
     if order == "random":
-        given["order"] = draw(0, range(4), 5, 2, model.device).order
-    conditional = model.logits(class_label=torch.tensor([0, 1, 2, 2]), **given)
-    unconditional = model.logits(class_label=torch.full((4,), 3), **given)
-    parts = model.parts(sampled.indices, sampled.anchors)
+        given = given._replace(slots=draw(0, range(4), 5, 2, model.device).order)
+    conditional = model.logits(given)
+    unconditional = model.logits(given._replace(class_label=torch.full((4,), 3)))
+    parts = model.parts(given)
     if order == "anchor":
         parts[:, 1:, 0] = parts[:, :, 0].diff(dim=1)
     for part, (with_class, without) in enumerate(zip(conditional, unconditional, strict=True)):
@@ -151,25 +149,27 @@ def test_no_pass_is_empty(num_tokens):
 def test_greedy_inpainting_is_the_argmax_given_what_is_kept():
     model, given = tiny_generator("random"), tiny_batch("random", batch=1, num_codes=20)
     keep = torch.tensor([[1, 1, 0, 1, 1]]).bool()
-    sampled = inpainted(model, given["indices"], keep, [1], temperature=0.0)
+    sampled = inpainted(model, given.indices, keep, [1], temperature=0.0)
     shuffled = draw(0, [0], 5, 2, model.device).order[0].tolist()
-    given["order"] = torch.tensor([[slot for slot in shuffled if slot != 2] + [2]])
-    given |= {"class_label": torch.tensor([1]), "indices": sampled.indices}
-    expected = [int(part[0, 2].argmax()) for part in model.logits(**given)]
-    assert model.parts(sampled.indices)[0, 2].tolist() == expected
+    slots = torch.tensor([[slot for slot in shuffled if slot != 2] + [2]])
+    given = Sequences(sampled.indices, torch.tensor([1]), 5, slots=slots)
+    expected = [int(part[0, 2].argmax()) for part in model.logits(given)]
+    assert model.parts(given)[0, 2].tolist() == expected
 
 
 STEP = """
 import sys
 import torch
+from mergevq.generator.seams import Sequences
 from tests.support.generators import tiny_generator
 from mergevq.config.generator import SamplingSettings
-from mergevq.generator.decoding import make_cache, prefill
+from mergevq.generator.decoding import prefill
 
 model = tiny_generator(sys.argv[1])
-cache = make_cache(model, batch=2, num_kept=5, settings=SamplingSettings())
+order, model = model.order, model.network
+cache = order.cache(model, batch=2, num_kept=5, settings=SamplingSettings())
 prefill(model, cache, torch.zeros(2, dtype=torch.int64), 5)
-mask = cache.place(torch.zeros(2, dtype=torch.int64)) if sys.argv[1] == "merge" else None
+mask = cache.place(torch.zeros(2, dtype=torch.int64))
 inputs, turns = torch.randn(2, 1, 32), model.turns(torch.zeros(2, 1, 2))
 step = torch.compile(model.transform, fullgraph=True, backend="eager")
 with torch.no_grad():
@@ -207,16 +207,8 @@ def test_a_step_is_one_graph(order):
         ({"temperature": (1.0, -2.0)}, r"temperature \(1.0, -2.0\) must all be between 0 and"),
         ({"top_k": -1}, r"top_k \(-1\) must be between 0 and"),
         ({"top_p": 0.0}, r"top_p \(0.0\) must be between 1e-06 and 1"),
-        ({"num_steps": 0}, r"num_steps \(0\) must be between 1 and"),
     ],
 )
 def test_settings_that_are_no_distribution_are_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         SamplingSettings(**changes)
-
-
-def test_a_choice_by_itself_is_checked_at_once():
-    model = tiny_generator("raster")
-    states = torch.full((1, TINY.dim), torch.nan)
-    with pytest.raises(RuntimeError, match="states or logits are not finite"):
-        choose(model, states, torch.zeros(1, 2), 1.0, PLAIN)

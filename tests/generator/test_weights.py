@@ -75,18 +75,18 @@ def test_every_linear_layer_is_replaced_in_a_copy(weights, layer):
     copied = as_weights(model, weights)
     assert not any(isinstance(module, nn.Linear | Block) for module in copied.modules())
     blocks = [module for module in copied.modules() if isinstance(module, DecodingBlock)]
-    layers = [*copied.head.outputs, *(part for block in blocks for part in block.layers)]
+    layers = [*copied.network.head.outputs, *(part for block in blocks for part in block.layers)]
     num_linear = sum(isinstance(module, nn.Linear) for module in model.modules())
     assert len(layers) == num_linear == 14
     assert all(isinstance(part, layer) for part in layers)
-    assert copied.dtype == (torch.float32 if weights == "float32" else torch.bfloat16)
-    assert model.dtype == torch.float32
+    assert copied.network.dtype == (torch.float32 if weights == "float32" else torch.bfloat16)
+    assert model.network.dtype == torch.float32
 
 
 def test_a_processor_without_the_layout_keeps_linear_layers(monkeypatch):
     monkeypatch.setattr(PackedLinear, "serves", lambda _: False)
     model, given = tiny_generator("raster"), tiny_batch("raster")
-    assert logit_error(model, as_weights(model, "float32"), **given) < 1e-5
+    assert logit_error(model, as_weights(model, "float32"), given) < 1e-5
 
 
 def test_no_matrix_is_kept_twice():
@@ -100,8 +100,6 @@ def test_no_matrix_is_kept_twice():
 @pytest.mark.parametrize("order", ORDERS)
 def test_logits_are_close_and_not_equal(order):
     model, given = tiny_generator(order), tiny_batch(order)
-    errors = [
-        logit_error(model, as_weights(model, w), **given) for w in ("float32", "bf16", "int8")
-    ]
+    errors = [logit_error(model, as_weights(model, w), given) for w in ("float32", "bf16", "int8")]
     assert errors[0] < 1e-5
     assert errors[0] < errors[1] < errors[2] < 0.1

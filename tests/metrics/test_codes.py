@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mergevq.config.training import TokenizerRun
+from mergevq.data.codes import CodeSpec
 from mergevq.metrics.codes import (
     CodebookStatistics,
     CodebookUsage,
@@ -22,8 +23,13 @@ def test_source_accuracy_is_the_share_of_cells_per_image():
     assert source_accuracy(predicted, true).tolist() == [0.75, 0.25]
 
 
+def bits(num_bits):
+    """Tokens of so many bits."""
+    return CodeSpec(sizes=(2**num_bits,), dim=num_bits)
+
+
 def usage_of(indices, num_bits, batch_size=None):
-    usage = CodebookUsage(num_bits)
+    usage = CodebookUsage(bits(num_bits))
     for part in indices.split(batch_size or len(indices)):
         usage.update(part)
     return usage.compute()
@@ -78,7 +84,7 @@ def test_the_window_holds_exactly_the_last_tokens_whatever_the_batches(generator
 
 
 def test_a_longer_window_remembers_more():
-    usage = CodebookUsage(2, window=6)
+    usage = CodebookUsage(bits(2), window=6)
     usage.update(torch.tensor([[0, 1, 2], [3, 3, 3], [3, 3, 3]]))
     assert usage.compute().num_tokens == 6
     assert usage.compute().num_distinct == 1
@@ -89,7 +95,7 @@ def test_a_longer_window_remembers_more():
 @pytest.mark.parametrize("num_seen", [0, 5, 16, 23, 100])
 def test_a_resumed_window_forgets_the_same_tokens(generator, num_seen):
     indices = torch.randint(0, 2**4, (num_seen + 7,), generator=generator)
-    whole, resumed = CodebookUsage(4), CodebookUsage(4)
+    whole, resumed = CodebookUsage(bits(4)), CodebookUsage(bits(4))
     whole.update(indices[:num_seen])
     # What was there before is gone.
     resumed.update(torch.full((3,), 15))
@@ -103,12 +109,12 @@ def test_a_resumed_window_forgets_the_same_tokens(generator, num_seen):
 
 
 def test_a_window_shorter_than_the_codebook_is_refused():
-    with pytest.raises(ValueError, match=r"window \(255\) must be at least 256 .* num_bits \(8\)"):
-        CodebookUsage(8, window=255)
+    with pytest.raises(ValueError, match=r"window \(255\) must be at least 256 .* 256 codes"):
+        CodebookUsage(bits(8), window=255)
 
 
 def test_many_bits_are_counted_in_the_window_alone():
-    usage = CodebookUsage(63, window=2**24)
+    usage = CodebookUsage(bits(63), window=2**24)
     usage.update(torch.tensor([0, 2**62, 2**63 - 1]))
     statistics = usage.compute()
     assert statistics.attained == 1.0
@@ -118,15 +124,15 @@ def test_many_bits_are_counted_in_the_window_alone():
 
 @pytest.mark.parametrize("index", [-1, 4])
 def test_an_index_outside_the_codebook_is_named(index):
-    usage = CodebookUsage(2)
+    usage = CodebookUsage(bits(2))
     usage.update(torch.zeros(10, dtype=torch.int64))
-    with pytest.raises(ValueError, match=rf"index {index} of token 11 must be in \[0, 2\*\*2\)"):
+    with pytest.raises(ValueError, match=rf"index {index} of token 11 must be in \[0, 4\)"):
         usage.update(torch.tensor([0, index]))
 
 
 def test_a_codebook_without_tokens_is_an_error():
     with pytest.raises(ValueError, match="has seen no token"):
-        CodebookUsage(2).compute()
+        CodebookUsage(bits(2)).compute()
 
 
 # ----------------------------------------------------------------------------------- collapse
@@ -136,7 +142,11 @@ def report(num_distinct=200, bit_prob=0.5):
     probs = torch.full((8,), 0.5, dtype=torch.float64)
     probs[3] = bit_prob
     return CodebookStatistics(
-        num_tokens=1000, num_distinct=num_distinct, perplexity=100.0, bit_probs=probs
+        num_tokens=1000,
+        num_distinct=num_distinct,
+        num_values=256,
+        perplexity=100.0,
+        bit_probs=probs,
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mergevq.data.codes import CodeSpec
 from mergevq.metrics.codes import CodebookUsage
 from mergevq.metrics.frechet import FrechetStatistics
 from mergevq.metrics.image import Mean
@@ -21,7 +22,7 @@ INDICES = torch.arange(9) * 5 % 16
 
 def accumulated(ranks_items):
     """Every accumulator, fed with some of the items."""
-    mean, usage = Mean("l1"), CodebookUsage(4)
+    mean, usage = Mean("l1"), CodebookUsage(CodeSpec(sizes=(16,), dim=4))
     statistics, rows = FrechetStatistics(3), Rows("features")
     for items in ranks_items:
         positions = torch.tensor(items)

@@ -24,6 +24,7 @@ from mergevq.runtime.run import (
     read_run_record,
 )
 from mergevq.runtime.settings import to_json
+from tests.support.parts import changed
 
 CPU = torch.device("cpu")
 RUN = TokenizerRun()
@@ -86,11 +87,11 @@ def test_a_setting_that_differs_is_said_and_one_of_the_model_is_refused(tmp_path
     directory = RunDirectory(tmp_path)
     directory.open(RUN, device=CPU, resume=False)
     # Equal shapes: nothing but the settings tells the difference.
-    heads = replace(RUN, model=replace(RUN.model, num_heads=4))
-    message = r"another model: model\.num_heads \(4\) must be 8; resume with these settings"
+    heads = replace(RUN, model=changed(RUN.model, num_heads=4))
+    message = r"another model: model\.reducer\.num_heads \(4\) must be 8; resume with these"
     with pytest.raises(ValueError, match=message):
         directory.open(heads, device=CPU, resume=True)
-    assert json.loads(directory.record.read_text())["run"]["model"]["num_heads"] == 8
+    assert json.loads(directory.record.read_text())["run"]["model"]["reducer"]["num_heads"] == 8
     other = replace(
         RUN,
         data=replace(RUN.data, path="elsewhere"),
@@ -112,7 +113,7 @@ def test_a_setting_that_came_later_had_its_default(tmp_path, caplog):
     directory = RunDirectory(tmp_path)
     directory.open(RUN, device=CPU, resume=False)
     record = json.loads(directory.record.read_text())
-    del record["run"]["train"]["tensorboard"], record["run"]["model"]["num_heads"]
+    del record["run"]["train"]["tensorboard"], record["run"]["model"]["reducer"]["num_heads"]
     del record["run"]["init_codes"]
     del record["made_from"]
     directory.record.write_text(json.dumps(record))

@@ -5,11 +5,12 @@ from dataclasses import asdict, dataclass
 
 import pytest
 
-from mergevq.config.tokenizer import KeptConfig, TokenizerConfig
+from mergevq.config.tokenizer import KeptConfig
 from mergevq.config.training import DataConfig, OptimConfig, TokenizerRun, TrainConfig
 from mergevq.runtime.settings import changed_settings, from_json, to_json
+from tests.support.parts import tokenizer_config
 
-SMALL = TokenizerConfig(image_size=32, num_kept=36, kept_range=(16, 64))
+SMALL = tokenizer_config(image_size=32, num_kept=36, kept_range=(16, 64))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +54,14 @@ def test_a_whole_number_is_a_valid_float_and_becomes_one():
     ("values", "message"),
     [
         ({"model": {"num_keptt": 3}}, r"model\.num_keptt is not a setting .* num_kept,"),
-        ({"model": {"num_heads": "8"}}, r"model\.num_heads \('8'\) must be of type int"),
-        ({"model": {"num_heads": 8.0}}, r"model\.num_heads \(8\.0\) must be of type int"),
-        ({"model": {"num_heads": True}}, r"model\.num_heads \(True\) must be of type int"),
-        ({"model": {"num_heads": None}}, r"model\.num_heads \(None\) must be of type int"),
-        ({"model": {"stem": "vit"}}, r"model\.stem \('vit'\) must be one of 'cnn', 'patch'"),
+        ({"model": {"image_size": "8"}}, r"model\.image_size \('8'\) must be of type int"),
+        ({"model": {"image_size": 8.0}}, r"model\.image_size \(8\.0\) must be of type int"),
+        ({"model": {"image_size": True}}, r"model\.image_size \(True\) must be of type int"),
+        ({"model": {"image_size": None}}, r"model\.image_size \(None\) must be of type int"),
+        ({"model": {"stem": "vit"}}, r"model\.stem \('vit'\) must be of type CnnStem or PatchStem"),
+        ({"model": {"stem": {"kind": "vit"}}}, r"model\.stem\.kind \('vit'\) .* one of cnn, patch"),
+        ({"model": {"stem": {"channels": 8}}}, r"model\.stem\.kind is missing.* one of cnn, patch"),
+        ({"model": {"stem": {"kind": "patch", "channels": 8}}}, r"model\.stem\.channels is not a"),
         ({"model": {"kept_range": [1, 2, 3]}}, r"kept_range \(.*\) must have 2 values, not 3"),
         ({"model": {"kept_range": 5}}, r"model\.kept_range \(5\) must be a list"),
         ({"kept": {"candidates": [36, "9"]}}, r"kept\.candidates\[1\] \('9'\) must be of type int"),

@@ -8,17 +8,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mergevq.config.evaluation import Subject
-from mergevq.config.generator import GeneratorConfig
-from mergevq.config.tokenizer import TokenizerConfig
+from mergevq.config.generator import GeneratorConfig, Merge, Subindices
 from mergevq.data.images import open_images
 from mergevq.evaluate.subject import Opened
-from mergevq.generator.autoregressive import Generator
+from mergevq.generator.build import build_generator, save_generator
 from mergevq.metrics.extractor import FeatureExtractor
 from mergevq.runtime import distributed
 from mergevq.runtime.artefacts import tokens_hash
 from mergevq.tokenizer.tokenizer import Tokenizer
+from tests.support.parts import tokenizer_config
 
-CONFIG = TokenizerConfig(
+CONFIG = tokenizer_config(
     image_size=16,
     channels=8,
     channel_mult=(1, 1, 1),
@@ -34,7 +34,7 @@ CONFIG = TokenizerConfig(
     num_source_heads=2,
 )
 GENERATOR = GeneratorConfig(
-    order="merge",
+    order=Merge(),
     dim=32,
     num_layers=1,
     num_heads=2,
@@ -43,8 +43,7 @@ GENERATOR = GeneratorConfig(
     grid_size=(4, 4),
     kept_candidates=(8,),
     num_kept=8,
-    num_bits=4,
-    factor_bits=(2, 2),
+    head=Subindices(sizes=(4, 4)),
 )
 ALONE = distributed.World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -93,11 +92,11 @@ def write_tokenizer(path, config=CONFIG, seed=0):
 def write_generator(path, tokenizer, seed=0):
     """A random generator of a tokenizer's tokens, of three classes."""
     numbers = torch.Generator().manual_seed(seed)
-    generator = Generator(GENERATOR)
+    generator = build_generator(GENERATOR)
     with torch.no_grad():
         for parameter in generator.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=numbers) * 0.3)
-    generator.save_pretrained(path, tokenizer=tokens_hash(tokenizer), class_names=["a", "b", "c"])
+    save_generator(generator, path, tokenizer=tokens_hash(tokenizer), class_names=["a", "b", "c"])
     return path
 
 

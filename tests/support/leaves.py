@@ -1,10 +1,20 @@
-"""Settings one by one: the leaves of nested dataclasses, and values that each may have instead."""
+"""Settings one by one: the leaves of nested dataclasses, and values that each may have instead.
+
+A leaf is called by its dotted name. Where parts may be of several kinds the name has the kind in
+brackets, as `model.stem[patch].width`, so that the settings of every kind are leaves.
+"""
 
 import dataclasses
 import types
 import typing
 from dataclasses import replace
 from pathlib import Path
+
+from mergevq.config.kinds import kind_of, members_of
+from tests.support.parts import small_part
+
+ABSENT = "<of another kind>"
+"""In place of a setting that a part of another kind would have."""
 
 
 def bare(kind):
@@ -14,13 +24,23 @@ def bare(kind):
     return kind
 
 
+def parts_of(kind):
+    """Classes by kind of a part that may be of several; none for any other setting."""
+    return {name: cls for cls in members_of(bare(kind)) if (name := kind_of(cls))}
+
+
 def leaf_kinds(cls, skip=()):
     """Type by dotted name of each setting of a dataclass and of those inside it."""
     found = {}
     for name, kind in typing.get_type_hints(cls, include_extras=True).items():
-        if name in skip:
+        if name in skip or typing.get_origin(bare(kind)) is typing.ClassVar:
             continue
-        if dataclasses.is_dataclass(bare(kind)):
+        if members := parts_of(kind):
+            found |= {f"{name}.kind": typing.Literal[tuple(members)]} if len(members) > 1 else {}
+            for of, member in members.items():
+                inside = leaf_kinds(member, skip=("kind",))
+                found |= {f"{name}[{of}].{leaf}": inner for leaf, inner in inside.items()}
+        elif dataclasses.is_dataclass(bare(kind)):
             inside = leaf_kinds(bare(kind))
             found |= {f"{name}.{leaf}": inner for leaf, inner in inside.items()}
         else:
@@ -29,23 +49,49 @@ def leaf_kinds(cls, skip=()):
 
 
 def value_at(instance, path):
-    """The setting of that dotted name."""
-    for name in path.split("."):
+    """The setting of that dotted name; `ABSENT` where the part is of another kind."""
+    for step in path.split("."):
+        name, _, kind = step.rstrip("]").partition("[")
         instance = getattr(instance, name)
+        if kind and instance.kind != kind:
+            return ABSENT
     return instance
 
 
 def replaced(instance, changes):
-    """A copy with settings changed by dotted name, all at once."""
-    inside, own = {}, {}
+    """A copy with settings changed by dotted name, all at once; another kind is a small part."""
+    inside, own, kinds = {}, {}, {}
     for path, value in changes.items():
         first, _, rest = path.partition(".")
-        if rest:
-            inside.setdefault(first, {})[rest] = value
+        name, _, kind = first.rstrip("]").partition("[")
+        if rest == "kind" and parts_of(typing.get_type_hints(type(instance))[name]):
+            kinds[name] = value
+        elif rest:
+            inside.setdefault(name, {})[rest] = value
         else:
-            own[first] = value
-    own |= {name: replaced(getattr(instance, name), part) for name, part in inside.items()}
+            own[name] = value
+        if kind:
+            kinds[name] = kind
+    for name in {*inside, *kinds}:
+        part = getattr(instance, name)
+        if name in kinds and part.kind != kinds[name]:
+            hint = typing.get_type_hints(type(instance))[name]
+            part = small_part(parts_of(hint)[kinds[name]])
+        own[name] = replaced(part, inside.get(name, {}))
     return replace(instance, **own)
+
+
+def with_parts_of(instance, path):
+    """A copy that has parts of the kinds in a leaf's name."""
+    steps = path.split(".")
+    kinds = {}
+    for number, step in enumerate(steps):
+        _, _, kind = step.rstrip("]").partition("[")
+        if kind:
+            # Kinds of the parts around it stay in the name.
+            above = ".".join([*steps[:number], step.partition("[")[0]])
+            kinds[f"{above}.kind"] = kind
+    return replaced(instance, kinds)
 
 
 def others(kind, value, name="a"):

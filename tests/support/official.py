@@ -3,7 +3,7 @@
 import re
 
 _BLOCKS = (
-    (r"^blocks\.", "attn.blocks."),
+    (r"^(reducer\.)?blocks\.", "attn.blocks."),
     (r"^class_token$", "attn.cls_token"),
     (r"^position\.", "attn.pos_embed."),
     (r"\.shortcut\.", ".nin_shortcut."),
@@ -31,21 +31,21 @@ def _renamed(name):
 
 
 def _encoder_name(name, config):
-    if config.stem == "patch":
+    if config.stem.kind == "patch":
         name = re.sub(r"^stem\.", "conv_in.", name)
     if match := re.match(r"stem\.(\d+)\.(.*)", name):
         position, rest = int(match[1]) - 1, match[2].replace("shortcut", "nin_shortcut")
         if position < 0:
             return f"conv_in.{rest}"
-        level, block = divmod(position, config.num_res_blocks + 1)
-        part = "downsample" if block == config.num_res_blocks else f"block.{block}"
+        level, block = divmod(position, config.stem.num_res_blocks + 1)
+        part = "downsample" if block == config.stem.num_res_blocks else f"block.{block}"
         return f"down.{level}.{part}.{rest}"
     name = re.sub(r"^to_latents\.", "conv_out.", re.sub(r"^norm\.", "norm_out.", name))
     return _renamed(name)
 
 
 def _decoder_name(name, config):
-    last = len(config.channel_mult) - 1
+    last = len(config.decoder.channel_mult) - 1
     if match := re.match(r"levels\.(\d+)\.(blocks\.\d+|upsample|norm)\.(.*)", name):
         level, part, rest = last - int(match[1]), match[2], match[3]
         if part == "norm":

@@ -4,10 +4,10 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
-from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.tokenizer.tokenizer import Tokenizer
+from tests.support.parts import tokenizer_config
 
-CONFIG = TokenizerConfig(
+CONFIG = tokenizer_config(
     image_size=16,
     channels=8,
     channel_mult=(1, 2),

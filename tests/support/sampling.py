@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from mergevq.config.generator import SamplingSettings
-from mergevq.generator.decoding import inpaint, sample
+from mergevq.generator.sampling import inpaint, sample
 
 PLAIN = SamplingSettings()
 

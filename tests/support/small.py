@@ -2,23 +2,27 @@
 
 from dataclasses import replace
 
+from mergevq.config.generator import Several
+from mergevq.config.parts import PatchDecoder, PatchStem
 from mergevq.config.training import GeneratorRun, TokenizerRun
+from tests.support.parts import changed
 
 
 def shrink(run: TokenizerRun) -> TokenizerRun:
     """Cut a run down to seconds on a CPU, keeping its structure: for tests and first tries."""
     model = run.model
     side = 8 * model.patch_size
-    if model.decoder == "patch":
-        model = replace(model, patch_decoder=replace(model.patch_decoder, width=16))
+    wide = {"decoder_width": 16} if isinstance(model.decoder, PatchDecoder) else {}
+    # Components start in pairs of channels, beside a pair for each bit.
+    width = 128 if run.init_codes == "components" else 32
+    wide |= {"patch_dim": width} if isinstance(model.stem, PatchStem) else {}
     return replace(
         run,
-        model=replace(
+        model=changed(
             model,
+            **wide,
             image_size=side,
             channels=8,
-            # Components start in pairs of channels, beside a pair for each bit.
-            patch_dim=128 if run.init_codes == "components" else 32,
             num_res_blocks=1,
             num_layers=3,
             num_heads=2,
@@ -45,18 +49,23 @@ def shrink(run: TokenizerRun) -> TokenizerRun:
     )
 
 
+def _few(passes):
+    """As many passes as a small grid allows."""
+    return replace(passes, num_steps=4) if isinstance(passes, Several) else passes
+
+
 def shrink_generator(run: GeneratorRun) -> GeneratorRun:
     """Cut a generator's run down likewise; its grid is 8 x 8, as of what `shrink` makes."""
-    everything = run.model.order == "raster"
+    everything = not run.model.order.merges
     candidates = (64,) if everything else (16, 24)[: len(run.kept.candidates)]
     return replace(
         run,
         model=replace(
             run.model,
+            head=replace(run.model.head, num_layers=1),
             dim=16,
             num_layers=2,
             num_heads=2,
-            num_head_layers=1,
             ffn_dim=32,
             grid_size=(8, 8),
             num_kept=candidates[0],
@@ -74,5 +83,5 @@ def shrink_generator(run: GeneratorRun) -> GeneratorRun:
             save_every=2,
             eval_num_kept=(),
         ),
-        sampling=replace(run.sampling, num_steps=None if run.sampling.num_steps is None else 4),
+        sampling=replace(run.sampling, passes=_few(run.sampling.passes)),
     )

@@ -1,9 +1,9 @@
 """Helpers that the tests of `mergevq.tokenizer.tokenizer` share."""
 
-from mergevq.config.tokenizer import TokenizerConfig
+from tests.support.parts import tokenizer_config
 
 # 64 tokens of an image of 32 pixels, in each of the paper's three versions.
-G = TokenizerConfig(
+G = tokenizer_config(
     image_size=32,
     channels=8,
     channel_mult=(1, 2, 2),

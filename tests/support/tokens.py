@@ -9,7 +9,7 @@ from mergevq.data.tokens.writing import claim, finish, write_shard
 RECORD = TokenRecord(
     tokenizer="a" * 64,
     num_kept=(3, 5),
-    num_bits=18,
+    sizes=(2**18,),
     grid_shape=(2, 3),
     data="digits",
     images="b" * 64,
@@ -26,7 +26,7 @@ def rows_of(record, number, num_kept, broken=()):
     position = torch.tensor(positions, dtype=torch.int64).repeat_interleave(1 + record.flip)
     cells = torch.arange(record.num_tokens)
     return TokenRows(
-        indices=(1000 * position[:, None] + torch.arange(num_kept)) % 2**record.num_bits,
+        indices=(1000 * position[:, None] + torch.arange(num_kept)) % record.num_values,
         source=(position[:, None] + cells) % num_kept,
         label=position % 2,
         position=position,

@@ -1,11 +1,9 @@
 """A tokenizer that starts from components is the analytic tokenizer, bit for bit."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from mergevq.config.tokenizer import PatchDecoderConfig, TokenizerConfig
+from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.data.layouts import unmerge
 from mergevq.tokenizer.analytic_start import (
     start_decoder_from_components,
@@ -20,9 +18,11 @@ from mergevq.tokenizer.components import (
     group_means,
     to_patches,
 )
+from mergevq.tokenizer.seams import Given
 from mergevq.tokenizer.tokenizer import Tokenizer
+from tests.support.parts import changed, tokenizer_config
 
-CONFIG = TokenizerConfig(
+CONFIG = tokenizer_config(
     image_size=32,
     stem="patch",
     patch_dim=96,
@@ -35,7 +35,8 @@ CONFIG = TokenizerConfig(
     num_kept=24,
     num_bits=12,
     decoder="patch",
-    patch_decoder=PatchDecoderConfig(width=16, blocks="ca"),
+    decoder_width=16,
+    decoder_blocks="ca",
     num_decoder_heads=2,
     source_dim=16,
     num_source_heads=2,
@@ -57,9 +58,8 @@ def components() -> Components:
 
 def started(components: Components, config: TokenizerConfig = CONFIG) -> Tokenizer:
     bit_components = tuple(component for component, _ in components.bits)
-    settings = replace(config.patch_decoder, bit_components=bit_components)
     torch.manual_seed(0)
-    tokenizer = Tokenizer(replace(config, patch_decoder=settings)).eval()
+    tokenizer = Tokenizer(changed(config, bit_components=bit_components)).eval()
     start_from_components(tokenizer.encoder, components)
     start_decoder_from_components(tokenizer.decoder, components)
     return tokenizer
@@ -102,7 +102,7 @@ def test_the_codes_are_those_of_the_mean_patches_of_its_groups(components, num_k
 @pytest.mark.parametrize("merge_shape", ["linear", "square"])
 def test_the_groups_are_those_of_merging_patches(components, merge_shape):
     image = photographs(16, 1)
-    config = replace(CONFIG, merge_shape=merge_shape)
+    config = changed(CONFIG, merge_shape=merge_shape)
     with torch.no_grad():
         encoded = started(components, config).encode(image, 24)
     analytic = encode_analytic(components, image, 24, 4, merge_shape)
@@ -123,7 +123,7 @@ def test_the_decoder_gives_the_levels_of_the_codes(components):
     generator = torch.Generator().manual_seed(0)
     codes = 2.0 * torch.randint(2, (2, 64, 12), generator=generator) - 1
     with torch.no_grad():
-        image = started(components).decoder(codes, (8, 8))
+        image = started(components).decoder(Given(codes, (8, 8), None))
     expected = from_patches(components.decode(codes), 4, (8, 8))
     torch.testing.assert_close(image, expected, atol=1e-5, rtol=0)
 
@@ -155,26 +155,30 @@ def test_every_weight_of_the_encoder_can_still_learn(components):
     output = tokenizer(photographs(4, 1), 24)
     output.reconstruction.square().mean().backward()
     moved = {name for name, weight in tokenizer.encoder.named_parameters() if weight.grad.any()}
-    assert {"stem.conv.weight", "blocks.0.attn.proj.weight", "blocks.0.mlp.fc2.weight"} <= moved
+    assert {
+        "stem.conv.weight",
+        "reducer.blocks.0.attn.proj.weight",
+        "reducer.blocks.0.mlp.fc2.weight",
+    } <= moved
 
 
 def test_a_norm_in_the_stem_is_refused(components):
-    config = replace(CONFIG, patch_norm=True)
-    with pytest.raises(ValueError, match="needs a patch stem without norm: patch_norm False"):
+    config = changed(CONFIG, patch_norm=True)
+    with pytest.raises(ValueError, match="needs a patch stem without norm"):
         start_from_components(Tokenizer(config).encoder, components)
 
 
 def test_components_without_a_channel_are_refused():
     many = fit_components(photographs(100, 0) + 0.3 * torch.randn(100, 3, 32, 32), 4, 30)
-    config = replace(CONFIG, num_bits=30, patch_dim=104, channels=4)
-    with pytest.raises(ValueError, match=r"patch_dim \(104\) leaves room for 5 components, and"):
+    config = changed(CONFIG, num_bits=30, patch_dim=104, channels=4)
+    with pytest.raises(ValueError, match=r"width \(104\) leaves room for 5 components, and"):
         start_from_components(Tokenizer(config).encoder, many)
 
 
 def test_more_waves_than_hidden_units_are_refused():
     flat = photographs(100, 0)[:, :1, :1, :1].expand(-1, 3, 32, 32)
     narrow = fit_components(flat + 1e-3 * torch.randn(100, 3, 32, 32), 4, 20)
-    config = replace(CONFIG, num_bits=20, patch_dim=104, channels=4)
+    config = changed(CONFIG, num_bits=20, patch_dim=104, channels=4)
     with pytest.raises(
         ValueError, match=r"the waves of 20 bits need \d+ hidden units, and the MLP"
     ):
@@ -188,5 +192,5 @@ def test_images_that_are_all_alike_are_refused():
 
 
 def test_a_decoder_without_products_is_refused(components):
-    with pytest.raises(ValueError, match=r"needs a decoder with patch_decoder.bit_components: \["):
+    with pytest.raises(ValueError, match=r"needs a decoder with decoder.bit_components: \["):
         start_decoder_from_components(Tokenizer(CONFIG).decoder, components)

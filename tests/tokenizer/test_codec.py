@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.data.layouts import source_bits
 from mergevq.data.prepare import load_picture, to_tensor
 from mergevq.report.pictures import merge_map, to_pil
@@ -24,6 +23,7 @@ from mergevq.tokenizer.codec import (
     tile_layout,
 )
 from mergevq.tokenizer.tokenizer import Tokenizer
+from tests.support.parts import tokenizer_config
 
 NUM_BITS = 6
 
@@ -32,7 +32,7 @@ NUM_BITS = 6
 def tokenizer():
     """Trained on nothing: 16 pixels, patches of 2, 64 cells."""
     torch.manual_seed(1)
-    config = TokenizerConfig(
+    config = tokenizer_config(
         image_size=16,
         channels=8,
         channel_mult=(1, 2),

@@ -11,7 +11,6 @@ from PIL import Image
 from torch import nn
 
 from mergevq.cli.main import main
-from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.data.batches import eval_batches
 from mergevq.data.images import open_images
 from mergevq.data.tokens.dataset import open_tokens
@@ -22,10 +21,11 @@ from mergevq.runtime.run import environment
 from mergevq.tokenizer.encode import encode, encode_images, encode_shards, token_record
 from mergevq.tokenizer.tokenizer import Tokenizer
 from tests.support.evaluations import write_tokenizer
+from tests.support.parts import tokenizer_config
 from tests.support.ranks import run_on_two_ranks
 
 # 64 tokens of the 32-pixel digits.
-CONFIG = TokenizerConfig(
+CONFIG = tokenizer_config(
     image_size=32,
     channels=8,
     channel_mult=(1, 2, 2),
@@ -116,7 +116,7 @@ def test_tokens_from_a_file_decode_to_what_the_tokenizer_makes_of_the_image(
 def test_the_record_says_what_was_encoded_and_how(complete):
     record = complete.record
     assert (record.tokenizer, record.data, record.num_images) == ("a" * 64, "digits", 10)
-    assert (record.num_kept, record.num_bits, record.grid_shape) == ((9, 20), 12, (8, 8))
+    assert (record.num_kept, record.sizes, record.grid_shape) == ((9, 20), (2**12,), (8, 8))
     assert (record.class_names, record.crop, record.flip) == (tuple("0123456789"), "center", False)
     assert complete.broken == ()
     (written,) = json.loads((complete.directory / "tokens.json").read_text())["environments"]

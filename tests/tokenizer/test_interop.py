@@ -15,7 +15,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.data.layouts import Source, canonicalize
 from mergevq.tokenizer.interop import (
     initialize_from_dinov2,
@@ -28,8 +27,9 @@ from mergevq.tokenizer.interop import (
 from mergevq.tokenizer.reducers.merge import MergeState
 from mergevq.tokenizer.tokenizer import Tokenizer
 from tests.support.official import official_state
+from tests.support.parts import changed, tokenizer_config
 
-HYBRID = TokenizerConfig(
+HYBRID = tokenizer_config(
     image_size=64,
     channels=32,
     channel_mult=(1, 1, 2),
@@ -42,7 +42,7 @@ HYBRID = TokenizerConfig(
     num_decoder_layers=3,
     num_decoder_heads=4,
 )
-ISOTROPIC = dataclasses.replace(
+ISOTROPIC = changed(
     HYBRID,
     stem="patch",
     patch_dim=64,
@@ -52,7 +52,7 @@ ISOTROPIC = dataclasses.replace(
     num_decoder_layers=4,
     num_decoder_heads=2,
 )
-SMALL = TokenizerConfig(
+SMALL = tokenizer_config(
     image_size=16,
     channels=8,
     channel_mult=(1, 2),
@@ -88,12 +88,11 @@ def test_the_architecture_is_read_off_the_weights(shared, name, config):
         state,
         image_size=64,
         num_kept=config.num_kept,
-        num_heads=config.num_heads,
-        num_decoder_heads=config.num_decoder_heads,
+        num_heads=config.reducer.num_heads,
+        num_decoder_heads=config.decoder.num_heads,
     )
-    # What the model has not, or the shapes of its stem do not tell, is as in the configuration.
-    unknown = {field: getattr(config, field) for field in ("patch_dim",) if config.stem == "cnn"}
-    assert dataclasses.replace(read, **unknown) == config
+    # The source predictor is not in it.
+    assert dataclasses.replace(read, expander=config.expander) == config
 
 
 @both
@@ -128,14 +127,14 @@ def test_the_authors_alignment_head_gives_the_same_features_here(shared, name, c
 
 
 def test_a_converted_model_adds_to_variances_what_the_authors_add():
-    ours = Tokenizer(dataclasses.replace(SMALL, stem="patch", patch_dim=16))
+    ours = Tokenizer(changed(SMALL, stem="patch", patch_dim=16))
     state = official_state(ours)
     read = official_config(state, image_size=16, num_kept=20, num_heads=2, num_decoder_heads=2)
     theirs = load_official(state, read).tokenizer
     # Values so small that what is added decides, normalised by the definition.
     x = 1e-3 * torch.randn(2, 8, 16)
     mean, variance = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, correction=0)
-    for blocks in (theirs.encoder.blocks, theirs.decoder.blocks):
+    for blocks in (theirs.encoder.reducer.blocks, theirs.decoder.blocks):
         for norm in [norm for block in blocks for norm in (block.norm1, block.norm2)]:
             torch.testing.assert_close(norm(x), (x - mean) / (variance + 1e-5).sqrt())
     grid = 1e-3 * torch.randn(2, 16, 4, 4)
@@ -143,7 +142,7 @@ def test_a_converted_model_adds_to_variances_what_the_authors_add():
     expected = (grid - mean) / (variance + 1e-6).sqrt()
     torch.testing.assert_close(theirs.encoder.stem[1](grid), expected)
     # A model that was trained here keeps its own.
-    assert ours.encoder.blocks[0].norm1.eps == 1e-6
+    assert ours.encoder.reducer.blocks[0].norm1.eps == 1e-6
     assert ours.encoder.stem[1].eps == 1e-5
 
 
@@ -153,7 +152,7 @@ def test_a_converted_model_adds_to_variances_what_the_authors_add():
     ids=["d64", "d32", "d96"],
 )
 def test_a_decoder_has_as_many_heads_as_the_authors_of_its_width(channels, channel_mult, heads):
-    wide = dataclasses.replace(
+    wide = changed(
         SMALL,
         channels=channels,
         channel_mult=channel_mult,
@@ -162,8 +161,8 @@ def test_a_decoder_has_as_many_heads_as_the_authors_of_its_width(channels, chann
     )
     state = official_state(Tokenizer(wide))
     read = official_config(state, image_size=16, num_kept=20, num_heads=8)
-    assert read.decoder_dim == channels * channel_mult[-1]
-    assert read.num_decoder_heads == heads
+    assert read.decoder.width == channels * channel_mult[-1]
+    assert read.decoder.num_heads == heads
 
 
 def test_a_model_without_an_alignment_head_has_none(shared):
@@ -198,7 +197,7 @@ def test_weights_that_do_not_fit_are_an_error_that_lists_them(shared, changed, m
 def test_another_architecture_is_an_error(shared):
     state, _ = golden(shared, "hybrid")
     with pytest.raises(ValueError, match="do not fit"):
-        load_official(state, dataclasses.replace(HYBRID, num_layers=4))
+        load_official(state, changed(HYBRID, num_layers=4))
 
 
 # --------------------------------------------------------------------------------------- files
@@ -381,11 +380,11 @@ def vit():
 
 
 def test_blocks_filled_from_a_dinov2_of_the_same_width_compute_the_same(vit):
-    tokenizer = Tokenizer(dataclasses.replace(SMALL, channels=24))
+    tokenizer = Tokenizer(changed(SMALL, channels=24))
     initialize_from_dinov2(tokenizer, vit.state_dict())
     x = torch.randn(2, 9, 48)
     state = MergeState(index=torch.arange(8).expand(2, -1), sizes=None)
-    for block, layer in zip(tokenizer.encoder.blocks, vit.encoder.layer[:2], strict=True):
+    for block, layer in zip(tokenizer.encoder.reducer.blocks, vit.encoder.layer[:2], strict=True):
         expected = layer(x)
         expected = expected[0] if isinstance(expected, tuple) else expected
         torch.testing.assert_close(block(x, state, 0)[0], expected, rtol=1e-4, atol=1e-4)
@@ -395,7 +394,7 @@ def test_blocks_filled_from_a_dinov2_of_the_same_width_compute_the_same(vit):
 def test_a_wider_dinov2_is_thinned_out(vit):
     tokenizer = Tokenizer(SMALL)
     initialize_from_dinov2(tokenizer, vit.state_dict())
-    block, layer = tokenizer.encoder.blocks[1], vit.encoder.layer[1]
+    block, layer = tokenizer.encoder.reducer.blocks[1], vit.encoder.layer[1]
     # Width 48 to 16: every third.
     assert torch.equal(block.ls1.gamma, layer.layer_scale1.lambda1[::3])
     assert torch.equal(block.mlp.fc1.weight, layer.mlp.fc1.weight[::3, ::3])
@@ -411,21 +410,27 @@ def test_only_blocks_and_class_token_are_filled(vit):
     before = {key: value.clone() for key, value in tokenizer.state_dict().items()}
     initialize_from_dinov2(tokenizer, vit.state_dict())
     after = tokenizer.state_dict()
-    changed = {key for key in before if not torch.equal(before[key], after[key])}
-    filled = ("encoder.blocks.", "encoder.class_token")
-    assert changed == {key for key in before if key.startswith(filled)}
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    filled = ("encoder.reducer.blocks.", "encoder.class_token")
+    assert moved == {key for key in before if key.startswith(filled)}
 
 
 def test_a_dinov2_in_the_names_of_timm_is_understood():
-    larger = Tokenizer(dataclasses.replace(SMALL, channels=16)).encoder.state_dict()
-    state = {key: torch.randn_like(value) for key, value in larger.items() if "blocks." in key}
+    larger = Tokenizer(changed(SMALL, channels=16)).encoder.state_dict()
+    state = {
+        key.removeprefix("reducer."): torch.randn_like(value)
+        for key, value in larger.items()
+        if "blocks." in key
+    }
     state |= {"cls_token": torch.randn(1, 1, 32), "pos_embed": torch.randn(1, 5, 32)}
     state |= {"norm.weight": torch.randn(32), "patch_embed.proj.bias": torch.randn(32)}
     tokenizer = Tokenizer(SMALL)
     initialize_from_dinov2(tokenizer, state)
     own = tokenizer.encoder
     assert torch.equal(own.class_token, state["cls_token"].flatten()[::2])
-    assert torch.equal(own.blocks[1].mlp.fc2.weight, state["blocks.1.mlp.fc2.weight"][::2, ::2])
+    assert torch.equal(
+        own.reducer.blocks[1].mlp.fc2.weight, state["blocks.1.mlp.fc2.weight"][::2, ::2]
+    )
 
 
 def test_a_dinov2_is_read_from_a_folder(vit, tmp_path):
@@ -434,17 +439,15 @@ def test_a_dinov2_is_read_from_a_folder(vit, tmp_path):
     tokenizers = Tokenizer(SMALL), Tokenizer(SMALL)
     initialize_from_dinov2(tokenizers[0], state)
     initialize_from_dinov2(tokenizers[1], vit.state_dict())
-    first, second = (tokenizer.encoder.blocks.state_dict() for tokenizer in tokenizers)
+    first, second = (tokenizer.encoder.reducer.blocks.state_dict() for tokenizer in tokenizers)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 def test_a_vit_with_too_few_layers_or_channels_is_an_error(vit):
-    with pytest.raises(ValueError, match=r"the ViT lacks \['blocks.3.attn"):
-        initialize_from_dinov2(
-            Tokenizer(dataclasses.replace(SMALL, num_layers=4)), vit.state_dict()
-        )
+    with pytest.raises(ValueError, match=r"the ViT lacks \['reducer.blocks.3.attn"):
+        initialize_from_dinov2(Tokenizer(changed(SMALL, num_layers=4)), vit.state_dict())
     with pytest.raises(ValueError, match="selection only shrinks"):
-        initialize_from_dinov2(Tokenizer(dataclasses.replace(SMALL, channels=32)), vit.state_dict())
+        initialize_from_dinov2(Tokenizer(changed(SMALL, channels=32)), vit.state_dict())
 
 
 def test_names_that_are_not_a_vits_are_an_error():

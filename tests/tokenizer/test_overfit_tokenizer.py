@@ -13,6 +13,7 @@ from mergevq.config.objective import TeacherConfig
 from mergevq.config.recipes.digits import digits32
 from mergevq.config.tokenizer import KeptConfig
 from mergevq.training.tokenizer import train
+from tests.support.parts import changed
 
 
 def smooth_pictures(folder, count):
@@ -66,7 +67,7 @@ def test_eight_pictures_are_learned_by_heart(tmp_path):
     run = run_of(tmp_path, num_images=8, num_steps=600, batch_size=8)
     run = replace(
         run,
-        model=replace(run.model, num_bits=18),
+        model=changed(run.model, num_bits=18),
         optim=replace(run.optim, lr=2e-3),
         loss=replace(run.loss, entropy_weight=0.02),
     )
@@ -77,6 +78,6 @@ def test_eight_pictures_are_learned_by_heart(tmp_path):
 def test_more_than_half_of_256_codes_stay_in_use(tmp_path):
     run = run_of(tmp_path, num_images=512, num_steps=150, batch_size=32)
     numbers = last_numbers(run)
-    assert run.model.num_bits == 8
+    assert run.model.quantizer.num_bits == 8
     assert numbers["codebook_usage"] > 0.5
     assert numbers["perplexity"] > 64

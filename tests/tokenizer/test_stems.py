@@ -1,14 +1,13 @@
 """Tests of the patch stem without norm; the others are tested as parts of a tokenizer."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from mergevq.tokenizer.stems import PlainStem, paired_positions, patch_stem
+from tests.support.parts import changed
 from tests.support.tokenizer import G
 
-PLAIN = replace(G, stem="patch", patch_dim=48, patch_norm=False)
+PLAIN = changed(G, stem="patch", patch_dim=48, patch_norm=False)
 
 
 def test_positions_are_in_pairs_of_opposite_sign_and_tell_all_cells_apart():
@@ -23,7 +22,7 @@ def test_positions_are_in_pairs_of_opposite_sign_and_tell_all_cells_apart():
 
 
 def test_the_last_third_of_the_channels_tells_positions_too():
-    stem = patch_stem(PLAIN)
+    stem = patch_stem(PLAIN.stem)
     assert isinstance(stem, PlainStem)
     torch.nn.init.zeros_(stem.conv.weight)
     torch.nn.init.zeros_(stem.conv.bias)
@@ -34,18 +33,18 @@ def test_the_last_third_of_the_channels_tells_positions_too():
 
 
 @pytest.mark.parametrize(
-    ("stem", "sees"), [(PLAIN, True), (replace(PLAIN, patch_norm=True), False)]
+    ("stem", "sees"), [(PLAIN, True), (changed(PLAIN, patch_norm=True), False)]
 )
 def test_without_norm_an_image_is_as_bright_as_it_is(stem, sees):
     torch.manual_seed(0)
-    stem, image = patch_stem(stem), torch.rand(1, 3, 32, 32) / 2
+    stem, image = patch_stem(stem.stem), torch.rand(1, 3, 32, 32) / 2
     difference = (stem(image + 0.4) - stem(image)).abs().max()
     assert (difference > 0.01) == sees
 
 
 def test_it_keeps_its_precision():
     torch.manual_seed(0)
-    stem, image = patch_stem(PLAIN), torch.rand(1, 3, 32, 32)
+    stem, image = patch_stem(PLAIN.stem), torch.rand(1, 3, 32, 32)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = stem(image)
     assert torch.equal(rounded, stem(image))

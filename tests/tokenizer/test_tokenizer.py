@@ -12,16 +12,17 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.data.layouts import Source, merge, unmerge
 from mergevq.tokenizer.expanders.unmerge import most_likely_source
 from mergevq.tokenizer.quantizers.lfq import indices_to_codes, quantize
 from mergevq.tokenizer.reducers.matching import merge_schedule
+from mergevq.tokenizer.seams import Given
 from mergevq.tokenizer.tokenizer import Tokenizer
+from tests.support.parts import changed, tokenizer_config
 from tests.support.tokenizer import G
 
-G_R = dataclasses.replace(G, channel_mult=(2, 2, 2, 4), num_kept=9)
-R = dataclasses.replace(G, stem="patch", patch_dim=32, position_embedding=True)
+G_R = changed(G, channel_mult=(2, 2, 2, 4), num_kept=9)
+R = changed(G, stem="patch", patch_dim=32, position_embedding=True)
 VERSIONS = pytest.mark.parametrize("config", [G, G_R, R], ids=["G", "G+R", "R"])
 
 
@@ -41,8 +42,7 @@ def training_loss(model, image, num_kept=20, view=None):
     """A loss that every output of a training pass enters."""
     out = model(image, num_kept, view)
     loss = (out.reconstruction - image).square().mean() + out.encoded.class_token.square().mean()
-    logits, index = out.source_logits.mT, out.encoded.source.index
-    loss = loss + nn.functional.cross_entropy(logits, index)
+    loss = loss + out.losses["source"]
     return loss if view is None else loss + out.view_class_token.square().mean()
 
 
@@ -72,8 +72,12 @@ def test_an_image_becomes_tokens_and_an_image_again(config):
     decoded = model.decode(encoded.codes, encoded.source)
     assert decoded.shape == image.shape
     assert decoded.isfinite().all()
-    logits = model(image, config.num_kept).source_logits
+    losses = model(image, config.num_kept).losses
+    assert set(losses) == {"commitment", "entropy", "source"}
+    logits = model.expander.predictor(encoded.codes, encoded.grid_shape)
     assert logits.shape == (2, config.num_tokens, config.num_kept)
+    expected = nn.functional.cross_entropy(logits.mT, encoded.source.index)
+    torch.testing.assert_close(losses["source"], expected)
 
 
 @VERSIONS
@@ -94,7 +98,7 @@ def test_codes_and_indices_are_the_signs_of_the_latents():
 @VERSIONS
 @pytest.mark.parametrize("merge_shape", ["linear", "square", "constant"])
 def test_any_number_of_tokens_may_be_kept(config, merge_shape):
-    config = dataclasses.replace(config, merge_shape=merge_shape)
+    config = changed(config, merge_shape=merge_shape)
     model, image = tokenizer(config), images(1)
     # Six layers halve 64 tokens to 1.
     for num_kept in {1, 2, 7, config.num_tokens - 1, config.num_tokens}:
@@ -111,7 +115,7 @@ def test_keeping_all_tokens_merges_nothing():
 
 
 def test_positions_of_a_patch_stem_tell_equal_patches_apart():
-    plain = dataclasses.replace(R, position_embedding=False)
+    plain = changed(R, position_embedding=False)
     grey = torch.linspace(-1, 1, 16).reshape(1, 1, 4, 4).repeat(1, 3, 8, 8)
     for config, num_different in ((plain, 1), (R, 64)):
         tokens = tokenizer(config).features(grey, layer=1, stage="pre_merge")[0]
@@ -140,7 +144,7 @@ def test_positions_of_a_patch_stem_tell_equal_patches_apart():
 )
 def test_parameters_are_as_many_as_published(values, encoder, decoder):
     with torch.device("meta"):
-        model = Tokenizer(TokenizerConfig(image_size=256, **values))
+        model = Tokenizer(tokenizer_config(image_size=256, **values))
     for part, millions in ((model.encoder, encoder), (model.decoder, decoder)):
         count = sum(parameter.numel() for parameter in part.parameters()) / 1e6
         # As many digits as the number has.
@@ -150,9 +154,7 @@ def test_parameters_are_as_many_as_published(values, encoder, decoder):
 
 def test_a_codebook_of_any_size_takes_no_memory():
     with torch.device("meta"):
-        small, large = (
-            Tokenizer(dataclasses.replace(G, num_bits=bits)).state_dict() for bits in (1, 63)
-        )
+        small, large = (Tokenizer(changed(G, num_bits=bits)).state_dict() for bits in (1, 63))
     assert small.keys() == large.keys()
     assert sum(x.numel() for x in large.values()) < 2 * sum(x.numel() for x in small.values())
 
@@ -180,7 +182,7 @@ def test_without_a_number_tokens_are_kept_in_proportion_to_the_grid():
 
 def test_a_proportion_is_rounded_to_what_the_layers_reach():
     # Two layers leave at least 13 of 49 cells; a quarter of 49 would be 12.
-    model = tokenizer(dataclasses.replace(G, num_layers=2, num_kept=16))
+    model = tokenizer(changed(G, num_layers=2, num_kept=16))
     assert model.num_tokens(images(1, 28, 28)) == 13
     assert model.encode(images(1, 28, 28)).indices.shape == (1, 13)
     assert model(images(1), 16, images(1, 28, 28)).view_class_token.shape == (1, 16)
@@ -192,7 +194,7 @@ def test_a_proportion_is_rounded_to_what_the_layers_reach():
 )
 def test_a_size_that_is_not_legal_is_an_error_before_any_work(height, width, nearest):
     with torch.device("meta"):
-        model = Tokenizer(TokenizerConfig(image_size=256, channel_mult=(1, 1, 2, 4, 8)))
+        model = Tokenizer(tokenizer_config(image_size=256, channel_mult=(1, 1, 2, 4, 8)))
     image = torch.zeros(1, 3, height, width)
     for use in (model.encode, model.features, model.reconstruct, model.num_tokens):
         with pytest.raises(ValueError, match=rf"\({height} x {width}\).*\(16\)") as caught:
@@ -208,7 +210,7 @@ def test_a_number_of_tokens_that_the_image_has_not_is_an_error(num_kept):
 
 
 def test_a_number_of_tokens_below_reach_is_an_error():
-    model = tokenizer(dataclasses.replace(G, num_layers=2))
+    model = tokenizer(changed(G, num_layers=2))
     with pytest.raises(ValueError, match=r"num_kept \(15\) must be at least 16"):
         model.encode(images(), 15)
 
@@ -333,7 +335,8 @@ def test_indices_of_another_tokenizer_are_an_error():
 def test_decoding_unmerges_and_then_runs_the_decoder():
     model = tokenizer()
     encoded = model.encode(images())
-    expected = model.decoder(unmerge(encoded.codes, encoded.source), (8, 8))
+    tokens = unmerge(encoded.codes, encoded.source)
+    expected = model.decoder(Given(tokens, (8, 8), tokens))
     assert torch.equal(model.decode(encoded.codes, encoded.source), expected)
 
 
@@ -346,7 +349,7 @@ def test_recovery_reads_the_tokens_alone_as_codes_or_indices():
     recovered = model.recover(encoded.codes, (6, 12))
     assert recovered.num_kept == 30
     assert torch.equal(recovered.index, model.recover(encoded.indices, (6, 12)).index)
-    logits = model.source_predictor(encoded.codes, (6, 12))
+    logits = model.expander.predictor(encoded.codes, (6, 12))
     assert torch.equal(recovered.index, most_likely_source(logits).index)
 
 
@@ -373,8 +376,8 @@ def test_the_asked_share_of_the_predictors_gradient_reaches_the_encoder():
     for share in (0.0, 0.5, 1.0):
         model.zero_grad(set_to_none=True)
         out = model(image, 20, source_gradient=share)
-        out.source_logits.square().sum().backward()
-        assert all(part.grad is not None for part in model.source_predictor.parameters())
+        out.losses["source"].backward()
+        assert all(part.grad is not None for part in model.expander.predictor.parameters())
         gradient = model.encoder.to_latents.weight.grad
         gradients.append(torch.zeros(()) if gradient is None else gradient)
     assert not gradients[0].any()
@@ -395,11 +398,11 @@ def test_images_that_recover_are_decoded_with_the_recovered_source():
     assert torch.equal(mixed.reconstruction[~recovers], plain.reconstruction[~recovers])
     # What the predictor is taught is the encoder's source, for all of them.
     assert torch.equal(mixed.encoded.source.index, plain.encoded.source.index)
-    assert torch.equal(mixed.source_logits, plain.source_logits)
+    assert torch.equal(mixed.losses["source"], plain.losses["source"])
 
 
 def test_the_predictor_knows_cells_and_slots():
-    predictor = tokenizer().source_predictor
+    predictor = tokenizer().expander.predictor
     # All codes are equal, so only positions tell cells and slots apart.
     logits = predictor(torch.ones(1, 5, 6), (4, 8))[0]
     assert len(logits.mul(1e5).round().unique(dim=0)) == 32
@@ -413,7 +416,7 @@ def test_known_anchors_are_respected():
     recovered = model.recover(encoded.codes, anchors=anchors)
     assert torch.equal(recovered.anchors(), anchors)
     # Every other cell has the likeliest of the tokens that are open by then.
-    logits = model.source_predictor(encoded.codes, (8, 8))[1]
+    logits = model.expander.predictor(encoded.codes, (8, 8))[1]
     for cell in set(range(64)) - set(anchors[1].tolist()):
         num_open = int((anchors[1] <= cell).sum())
         assert recovered.index[1, cell] == logits[cell, :num_open].argmax()
@@ -433,7 +436,7 @@ STAGES_AND_LAYERS = [
 @pytest.mark.parametrize(("stage", "layer"), STAGES_AND_LAYERS)
 def test_features_of_every_kind_have_the_stated_shape(config, stage, pool, layer):
     num_kept = config.num_kept
-    counts = merge_schedule(config.num_tokens, num_kept, config.num_layers)
+    counts = merge_schedule(config.num_tokens, num_kept, config.reducer.num_layers)
     left = config.num_tokens - sum(counts[:layer])
     num_tokens = {
         "pre_merge": config.num_tokens,
@@ -443,7 +446,7 @@ def test_features_of_every_kind_have_the_stated_shape(config, stage, pool, layer
         "unmerged": config.num_tokens,
     }[stage]
     projected = stage in {"latents", "quantized"} and pool != "class"
-    dim = config.num_bits if projected else config.dim
+    dim = config.quantizer.dim if projected else config.dim
     shape = (2, num_tokens, dim) if pool == "none" else (2, dim)
     features = tokenizer(config).features(images(), layer=layer, stage=stage, pool=pool)
     assert features.shape == shape
@@ -513,7 +516,7 @@ def test_features_of_a_layer_that_does_not_exist_are_an_error():
 def test_every_parameter_takes_part_in_a_training_pass(config):
     # In double precision a gradient that cancels is told from a small one. One cancels by design:
     # each channel of a patch is normalised over the image.
-    without_effect = {"encoder.stem.0.bias"} if config.stem == "patch" else set()
+    without_effect = {"encoder.stem.0.bias"} if config.stem.kind == "patch" else set()
     model = tokenizer(config).double().train()
     view = images(2, 24, 24).double()
     training_loss(model, images().double(), config.num_kept, view).backward()
@@ -530,7 +533,7 @@ def test_nothing_is_left_uninitialized(config):
         out = model(images(), config.num_kept, images(2, 24, 24))
     assert all(value.isfinite().all() for value in model.state_dict().values())
     assert out.reconstruction.isfinite().all()
-    assert out.source_logits.isfinite().all()
+    assert all(loss.isfinite() for loss in out.losses.values())
     assert out.view_class_token.isfinite().all()
 
 
@@ -656,7 +659,7 @@ def test_a_saved_tokenizer_is_the_same_without_a_network(tmp_path, monkeypatch):
 
 def test_weights_of_another_architecture_are_an_error(tmp_path):
     tokenizer().save_pretrained(tmp_path / "model")
-    other = tokenizer(dataclasses.replace(G, num_bits=7))
+    other = tokenizer(changed(G, num_bits=7))
     weights = tmp_path / "model" / "model.safetensors"
     safetensors.torch.save_file(other.state_dict(), weights)
     with pytest.raises(ValueError, match=r"damaged or replaced"):
@@ -666,7 +669,7 @@ def test_weights_of_another_architecture_are_an_error(tmp_path):
 # -------------------------------------------------------------------------------- broken weights
 
 
-@pytest.mark.parametrize("name", ["to_latents.bias", "blocks.0.mlp.fc1.weight"])
+@pytest.mark.parametrize("name", ["to_latents.bias", "reducer.blocks.0.mlp.fc1.weight"])
 def test_latents_that_are_not_finite_are_no_codes(name):
     model = tokenizer()
     with torch.no_grad():
@@ -679,7 +682,7 @@ def test_a_source_is_not_recovered_from_logits_that_are_not_finite():
     model = tokenizer()
     encoded = model.encode(images())
     with torch.no_grad():
-        model.source_predictor.to_query.bias[0] = torch.nan
+        model.expander.predictor.to_query.bias[0] = torch.nan
     for anchors in (None, torch.arange(20).expand(2, -1)):
         with pytest.raises(RuntimeError, match="source predictor's logits are not finite"):
             model.recover(encoded.codes, anchors=anchors)

@@ -8,17 +8,18 @@ import torch
 
 from mergevq.cli.main import main
 from mergevq.config.objective import LossConfig, TeacherConfig
-from mergevq.config.tokenizer import KeptConfig, TokenizerConfig
+from mergevq.config.tokenizer import KeptConfig
 from mergevq.config.training import TokenizerRun, TrainConfig
 from mergevq.training import bench
 from mergevq.training.bench import LfqSize, Measurement, MergeSize
 from mergevq.training.profile import Part
+from tests.support.parts import tokenizer_config
 
 CPU = torch.device("cpu")
 REFERENCE = Path(__file__).resolve().parents[2] / "benchmarks" / "reference.py"
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 RUN = TokenizerRun(
-    model=TokenizerConfig(
+    model=tokenizer_config(
         image_size=32,
         channels=8,
         channel_mult=(1, 2),
@@ -122,7 +123,7 @@ def test_a_wrong_plain_definition_is_found(tmp_path):
 
 @pytest.mark.parametrize("num_bits", [4, 9])
 def test_losses_and_gradient_equal_the_dense_softmax(num_bits):
-    size, loss = LfqSize(num_bits, num_tokens=30), LossConfig(entropy_temperature=0.1)
+    size, loss = LfqSize(num_bits, num_tokens=30, temperature=0.1), LossConfig()
     ours = bench._lfq_in_this_process(size, loss, CPU, 1, None)
     plain = bench._lfq_in_this_process(size, loss, CPU, 1, REFERENCE)
     torch.testing.assert_close(ours.values, plain.values, rtol=1e-4, atol=1e-6)
@@ -174,10 +175,10 @@ def test_the_parts_of_a_step_are_all_of_it():
     names = {part.name for part in parts}
     assert names >= {
         "encoder.stem",
-        "encoder.blocks",
-        "encoder.blocks, between layers",
+        "encoder.reducer.blocks",
+        "encoder.reducer.blocks, between layers",
         "losses",
-        "source_predictor",
+        "expander.predictor",
         "decoder",
         "decoder.blocks",
         "discriminator",

@@ -8,18 +8,20 @@ import torch
 from PIL import Image
 from torch import nn
 
-from mergevq.config.generator import GeneratorConfig
+from mergevq.config.generator import GeneratorConfig, Raster, Subindices
 from mergevq.config.objective import LossConfig, TeacherConfig
 from mergevq.config.recipes import TOKENIZER_RECIPES
-from mergevq.config.tokenizer import KeptConfig, TokenizerConfig
+from mergevq.config.tokenizer import KeptConfig
 from mergevq.config.training import DataConfig, TokenizerRun, TrainConfig
 from mergevq.data.tokens.dataset import open_tokens
-from mergevq.generator.autoregressive import Generator
+from mergevq.generator.build import build_generator
 from mergevq.runtime.artefacts import tokens_hash
 from mergevq.tokenizer.reducers.matching import merge_schedule
+from mergevq.tokenizer.seams import Given
 from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training.estimate import MemoryTracker, _time, count_products, describe, estimate
 from mergevq.training.generator_step import fitted_config
+from tests.support.parts import tokenizer_config
 from tests.training.test_generator import small, small_tokenizer, write_tokens
 
 CPU = torch.device("cpu")
@@ -42,7 +44,7 @@ def run(tmp_path_factory):
         pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
     return TokenizerRun(
-        model=TokenizerConfig(
+        model=tokenizer_config(
             image_size=16,
             channels=16,
             channel_mult=(1, 2),
@@ -121,7 +123,7 @@ def test_the_parameters_are_those_of_the_networks(run, found):
     sizes = {
         "encoder": sum(weight.numel() for weight in tokenizer.encoder.parameters()),
         "decoder": sum(weight.numel() for weight in tokenizer.decoder.parameters()),
-        "source predictor": sum(w.numel() for w in tokenizer.source_predictor.parameters()),
+        "source predictor": sum(w.numel() for w in tokenizer.expander.parameters()),
     }
     assert sizes.items() <= found.num_parameters.items()
     assert found.num_parameters.keys() - sizes.keys() == {"alignment head"}
@@ -183,7 +185,7 @@ def as_in_the_table(model, name, passes, lengths):
     for norm in norms:
         norm.register_forward_hook(lambda _norm, _inputs, out: normalised.append(out.numel()))
     passes()
-    width = model.config.dim if name == "encoder" else model.config.decoder_dim
+    width = model.config.dim if name == "encoder" else model.config.decoder.width
     attention = sum(2 * length**2 * width for length in lengths)
     products = count_products(model.config)[name]
     return (products - attention + 5 * sum(normalised)) / 1e9
@@ -212,7 +214,7 @@ def test_products_are_those_of_the_papers_table(recipe, encoder, decoder):
             as_in_the_table(
                 model,
                 "decoder",
-                lambda: model.decoder(codes, (config.grid_size, config.grid_size)),
+                lambda: model.decoder(Given(codes, (config.grid_size,) * 2, codes)),
                 [config.num_tokens] * 12,
             ),
         )
@@ -221,15 +223,14 @@ def test_products_are_those_of_the_papers_table(recipe, encoder, decoder):
 
 def test_products_of_a_generator_by_hand():
     config = GeneratorConfig(
-        order="raster",
+        order=Raster(),
         dim=32,
         num_layers=2,
         num_heads=2,
         grid_size=(4, 4),
         num_kept=16,
         kept_candidates=(16,),
-        num_bits=6,
-        factor_bits=(3, 3),
+        head=Subindices(sizes=(8, 8)),
     )
     products = count_products(config)
     # 17 inputs: class, K and 15 cells. Attention has 4 matrices of 32 x 32, the feed-forward layer
@@ -269,9 +270,11 @@ def test_a_generator_is_described_by_what_it_will_do(material, tmp_path, order, 
     run = small(material, order, num_steps=90, batch_size=6, accumulation=2)
     run = replace(run, out=str(tmp_path / "run"))
     found = estimate(run)
-    generator = Generator(fitted_config(run, open_tokens(run.tokens.path).record))
+    generator = build_generator(fitted_config(run, open_tokens(run.tokens.path).record))
     assert sum(found.num_parameters.values()) == sum(p.numel() for p in generator.parameters())
-    assert found.num_parameters["head"] == sum(p.numel() for p in generator.head.parameters())
+    assert found.num_parameters["head"] == sum(
+        p.numel() for p in generator.network.head.parameters()
+    )
     assert found.sequence_length == length
     assert (found.num_train_images, found.num_val_images, found.num_classes) == (18, 6, 3)
     assert found.pass_images == found.timed_images == 3

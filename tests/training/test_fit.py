@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from mergevq.config.training import TrainConfig
 from mergevq.report.plots import Curve, Panel
 from mergevq.runtime import distributed
-from mergevq.runtime.budget import Budget
 from mergevq.runtime.checkpoints import load_state
+from mergevq.runtime.optim import Budget
 from mergevq.runtime.run import RunDirectory
 from mergevq.training.fit import Task, cut, fit, put_state, read_numbers, state_of
 
@@ -184,7 +184,7 @@ class Clock:
 
     def __init__(self, monkeypatch, per_step):
         self.now, self.per_step = 1000.0, per_step
-        monkeypatch.setattr("mergevq.runtime.budget.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("mergevq.runtime.optim.time.monotonic", lambda: self.now)
 
     def slow(self, task):
         """The task with steps that take their time, which it writes down with their places."""

@@ -16,18 +16,18 @@ import torch
 from safetensors.torch import load_file
 
 from mergevq.cli.main import main
-from mergevq.config.generator import GeneratorConfig
+from mergevq.config.generator import GeneratorConfig, Merge, Random, Subindices
 from mergevq.config.identity import Identity
 from mergevq.config.recipes import GENERATOR_RECIPES
 from mergevq.config.recipes.digits import digits32_ar
-from mergevq.config.tokenizer import KeptConfig, TokenizerConfig
+from mergevq.config.tokenizer import KeptConfig
 from mergevq.config.training import GeneratorRun, TokensConfig
 from mergevq.data.layouts import Source, canonicalize
 from mergevq.data.tokens.batches import split, token_batches
 from mergevq.data.tokens.dataset import open_tokens
 from mergevq.data.tokens.files import TokenRecord, TokenRows
 from mergevq.data.tokens.writing import claim, finish, write_shard
-from mergevq.generator.autoregressive import Generator
+from mergevq.generator.build import build_generator, load_generator, save_generator
 from mergevq.runtime import distributed
 from mergevq.runtime.artefacts import load_model, tokens_hash
 from mergevq.runtime.checkpoints import load_state, save_state
@@ -37,6 +37,8 @@ from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training.generator import GeneratorTask, train
 from mergevq.training.generator_step import GeneratorLearner, build, fitted_config, to_sequences
 from mergevq.training.initial import initialize_generator_from
+from tests.support.generators import KINDS
+from tests.support.parts import tokenizer_config
 from tests.support.small import shrink_generator
 
 WORLD = distributed.World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
@@ -49,7 +51,7 @@ KEPT = (16, 24, 64)
 def small_tokenizer(seed: int = 0) -> Tokenizer:
     """Random: 16 pixels, a grid of 8 x 8, 6 bits."""
     torch.manual_seed(seed)
-    config = TokenizerConfig(
+    config = tokenizer_config(
         image_size=16,
         channels=8,
         channel_mult=(1, 1),
@@ -72,7 +74,7 @@ def write_tokens(folder: Path, tokenizer: str, *, num_classes: int = 3, flip: bo
     record = TokenRecord(
         tokenizer=tokenizer,
         num_kept=KEPT,
-        num_bits=NUM_BITS,
+        sizes=(2**NUM_BITS,),
         grid_shape=(8, 8),
         data="made up",
         images="a" * 64,
@@ -116,10 +118,10 @@ def small(material: Path, order: str = "merge", **train_settings: object) -> Gen
     """A run of seconds, with dropout."""
     kept = (64,) if order == "raster" else (16, 24)
     run = shrink_generator(digits32_ar())
-    model = replace(run.model, num_bits=NUM_BITS, factor_bits=(3, 3))
+    model = replace(run.model, head=Subindices(sizes=(8, 8)))
     return replace(
         run,
-        model=replace(model, order=order, num_kept=kept[0], kept_candidates=kept),
+        model=replace(model, order=KINDS[order](), num_kept=kept[0], kept_candidates=kept),
         tokens=TokensConfig(
             path=str(material / "tokens"), tokenizer=str(material / "tokenizer"), val_fraction=0.25
         ),
@@ -161,7 +163,7 @@ def test_the_loss_falls_and_everything_is_written(material, tmp_path, order):
     kept = run.model.num_kept
     assert numbers[-1][f"val_nll@{kept}"] < numbers[0]["nll"]
     assert (tmp_path / "run/images/step-00000040.png").is_file()
-    generator = Generator.from_pretrained(model)
+    generator = load_generator(model)
     assert generator.config.num_classes == 3
     assert not generator.training
     extra = load_model(model, kind="generator").record["extra"]
@@ -336,8 +338,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(material):
     state = learner.state
     batch = dataset.batch(range(4), 16)
     learner.step(batch)
-    healthy = state.generator.head.norm.weight.data.clone()
-    state.generator.head.norm.weight.data[0] = torch.nan
+    healthy = state.generator.network.head.norm.weight.data.clone()
+    state.generator.network.head.norm.weight.data[0] = torch.nan
     before = {name: t.clone() for name, t in state.generator.state_dict().items()}
     shadow = {name: t.clone() for name, t in state.ema.shadow.items()}
     learner.step(batch)
@@ -345,7 +347,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(material):
     assert all(torch.equal(before[n].nan_to_num(), after[n].nan_to_num()) for n in before)
     assert equal(shadow, state.ema.shadow)
     assert state.guard.num_skipped == 1
-    state.generator.head.norm.weight.data.copy_(healthy)
+    state.generator.network.head.norm.weight.data.copy_(healthy)
     learner.step(batch)
     assert state.guard.num_in_a_row == 0
 
@@ -441,7 +443,7 @@ def test_validation_is_the_likelihood_of_the_held_out_images(material):
     state.generator.eval()
     sequences = to_sequences(state.generator, val_set.batch(range(5), 16))
     with torch.no_grad():
-        expected = -state.generator.log_likelihood(*sequences[:2], 16)
+        expected = -state.generator.log_likelihood(sequences)
     tokenizer = Tokenizer.from_pretrained(material / "tokenizer")
     task = GeneratorTask(learner=learner, train_set=dataset, val_set=val_set, tokenizer=tokenizer)
     found = task.validate()["val_nll@16"]
@@ -462,8 +464,8 @@ def test_tokens_of_another_tokenizer_are_refused(material, tmp_path):
 def test_tokens_must_fit_the_architecture(material):
     run = small(material)
     record = open_tokens(material / "tokens").record
-    with pytest.raises(ValueError, match=r"model.num_bits \(6\) must be 8"):
-        fitted_config(run, replace(record, num_bits=8))
+    with pytest.raises(ValueError, match=r"the product of model.head.sizes \(64\) must be 256"):
+        fitted_config(run, replace(record, sizes=(2**8,)))
     with pytest.raises(ValueError, match=r"model.grid_size \(\(8, 8\)\) must be \(4, 16\)"):
         fitted_config(run, replace(record, grid_shape=(4, 16)))
     with pytest.raises(ValueError, match=r"--num-kept 24"):
@@ -476,21 +478,21 @@ def test_tokens_must_fit_the_architecture(material):
 def test_another_number_of_classes_makes_only_the_class_embedding_anew(material, tmp_path, caplog):
     state = built(small(material))[0].state
     config = state.generator.config
-    other = Generator(replace(config, num_classes=7))
-    other.save_pretrained(tmp_path / "other", tokenizer="c" * 64)
-    fresh = state.generator.class_embedding.weight.detach().clone()
+    other = build_generator(replace(config, num_classes=7))
+    save_generator(other, tmp_path / "other", tokenizer="c" * 64)
+    fresh = state.generator.network.class_embedding.weight.detach().clone()
     initialize_generator_from(state.generator, tmp_path / "other")
     assert "7 classes" in caplog.text
     assert "class embedding" in caplog.text
     for name, value in state.generator.state_dict().items():
-        expected = fresh if name == "class_embedding.weight" else other.state_dict()[name]
+        expected = fresh if name == "network.class_embedding.weight" else other.state_dict()[name]
         assert torch.equal(value, expected), name
 
 
 def test_fine_tuning_keeps_the_classes_where_they_are_as_many(material, tmp_path, caplog):
     state = built(small(material))[0].state
-    other = Generator(state.generator.config)
-    other.save_pretrained(tmp_path / "other", tokenizer="c" * 64)
+    other = build_generator(state.generator.config)
+    save_generator(other, tmp_path / "other", tokenizer="c" * 64)
     initialize_generator_from(state.generator, tmp_path / "other")
     assert equal(dict(state.generator.state_dict()), dict(other.state_dict()))
     assert caplog.text == ""
@@ -498,12 +500,15 @@ def test_fine_tuning_keeps_the_classes_where_they_are_as_many(material, tmp_path
 
 def test_fine_tuning_on_other_classes_keeps_those_of_the_same_name(material, tmp_path, caplog):
     state = built(small(material))[0].state
-    other = Generator(state.generator.config)
-    other.save_pretrained(tmp_path / "a", tokenizer="c" * 64, class_names=["cat", "dog", "eel"])
-    fresh = state.generator.class_embedding.weight.detach().clone()
+    other = build_generator(state.generator.config)
+    save_generator(other, tmp_path / "a", tokenizer="c" * 64, class_names=["cat", "dog", "eel"])
+    fresh = state.generator.network.class_embedding.weight.detach().clone()
     made_from = Identity(class_names=("bus", "cat", "zonda"), tokenizer="d" * 64)
     initialize_generator_from(state.generator, tmp_path / "a", made_from)
-    table, theirs = state.generator.class_embedding.weight, other.class_embedding.weight
+    table, theirs = (
+        state.generator.network.class_embedding.weight,
+        other.network.class_embedding.weight,
+    )
     assert torch.equal(table[1], theirs[0])
     assert torch.equal(table[[0, 2, 3]], fresh[[0, 2, 3]])
     assert "fresh class embedding for bus, zonda" in caplog.text
@@ -542,24 +547,27 @@ def test_a_run_does_not_go_on_with_another_k(material, tmp_path):
             {"num_kept": 9, "kept_candidates": (9, 24)},
             r"kept_candidates \(\[16, 24\]\) must be \[9, ",
         ),
-        ({"factor_bits": (2, 4)}, r"factor_bits \(\[3, 3\]\) must be \[2, 4\]"),
-        ({"rotate_instruction": False}, r"rotate_instruction \(True\) must be False"),
-        ({"order": "random"}, "order .merge. must be random"),
+        ({"head": Subindices(sizes=(4, 16))}, r"head.sizes \(\[8, 8\]\) must be \[4, 16\]"),
+        ({"order": Random()}, r"order.kind \(merge\) must be random"),
     ],
 )
 def test_fine_tuning_refuses_what_shapes_cannot_tell(material, tmp_path, changes, named):
     state = built(small(material))[0].state
-    other = Generator(replace(state.generator.config, **changes))
-    other.save_pretrained(tmp_path / "other", tokenizer="c" * 64)
+    other = build_generator(replace(state.generator.config, **changes))
+    save_generator(other, tmp_path / "other", tokenizer="c" * 64)
     with pytest.raises(ValueError, match=rf"^model\.{named}.*, as in the generator of init_from"):
         initialize_generator_from(state.generator, tmp_path / "other")
 
 
 def test_fine_tuning_may_change_how_a_generator_is_trained(material, tmp_path):
     state = built(small(material))[0].state
-    freely = {"dropout": 0.5, "class_dropout": 0.2, "label_smoothing": 0.0, "window": 5}
-    other = Generator(replace(state.generator.config, merge_groups="source", num_kept=24, **freely))
-    other.save_pretrained(tmp_path / "other", tokenizer="c" * 64)
+    freely = {"dropout": 0.5, "class_dropout": 0.2, "label_smoothing": 0.0}
+    other = build_generator(
+        replace(
+            state.generator.config, order=Merge(groups="source", window=5), num_kept=24, **freely
+        )
+    )
+    save_generator(other, tmp_path / "other", tokenizer="c" * 64)
     initialize_generator_from(state.generator, tmp_path / "other")
     assert equal(dict(state.generator.state_dict()), dict(other.state_dict()))
 
@@ -573,7 +581,9 @@ def test_the_average_starts_from_the_weights_that_are_fine_tuned(material, tmp_p
 
 @pytest.mark.parametrize("name", ["raster", "merge"])
 def test_impossible_runs_are_refused(name):
-    model = GeneratorConfig(order=name, grid_size=(8, 8), num_kept=16, kept_candidates=(16,))
+    model = GeneratorConfig(
+        order=KINDS[name](), grid_size=(8, 8), num_kept=16, kept_candidates=(16,)
+    )
     run = digits32_ar()
     kept = replace(run.kept, candidates=(20,))
     with pytest.raises(ValueError, match=r"must be the 64 cells|must be one of kept_candidates"):
@@ -648,7 +658,7 @@ def test_two_ranks_equal_one_process_at_the_same_global_batch(material, tmp_path
 def test_the_command_trains_and_samples(material, tmp_path, capsys):
     options = ["--tokens.path", str(material / "tokens")]
     options += ["--tokens.tokenizer", str(material / "tokenizer"), "--model.dim", "32"]
-    options += ["--model.num-bits", "6", "--model.factor-bits", "3", "3", "--model.num-kept", "16"]
+    options += ["--model.head.sizes", "8", "8", "--model.num-kept", "16"]
     options += ["--model.kept-candidates", "16", "24", "--kept.candidates", "16", "24"]
     options += ["--train.num-steps", "2", "--train.batch-size", "4", "--train.device", "cpu"]
     command = ["train", "digits32_ar", *options, "--out", str(tmp_path / "run")]
@@ -666,14 +676,19 @@ def test_help_of_a_generator_recipe_says_what_its_fields_mean(capsys):
         main(["train", "digits32_ar", "--help"])
     assert exit_.value.code == 0
     printed = capsys.readouterr().out
-    for option in ("--tokens.tokenizer", "--model.order", "--sampling.guidance-scale", "--resume"):
+    for option in (
+        "--tokens.tokenizer",
+        "--model.order.window",
+        "--sampling.guidance-scale",
+        "--resume",
+    ):
         assert option in printed
 
 
 @pytest.mark.parametrize("name", GENERATOR_RECIPES)
 def test_a_shrunk_recipe_trains(name, tmp_path, material):
     run = shrink_generator(GENERATOR_RECIPES[name]())
-    model = replace(run.model, num_bits=NUM_BITS, factor_bits=(3, 3))
+    model = replace(run.model, head=Subindices(sizes=(8, 8)))
     tokens = TokensConfig(path=str(material / "tokens"), tokenizer=str(material / "tokenizer"))
     made = train(replace(run, model=model, tokens=tokens, out=str(tmp_path / "run")))
     assert (made / "model.safetensors").is_file()

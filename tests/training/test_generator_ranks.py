@@ -78,8 +78,8 @@ def test_two_shards_equal_one_process_at_the_same_global_batch(runs):
     for part in ("generator", "ema"):
         torch.testing.assert_close(one[part], two[part], **CLOSE)
     assert not torch.equal(
-        two["generator"]["class_embedding.weight"],
-        two["ema"]["shadow"]["class_embedding.weight"],
+        two["generator"]["network.class_embedding.weight"],
+        two["ema"]["shadow"]["network.class_embedding.weight"],
     )
     first, second = (
         json.loads((runs / name / "metrics.jsonl").read_text().splitlines()[-1])

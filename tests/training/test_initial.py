@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
+from mergevq.config.parts import PatchDecoder
 from mergevq.config.recipes.tiny64 import tiny64_gr
-from mergevq.config.tokenizer import PatchDecoderConfig
 from mergevq.config.training import DataConfig, TokenizerRun
 from mergevq.data.images import open_images
 from mergevq.runtime import distributed
@@ -16,6 +16,7 @@ from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training.initial import find_start, initial_tokenizer, initialize_from
 from mergevq.training.tokenizer import run_batches, train
 from mergevq.training.tokenizer_step import build
+from tests.support.parts import changed
 from tests.support.small import shrink
 
 WORLD = distributed.World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
@@ -24,14 +25,14 @@ WORLD = distributed.World(rank=0, world_size=1, local_rank=0, device=torch.devic
 @pytest.mark.parametrize(
     ("name", "value", "needed"),
     [
-        ("num_heads", 4, 2),
-        ("num_decoder_heads", 4, 2),
-        ("num_source_heads", 4, 2),
-        ("merge_shape", "square", "linear"),
-        ("position_embedding", True, False),
-        ("transformer_norm_eps", 1e-05, 1e-06),
-        ("patch_norm_eps", 1e-06, 1e-05),
-        ("decoder", "patch", "cnn"),
+        ("reducer.num_heads", 4, 2),
+        ("decoder.num_heads", 4, 2),
+        ("expander.num_heads", 4, 2),
+        ("reducer.shape", "square", "linear"),
+        ("stem.position_embedding", True, False),
+        ("reducer.norm_eps", 1e-05, 1e-06),
+        ("decoder.norm_eps", 1e-05, 1e-06),
+        ("decoder.kind", "patch", "cnn"),
     ],
 )
 def test_starting_from_another_architecture_is_refused_where_shapes_agree(
@@ -39,9 +40,13 @@ def test_starting_from_another_architecture_is_refused_where_shapes_agree(
 ):
     run = shrink(tiny64_gr())
     Tokenizer(run.model).save_pretrained(tmp_path)
-    mine = Tokenizer(replace(run.model, **{name: value}))
+    part, field = name.split(".")
+    other = getattr(run.model, part)
+    is_kind = field == "kind"
+    other = PatchDecoder(width=16, num_heads=2) if is_kind else replace(other, **{field: value})
+    mine = Tokenizer(replace(run.model, **{part: other}))
     before = {name: tensor.clone() for name, tensor in mine.state_dict().items()}
-    with pytest.raises(ValueError, match=rf"model.{name} \({value}\) must be {needed}, as in"):
+    with pytest.raises(ValueError, match=rf"model.{name} \({value}\) must be {needed}[;,]"):
         initialize_from(mine, tmp_path)
     after = mine.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
@@ -49,12 +54,11 @@ def test_starting_from_another_architecture_is_refused_where_shapes_agree(
 
 def test_all_settings_that_differ_are_named_at_once_but_free_ones(tmp_path):
     run = shrink(tiny64_gr())
-    other = replace(run.model, num_bits=7, num_layers=4, image_size=64, num_kept=100)
-    Tokenizer(replace(other, layer_scale=0.5)).save_pretrained(tmp_path)
-    bits, layers = run.model.num_bits, run.model.num_layers
+    other = changed(run.model, num_bits=7, num_layers=4, image_size=64, num_kept=100)
+    Tokenizer(changed(other, layer_scale=0.5)).save_pretrained(tmp_path)
     message = (
-        rf"^model.num_layers \({layers}\) must be 4; model.num_bits \({bits}\) must be 7, as in "
-        r"the tokenizer of init_from"
+        r"^model.reducer.num_layers \(3\) must be 4; model.quantizer.num_bits \(18\) must be 7, as "
+        "in the tokenizer of init_from"
     )
     with pytest.raises(ValueError, match=message):
         initialize_from(Tokenizer(run.model), tmp_path)
@@ -77,13 +81,14 @@ def pictures(tmp_path_factory):
 def analytic_run(pictures, **values) -> TokenizerRun:
     """A small run that starts from components."""
     run = shrink(tiny64_gr())
-    model = replace(
+    model = changed(
         run.model,
         stem="patch",
         patch_dim=96,
         patch_norm=False,
         decoder="patch",
-        patch_decoder=PatchDecoderConfig(width=16, blocks="ca"),
+        decoder_width=16,
+        decoder_blocks="ca",
         num_bits=12,
     )
     return replace(
@@ -144,9 +149,9 @@ def test_a_run_that_starts_from_components_needs_them(pictures):
 
 def test_a_cnn_decoder_has_random_weights_all_the_same(pictures):
     run, images = analytic_run(pictures), open_images(str(pictures))
-    run = replace(run, model=replace(run.model, decoder="cnn"))
+    run = replace(run, model=changed(run.model, decoder="cnn"))
     tokenizer = initial_tokenizer(run, find_start(run, images))
-    assert tokenizer.config.patch_decoder == run.model.patch_decoder
+    assert tokenizer.config.decoder == run.model.decoder
     assert tokenizer.reconstruct(torch.zeros(1, 3, 32, 32), 24).image.shape == (1, 3, 32, 32)
 
 
@@ -157,7 +162,7 @@ def test_training_says_its_start_saves_it_resumes_and_can_be_gone_on_from(
     model = train(run)
     said = "codes start as 12 bits of"
     assert said in capfd.readouterr().err
-    saved = json.loads((model / "config.json").read_text())["config"]["patch_decoder"]
+    saved = json.loads((model / "config.json").read_text())["config"]["decoder"]
     assert len(saved["bit_components"]) == 12
     train(replace(run, train=replace(run.train, num_steps=3)), resume=True)
     assert said not in capfd.readouterr().err
@@ -166,18 +171,16 @@ def test_training_says_its_start_saves_it_resumes_and_can_be_gone_on_from(
     onwards = replace(run, init_codes="random", init_from=str(model), out=str(tmp_path / "more"))
     again = initial_tokenizer(onwards)
     assert again.config == tokenizer.config
-    other = (0, 1, 2) * 4
-    settings = replace(run.model.patch_decoder, bit_components=other)
-    wrong = replace(onwards, model=replace(run.model, patch_decoder=settings))
-    with pytest.raises(ValueError, match=r"model.patch_decoder.bit_components \(.*\) must be "):
+    wrong = replace(onwards, model=changed(run.model, bit_components=(0, 1, 2) * 4))
+    with pytest.raises(ValueError, match=r"model.decoder.bit_components \(.*\) must be "):
         initial_tokenizer(wrong)
 
 
 def test_a_stem_with_norm_is_not_that_of_one_without(pictures, tmp_path):
     run = analytic_run(pictures)
     Tokenizer(run.model).save_pretrained(tmp_path)
-    mine = Tokenizer(replace(run.model, patch_norm=True))
-    with pytest.raises(ValueError, match=r"model.patch_norm \(True\) must be False, as in the tok"):
+    mine = Tokenizer(changed(run.model, patch_norm=True))
+    with pytest.raises(ValueError, match=r"model.stem.norm \(True\) must be False, as in the tok"):
         initialize_from(mine, tmp_path)
 
 

@@ -7,9 +7,10 @@ import torch
 
 from mergevq.config.generator import SamplingSettings
 from mergevq.data.layouts import Source, canonicalize
-from mergevq.generator.autoregressive import Generator, random_orders
-from mergevq.generator.decoding import sample
-from tests.support.generators import ORDERS, TINY
+from mergevq.generator.build import build_generator
+from mergevq.generator.sampling import sample
+from mergevq.generator.seams import Sequences
+from tests.support.generators import KINDS, ORDERS, TINY, loss_of
 
 NUM_SEQUENCES = 32
 NUM_KEPT = 5
@@ -17,10 +18,10 @@ MOST_STEPS = 600
 
 
 def sequences(order):
-    """Random tokens, one class for each, as keywords of the loss."""
+    """Random tokens, one class for each, as sequences."""
     config = replace(
         TINY,
-        order=order,
+        order=KINDS[order](),
         dim=64,
         ffn_dim=128,
         num_classes=NUM_SEQUENCES,
@@ -40,12 +41,12 @@ def sequences(order):
             config.num_kept
         )
     source, _ = canonicalize(Source(maps, config.num_kept))
-    given = {"indices": codes, "class_label": torch.arange(NUM_SEQUENCES)}
-    if order == "merge":
-        given["indices"] = codes.gather(1, source.index)
-    if order == "anchor":
-        given["anchors"] = source.anchors()
-    return config, given
+    return config, Sequences(
+        indices=codes.gather(1, source.index) if order == "merge" else codes,
+        class_label=torch.arange(NUM_SEQUENCES),
+        num_kept=config.num_kept,
+        anchors=source.anchors() if order == "anchor" else None,
+    )
 
 
 def said_by_heart(model, given):
@@ -53,15 +54,15 @@ def said_by_heart(model, given):
     model.eval()
     sampled = sample(
         model,
-        labels=given["class_label"],
+        labels=given.class_label,
         num_kept=model.config.num_kept,
         seed=0,
         image_ids=range(NUM_SEQUENCES),
         settings=SamplingSettings(temperature=0.0),
     )
     model.train()
-    same = torch.equal(sampled.indices, given["indices"])
-    return same and ("anchors" not in given or torch.equal(sampled.anchors, given["anchors"]))
+    same = torch.equal(sampled.indices, given.indices)
+    return same and (given.anchors is None or torch.equal(sampled.anchors, given.anchors))
 
 
 @pytest.mark.slow
@@ -69,15 +70,11 @@ def said_by_heart(model, given):
 def test_what_was_seen_often_is_said_by_heart(order):
     config, given = sequences(order)
     torch.manual_seed(0)
-    model = Generator(config).train()
+    model = build_generator(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    numbers = torch.Generator().manual_seed(1)
     for step in range(1, MOST_STEPS + 1):
-        if order == "random":
-            shape = given["indices"].shape
-            given["order"] = random_orders(shape, numbers, torch.device("cpu"))
         optimizer.zero_grad()
-        loss = model(num_kept=config.num_kept, generator=None, **given)
+        loss = loss_of(model, given, step)
         loss.total.backward()
         optimizer.step()
         if step % 50 == 0 and said_by_heart(model, given):

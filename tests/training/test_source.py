@@ -6,18 +6,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mergevq.config.generator import GeneratorConfig
+from mergevq.config.generator import GeneratorConfig, Subindices
 from mergevq.config.training import OptimConfig, SourceRun
 from mergevq.data.layouts import Source, canonicalize
 from mergevq.data.tokens.dataset import open_tokens
 from mergevq.data.tokens.files import TokenRecord, TokenRows, require_tokenizer
 from mergevq.data.tokens.writing import claim, finish, write_shard
-from mergevq.generator.autoregressive import Generator
+from mergevq.generator.build import build_generator, save_generator
 from mergevq.generator.generation import load_pair
 from mergevq.runtime.artefacts import load_model, model_hash, tokens_hash
 from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training import source as train_source
 from mergevq.training.source import finetune_source, replace_tokens
+from tests.support.generators import KINDS
 from tests.training.test_generator import NUM_BITS, small_tokenizer
 
 CPU = torch.device("cpu")
@@ -33,9 +34,9 @@ def material(tmp_path_factory):
     tokenizer = tokens_hash(folder / "tokenizer")
     for order in ("random", "merge"):
         torch.manual_seed(1)
-        generator = Generator(
+        generator = build_generator(
             GeneratorConfig(
-                order=order,
+                order=KINDS[order](),
                 dim=16,
                 num_layers=1,
                 num_heads=2,
@@ -43,17 +44,16 @@ def material(tmp_path_factory):
                 grid_size=(8, 8),
                 num_kept=NUM_KEPT,
                 kept_candidates=(NUM_KEPT, 24),
-                num_bits=NUM_BITS,
-                factor_bits=(3, 3),
+                head=Subindices(sizes=(8, 8)),
             )
         )
-        generator.save_pretrained(
-            folder / ("generator" if order == "random" else order), tokenizer=tokenizer
+        save_generator(
+            generator, folder / ("generator" if order == "random" else order), tokenizer=tokenizer
         )
     record = TokenRecord(
         tokenizer=tokenizer,
         num_kept=(NUM_KEPT,),
-        num_bits=NUM_BITS,
+        sizes=(2**NUM_BITS,),
         grid_shape=(8, 8),
         data="made up",
         images="a" * 64,
@@ -115,7 +115,7 @@ def test_only_the_source_predictor_changes(material, tuned):
     assert old.keys() == new.keys()
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert changed
-    assert all(name.startswith("source_predictor.") for name in changed)
+    assert all(name.startswith("expander.predictor.") for name in changed)
 
 
 def test_tokens_and_pictures_of_given_sources_are_the_same(material, tuned):
@@ -242,7 +242,8 @@ def test_tokens_of_other_classes_than_the_generators_are_refused(material, tmp_p
         load_pair(material / "generator", material / "tokenizer", CPU).generator.config,
         num_classes=2,
     )
-    Generator(config).save_pretrained(
+    save_generator(
+        build_generator(config),
         tmp_path / "pets",
         tokenizer=tokens_hash(material / "tokenizer"),
         class_names=["cat", "dog"],

@@ -29,6 +29,7 @@ from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training.fit import put_state, state_of
 from mergevq.training.tokenizer import TokenizerTask, train
 from mergevq.training.tokenizer_step import TokenizerLearner, build, recovering
+from tests.support.parts import changed
 from tests.support.small import shrink
 
 WORLD = distributed.World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
@@ -129,13 +130,13 @@ def test_a_step_decodes_the_asked_share_with_the_recovered_source(monkeypatch):
     learner = build(run, WORLD, num_classes=0)
     state = learner.state
     seen = []
-    decode = state.tokenizer.decode
+    forward = state.tokenizer.expander.forward
 
     def look(codes, source, shape):
         seen.append(torch.equal(source.index, state.tokenizer.recover(codes.detach()).index))
-        return decode(codes, source, shape)
+        return forward(codes, source, shape)
 
-    monkeypatch.setattr(state.tokenizer, "decode", look)
+    monkeypatch.setattr(state.tokenizer.expander, "forward", look)
     # One image a part: the second of each pair recovers.
     parts = [batch(1), batch(1)]
     learner.update_tokenizer(parts, 16)
@@ -375,7 +376,7 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path):
     pytest.importorskip("sklearn")
     run = small(num_steps=6, save_every=3, eval_every=6, accumulation=2)
     # A window of 256 tokens, of which a step replaces 64 to 128: it is full when the run is cut.
-    run = replace(run, model=replace(run.model, num_bits=8))
+    run = replace(run, model=changed(run.model, num_bits=8))
     train(replace(run, out=str(tmp_path / "whole")))
     cut = replace(run, out=str(tmp_path / "cut"))
     train(replace(cut, train=replace(cut.train, num_steps=3)))
@@ -437,7 +438,7 @@ def test_a_checkpoint_with_other_parts_is_refused_by_name():
 
 def test_the_log_tells_the_least_even_bits():
     task = task_of(small())
-    num_bits = task.state.usage.num_bits
+    num_bits = task.state.usage.spec.dim
     # Bit 0 is 1 in 3 of 4 tokens, bit 1 in 1 of 4, all others in 2 of 4.
     high = (2**num_bits - 1) & ~3
     task.state.usage.update(torch.tensor([high | 3, high | 1, 1, 0]))
@@ -502,14 +503,19 @@ def test_a_run_starts_from_a_tokenizers_weights(tmp_path, caplog):
 
 def test_a_run_starts_from_a_larger_vit(tmp_path):
     run = small()
-    larger = Tokenizer(replace(run.model, channels=16)).encoder.state_dict()
-    vit = {name: torch.randn_like(value) for name, value in larger.items() if "blocks." in name}
+    larger = Tokenizer(changed(run.model, channels=16)).encoder.state_dict()
+    vit = {
+        name.removeprefix("reducer."): torch.randn_like(value)
+        for name, value in larger.items()
+        if "blocks." in name
+    }
     vit["cls_token"] = torch.randn(1, 1, 2 * run.model.dim)
     save_file(vit, tmp_path / "model.safetensors")
     state = build(replace(run, init_vit=str(tmp_path)), WORLD, num_classes=0).state
     own = state.tokenizer.encoder.state_dict()
     for name in (name for name in own if "blocks." in name):
-        assert torch.equal(own[name], select_weights(vit[name], tuple(own[name].shape))), name
+        theirs = vit[name.removeprefix("reducer.")]
+        assert torch.equal(own[name], select_weights(theirs, tuple(own[name].shape))), name
     assert torch.equal(own["class_token"], vit["cls_token"].flatten()[::2])
 
 

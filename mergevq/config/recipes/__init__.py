@@ -8,8 +8,13 @@ nobody has measured, it says how many steps of how many images there are, and no
 
 from collections.abc import Callable
 
-from mergevq.config.choices import nearest
-from mergevq.config.recipes.digits import digits32, digits32_ar
+from mergevq.config.base import nearest
+from mergevq.config.recipes.digits import (
+    digits32,
+    digits32_ar,
+    digits32_enat,
+    digits32_maskgit,
+)
 from mergevq.config.recipes.imagenet256 import (
     imagenet256_g,
     imagenet256_g_d32,
@@ -49,6 +54,8 @@ GENERATOR_RECIPES: dict[str, Callable[[], GeneratorRun]] = {
     recipe.__name__: recipe
     for recipe in (
         digits32_ar,
+        digits32_maskgit,
+        digits32_enat,
         photos64_mergear,
         tiny64_mergear,
         tiny64_randar,

@@ -2,10 +2,21 @@
 
 from dataclasses import replace
 
-from mergevq.config.generator import GENERATOR_SIZES, GeneratorConfig, SamplingSettings
+from mergevq.config.generator import (
+    GeneratorConfig,
+    Random,
+    Raster,
+    SamplingSettings,
+    Several,
+    sized,
+)
+from mergevq.config.generator import (
+    Merge as MergeOrder,
+)
 from mergevq.config.objective import LossConfig, TeacherConfig
+from mergevq.config.parts import CnnDecoder, CnnStem, PatchStem
 from mergevq.config.recipes.teachers import DINOV2_BASE, DINOV2_SMALL
-from mergevq.config.tokenizer import KeptConfig, TokenizerConfig
+from mergevq.config.tokenizer import KeptConfig, TokenizerConfig, with_cnn
 from mergevq.config.training import (
     DataConfig,
     GeneratorRun,
@@ -26,15 +37,14 @@ def imagenet256_gr_mergear() -> GeneratorRun:
     """
     candidates = (144, 169, 196, 225, 256)
     return GeneratorRun(
-        model=replace(
+        model=sized(
             GeneratorConfig(
-                order="merge",
+                order=MergeOrder(flex_attention=True),
                 grid_size=(16, 16),
                 num_kept=144,
                 kept_candidates=candidates,
-                flex_attention=True,
             ),
-            **GENERATOR_SIZES["L"],
+            "L",
         ),
         tokens=TokensConfig(
             path="runs/imagenet256_gr/tokens",
@@ -74,10 +84,12 @@ def imagenet256_gr_randar() -> GeneratorRun:
     run = imagenet256_gr_mergear()
     return replace(
         run,
-        model=replace(run.model, order="random", kept_candidates=(144,), flex_attention=False),
+        model=replace(run.model, order=Random(), kept_candidates=(144,)),
         kept=KeptConfig(candidates=(144,)),
         optim=replace(run.optim, betas=(0.9, 0.95)),
-        sampling=SamplingSettings(guidance_scale=3.4, guidance_schedule="linear", num_steps=64),
+        sampling=SamplingSettings(
+            guidance_scale=3.4, guidance_schedule="linear", passes=Several(num_steps=64)
+        ),
         out="runs/imagenet256_gr_randar",
     )
 
@@ -116,7 +128,7 @@ def imagenet256_g_randar() -> GeneratorRun:
             run.tokens, path="runs/imagenet256_g/tokens", tokenizer="runs/imagenet256_g/model"
         ),
         kept=KeptConfig(candidates=(256,)),
-        sampling=replace(run.sampling, num_steps=88),
+        sampling=replace(run.sampling, passes=Several(num_steps=88)),
         out="runs/imagenet256_g_randar",
     )
 
@@ -130,9 +142,7 @@ def imagenet256_gr_raster() -> GeneratorRun:
     run = imagenet256_gr_mergear()
     return replace(
         run,
-        model=replace(
-            run.model, order="raster", num_kept=256, kept_candidates=(), flex_attention=False
-        ),
+        model=replace(run.model, order=Raster(), num_kept=256, kept_candidates=()),
         kept=KeptConfig(candidates=(256,)),
         out="runs/imagenet256_gr_raster",
     )
@@ -161,7 +171,11 @@ def imagenet256_gr() -> TokenizerRun:
     tokens, 1.12 at 256, linear probe 77.9 (paper, Tables 1 and 2), with given source.
     """
     return TokenizerRun(
-        model=TokenizerConfig(image_size=256, channels=64, channel_mult=(1, 1, 2, 4, 8)),
+        model=TokenizerConfig(
+            image_size=256,
+            stem=CnnStem(channel_mult=(1, 1, 2, 4, 8)),
+            decoder=CnnDecoder(channel_mult=(1, 1, 2, 4, 8)),
+        ),
         kept=KeptConfig(
             distribution="gaussian", candidates=(121, 144, 169, 196, 225, 256), floor=0.05
         ),
@@ -194,7 +208,7 @@ def imagenet256_g() -> TokenizerRun:
     run = imagenet256_gr()
     return replace(
         run,
-        model=replace(run.model, channel_mult=(1, 2, 4, 8), num_kept=256),
+        model=replace(with_cnn(run.model, channel_mult=(1, 2, 4, 8)), num_kept=256),
         kept=KeptConfig(
             distribution="gaussian",
             candidates=(225, 256, 289, 324, 361, 400, 441, 484, 529),
@@ -217,7 +231,12 @@ def imagenet256_r() -> TokenizerRun:
     run = imagenet256_gr()
     return replace(
         run,
-        model=replace(run.model, stem="patch", num_heads=12, position_embedding=True, num_kept=36),
+        model=replace(
+            run.model,
+            stem=PatchStem(position_embedding=True),
+            reducer=replace(run.model.reducer, num_heads=12),
+            num_kept=36,
+        ),
         kept=KeptConfig(distribution="exponential", candidates=(36, 49, 64, 81, 100), floor=0.05),
         loss=replace(run.loss, source_weight=1.0),
         init_vit=None,
@@ -236,7 +255,7 @@ def imagenet256_g_d32() -> TokenizerRun:
     run = imagenet256_g()
     return replace(
         run,
-        model=replace(run.model, channels=32, channel_mult=(2, 4, 8, 12)),
+        model=with_cnn(run.model, channels=32, channel_mult=(2, 4, 8, 12)),
         kept=replace(run.kept, candidates=(225, 256, 289, 324, 361, 400, 441, 484)),
         init_vit=DINOV2_SMALL,
         # 200 epochs of 1,281,167 images at batch 256.
@@ -255,12 +274,7 @@ def imagenet256_g_d96() -> TokenizerRun:
     run, wide = imagenet256_g(), imagenet256_gr_d96()
     return replace(
         run,
-        model=replace(
-            run.model,
-            channels=wide.model.channels,
-            num_heads=wide.model.num_heads,
-            num_decoder_heads=wide.model.num_decoder_heads,
-        ),
+        model=_wide(run.model),
         optim=wide.optim,
         train=replace(run.train, num_steps=wide.train.num_steps),
         out="runs/imagenet256_g_d96",
@@ -276,7 +290,7 @@ def imagenet256_gr_d32() -> TokenizerRun:
     run = imagenet256_gr()
     return replace(
         run,
-        model=replace(run.model, channels=32, channel_mult=(2, 2, 4, 8, 12)),
+        model=with_cnn(run.model, channels=32, channel_mult=(2, 2, 4, 8, 12)),
         init_vit=DINOV2_SMALL,
         out="runs/imagenet256_gr_d32",
     )
@@ -291,11 +305,21 @@ def imagenet256_gr_d96() -> TokenizerRun:
     run = imagenet256_gr()
     return replace(
         run,
-        model=replace(run.model, channels=96, num_heads=12, num_decoder_heads=12),
+        model=_wide(run.model),
         optim=replace(run.optim, clip_norm=5.0),
         # 200 epochs of 1,281,167 images at batch 256.
         train=replace(run.train, num_steps=1_001_000),
         out="runs/imagenet256_gr_d96",
+    )
+
+
+def _wide(model: TokenizerConfig) -> TokenizerConfig:
+    """A model at the width d96, whose heads have 64 channels as those of the others."""
+    model = with_cnn(model, channels=96)
+    return replace(
+        model,
+        reducer=replace(model.reducer, num_heads=12),
+        decoder=replace(model.decoder, num_heads=12),
     )
 
 

@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
+from mergevq.config.parts import CnnDecoder, CnnStem, Merge, Unmerge
 from mergevq.config.recipes.imagenet256 import imagenet256_g, imagenet256_gr, imagenet256_r
 from mergevq.config.recipes.tiny64 import tiny64_gr
-from mergevq.config.tokenizer import KeptConfig, TokenizerConfig
+from mergevq.config.tokenizer import KeptConfig, TokenizerConfig, with_cnn
 from mergevq.config.training import TokenizerRun
 
 
@@ -18,16 +19,17 @@ def images128_gr() -> TokenizerRun:
         run,
         model=TokenizerConfig(
             image_size=128,
-            channels=64,
-            channel_mult=(1, 2, 4, 4),
-            num_res_blocks=2,
-            num_layers=8,
-            num_heads=4,
-            layer_scale=0.1,
+            stem=CnnStem(channel_mult=(1, 2, 4, 4), num_res_blocks=2),
+            reducer=Merge(num_layers=8, num_heads=4, layer_scale=0.1),
+            expander=Unmerge(dim=256),
+            decoder=CnnDecoder(
+                channel_mult=(1, 2, 4, 4),
+                num_res_blocks=2,
+                num_layers=8,
+                num_heads=4,
+                layer_scale=0.1,
+            ),
             num_kept=144,
-            num_decoder_layers=8,
-            num_decoder_heads=4,
-            source_dim=256,
         ),
         teacher=replace(run.teacher, view_size=96, num_prototypes=1024),
         optim=replace(run.optim, lr=2e-4, warmup_steps=1000),
@@ -55,7 +57,7 @@ def imagenet128_gr() -> TokenizerRun:
     run = imagenet256_gr()
     return replace(
         run,
-        model=replace(run.model, image_size=128, channel_mult=(1, 2, 4, 8)),
+        model=replace(with_cnn(run.model, channel_mult=(1, 2, 4, 8)), image_size=128),
         kept=KeptConfig(candidates=(144,)),
         # As many cells in the view as 224 pixels have where a cell is 16 wide.
         teacher=replace(run.teacher, view_size=112),
@@ -89,7 +91,12 @@ def imagenet128_r() -> TokenizerRun:
     run, full = imagenet128_gr(), imagenet256_r()
     return replace(
         run,
-        model=replace(full.model, image_size=128, channel_mult=(1, 2, 4, 8)),
+        model=replace(
+            full.model,
+            image_size=128,
+            stem=replace(full.model.stem, patch_size=8),
+            decoder=run.model.decoder,
+        ),
         kept=KeptConfig(candidates=(36,)),
         loss=full.loss,
         init_vit=full.init_vit,

@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
+from mergevq.config.parts import PatchDecoder, PatchStem, Unmerge
 from mergevq.config.recipes.tiny64 import tiny64_gr, tiny64_mergear
-from mergevq.config.tokenizer import KeptConfig, PatchDecoderConfig
+from mergevq.config.tokenizer import KeptConfig
 from mergevq.config.training import GeneratorRun, TokenizerRun, TokensConfig, TrainConfig
 
 
@@ -23,12 +24,9 @@ def photos64() -> TokenizerRun:
         run,
         model=replace(
             run.model,
-            stem="patch",
-            patch_dim=128,
-            patch_norm=False,
-            decoder="patch",
-            patch_decoder=PatchDecoderConfig(width=192, blocks="ccaccc"),
-            source_dim=64,
+            stem=PatchStem(width=128, patch_size=4, norm=False, num_groups=16),
+            decoder=PatchDecoder(width=192, num_heads=2, blocks="ccaccc"),
+            expander=Unmerge(dim=64, num_heads=2),
         ),
         init_codes="components",
         encoder_lr_ratio=0.01,

@@ -2,9 +2,21 @@
 
 from dataclasses import replace
 
-from mergevq.config.generator import GENERATOR_SIZES, GeneratorConfig, SamplingSettings
+from mergevq.config.generator import (
+    Anchored,
+    GeneratorConfig,
+    Random,
+    Raster,
+    SamplingSettings,
+    Several,
+    sized,
+)
+from mergevq.config.generator import (
+    Merge as MergeOrder,
+)
 from mergevq.config.objective import LossConfig, TeacherConfig
-from mergevq.config.tokenizer import KeptConfig, TokenizerConfig
+from mergevq.config.parts import CnnDecoder, CnnStem, Merge, PatchStem, Unmerge
+from mergevq.config.tokenizer import KeptConfig, TokenizerConfig, with_cnn
 from mergevq.config.training import (
     DataConfig,
     GeneratorRun,
@@ -25,17 +37,18 @@ def tiny64_gr() -> TokenizerRun:
     return TokenizerRun(
         model=TokenizerConfig(
             image_size=64,
-            channels=16,
-            channel_mult=(1, 3, 6),
-            num_res_blocks=1,
-            num_layers=6,
-            num_heads=2,
-            layer_scale=0.1,
+            stem=CnnStem(channels=16, channel_mult=(1, 3, 6), num_res_blocks=1),
+            reducer=Merge(num_layers=6, num_heads=2, layer_scale=0.1),
+            expander=Unmerge(dim=96, num_heads=2),
+            decoder=CnnDecoder(
+                channels=16,
+                channel_mult=(1, 3, 6),
+                num_res_blocks=1,
+                num_layers=3,
+                num_heads=2,
+                layer_scale=0.1,
+            ),
             num_kept=144,
-            num_decoder_layers=3,
-            num_decoder_heads=2,
-            source_dim=96,
-            num_source_heads=2,
         ),
         kept=KeptConfig(
             distribution="gaussian", candidates=(121, 144, 169, 196, 225, 256), floor=0.05
@@ -64,7 +77,10 @@ def tiny64_g() -> TokenizerRun:
     run = tiny64_gr()
     return replace(
         run,
-        model=replace(run.model, channels=32, channel_mult=(1, 4), num_kept=256),
+        model=replace(
+            with_cnn(run.model, channels=32, channel_mult=(1, 4)),
+            num_kept=256,
+        ),
         kept=KeptConfig(
             distribution="exponential", candidates=(256, 289, 324, 361, 400), floor=0.05
         ),
@@ -85,10 +101,8 @@ def tiny64_r() -> TokenizerRun:
         run,
         model=replace(
             run.model,
-            stem="patch",
-            patch_dim=192,
-            position_embedding=True,
-            num_layers=8,
+            stem=PatchStem(width=192, patch_size=4, position_embedding=True, num_groups=16),
+            reducer=replace(run.model.reducer, num_layers=8),
             num_kept=36,
         ),
         kept=KeptConfig(distribution="exponential", candidates=(36, 49, 64, 81, 100), floor=0.05),
@@ -107,14 +121,11 @@ def tiny64_mergear() -> GeneratorRun:
     """
     candidates = (144, 169, 196, 225, 256)
     return GeneratorRun(
-        model=replace(
+        model=sized(
             GeneratorConfig(
-                order="merge",
-                grid_size=(16, 16),
-                num_kept=144,
-                kept_candidates=candidates,
+                order=MergeOrder(), grid_size=(16, 16), num_kept=144, kept_candidates=candidates
             ),
-            **GENERATOR_SIZES["small"],
+            "small",
         ),
         tokens=TokensConfig(path="runs/tiny64_gr/tokens", tokenizer="runs/tiny64_gr/model"),
         kept=KeptConfig(distribution="exponential", candidates=candidates, floor=0.05),
@@ -143,9 +154,11 @@ def tiny64_randar() -> GeneratorRun:
     run = tiny64_mergear()
     return replace(
         run,
-        model=replace(run.model, order="random", kept_candidates=(144,)),
+        model=replace(run.model, order=Random(), kept_candidates=(144,)),
         kept=KeptConfig(candidates=(144,)),
-        sampling=SamplingSettings(guidance_scale=2.0, guidance_schedule="linear", num_steps=64),
+        sampling=SamplingSettings(
+            guidance_scale=2.0, guidance_schedule="linear", passes=Several(num_steps=64)
+        ),
         out="runs/tiny64_randar",
     )
 
@@ -160,7 +173,7 @@ def tiny64_raster() -> GeneratorRun:
     run = tiny64_mergear()
     return replace(
         run,
-        model=replace(run.model, order="raster", num_kept=256, kept_candidates=()),
+        model=replace(run.model, order=Raster(), num_kept=256, kept_candidates=()),
         kept=KeptConfig(candidates=(256,)),
         out="runs/tiny64_raster",
     )
@@ -176,7 +189,7 @@ def tiny64_anchored() -> GeneratorRun:
     run = tiny64_randar()
     return replace(
         run,
-        model=replace(run.model, order="anchor"),
+        model=replace(run.model, order=Anchored()),
         sampling=SamplingSettings(guidance_scale=2.0),
         out="runs/tiny64_anchored",
     )

@@ -10,6 +10,7 @@ sealed with the hash of every shard, and each is compared with it before it is f
 Shape letters: B rows of a batch, N rows of a shard, L grid tokens, K kept tokens.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from mergevq.config.base import FORMAT_VERSION, MAX_PIXELS
 from mergevq.config.identity import Identity
+from mergevq.config.parts import bits_of
 from mergevq.runtime.files import (
     open_tensors,
     parse_json,
@@ -30,6 +32,7 @@ from mergevq.runtime.files import (
     sha256_of,
     write_json,
 )
+from mergevq.runtime.migrate import migrate_tokens
 from mergevq.runtime.settings import from_json, to_json
 
 RECORD = "tokens.json"
@@ -48,8 +51,8 @@ class TokenRecord:
     """Hash of the tokenizer (`runtime.artefacts.tokens_hash`)."""
     num_kept: tuple[int, ...]
     """Each K that every image was encoded with, smallest first."""
-    num_bits: int
-    """D: bits of a token."""
+    sizes: tuple[int, ...]
+    """Values of each part of a token; an index has part 0 as its lowest digit."""
     grid_shape: tuple[int, int]
     """Rows and columns of the grid."""
     data: str
@@ -86,8 +89,21 @@ class TokenRecord:
             raise ValueError(
                 f"num_kept {self.num_kept} must be between 1 and the {self.num_tokens} cells"
             )
-        if not 1 <= self.num_bits <= 63:
-            raise ValueError(f"num_bits ({self.num_bits}) must be between 1 and 63")
+        if not self.sizes or min(self.sizes) < 2 or self.num_values > 2**63:
+            raise ValueError(
+                f"sizes {self.sizes} must be of at least 2 values each and have a product of at "
+                "most 2**63"
+            )
+
+    @property
+    def num_values(self) -> int:
+        """Tokens that exist."""
+        return math.prod(self.sizes)
+
+    @property
+    def bits(self) -> float:
+        """Bits of a token."""
+        return bits_of(self.sizes)
 
     @property
     def identity(self) -> Identity:
@@ -227,7 +243,7 @@ def check_rows(
     num_rows = len(arrays["label"].reshape(-1)) if num_rows is None else num_rows
     widths = {"indices": (num_kept,), "source": (record.num_tokens,)}
     ranges = {
-        "indices": (0, 2**record.num_bits - 1),
+        "indices": (0, record.num_values - 1),
         "source": (0, num_kept - 1),
         "label": (-1, max(record.num_classes - 1, -1)),
         "position": (0, record.num_images - 1),
@@ -285,7 +301,8 @@ def read_state(directory: Path) -> dict[str, Any]:
 
 def record_of(directory: Path, state: Mapping[str, Any]) -> TokenRecord:
     """Record of the tokens."""
-    return from_json(TokenRecord, state["record"], where=str(directory / RECORD))
+    record = migrate_tokens(state["record"])
+    return from_json(TokenRecord, record, where=str(directory / RECORD))
 
 
 def broken_names(state: Mapping[str, Any]) -> tuple[str, ...]:

@@ -168,7 +168,7 @@ def write_shard(
         content: digest of the content of its images (`ImageDataset.content`); empty if not kept.
     """
     num_kept = rows.indices.shape[1]
-    largest = {"indices": 2**record.num_bits - 1, "source": num_kept - 1, "mirrored": 1}
+    largest = {"indices": record.num_values - 1, "source": num_kept - 1, "mirrored": 1}
     arrays = {
         name: tensor.numpy().astype(_smallest(largest[name]) if name in largest else np.int64)
         for name, tensor in rows._asdict().items()

@@ -26,7 +26,7 @@ from mergevq.config.probing import FeatureConfig
 from mergevq.data.batches import Batch
 from mergevq.metrics.image import require_finite
 from mergevq.runtime.logs import Progress
-from mergevq.tokenizer.encoder import EncoderOutput
+from mergevq.tokenizer.seams import TokenSet
 from mergevq.tokenizer.tokenizer import Tokenizer
 
 PIXELS = "raw pixels"
@@ -91,12 +91,14 @@ def feature_kinds(tokenizer: Tokenizer, config: FeatureConfig) -> list[FeatureKi
             f"{model.image_size} pixels"
         )
     for layer in config.layers:
-        if not 0 <= layer <= model.num_layers:
-            raise ValueError(f"layer ({layer}) must be between 0 and the {model.num_layers} blocks")
+        if not 0 <= layer <= model.reducer.num_layers:
+            raise ValueError(
+                f"layer ({layer}) must be between 0 and the {model.reducer.num_layers} blocks"
+            )
     kinds: dict[FeatureKind, None] = {}
-    layers = sorted(set(config.layers)) or [model.num_layers]
+    layers = sorted(set(config.layers)) or [model.reducer.num_layers]
     for num_kept, layer, stage, pool in product(num_kepts, layers, config.stages, config.pools):
-        last = layer == model.num_layers
+        last = layer == model.reducer.num_layers
         if stage in {"latents", "quantized"} and not last and pool != "class":
             continue
         # Asked for by name, the stage before merging is that of every K.
@@ -197,7 +199,7 @@ def _passes(kinds: Sequence[FeatureKind]) -> dict[tuple[int, int], list[FeatureK
 
 
 def _pool(
-    tokenizer: Tokenizer, out: EncoderOutput, kind: FeatureKind, first: int
+    tokenizer: Tokenizer, out: TokenSet, kind: FeatureKind, first: int
 ) -> Float[Tensor, "b c"]:
     """One feature of a batch, which must be finite."""
     values = tokenizer.pool(out, kind.stage, kind.pool).float()

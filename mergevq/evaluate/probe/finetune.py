@@ -81,7 +81,7 @@ class Classifier(nn.Module):
         self.pool: ImagePool = pool
         to_codes = stage in {"latents", "quantized"} and pool != "class"
         config = tokenizer.config
-        dim = config.num_bits if to_codes else config.dim
+        dim = config.quantizer.dim if to_codes else config.dim
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
         weight = torch.empty(num_classes, dim)
         nn.init.trunc_normal_(weight, std=0.01, generator=generator)
@@ -89,7 +89,11 @@ class Classifier(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_classes))
         tokenizer.requires_grad_(False)
         encoder = tokenizer.encoder
-        used = [encoder.stem, encoder.blocks, *([encoder.norm, encoder.to_latents] * to_codes)]
+        used = [
+            encoder.stem,
+            encoder.reducer.blocks,
+            *([encoder.norm, encoder.to_latents] * to_codes),
+        ]
         for module in used:
             module.requires_grad_(True)
         encoder.class_token.requires_grad_(True)
@@ -112,10 +116,10 @@ def layer_decay_groups(
     first block.
     """
     encoder = model.tokenizer.encoder
-    num_layers = len(encoder.blocks)
+    num_layers = len(encoder.reducer.blocks)
     depth: dict[nn.Parameter, int] = dict.fromkeys(model.parameters(), num_layers + 1)
     depth |= dict.fromkeys([*encoder.stem.parameters(), encoder.class_token], 0)
-    for number, block in enumerate(encoder.blocks, start=1):
+    for number, block in enumerate(encoder.reducer.blocks, start=1):
         depth |= dict.fromkeys(block.parameters(), number)
     groups: dict[tuple[int, float], dict[str, Any]] = {}
     for group in parameter_groups(model, weight_decay):
@@ -217,7 +221,7 @@ class DropPath:
             encoder: its weights and their names stay.
             probability: of skipping the last block, in [0, 1).
         """
-        self._blocks = [cast("MergeBlock", block) for block in encoder.blocks]
+        self._blocks = [cast("MergeBlock", block) for block in encoder.reducer.blocks]
         last = max(1, len(self._blocks) - 1)
         self.probabilities = [probability * n / last for n in range(len(self._blocks))]
         """Probability of each block to be skipped."""

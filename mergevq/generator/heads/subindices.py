@@ -2,55 +2,110 @@
 
 Source: Luo et al. 2024, "Open-MAGVIT2", section 3.2 (sub-indices, arXiv:2409.04410).
 
-Shape letters: N tokens, P parts of a token, C channels, H heads, G heads of keys and values, D
-channels of a head.
+Shape letters: N tokens, B images, P parts of a token, C channels, H heads, G heads of keys and
+values, D channels of a head, R is B, or 2B with guidance.
 """
 
 import functools
-from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from mergevq.config.generator import GeneratorConfig
+from mergevq.config.generator import GeneratorConfig, SamplingSettings
+from mergevq.generator.network import make_block
+from mergevq.generator.sampling import of_part, pick
+from mergevq.generator.seams import Chosen, Embed, Restriction
 from mergevq.nn.attention import attend
-from mergevq.nn.llama import Block, Projection, RmsNorm
-
-INITIAL_STD = 0.02
-"""Spread of every matrix at the start but the outputs, which start at zero, as in LlamaGen."""
+from mergevq.nn.llama import Projection, RmsNorm
 
 
-class Head(nn.Module):
+class Subindices(nn.Module):
     """Predicts the parts of one token in turn, each from the state and the parts before it."""
 
     def __init__(self, config: GeneratorConfig) -> None:
         """Build the blocks over parts and one output layer for each."""
         super().__init__()
-        self.blocks = nn.ModuleList(make_block(config) for _ in range(config.num_head_layers))
+        self.blocks = nn.ModuleList(make_block(config) for _ in range(config.head.num_layers))
         self.norm = RmsNorm(config.dim)
         self.outputs = nn.ModuleList(Projection(config.dim, size) for size in config.part_sizes)
 
+    @property
+    def layers(self) -> list[nn.ModuleList]:
+        """Blocks and projections, which decoding may replace by faster ones."""
+        return [self.blocks, self.outputs]
+
+    @torch.no_grad()
+    def reset_outputs(self) -> None:
+        """Make all values equally likely, as training starts."""
+        for output in self.outputs:
+            nn.init.zeros_(output.get_parameter("weight"))
+
     def forward(
-        self, state: Float[Tensor, "n c"], known: Sequence[Float[Tensor, "n c"]], first: int = 0
+        self, states: Float[Tensor, "n c"], parts: Int64[Tensor, "n p"], embed: Embed
     ) -> list[Float[Tensor, "n _"]]:
-        """Logits, float32, of parts `first` to `len(known)`.
+        """Logits, float32, of each part given the true parts before it.
 
         Args:
-            state: of the transformer, one for each token.
-            known: embeddings of the parts already known.
-            first: part to begin with.
+            states: of the transformer, one for each token.
+            parts: of the tokens.
+            embed: embeddings of one part.
         """
-        x = torch.stack([state, *known], dim=1)
+        known = [embed(part, parts[:, part]) for part in range(parts.shape[1] - 1)]
+        x = torch.stack([states, *known], dim=1)
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)
-        return [self.outputs[part](x[:, part]).float() for part in range(first, x.shape[1])]
+        return [output(x[:, part]).float() for part, output in enumerate(self.outputs)]
+
+    def choose(
+        self,
+        states: Float[Tensor, "r c"],
+        uniforms: Float[Tensor, "b p"],
+        scale: float,
+        settings: SamplingSettings,
+        embed: Embed,
+        restriction: Restriction | None = None,
+        *,
+        scored: bool = False,
+    ) -> Chosen:
+        """Choose the parts of one token for each image, in turn; see `seams.Head.choose`."""
+        batch, num_parts = uniforms.shape
+        chosen: list[Tensor] = []
+        memory: list[tuple[Tensor, Tensor]] = []
+        inputs = states
+        finite = [states.isfinite().all()]
+        log_prob = states.new_zeros(batch, dtype=torch.float32) if scored else None
+        for part in range(num_parts):
+            logits = self.step(inputs, memory, part)
+            finite.append(logits.isfinite().all())
+            if states.shape[0] > batch:
+                conditional, unconditional = logits.chunk(2)
+                logits = unconditional + scale * (conditional - unconditional)
+                logits = conditional if scale == 1 else logits
+            allowed = None if restriction is None else restriction.allowed(part, chosen)
+            if allowed is not None:
+                logits = logits.masked_fill(~allowed, -torch.inf)
+            value = pick(
+                logits,
+                uniforms[:, part],
+                temperature=of_part(settings.temperature, part),
+                top_k=of_part(settings.top_k, part),
+                top_p=of_part(settings.top_p, part),
+            )
+            if log_prob is not None:
+                log_prob = log_prob + logits.log_softmax(-1).gather(1, value[:, None])[:, 0]
+            if restriction is not None:
+                value = restriction.part(part, value)
+            chosen.append(value)
+            if part + 1 < num_parts:
+                inputs = embed(part, value.repeat(len(states) // batch))
+        return Chosen(torch.stack(chosen, dim=-1), finite, log_prob)
 
     def step(
         self, x: Float[Tensor, "n c"], memory: list[tuple[Tensor, Tensor]], part: int
     ) -> Float[Tensor, "n _"]:
-        """Logits, float32, of one part, where those before it have been asked for in turn.
+        """Logits, float32, of one part, after those before it in turn.
 
         Args:
             x: the state for part 0, then the embedding of the part before.
@@ -79,15 +134,3 @@ def _recall(
     keys, values = memory[layer]
     memory[layer] = torch.cat([keys, key], 2), torch.cat([values, value], 2)
     return attend(query, *memory[layer], None)
-
-
-def make_block(config: GeneratorConfig) -> Block:
-    """One block, of the trunk or of the head."""
-    return Block(
-        dim=config.dim,
-        hidden_dim=config.hidden_dim,
-        num_heads=config.num_heads,
-        key_heads=config.key_heads,
-        qk_norm=config.qk_norm,
-        dropout=config.dropout,
-    )

@@ -13,27 +13,31 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from mergevq.config.tokenizer import TokenizerConfig
+from mergevq.config import parts as settings
 from mergevq.nn.blocks import NORM_EPS, GridBlock, initialize
 from mergevq.nn.conv import AdaptiveGroupNorm, ResBlock, Upsample
 from mergevq.nn.positions import to_grid, to_tokens
-from mergevq.tokenizer.stems import make_level
+from mergevq.tokenizer.seams import Given
 
 
-class Decoder(nn.Module):
-    """Unmerged codes on the full grid, transformer blocks, upsampling CNN."""
+class CnnDecoder(nn.Module):
+    """Embeddings on the full grid, transformer blocks, upsampling CNN."""
 
-    def __init__(self, config: TokenizerConfig) -> None:
-        """Build for a configuration; the width is the CNN's coarsest level."""
+    def __init__(self, config: settings.CnnDecoder, in_dim: int, style_dim: int | None) -> None:
+        """Build for settings; the width is the CNN's coarsest level.
+
+        Args:
+            config: settings.
+            in_dim: channels of the input.
+            style_dim: channels of the style; None where there is none.
+        """
         super().__init__()
-        dim, groups = config.decoder_dim, config.num_groups
-        self.conv_in = nn.Conv2d(config.num_bits, dim, 3, padding=1)
+        dim, groups = config.width, config.num_groups
+        self.conv_in = nn.Conv2d(in_dim, dim, 3, padding=1)
         self.position = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.blocks = nn.ModuleList(
-            GridBlock(
-                dim, config.num_decoder_heads, config.layer_scale, config.transformer_norm_eps
-            )
-            for _ in range(config.num_decoder_layers)
+            GridBlock(dim, config.num_heads, config.layer_scale, config.norm_eps)
+            for _ in range(config.num_layers)
         )
         self.levels = nn.ModuleList()
         width = dim
@@ -44,7 +48,7 @@ class Decoder(nn.Module):
             self.levels.append(
                 nn.ModuleDict(
                     {
-                        "norm": AdaptiveGroupNorm(config.num_bits, width, groups),
+                        "norm": AdaptiveGroupNorm(style_dim, width, groups),
                         "blocks": nn.Sequential(
                             *(ResBlock(a, b, groups) for a, b in itertools.pairwise(widths))
                         ),
@@ -59,17 +63,16 @@ class Decoder(nn.Module):
         """Recompute blocks and levels in the backward pass."""
         initialize(self.blocks)
 
-    def forward(
-        self, codes: Float[Tensor, "b l d"], grid_shape: tuple[int, int]
-    ) -> Float[Tensor, "b 3 h w"]:
-        """Decode one code per cell of a (height, width) grid to an image in about [-1, 1]."""
-        hidden = self.conv_in(to_grid(codes.to(self.conv_in.weight.dtype), grid_shape))
+    def forward(self, given: Given) -> Float[Tensor, "b 3 h w"]:
+        """Decode an embedding per cell to an image in about [-1, 1]."""
+        grid_shape = given.grid_shape
+        hidden = self.conv_in(to_grid(given.tokens.to(self.conv_in.weight.dtype), grid_shape))
         x = to_tokens(hidden + self.position(hidden))
         for block in self.blocks:
             x = self._run(block, x, grid_shape)
         hidden = to_grid(x, grid_shape)
         for level in self.levels:
-            hidden = self._run(make_level, level, hidden, codes)
+            hidden = self._run(_run_level, level, hidden, given.style)
         return self.conv_out(functional.silu(self.norm_out(hidden)))
 
     def _run(self, function, *arguments):  # noqa: ANN001, ANN002, ANN202 - passes through
@@ -77,3 +80,10 @@ class Decoder(nn.Module):
         if self.checkpointing and self.training:
             return checkpoint(function, *arguments, use_reentrant=False)
         return function(*arguments)
+
+
+def _run_level(
+    level: nn.ModuleDict, x: Float[Tensor, "b c h w"], style: Float[Tensor, "b n d"] | None
+) -> Float[Tensor, "b c2 h2 w2"]:
+    """One level: norm in the style of the codes, residual blocks, twice the side."""
+    return level["upsample"](level["blocks"](level["norm"](x, style)))

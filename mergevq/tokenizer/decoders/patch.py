@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from mergevq.config.tokenizer import TokenizerConfig
+from mergevq.config import parts as settings
 from mergevq.nn.blocks import NORM_EPS, ContextBlock, initialize
 from mergevq.nn.positions import sincos_2d, to_grid, to_tokens
 from mergevq.nn.precision import without_autocast
+from mergevq.tokenizer.seams import Given
 
 _POSITION_SCALE = 0.5
 """Amplitude of the positions, beside signs that a fresh 1x1 convolution makes about as large."""
@@ -86,31 +87,35 @@ class PixelSkip(nn.Module):
 class PatchDecoder(nn.Module):
     """Blocks on the grid, then pixels of a cell at once and one convolution over the seams."""
 
-    def __init__(self, config: TokenizerConfig) -> None:
-        """Build for a configuration; its `patch_decoder` has the sizes."""
+    def __init__(self, config: settings.PatchDecoder, in_dim: int, patch_size: int) -> None:
+        """Build for settings.
+
+        Args:
+            config: settings.
+            in_dim: channels of the input.
+            patch_size: pixels per side of a cell, an even number.
+        """
         super().__init__()
-        settings, patch = config.patch_decoder, config.patch_size
-        dim, num_pixels = settings.width, 3 * patch**2
-        self.pixels_per_half = patch // 2
-        self.conv_in = nn.Conv2d(config.num_bits, dim, 1)
+        dim, num_pixels = config.width, 3 * patch_size**2
+        self.pixels_per_half = patch_size // 2
+        self.conv_in = nn.Conv2d(in_dim, dim, 1)
         self.blocks = nn.ModuleList(
-            GridConv(dim) if kind == "c" else ContextBlock(dim, config.num_decoder_heads)
-            for kind in settings.blocks
+            GridConv(dim) if kind == "c" else ContextBlock(dim, config.num_heads)
+            for kind in config.blocks
         )
         self.norm_out = nn.LayerNorm(dim, eps=NORM_EPS)
         # Four quarters of a cell with as many channels each as the cell has numbers.
         self.to_half = nn.Linear(dim, 4 * num_pixels)
         self.conv_out = nn.Conv2d(num_pixels, num_pixels // 4, 3, padding=1)
-        groups = settings.bit_groups
+        groups = config.bit_groups
         self.skip = PixelSkip(groups, num_pixels) if groups else None
         self.checkpointing = False
         """Recompute the blocks in the backward pass."""
         initialize(self.blocks)
 
-    def forward(
-        self, codes: Float[Tensor, "b l d"], grid_shape: tuple[int, int]
-    ) -> Float[Tensor, "b 3 h w"]:
-        """Decode one code per cell of a (height, width) grid to an image in about [-1, 1]."""
+    def forward(self, given: Given) -> Float[Tensor, "b 3 h w"]:
+        """Decode an embedding per cell to an image in about [-1, 1]; style has no effect."""
+        codes, grid_shape = given.tokens, given.grid_shape
         x = to_tokens(self.conv_in(to_grid(codes.to(self.conv_in.weight.dtype), grid_shape)))
         x = x + _POSITION_SCALE * sincos_2d(grid_shape, x.shape[-1], x.device).to(x.dtype)
         for block in self.blocks:

@@ -1,4 +1,4 @@
-"""The source map inferred from kept codes alone.
+"""Copies of kept codes on the grid, by the source map or by one inferred from the codes.
 
 Source: Li et al. 2025, "MergeVQ", section 3.2 and appendix A (arXiv:2504.00999).
 
@@ -9,16 +9,68 @@ Shape letters: B batch, L grid tokens, K kept tokens, C channels, D bits.
 """
 
 import math
+from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from mergevq.config.tokenizer import TokenizerConfig
-from mergevq.data.layouts import Source
+from mergevq.config import parts as settings
+from mergevq.data.layouts import Layout, Source, require_source, unmerge
 from mergevq.nn.blocks import NORM_EPS, ContextBlock, QueryBlock, initialize
+from mergevq.nn.finite import require_finite
 from mergevq.nn.positions import sincos, sincos_2d
-from mergevq.tokenizer.encoder import require_finite
+from mergevq.tokenizer.losses.terms import source_loss
+from mergevq.tokenizer.seams import Expanded, Given
+
+
+class Unmerge(nn.Module):
+    """Copies of kept codes in the cells of a source map; a predictor can recover the map."""
+
+    can_infer: ClassVar[bool] = True
+
+    def __init__(self, config: settings.Unmerge, code_dim: int) -> None:
+        """Build for codes of so many channels."""
+        super().__init__()
+        self.predictor = SourcePredictor(config, code_dim)
+
+    def forward(
+        self, codes: Float[Tensor, "b k d"], layout: Layout, grid_shape: tuple[int, int]
+    ) -> Given:
+        """Copy each code to the cells that it stands for; they are the style as well."""
+        tokens = unmerge(codes, require_source(layout, "unmerging"))
+        return Given(tokens, grid_shape, tokens)
+
+    def train_pass(
+        self,
+        codes: Float[Tensor, "b k d"],
+        seen: Float[Tensor, "b k d"],
+        layout: Layout,
+        grid_shape: tuple[int, int],
+        *,
+        inferred: Bool[Tensor, "b"] | None,
+    ) -> Expanded:
+        """Unmerge by the given map, or by the predicted one where `inferred`.
+
+        The loss `source` is the predictor's cross-entropy against the given map.
+        """
+        source = require_source(layout, "unmerging")
+        logits = self.predictor(seen, grid_shape)
+        used = source
+        if inferred is not None:
+            recovered = most_likely_source(logits.detach().float())
+            index = torch.where(inferred[:, None], recovered.index, source.index)
+            used = Source(index, source.num_kept)
+        return Expanded(self(codes, used, grid_shape), {"source": source_loss(logits, source)})
+
+    def infer(
+        self,
+        codes: Float[Tensor, "b k d"],
+        grid_shape: tuple[int, int],
+        anchors: Int64[Tensor, "b k"] | None = None,
+    ) -> Source:
+        """Infer the source map; see `SourcePredictor.predict`."""
+        return self.predictor.predict(codes, grid_shape, anchors)
 
 
 class SourcePredictor(nn.Module):
@@ -28,18 +80,18 @@ class SourcePredictor(nn.Module):
     queries refine each other, and each points at one kept token (paper, section 3.2, equation 8).
     """
 
-    def __init__(self, config: TokenizerConfig) -> None:
-        """Build with the `source_*` settings."""
+    def __init__(self, config: settings.Unmerge, code_dim: int) -> None:
+        """Build for codes of so many channels."""
         super().__init__()
-        dim = config.source_dim
-        self.from_codes = nn.Linear(config.num_bits, dim)
+        dim = config.dim
+        self.from_codes = nn.Linear(code_dim, dim)
         self.norm_codes = nn.LayerNorm(dim, eps=NORM_EPS)
         self.query = nn.Parameter(torch.zeros(dim))
         self.context_blocks = nn.ModuleList(
-            ContextBlock(dim, config.num_source_heads) for _ in range(config.num_source_layers)
+            ContextBlock(dim, config.num_heads) for _ in range(config.num_layers)
         )
         self.blocks = nn.ModuleList(
-            QueryBlock(dim, config.num_source_heads) for _ in range(config.num_source_layers)
+            QueryBlock(dim, config.num_heads) for _ in range(config.num_layers)
         )
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.to_query = nn.Linear(dim, dim)

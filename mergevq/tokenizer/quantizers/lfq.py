@@ -16,16 +16,18 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
-from mergevq.data.codes import check_range
+from mergevq.config import parts as settings
+from mergevq.data.codes import CodeSpec, check_range
 from mergevq.runtime import distributed
+from mergevq.tokenizer.seams import Quantized
 
 MAX_EXACT_BITS = 24
 """Up to here the codebook entropy is exact: its table of 2**D cells takes 64 MiB at most."""
 
 
-class Quantized(NamedTuple):
+class Signs(NamedTuple):
     """Discrete tokens in both of their forms."""
 
     codes: Float[Tensor, "*shape d"]
@@ -50,7 +52,31 @@ class QuantizeLosses(NamedTuple):
         return self.token_entropy - self.codebook_entropy
 
 
-def quantize(latents: Float[Tensor, "*shape d"]) -> Quantized:
+class Lfq(nn.Module):
+    """Signs of D channels, as one index."""
+
+    def __init__(self, config: settings.Lfq) -> None:
+        """Take the settings; there are no weights."""
+        super().__init__()
+        self.spec = CodeSpec(sizes=config.sizes, dim=config.dim)
+        self.entropy_temperature = config.entropy_temperature
+
+    def forward(self, latents: Float[Tensor, "*b d"]) -> Quantized:
+        """Round each channel to its sign."""
+        signs = quantize(latents)
+        return Quantized(signs.codes, signs.indices[..., None])
+
+    def decode(self, parts: Int64[Tensor, "*b 1"]) -> Float[Tensor, "*b d"]:
+        """Signs of indices."""
+        return indices_to_codes(parts[..., 0], self.spec.dim)
+
+    def losses(self, latents: Float[Tensor, "b k d"]) -> dict[str, Float[Tensor, ""]]:
+        """Commitment, and token entropy minus codebook entropy."""
+        losses = quantize_losses(latents, self.entropy_temperature)
+        return {"commitment": losses.commitment, "entropy": losses.entropy}
+
+
+def quantize(latents: Float[Tensor, "*shape d"]) -> Signs:
     """Round each channel to its sign, with a straight-through gradient.
 
     Args:
@@ -60,7 +86,7 @@ def quantize(latents: Float[Tensor, "*shape d"]) -> Quantized:
     # The added zero carries the gradient; `latents + (signs - latents).detach()` would round, so
     # that codes of large latents in bf16 would not be +-1.
     codes = signs + (latents - latents.detach())
-    return Quantized(codes=codes, indices=codes_to_indices(signs))
+    return Signs(codes=codes, indices=codes_to_indices(signs))
 
 
 def codes_to_indices(codes: Float[Tensor, "*shape d"]) -> Int64[Tensor, "*shape"]:

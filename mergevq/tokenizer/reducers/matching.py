@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mergevq.config.tokenizer import MergeShape
+from mergevq.config.parts import MergeShape
 from mergevq.nn.precision import without_autocast
 from mergevq.nn.rows import take_rows, weighted_sum
 

@@ -1,4 +1,4 @@
-"""A transformer block that merges tokens between attention and MLP.
+"""Transformer blocks that merge tokens between attention and MLP.
 
 Source: Bolya et al. 2023, "Token Merging", section 3 (proportional attention, arXiv:2210.09461);
 Li et al. 2025, "MergeVQ", section 3.2 and appendix A (arXiv:2504.00999).
@@ -12,9 +12,15 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
+from mergevq.config import parts as settings
+from mergevq.config.parts import MergeShape
+from mergevq.data.layouts import Source, canonicalize
 from mergevq.nn.blocks import NORM_EPS, Attention, LayerScale, Mlp
-from mergevq.tokenizer.reducers.matching import match, merge_step
+from mergevq.nn.rows import take_rows
+from mergevq.tokenizer.reducers.matching import match, merge_schedule, merge_step
+from mergevq.tokenizer.seams import TokenSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,43 @@ class MergeBlock(nn.Module):
         if num_merged > 0:
             x, state = _merge_all_but_first(x, attended.keys, state, num_merged)
         return x + self.ls2(self.mlp(self.norm2(x))), state
+
+
+class Merge(nn.Module):
+    """The encoder's transformer: every block merges some tokens, until K are left."""
+
+    def __init__(self, config: settings.Merge, dim: int) -> None:
+        """Make the blocks; the encoder initialises them after its projection."""
+        super().__init__()
+        self.shape: MergeShape = config.shape
+        self.blocks = nn.ModuleList(
+            MergeBlock(dim, config.num_heads, config.layer_scale, config.norm_eps)
+            for _ in range(config.num_layers)
+        )
+        self.checkpointing = False
+
+    def forward(
+        self,
+        grid: Float[Tensor, "b l c"],
+        class_token: Float[Tensor, "b 1 c"],
+        grid_shape: tuple[int, int],  # noqa: ARG002 - merging compares tokens, not places
+        num_kept: int,
+        *,
+        num_layers: int | None = None,
+    ) -> TokenSet:
+        """Run the first `num_layers` blocks (None: all) on the way to `num_kept` tokens."""
+        batch, num_tokens, _ = grid.shape
+        x = torch.cat([class_token, grid], dim=1)
+        cells = torch.arange(num_tokens, device=grid.device).expand(batch, -1)
+        state = MergeState(index=cells, sizes=None)
+        counts = merge_schedule(num_tokens, num_kept, len(self.blocks), self.shape)
+        for block, count in list(zip(self.blocks, counts, strict=True))[:num_layers]:
+            if self.checkpointing and self.training:
+                x, state = checkpoint(block, x, state, count, use_reentrant=False)
+            else:
+                x, state = block(x, state, count)
+        source, order = canonicalize(Source(state.index, x.shape[1] - 1))
+        return TokenSet(take_rows(x[:, 1:], order), x[:, 0], source)
 
 
 def _merge_all_but_first(

@@ -36,10 +36,10 @@ def test_source_recovery_is_tuned_for_the_papers_five_epochs(name):
     generator = GENERATOR_RECIPES[run.generator.removeprefix("runs/").removesuffix("/model")]()
     assert (run.tokens, run.tokenizer) == (generator.tokens.path, generator.tokens.tokenizer)
     assert set(run.num_kept) <= set(generator.model.kept_candidates)
-    assert generator.model.order == "random"
+    assert generator.model.order.kind == "random"
 
 
 @pytest.mark.parametrize("name", [name for name in TOKENIZER_RECIPES if "imagenet" in name])
 def test_a_decoder_768_wide_has_12_heads_and_others_8(name):
-    model = TOKENIZER_RECIPES[name]().model
-    assert model.num_decoder_heads == (12 if model.decoder_dim == 768 else 8)
+    decoder = TOKENIZER_RECIPES[name]().model.decoder
+    assert decoder.num_heads == (12 if decoder.width == 768 else 8)

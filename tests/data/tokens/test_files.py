@@ -77,7 +77,7 @@ def test_an_opened_folder_says_what_it_is(tokens):
     assert len(tokens) == 10
     assert (RECORD.num_tokens, RECORD.num_classes, RECORD.num_shards) == (6, 2, 3)
     written = json.loads((tokens.directory / "tokens.json").read_text())
-    assert (written["kind"], written["format_version"]) == ("tokens", 1)
+    assert (written["kind"], written["format_version"]) == ("tokens", 2)
     assert written["environments"] == [ENVIRONMENT]
 
 
@@ -109,7 +109,7 @@ def test_images_that_cannot_be_read_have_names_and_no_rows(tmp_path):
     ],
 )
 def test_indices_take_the_smallest_type_that_holds_the_last_code(tmp_path, num_bits, dtype):
-    record = replace(RECORD, num_bits=num_bits, num_kept=(3,), num_images=1)
+    record = replace(RECORD, sizes=(2**num_bits,), num_kept=(3,), num_images=1)
     rows = rows_of(record, 0, 3)
     last = 2**num_bits - 1
     rows = rows._replace(indices=torch.tensor([[last, 0, last - 1]]))
@@ -226,7 +226,7 @@ def test_the_same_images_at_another_path_are_the_same_tokens(tokens):
     [
         ("tokenizer", "c" * 64),
         ("num_kept", (3,)),
-        ("num_bits", 16),
+        ("sizes", (2**16,)),
         ("grid_shape", (3, 2)),
         ("images", "c" * 64),
         ("num_images", 11),
@@ -379,7 +379,7 @@ def test_a_shard_of_other_numbers_than_its_record_says_is_damaged(tokens, change
         lambda record: record["shards"]["3"][0].update(num_rows=3),
         lambda record: record["shards"]["3"][0].pop("sha256"),
         lambda record: record["record"].update(grid_shape=[0, 3]),
-        lambda record: record["record"].update(num_bits=64),
+        lambda record: record["record"].update(sizes=[2**62, 4]),
         lambda record: record["record"].update(num_kept=[3, 7]),
         lambda record: record["record"].update(num_images=10**18),
     ],

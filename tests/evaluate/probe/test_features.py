@@ -57,7 +57,7 @@ def test_no_two_of_the_features_are_the_same():
     features = extract(model, batches(), kinds, pixel_side=16).features
     # Before the first block nothing has been merged, whatever K.
     kept = [kind for kind in kinds if kind.layer > 0]
-    for dim in (CONFIG.dim, CONFIG.num_bits):
+    for dim in (CONFIG.dim, CONFIG.quantizer.dim):
         values = [features[kind.name] for kind in kept if features[kind.name].shape[1] == dim]
         flat = torch.stack(values).flatten(1)
         assert (torch.cdist(flat, flat) + torch.eye(len(flat))).min() > 1e-4
@@ -82,10 +82,10 @@ def test_the_mean_by_size_of_merged_tokens_is_the_mean_of_the_grid():
     torch.manual_seed(0)
     model, (batch,) = tiny_tokenizer(), batches((4,))
     out = model.run_layers(batch.image, 20, 3)
-    sizes = out.source.sizes()
+    sizes = out.layout.sizes()
     assert sizes.max() > 1
     weighted = (out.tokens * sizes[..., None]).sum(1) / sizes.sum(1, keepdim=True)
-    grid = out.tokens.gather(1, out.source.index[..., None].expand(-1, -1, CONFIG.dim))
+    grid = out.tokens.gather(1, out.layout.index[..., None].expand(-1, -1, CONFIG.dim))
     feature = found.features["20 tokens, merged, size weighted mean, layer 3"]
     torch.testing.assert_close(feature, weighted)
     torch.testing.assert_close(feature, grid.mean(1))

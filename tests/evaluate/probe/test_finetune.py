@@ -70,7 +70,7 @@ def test_rates_decay_from_the_classifier_to_the_stem(generator, stage, pool):
     # Four blocks: the classifier is at 1, block 4 at 1/2, .. block 1 at 1/16, the stem at 1/32.
     assert scale[model.weight] == scale[model.norm.bias] == 1
     for number, expected in ((3, 1 / 2), (2, 1 / 4), (1, 1 / 8), (0, 1 / 16)):
-        assert {scale[each] for each in encoder.blocks[number].parameters()} == {expected}
+        assert {scale[each] for each in encoder.reducer.blocks[number].parameters()} == {expected}
     assert {scale[each] for each in encoder.stem.parameters()} == {1 / 32}
     assert scale[encoder.class_token] == 1 / 32
     assert (encoder.to_latents.weight in scale) == (stage == "quantized")
@@ -181,7 +181,7 @@ def test_a_skipped_block_changes_nothing_and_others_count_for_more(generator):
     plain = encoder(image, CONFIG.num_tokens, 1).tokens
     before = encoder(image, CONFIG.num_tokens, 0).tokens
     depth = DropPath(encoder, 0.5)
-    depth.probabilities = [0.5] * len(encoder.blocks)
+    depth.probabilities = [0.5] * len(encoder.reducer.blocks)
     with depth:
         depth.draw(64, generator, torch.device("cpu"))
         random = encoder(image, CONFIG.num_tokens, 1).tokens
@@ -196,12 +196,14 @@ def test_a_skipped_block_changes_nothing_and_others_count_for_more(generator):
 
 def test_what_is_not_skipped_is_divided_by_its_probability(generator):
     encoder = tiny_tokenizer().encoder.train()
-    block = encoder.blocks[3]
+    block = encoder.reducer.blocks[3]
     x = torch.randn(1000, 2, CONFIG.dim)
     with DropPath(encoder, 0.25) as depth:
         depth.draw(1000, generator, torch.device("cpu"))
         factors = (block.ls2(x) / (x * block.ls2.gamma))[:, 0, 0]
-        assert torch.equal(encoder.blocks[0].ls1(x), x * encoder.blocks[0].ls1.gamma)
+        assert torch.equal(
+            encoder.reducer.blocks[0].ls1(x), x * encoder.reducer.blocks[0].ls1.gamma
+        )
     kept = factors > 0
     torch.testing.assert_close(factors[kept], torch.full_like(factors[kept], 4 / 3))
     assert kept.float().mean() == pytest.approx(0.75, abs=0.05)

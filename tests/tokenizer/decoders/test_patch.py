@@ -1,20 +1,19 @@
 """Tests of `mergevq.tokenizer.decoders.patch`."""
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
 
-from mergevq.config.tokenizer import PatchDecoderConfig, TokenizerConfig
+from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.tokenizer.decoders.patch import PatchDecoder, PixelSkip
+from mergevq.tokenizer.seams import Given
 from mergevq.tokenizer.tokenizer import Tokenizer
+from tests.support.parts import changed
 from tests.support.tokenizer import G
 
 COMPONENTS = (0, 0, 1, 0, 2, 1)
-PATCH = replace(
-    G, decoder="patch", patch_decoder=PatchDecoderConfig(width=16, bit_components=COMPONENTS)
-)
+PATCH = changed(G, decoder="patch", decoder_width=16, bit_components=COMPONENTS)
 
 
 def signs(*shape: int) -> torch.Tensor:
@@ -22,18 +21,22 @@ def signs(*shape: int) -> torch.Tensor:
     return 2.0 * torch.randint(2, shape, generator=generator) - 1
 
 
+def given(codes: torch.Tensor, grid_shape: tuple[int, int] = (8, 8)) -> Given:
+    return Given(codes, grid_shape, None)
+
+
 def decoder(config: TokenizerConfig = PATCH) -> PatchDecoder:
     torch.manual_seed(0)
-    return PatchDecoder(config).eval()
+    return PatchDecoder(config.decoder, config.quantizer.dim, config.patch_size).eval()
 
 
 @pytest.mark.parametrize("levels", [2, 3, 4])
 @pytest.mark.parametrize("grid_shape", [(8, 8), (3, 5), (1, 1)])
 def test_a_cell_becomes_its_pixels_on_any_grid(levels, grid_shape):
-    config = replace(PATCH, channel_mult=(1,) * levels, num_kept=16)
+    config = changed(PATCH, channel_mult=(1,) * levels, num_kept=16)
     height, width = grid_shape
     side = config.patch_size
-    image = decoder(config)(signs(2, height * width, 6), grid_shape)
+    image = decoder(config)(given(signs(2, height * width, 6), grid_shape))
     assert image.shape == (2, 3, height * side, width * side)
 
 
@@ -50,7 +53,7 @@ def test_every_weight_has_a_gradient_and_recomputing_changes_none():
         part = decoder().train()
         part.checkpointing = checkpointing
         codes = signs(2, 64, 6).requires_grad_()
-        part(codes, (8, 8)).square().mean().backward()
+        part(given(codes)).square().mean().backward()
         gradients.append([codes.grad, *(weight.grad for weight in part.parameters())])
     for first, second in zip(*gradients, strict=True):
         assert first.abs().max() > 0
@@ -58,29 +61,28 @@ def test_every_weight_has_a_gradient_and_recomputing_changes_none():
 
 
 def test_without_attention_a_cell_sees_only_its_neighbours_and_their_seams_are_joined():
-    only_convolutions = PatchDecoderConfig(width=16, blocks="c")
-    part = decoder(replace(PATCH, patch_decoder=only_convolutions))
+    part = decoder(changed(PATCH, decoder_blocks="c", bit_components=()))
     codes = signs(1, 64, 6)
     other = codes.clone()
     other[:, 3 * 8 + 4] *= -1  # row 3, column 4
-    changed = (part(codes, (8, 8)) - part(other, (8, 8))).abs().amax((0, 1)) > 1e-7
-    rows, columns = changed.nonzero(as_tuple=True)
+    differs = (part(given(codes)) - part(given(other))).abs().amax((0, 1)) > 1e-7
+    rows, columns = differs.nonzero(as_tuple=True)
     # One cell by the block, and half of another by the convolution over the seams.
     assert (rows.min(), rows.max()) == (4 * 2 - 2, 4 * 5 + 1)
     assert (columns.min(), columns.max()) == (4 * 3 - 2, 4 * 6 + 1)
 
 
 def test_attention_sees_all_cells():
-    part = decoder(replace(PATCH, patch_decoder=PatchDecoderConfig(width=16, blocks="a")))
+    part = decoder(changed(PATCH, decoder_blocks="a", bit_components=()))
     codes = signs(1, 64, 6)
     other = codes.clone()
     other[:, 0] *= -1
-    changed = (part(codes, (8, 8)) - part(other, (8, 8))).abs().amax((0, 1))
-    assert (changed > 0).all()
+    differs = (part(given(codes)) - part(given(other))).abs().amax((0, 1))
+    assert (differs > 0).all()
 
 
 def test_products_of_a_components_bits_reach_any_function_of_them_and_of_no_other():
-    skip = PixelSkip(PATCH.patch_decoder.bit_groups, 5)
+    skip = PixelSkip(PATCH.decoder.bit_groups, 5)
     assert skip.subsets[:7] == ((0,), (1,), (3,), (0, 1), (0, 3), (1, 3), (0, 1, 3))
     assert len(skip.subsets) == 7 + 3 + 1
     every = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=6)))
@@ -92,7 +94,7 @@ def test_products_of_a_components_bits_reach_any_function_of_them_and_of_no_othe
 
 
 def test_the_gradient_of_a_sign_is_half_of_what_flipping_it_changes():
-    skip = PixelSkip(PATCH.patch_decoder.bit_groups, 1)
+    skip = PixelSkip(PATCH.decoder.bit_groups, 1)
     codes = signs(1, 1, 6).requires_grad_()
     skip(codes).sum().backward()
     for bit in range(6):
@@ -106,9 +108,9 @@ def test_in_half_precision_the_products_are_not_rounded():
     part = decoder()
     torch.nn.init.zeros_(part.conv_out.weight)
     codes = signs(1, 64, 6)
-    expected = part(codes, (8, 8))
+    expected = part(given(codes))
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = part(codes.bfloat16(), (8, 8))
+        rounded = part(given(codes.bfloat16()))
     # The other way gives its bias alone, in half precision.
     torch.testing.assert_close(rounded.float(), expected, atol=2e-3, rtol=0)
 
@@ -116,6 +118,6 @@ def test_in_half_precision_the_products_are_not_rounded():
 def test_half_precision_trains():
     part = decoder().train()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = part(signs(2, 64, 6), (8, 8)).float().square().mean()
+        loss = part(given(signs(2, 64, 6))).float().square().mean()
     loss.backward()
     assert all(weight.grad.isfinite().all() for weight in part.parameters())

@@ -1,6 +1,5 @@
 """Tests of `mergevq.tokenizer.expanders.unmerge`."""
 
-import dataclasses
 import itertools
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 from torch import nn
 
 from mergevq.tokenizer.expanders.unmerge import SourcePredictor, most_likely_source
+from tests.support.parts import changed
 from tests.support.tokenizer import G
 
 # -------------------------------------------------------------------------- the most likely source
@@ -41,7 +41,7 @@ def test_more_tokens_than_cells_have_no_source():
 
 
 def test_the_predictor_learns_a_source_from_codes():
-    predictor = SourcePredictor(dataclasses.replace(G, num_source_layers=1))
+    predictor = SourcePredictor(changed(G, num_source_layers=1).expander, 6)
     codes = torch.randn(2, 6, 6).sign()
     # Each cell opens the next of six tokens or copies one that is open.
     index = torch.tensor(

@@ -94,7 +94,7 @@ def test_the_first_channel_is_the_lowest_bit():
 
 @pytest.mark.parametrize("index", [-1, 16])
 def test_an_index_outside_the_codebook_is_an_error(index):
-    with pytest.raises(ValueError, match=r"must be between 0 and 15, the last code of 4 bits"):
+    with pytest.raises(ValueError, match=r"must be between 0 and 15, the last of 16 codes"):
         indices_to_codes(torch.tensor([[3, index]]), num_bits=4)
 
 

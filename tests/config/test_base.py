@@ -2,7 +2,7 @@ from typing import Literal
 
 import pytest
 
-from mergevq.config.choices import check_choice
+from mergevq.config.base import check_choice
 
 Colour = Literal["red", "green"]
 

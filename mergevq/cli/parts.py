@@ -1,0 +1,129 @@
+"""Command `mergevq parts`: every kind of part that the settings of a training can name.
+
+As in `mergevq.cli.main`, a signature is the options and a docstring is the help; no torch.
+"""
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import textwrap
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+
+from mergevq.config.base import nearest
+from mergevq.config.kinds import Union, kind_of, members_of, unions
+from mergevq.config.training import GeneratorRun, TokenizerRun
+
+_RUNS = {"tokenizer": TokenizerRun, "generator": GeneratorRun}
+_WIDTH = 100
+"""Columns of the text."""
+
+
+def parts(seam: tyro.conf.Positional[str] = "", kind: tyro.conf.Positional[str] = "") -> None:
+    """List the kinds of every part of a model, or the settings of some.
+
+    `mergevq train RECIPE --model.quantizer.kind KIND` takes another kind of quantizer, with the
+    defaults that are shown here.
+
+    Args:
+        seam: place of a part, such as `quantizer`: its kinds are shown with their settings.
+        kind: show only this one.
+
+    Raises:
+        ValueError: there is no such place, or no such kind in it.
+    """
+    found = {model: list(unions(run)) for model, run in _RUNS.items()}
+    if not seam:
+        print("\n\n".join(_listed(model, seams) for model, seams in found.items() if seams))
+        print("\n`mergevq parts SEAM` shows the settings of each kind.")
+        return
+    seams = [union for seams in found.values() for union in seams]
+    chosen = [union for union in seams if seam in {union.name, _place(union)}]
+    if not chosen:
+        known = list(dict.fromkeys(map(_place, seams)))
+        raise ValueError(f"no part {seam!r}{nearest(seam, known)}; there are {', '.join(known)}")
+    kinds = list(dict.fromkeys(kind for union in chosen for kind in union.members))
+    if kind and kind not in kinds:
+        raise ValueError(
+            f"no {seam} of kind {kind!r}{nearest(kind, kinds)}; there are {', '.join(kinds)}"
+        )
+    described = [
+        _described(union.name, name, member)
+        for union in chosen
+        for name, member in union.members.items()
+        if kind in {"", name}
+    ]
+    print("\n\n".join(described))
+
+
+def _place(union: Union) -> str:
+    """Last part of a union's dotted name: `quantizer` of `model.quantizer`."""
+    return union.name.rpartition(".")[2]
+
+
+def _listed(model: str, seams: Sequence[Union]) -> str:
+    """Kinds of the parts of a model, one line each."""
+    rows = [(_place(union), kind, about) for union in seams for kind, about in union.describe()]
+    places, kinds = (max(len(row[column]) for row in rows) for column in (0, 1))
+    lines = [f"  {place:<{places}}  {kind:<{kinds}}  {about}" for place, kind, about in rows]
+    return "\n".join([f"parts of a {model}:", *lines])
+
+
+def _described(where: str, kind: str, member: type) -> str:
+    """One kind of part: its docstring, and each setting as an option with its default."""
+    lines = [f"--{where.replace('_', '-')}.kind {kind}", *_wrapped(inspect.getdoc(member) or "", 4)]
+    docs, hints = _field_docs(member), typing.get_type_hints(member)
+    for field in dataclasses.fields(member):
+        if field.name == "kind":
+            continue
+        lines.append(f"  {_options(where, field.name, hints[field.name])} {_default(field)}")
+        choices = typing.get_args(hints[field.name])
+        named = typing.get_origin(hints[field.name]) is typing.Literal
+        about = docs.get(field.name, "") + f" One of {', '.join(map(str, choices))}." * named
+        lines += _wrapped(about, 8)
+    return "\n".join(lines)
+
+
+def _options(where: str, name: str, hint: object) -> str:
+    """A setting as it is typed; a switch has two ways, a part inside has a kind."""
+    section, option = where.replace("_", "-"), name.replace("_", "-")
+    if hint is bool:
+        return f"--{section}.{option}, --{section}.no-{option}"
+    return f"--{section}.{option}{'.kind' * bool(members_of(hint))}"
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    """Default of a setting as it is typed; the kind where it is a part itself."""
+    value = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    shown = kind_of(type(value)) or shown
+    return f"(default: {shown})" if shown else "(default: none)"
+
+
+def _wrapped(text: str, indent: int) -> list[str]:
+    """Lines of a text, each so many columns in."""
+    space = " " * indent
+    return textwrap.wrap(
+        " ".join(text.split()), _WIDTH, initial_indent=space, subsequent_indent=space
+    )
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """Text under each field of a dataclass."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    body = tree.body if isinstance(tree, ast.ClassDef) else []
+    return {
+        field.target.id: text.value.value
+        for field, text in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }

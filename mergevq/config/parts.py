@@ -1,0 +1,324 @@
+"""Settings of a tokenizer's parts, a tagged union for each; no torch.
+
+Adding a part is a class here, a module, and a line in `mergevq.tokenizer.build`: see
+docs/adding-a-part.md.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from mergevq.config.base import require
+from mergevq.config.ranges import check_numbers
+
+MergeShape = Literal["linear", "square", "constant"]
+
+NUM_KEYS = 8
+"""Leading components of patches that merging compares, where codes are analytic."""
+_MAX_COMPONENT_BITS = 10
+"""Most bits of one component: a patch decoder has 2**n - 1 products of n of them."""
+
+
+def require_heads(what: str, width: int, num_heads: int, name: str) -> None:
+    """Raise `ValueError` unless a width divides into heads."""
+    require(
+        width % num_heads == 0,
+        f"{what} ({width}) must be a multiple of {name} ({num_heads})",
+    )
+
+
+def _require_cnn(channels: int, channel_mult: tuple[int, ...]) -> None:
+    """Raise `ValueError` unless levels exist and have whole normalisation groups."""
+    require(len(channel_mult) > 0, "channel_mult () must name one multiple per CNN level")
+    groups = min(32, channels)
+    require(
+        all((channels * mult) % groups == 0 for mult in channel_mult),
+        f"channels ({channels}) times each of channel_mult {channel_mult} must be a multiple of "
+        f"the {groups} normalisation groups",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CnnStem:
+    """Residual CNN levels, each but the last halving the side (versions G and G+R)."""
+
+    kind: Literal["cnn"] = "cnn"
+    channels: int = 64
+    """CNN base channels: the paper's d32, d64, d96."""
+    channel_mult: tuple[int, ...] = (1, 2, 4)
+    """Channels of each CNN level over `channels`; every level but one halves the side."""
+    num_res_blocks: int = 4
+    """Residual blocks per CNN level."""
+    position_embedding: bool = False
+    """Add fixed sine and cosine features of the cell, for any grid."""
+
+    def __post_init__(self) -> None:
+        """Reject levels that cannot be built."""
+        check_numbers(self)
+        _require_cnn(self.channels, self.channel_mult)
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels per side of one grid cell: the downsampling factor f."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+    @property
+    def width(self) -> int:
+        """Channels of the grid tokens: those of the coarsest level."""
+        return self.channels * self.channel_mult[-1]
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of every group normalisation: 32, or fewer where the base width is smaller."""
+        return min(32, self.channels)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PatchStem:
+    """One convolution per patch (version R), with a norm or with positions of its own."""
+
+    kind: Literal["patch"] = "patch"
+    width: int = 768
+    """Channels of the grid tokens: the encoder transformer's width."""
+    patch_size: int = 16
+    """Pixels per side of a patch, f."""
+    norm: bool = True
+    """Normalise each channel over the image, as the authors do, which hides how bright an image is.
+    False leaves the channels as they are, and the last third of them also tells a cell's position,
+    in pairs of opposite sign."""
+    norm_eps: float = 1e-5
+    """Added to the variance in that norm; the authors' code has 1e-6."""
+    num_groups: int = 32
+    """Groups of the normalisation before the latents."""
+    position_embedding: bool = False
+    """Add fixed sine and cosine features of the cell, for any grid; a stem with norm needs them."""
+
+    def __post_init__(self) -> None:
+        """Reject widths that cannot be normalised, and positions twice."""
+        check_numbers(self)
+        require(
+            self.width % self.num_groups == 0,
+            f"width ({self.width}) must be a multiple of the {self.num_groups} normalisation "
+            "groups (num_groups)",
+        )
+        require(
+            self.norm or not self.position_embedding,
+            "position_embedding (True) must be False with norm False, which adds positions of its "
+            "own",
+        )
+        require(
+            self.norm or self.num_positions > 0,
+            f"width ({self.width}) must be at least 24 with norm False, for features of positions",
+        )
+
+    @property
+    def num_positions(self) -> int:
+        """Features of positions that a stem without norm adds, a pair of channels each."""
+        return 4 * (self.width // 24)
+
+
+Stem = CnnStem | PatchStem
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Merge:
+    """Transformer blocks that merge similar tokens; the source map tells where cells went."""
+
+    kind: Literal["merge"] = "merge"
+    num_layers: int = 12
+    """Merging transformer blocks."""
+    num_heads: int = 8
+    """Attention heads."""
+    layer_scale: float = 1e-5
+    """Initial gain of residual branches; 1e-5 suits long runs, short ones want 0.1 or more."""
+    norm_eps: float = 1e-6
+    """Added to the variance in layer norms; the authors' code has 1e-5."""
+    shape: MergeShape = "linear"
+    """How merging is spread over blocks: `linear` is the authors' code, `square` the paper's."""
+
+    def __post_init__(self) -> None:
+        """Reject counts and constants that cannot be."""
+        check_numbers(self)
+
+    def least_kept(self, num_tokens: int) -> int:
+        """Fewest tokens that can be left of a grid's: every block merges half of its own."""
+        return -(-num_tokens >> self.num_layers)  # rounded up
+
+    def nearest_kept(self, num_tokens: int, num_kept: int) -> int:
+        """Number of tokens next to this one that can be left of a grid's."""
+        return max(self.least_kept(num_tokens), num_kept)
+
+    def check_kept(self, num_tokens: int, num_kept: int) -> None:
+        """Raise `ValueError` where as many tokens cannot be left of a grid's."""
+        require(
+            1 <= num_kept <= num_tokens,
+            f"num_kept ({num_kept}) must be between 1 and the {num_tokens} tokens of the grid",
+        )
+        least = self.least_kept(num_tokens)
+        require(
+            num_kept >= least,
+            f"num_kept ({num_kept}) must be at least {least}: each of reducer.num_layers "
+            f"({self.num_layers}) can merge at most half of its tokens and the first has "
+            f"{num_tokens}; keep more tokens or use more layers",
+        )
+
+
+Reducer = Merge
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lfq:
+    """Signs of D channels as one index; no codebook is stored, entropies are exact."""
+
+    kind: Literal["lfq"] = "lfq"
+    num_bits: int = 18
+    """D: bits of a token; the codebook has 2**D entries."""
+    entropy_temperature: float = 0.01
+    """Temperature of the soft assignment in both entropies."""
+
+    def __post_init__(self) -> None:
+        """Reject tokens that no index can hold."""
+        check_numbers(self)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Values of each part of a token."""
+        return (2**self.num_bits,)
+
+    @property
+    def dim(self) -> int:
+        """Channels of latents and of codes."""
+        return self.num_bits
+
+
+Quantizer = Lfq
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unmerge:
+    """Copies of kept tokens in the cells of a source map, which a predictor can recover."""
+
+    kind: Literal["unmerge"] = "unmerge"
+    dim: int = 384
+    """Width of the source predictor (paper, Table A2)."""
+    num_layers: int = 2
+    """Blocks of the source predictor."""
+    num_heads: int = 8
+    """Attention heads of the source predictor."""
+
+    def __post_init__(self) -> None:
+        """Reject a predictor that cannot be built."""
+        check_numbers(self)
+        require_heads("expander.dim", self.dim, self.num_heads, "expander.num_heads")
+        # Sine and cosine of row and column.
+        require(self.dim % 4 == 0, f"expander.dim ({self.dim}) must be a multiple of 4")
+
+    def given_dims(self, code_dim: int) -> tuple[int, int | None]:
+        """Channels of a decoder's input and of its style (None: no style), of codes of D."""
+        return code_dim, code_dim
+
+
+Expander = Unmerge
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CnnDecoder:
+    """Transformer blocks on the grid and an upsampling CNN, as the authors have."""
+
+    kind: Literal["cnn"] = "cnn"
+    channels: int = 64
+    """CNN base channels: the paper's d32, d64, d96."""
+    channel_mult: tuple[int, ...] = (1, 2, 4)
+    """Channels of each CNN level over `channels`, fine to coarse, as in the stem."""
+    num_res_blocks: int = 4
+    """Residual blocks on the finest CNN level; every other level has one more."""
+    num_layers: int = 12
+    """Transformer blocks."""
+    num_heads: int = 8
+    """Attention heads."""
+    layer_scale: float = 1e-5
+    """Initial gain of residual branches."""
+    norm_eps: float = 1e-6
+    """Added to the variance in the transformer's layer norms; the authors' code has 1e-5."""
+
+    def __post_init__(self) -> None:
+        """Reject levels, heads and constants that cannot be."""
+        check_numbers(self)
+        _require_cnn(self.channels, self.channel_mult)
+        require_heads("decoder width", self.width, self.num_heads, "decoder.num_heads")
+
+    def check_patch(self, patch_size: int) -> None:
+        """Raise `ValueError` where the levels do not give a cell's pixels."""
+        own = 2 ** (len(self.channel_mult) - 1)
+        require(
+            own == patch_size,
+            f"decoder.channel_mult {self.channel_mult} must make the stem's cells of {patch_size} "
+            f"x {patch_size} pixels, and makes {own} x {own}: every level but one doubles the side",
+        )
+
+    @property
+    def width(self) -> int:
+        """Transformer width: the channels of the coarsest level."""
+        return self.channels * self.channel_mult[-1]
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of every group normalisation: 32, or fewer where the base width is smaller."""
+        return min(32, self.channels)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PatchDecoder:
+    """Blocks of one width on the grid, then all pixels of a cell at once."""
+
+    kind: Literal["patch"] = "patch"
+    width: int = 192
+    """Channels of its blocks."""
+    num_heads: int = 8
+    """Attention heads."""
+    blocks: str = "ccaccc"
+    """Blocks in order: c is a 3x3 convolution and an MLP, a is attention and an MLP."""
+    bit_components: tuple[int, ...] = ()
+    """Component of each bit. The products of a component's own bits go straight to the cell's
+    pixels; a start from components fills it in, and empty has no such way."""
+
+    def __post_init__(self) -> None:
+        """Reject blocks of other letters, and components of too many bits."""
+        check_numbers(self)
+        # Sine and cosine of row and column.
+        require(self.width % 4 == 0, f"decoder.width ({self.width}) must be a multiple of 4")
+        require_heads("decoder width", self.width, self.num_heads, "decoder.num_heads")
+        require(
+            len(self.blocks) > 0 and set(self.blocks) <= set("ac"),
+            f"decoder.blocks ({self.blocks!r}) must be letters c (convolution) and a (attention), "
+            "such as ccaccc",
+        )
+        most = max((len(group) for group in self.bit_groups), default=0)
+        require(
+            most <= _MAX_COMPONENT_BITS,
+            f"decoder.bit_components gives one component {most} bits and must give at most "
+            f"{_MAX_COMPONENT_BITS}",
+        )
+
+    def check_patch(self, patch_size: int) -> None:
+        """Raise `ValueError` where a cell has one pixel, of which no quarters can be made."""
+        require(
+            patch_size % 2 == 0,
+            f"decoder (patch) needs cells of an even number of pixels a side, not {patch_size}",
+        )
+
+    @property
+    def bit_groups(self) -> tuple[tuple[int, ...], ...]:
+        """Bits of each component, the most significant one first."""
+        groups: dict[int, list[int]] = {}
+        for bit, component in enumerate(self.bit_components):
+            groups.setdefault(component, []).append(bit)
+        return tuple(map(tuple, groups.values()))
+
+
+Decoder = CnnDecoder | PatchDecoder
+
+
+def bits_of(sizes: tuple[int, ...]) -> float:
+    """Bits of a token whose parts have so many values."""
+    return math.fsum(math.log2(size) for size in sizes)

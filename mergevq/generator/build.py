@@ -1,0 +1,97 @@
+"""Generators built from their settings: the one list of families, orders and heads there are.
+
+Another one is a class in `config/generator.py`, a file, and a case here.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import assert_never
+
+from mergevq.config import generator as settings
+from mergevq.generator import seams
+from mergevq.generator.autoregressive import Autoregressive
+from mergevq.generator.heads.subindices import Subindices
+from mergevq.generator.nat import Nat
+from mergevq.generator.network import Network
+from mergevq.generator.orders.anchored import Anchored
+from mergevq.generator.orders.merge import Merge
+from mergevq.generator.orders.random import Random
+from mergevq.generator.orders.raster import Raster
+from mergevq.runtime.artefacts import SavedModel, build_for, load_model, resolve, save_model
+from mergevq.runtime.settings import from_json
+
+GeneratorConfig = settings.GeneratorConfig
+Sequential = settings.Raster | settings.Merge | settings.Random | settings.Anchored
+"""Orders of the autoregressive family."""
+AnyGenerator = Autoregressive | Nat
+"""Every family of generators, each an `nn.Module` and a `seams.Generator`."""
+
+
+def build_generator(config: GeneratorConfig) -> AnyGenerator:
+    """A generator with random weights from torch's default generator, in training mode."""
+    network = Network(config, build_head(config))
+    if isinstance(config.order, settings.Masked):
+        return Nat(config, config.order, network)
+    return Autoregressive(config, build_order(config.order, config), network)
+
+
+def build_order(order: Sequential, config: GeneratorConfig) -> seams.Order:
+    """The order of an autoregressive generator."""
+    match order:
+        case settings.Raster():
+            return Raster()
+        case settings.Merge():
+            return Merge(order)
+        case settings.Random():
+            return Random(order, config)
+        case settings.Anchored():
+            return Anchored()
+        case _:
+            assert_never(order)
+
+
+def build_head(config: GeneratorConfig) -> seams.Head:
+    """The head over the parts of a token."""
+    return Subindices(config)
+
+
+def load_generator(path: str | Path) -> AnyGenerator:
+    """Load from a directory that `save_generator` or training wrote, or from the hub.
+
+    A directory never touches the network; on the hub, a model is `owner/name@revision`. The
+    generator comes back in evaluation mode.
+
+    Raises:
+        ValueError: the artefact is of another kind or format, or its weights do not fit.
+    """
+    return saved_generator(load_model(resolve(path), kind="generator"))
+
+
+def saved_generator(saved: SavedModel) -> AnyGenerator:
+    """Build what was read from disk, in evaluation mode.
+
+    Raises:
+        ValueError: its weights do not fit.
+    """
+    config = from_json(GeneratorConfig, saved.record["config"])
+    layers = {
+        "num_layers": config.num_layers,
+        "head.num_layers": config.head.num_layers,
+        "the number of parts of a token": len(config.part_names),
+    }
+    return build_for(lambda: build_generator(config), saved.state, layers=layers).eval()
+
+
+def save_generator(
+    generator: AnyGenerator, path: str | Path, *, tokenizer: str, class_names: Sequence[str] = ()
+) -> None:
+    """Write `model.safetensors` and `config.json` into a directory.
+
+    Args:
+        generator: of any family.
+        path: of the directory.
+        tokenizer: hash of the tokenizer (`runtime.artefacts.tokens_hash`) whose tokens these are.
+        class_names: of the classes, in order.
+    """
+    extra = {"tokenizer": tokenizer, "class_names": list(class_names)}
+    save_model(path, generator.state_dict(), generator.config, kind="generator", extra=extra)

@@ -1,0 +1,85 @@
+"""Parts of a tokenizer by their settings: the one list of all there are."""
+
+from typing import assert_never
+
+from torch import nn
+
+from mergevq.config import parts as settings
+from mergevq.config.tokenizer import TokenizerConfig
+from mergevq.tokenizer.decoders.cnn import CnnDecoder
+from mergevq.tokenizer.decoders.patch import PatchDecoder
+from mergevq.tokenizer.expanders.unmerge import Unmerge
+from mergevq.tokenizer.quantizers.lfq import Lfq
+from mergevq.tokenizer.reducers.merge import Merge
+from mergevq.tokenizer.stems import cnn_stem, patch_stem
+
+_LAYERS = ("num_layers", "num_res_blocks", "channel_mult", "blocks")
+"""Settings that say how many modules a part has."""
+
+
+def build_stem(config: settings.Stem) -> nn.Module:
+    """Stem of a kind; it satisfies `seams.Stem`."""
+    match config:
+        case settings.CnnStem():
+            return cnn_stem(config)
+        case settings.PatchStem():
+            return patch_stem(config)
+        case _:
+            assert_never(config)
+
+
+def build_reducer(config: settings.Reducer, dim: int) -> Merge:
+    """Reducer of a kind on `dim` channels."""
+    match config:
+        case settings.Merge():
+            return Merge(config, dim)
+        case _:
+            assert_never(config)
+
+
+def build_quantizer(config: settings.Quantizer) -> Lfq:
+    """Quantizer of a kind."""
+    match config:
+        case settings.Lfq():
+            return Lfq(config)
+        case _:
+            assert_never(config)
+
+
+def build_expander(config: TokenizerConfig) -> Unmerge:
+    """Expander of a kind, for codes of the configuration's quantizer."""
+    match config.expander:
+        case settings.Unmerge():
+            return Unmerge(config.expander, config.quantizer.dim)
+        case _:
+            assert_never(config.expander)
+
+
+def build_decoder(
+    config: TokenizerConfig, dim: int, style_dim: int | None
+) -> CnnDecoder | PatchDecoder:
+    """Decoder of a kind.
+
+    Args:
+        config: its `decoder`, for cells of its patch size.
+        dim: channels of the input.
+        style_dim: channels of the style; None where there is none.
+    """
+    match config.decoder:
+        case settings.CnnDecoder():
+            return CnnDecoder(config.decoder, dim, style_dim)
+        case settings.PatchDecoder():
+            return PatchDecoder(config.decoder, dim, config.patch_size)
+        case _:
+            assert_never(config.decoder)
+
+
+def count_layers(config: TokenizerConfig) -> dict[str, int]:
+    """Settings that say how many modules a tokenizer has, by their names."""
+    counts: dict[str, int] = {}
+    for part in ("stem", "reducer", "quantizer", "expander", "decoder"):
+        for name in _LAYERS:
+            value = getattr(getattr(config, part), name, 0)
+            number = value if isinstance(value, int) else len(value)
+            counts[f"{part}.{name}"] = number
+    return counts

@@ -1,0 +1,158 @@
+"""Interfaces of a tokenizer's parts: every part is a module that satisfies one of them.
+
+There is no base class. `mergevq.tokenizer.build` returns each part as its interface, which is where
+types are checked, and tests/contracts runs every kind of part through one suite.
+
+Shape letters: B batch, L grid cells, K kept tokens, N tokens that a decoder is given, C channels of
+the encoder, D channels of codes, E channels that a decoder is given, P parts of a token.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple, Protocol
+
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from mergevq.data.codes import CodeSpec
+from mergevq.data.layouts import Layout
+
+
+class TokenSet(NamedTuple):
+    """Tokens after some of the encoder's blocks."""
+
+    tokens: Float[Tensor, "b k c"]
+    """Kept tokens, in the order of the layout."""
+    class_token: Float[Tensor, "b c"]
+    """The encoder's summary of the image."""
+    layout: Layout
+    """Places of the tokens."""
+
+
+class Quantized(NamedTuple):
+    """Tokens after quantization."""
+
+    codes: Float[Tensor, "*b d"]
+    """Values that a decoder reads; gradients pass to the latents."""
+    parts: Int64[Tensor, "*b p"]
+    """The same tokens as whole numbers, one for each part."""
+
+
+class Given(NamedTuple):
+    """Input of a decoder: an embedding for each cell of a grid."""
+
+    tokens: Float[Tensor, "b l e"]
+    """Embeddings, in raster order."""
+    grid_shape: tuple[int, int]
+    """(height, width) in cells."""
+    style: Float[Tensor, "b n d"] | None
+    """Codes whose mean and deviation over N set the style of adaptive norms; None is no style."""
+
+
+class Expanded(NamedTuple):
+    """One training pass of an expander."""
+
+    given: Given
+    """Input of the decoder."""
+    losses: Mapping[str, Float[Tensor, ""]]
+    """Losses of the expander's own, unweighted, by name."""
+
+
+class Stem(Protocol):
+    """Pixels to a grid of channels."""
+
+    def __call__(self, image: Float[Tensor, "b 3 h w"], /) -> Float[Tensor, "b c gh gw"]:
+        """Channels of each cell of an image in [-1, 1]."""
+        ...
+
+
+class Reducer(Protocol):
+    """Grid tokens to kept tokens: the encoder's transformer."""
+
+    blocks: nn.ModuleList
+    """Transformer blocks, each with the branches `ls1` and `ls2`."""
+    checkpointing: bool
+    """Recompute the blocks in the backward pass."""
+
+    def __call__(
+        self,
+        grid: Float[Tensor, "b l c"],
+        class_token: Float[Tensor, "b 1 c"],
+        grid_shape: tuple[int, int],
+        num_kept: int,
+        *,
+        num_layers: int | None = None,
+    ) -> TokenSet:
+        """Run the first `num_layers` blocks (None: all) on the way to `num_kept` tokens."""
+        ...
+
+
+class Quantizer(Protocol):
+    """Latents to codes, in float32 under any autocast."""
+
+    spec: CodeSpec
+    """Parts of a token, and the channels of its latents."""
+
+    def __call__(self, latents: Float[Tensor, "*b d"], /) -> Quantized:
+        """Quantize; `decode` gives the same codes of the parts, bit for bit."""
+        ...
+
+    def decode(self, parts: Int64[Tensor, "*b p"], /) -> Float[Tensor, "*b d"]:
+        """Codes of tokens in float32; a part that does not exist is a ValueError."""
+        ...
+
+    def losses(self, latents: Float[Tensor, "b k d"], /) -> Mapping[str, Float[Tensor, ""]]:
+        """Unweighted terms by name, of `LossConfig`: `commitment`, `entropy`."""
+        ...
+
+
+class Expander(Protocol):
+    """Codes to the input of a decoder."""
+
+    can_infer: ClassVar[bool]
+    """Whether a layout can be inferred from codes, so that there is a recovered one."""
+
+    def __call__(
+        self, codes: Float[Tensor, "b k d"], layout: Layout, grid_shape: tuple[int, int]
+    ) -> Given:
+        """Input of a decoder."""
+        ...
+
+    def train_pass(
+        self,
+        codes: Float[Tensor, "b k d"],
+        seen: Float[Tensor, "b k d"],
+        layout: Layout,
+        grid_shape: tuple[int, int],
+        *,
+        inferred: Bool[Tensor, "b"] | None,
+    ) -> Expanded:
+        """Expand in training: every parameter takes part in the result.
+
+        Args:
+            codes: values that are expanded.
+            seen: values that a layout is inferred from, whose gradient may be a share.
+            layout: the encoder's.
+            grid_shape: (height, width) in cells.
+            inferred: images that are expanded by the inferred layout; None is none.
+        """
+        ...
+
+    def infer(
+        self,
+        codes: Float[Tensor, "b k d"],
+        grid_shape: tuple[int, int],
+        anchors: Int64[Tensor, "b k"] | None = None,
+    ) -> Layout:
+        """Infer the layout from codes; a ValueError where it cannot be."""
+        ...
+
+
+class Decoder(Protocol):
+    """The grid to pixels."""
+
+    checkpointing: bool
+    """Recompute in the backward pass."""
+
+    def __call__(self, given: Given, /) -> Float[Tensor, "b 3 h w"]:
+        """Decode to an image in about [-1, 1]."""
+        ...

@@ -1,0 +1,266 @@
+"""Every kind of every part of a tokenizer does what its seam promises.
+
+The kinds are read off the settings: a new one is tested as it is added, in a small tokenizer of the
+recipe `digits32` whose other parts are the recipe's. See `mergevq.tokenizer.seams`.
+"""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mergevq.config.kinds import unions
+from mergevq.config.recipes.digits import digits32
+from mergevq.config.training import TokenizerRun
+from mergevq.tokenizer.tokenizer import Tokenizer
+from mergevq.training.tokenizer import train
+from tests.support.leaves import replaced, value_at
+from tests.support.small import shrink
+
+NUM_KEPT = 16
+KINDS = {
+    union.name.rpartition(".")[2]: [f"{union.name}.kind={kind}" for kind in union.members]
+    for union in unions(TokenizerRun)
+}
+
+
+def of(seam):
+    return pytest.mark.parametrize("part", KINDS[seam], ids=lambda part: part.partition("=")[2])
+
+
+@functools.cache
+def small(part):
+    """A small random tokenizer in training with a part of this kind."""
+    name, _, kind = part.partition("=")
+    config = replaced(shrink(digits32()), {name: kind}).model
+    torch.manual_seed(0)
+    model = Tokenizer(config)
+    for parameter in model.parameters():
+        # Not where training starts: there some branches are silent.
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.train()
+
+
+def images(model, height=1, width=1):
+    """Two images, in units of the trained size."""
+    side = model.config.image_size
+    numbers = torch.Generator().manual_seed(1)
+    return torch.rand(2, 3, height * side, width * side, generator=numbers) * 2 - 1
+
+
+def latents_of(model):
+    numbers = torch.Generator().manual_seed(2)
+    return torch.randn(2, NUM_KEPT, model.quantizer.spec.dim, generator=numbers)
+
+
+def require_gradients(module, loss):
+    """Every parameter takes part in the loss, and every gradient is finite."""
+    module.zero_grad()
+    loss.backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, f"{name} takes no part"
+        assert parameter.grad.isfinite().all(), name
+    module.zero_grad()
+
+
+# --------------------------------------------------------------------------------- each seam
+
+
+@of("stem")
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1)])
+def test_a_stem_gives_channels_for_each_cell(part, shape):
+    model = small(part)
+    grid = model.encoder.stem(images(model, *shape))
+    cells = model.config.grid_size
+    assert grid.shape == (2, model.config.dim, shape[0] * cells, shape[1] * cells)
+    require_gradients(model.encoder.stem, grid.square().mean())
+
+
+@of("reducer")
+@pytest.mark.parametrize("num_kept", [NUM_KEPT, 24, 64])
+def test_a_reducer_leaves_as_many_tokens_as_are_asked_for(part, num_kept):
+    model = small(part)
+    model.config.reducer.check_kept(model.config.num_tokens, num_kept)
+    tokens, class_token, layout = model.encoder(images(model), num_kept)
+    assert tokens.shape == (2, num_kept, model.config.dim)
+    assert class_token.shape == (2, model.config.dim)
+    assert layout.num_kept == num_kept
+    require_gradients(model.encoder.reducer, tokens.square().mean() + class_token.square().mean())
+
+
+@of("reducer")
+def test_a_reducer_can_stop_after_any_block_and_recompute_them(part):
+    model = small(part)
+    reducer = model.encoder.reducer
+    layers = len(reducer.blocks)
+    whole = model.encoder(images(model), NUM_KEPT)
+    stopped = model.encoder(images(model), NUM_KEPT, num_layers=layers)
+    assert torch.equal(whole.tokens, stopped.tokens)
+    for num_layers in range(layers):
+        part_way = model.encoder(images(model), NUM_KEPT, num_layers=num_layers)
+        assert part_way.tokens.shape[1] == part_way.layout.num_kept >= NUM_KEPT
+    reducer.checkpointing = True
+    try:
+        recomputed = model.encoder(images(model), NUM_KEPT)
+    finally:
+        reducer.checkpointing = False
+    assert torch.equal(whole.tokens, recomputed.tokens)
+    assert all(hasattr(block, "ls1") and hasattr(block, "ls2") for block in reducer.blocks)
+
+
+@of("reducer")
+def test_the_numbers_of_tokens_that_a_reducer_leaves_are_known_before(part):
+    reducer, num_tokens = small(part).config.reducer, 64
+    least = reducer.least_kept(num_tokens)
+    reducer.check_kept(num_tokens, least)
+    reducer.check_kept(num_tokens, reducer.nearest_kept(num_tokens, 1))
+    for num_kept in (0, num_tokens + 1, least - 1):
+        with pytest.raises(ValueError, match=rf"num_kept \({num_kept}\) must be "):
+            reducer.check_kept(num_tokens, num_kept)
+
+
+@of("quantizer")
+def test_codes_are_those_of_the_parts_to_the_last_bit(part):
+    model = small(part)
+    quantizer, settings = model.quantizer, model.config.quantizer
+    spec = quantizer.spec
+    assert (spec.sizes, spec.dim) == (settings.sizes, settings.dim)
+    codes, parts = quantizer(latents_of(model))
+    assert codes.shape == (2, NUM_KEPT, spec.dim)
+    assert parts.shape == (2, NUM_KEPT, len(spec.sizes))
+    assert torch.equal(quantizer.decode(parts), codes)
+    assert bool((parts >= 0).all())
+    assert bool((parts < torch.tensor(spec.sizes)).all())
+    assert torch.equal(spec.split(spec.join(parts)), parts)
+    # More than one token is used.
+    assert len(parts.flatten(0, 1).unique(dim=0)) > 1
+
+
+@of("quantizer")
+@pytest.mark.parametrize("wrong", ["below", "above"])
+def test_a_part_that_does_not_exist_is_refused(part, wrong):
+    quantizer = small(part).quantizer
+    for number, size in enumerate(quantizer.spec.sizes):
+        parts = torch.zeros(1, len(quantizer.spec.sizes), dtype=torch.int64)
+        parts[0, number] = -1 if wrong == "below" else size
+        with pytest.raises(ValueError, match=str(parts[0, number].item())):
+            quantizer.decode(parts)
+
+
+@of("quantizer")
+def test_gradients_of_codes_and_of_losses_reach_the_latents(part):
+    model = small(part)
+    latents = latents_of(model).requires_grad_()
+    losses = model.quantizer.losses(latents)
+    assert set(losses) <= {"commitment", "entropy"}
+    for value in (model.quantizer(latents).codes.square().sum(), *losses.values()):
+        assert value.shape == ()
+        assert value.isfinite()
+    (of_codes,) = torch.autograd.grad(model.quantizer(latents).codes.sum(), latents)
+    assert of_codes.isfinite().all()
+    assert of_codes.count_nonzero() > 0
+    (of_losses,) = torch.autograd.grad(sum(losses.values()), latents)
+    assert of_losses.isfinite().all()
+
+
+@of("quantizer")
+def test_tokens_do_not_depend_on_autocast(part):
+    model = small(part)
+    latents = latents_of(model)
+    plain = model.quantizer(latents)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = model.quantizer(latents)
+        again = model.quantizer.decode(cast.parts)
+    assert torch.equal(plain.parts, cast.parts)
+    assert torch.equal(plain.codes, cast.codes)
+    assert again.dtype == torch.float32
+
+
+@of("expander")
+def test_an_expander_gives_an_embedding_for_each_cell(part):
+    model = small(part)
+    expander, cells = model.expander, model.config.grid_size
+    encoded = model.encode(images(model), NUM_KEPT)
+    codes = model.codes_of(encoded.indices)
+    given = expander(codes, encoded.layout, (cells, cells))
+    dim, style_dim = model.config.expander.given_dims(model.config.quantizer.dim)
+    assert given.tokens.shape == (2, cells**2, dim)
+    assert given.grid_shape == (cells, cells)
+    assert (None if given.style is None else given.style.shape[-1]) == style_dim
+
+
+@of("expander")
+def test_every_weight_of_an_expander_takes_part_in_every_step(part):
+    model = small(part)
+    grid = (model.config.grid_size,) * 2
+    encoded = model.encode(images(model), NUM_KEPT)
+    codes = model.codes_of(encoded.indices)
+    for inferred in (None, torch.tensor([True, False])):
+        if inferred is not None and not model.expander.can_infer:
+            continue
+        step = model.expander.train_pass(codes, codes, encoded.layout, grid, inferred=inferred)
+        assert all(value.shape == () and value.isfinite() for value in step.losses.values())
+        require_gradients(model.expander, step.given.tokens.sum() + sum(step.losses.values()))
+
+
+@of("expander")
+def test_a_layout_is_inferred_or_refused(part):
+    model = small(part)
+    grid = (model.config.grid_size,) * 2
+    codes = model.codes_of(model.encode(images(model), NUM_KEPT).indices)
+    if model.expander.can_infer:
+        assert model.expander.infer(codes, grid).num_kept == NUM_KEPT
+    else:
+        with pytest.raises(ValueError, match="infer"):
+            model.expander.infer(codes, grid)
+
+
+@of("decoder")
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2)])
+def test_a_decoder_makes_pixels_of_every_cell(part, shape):
+    model = small(part)
+    image = images(model, *shape)
+    encoded = model.encode(image, NUM_KEPT)
+    codes = model.codes_of(encoded.indices)
+    given = model.expander(codes, encoded.layout, model.grid_shape(image))
+    decoded = model.decoder(given)
+    assert decoded.shape == image.shape
+    model.decoder.checkpointing = True
+    try:
+        recomputed = model.decoder(given)
+    finally:
+        model.decoder.checkpointing = False
+    assert torch.equal(decoded, recomputed)
+    require_gradients(model.decoder, decoded.square().mean())
+
+
+# ------------------------------------------------------------------------- in a whole tokenizer
+
+
+@pytest.mark.parametrize("part", [part for kinds in KINDS.values() for part in kinds])
+def test_a_tokenizer_with_the_part_is_the_same_after_it_was_saved(part, tmp_path):
+    model = small(part).eval()
+    try:
+        name, _, kind = part.partition("=")
+        assert value_at(model.config, name.removeprefix("model.")) == kind
+        before = model.encode(images(model), NUM_KEPT)
+        decoded = model.decode(before.indices, before.layout)
+        model.save_pretrained(tmp_path / "model")
+        again = Tokenizer.from_pretrained(tmp_path / "model")
+        after = again.encode(images(model), NUM_KEPT)
+        assert torch.equal(before.indices, after.indices)
+        assert torch.equal(decoded, again.decode(after.indices, after.layout))
+    finally:
+        model.train()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [part for kinds in KINDS.values() for part in kinds])
+def test_a_tokenizer_with_the_part_trains_and_is_validated(part, tmp_path):
+    pytest.importorskip("sklearn")
+    name, _, kind = part.partition("=")
+    run = replaced(shrink(digits32()), {name: kind})
+    data = replace(run.data, max_images=12, num_workers=0)
+    model = train(replace(run, data=data, out=str(tmp_path / "run")))
+    assert value_at(Tokenizer.from_pretrained(model).config, name.removeprefix("model.")) == kind
