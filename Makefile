@@ -3,16 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: help quickstart test slow check ledger fix
+.PHONY: help quickstart test slow check ledger bench-check fix
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 quickstart: .venv/installed-quickstart  ## train on handwritten digits and write a report
 	$(BIN)/mergevq quickstart
 
 # One thread: the tests' tensors are too small to share.
-test slow check ledger: export OMP_NUM_THREADS := 1
+test slow check ledger bench-check: export OMP_NUM_THREADS := 1
 test: .venv/installed-dev  ## run the default tests
 	$(BIN)/python -m pytest -q -n auto
 
@@ -28,6 +28,9 @@ check: .venv/installed-dev  ## lint, types, layers, default tests
 
 ledger: .venv/installed-dev  ## losses of every recipe equal those of BASE, by default where the branch began
 	$(BIN)/python benchmarks/ledger.py $(BASE)
+
+bench-check: .venv/installed-dev  ## ratios to plain definitions are not much below those of docs/results/ratios.json
+	$(BIN)/python -m benchmarks.ratios --check
 
 fix: .venv/installed-dev  ## format, and repair what the linter can
 	$(BIN)/ruff check --fix

@@ -169,17 +169,17 @@ def _similarity(
         return _blur(planes, weights)
 
     first_mean, second_mean = blur(first), blur(second)
-    first_variance = correction * (blur(first.square()) - first_mean.square())
-    second_variance = correction * (blur(second.square()) - second_mean.square())
-    covariance = correction * (blur(first * second) - first_mean * second_mean)
+    # Only the sum of the two variances counts, and the mean of a sum is one window less.
+    squares = blur(first.square().addcmul_(second, second))
+    covariance = blur(first * second)
     luminance_floor, contrast_floor = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    luminance = (2 * first_mean * second_mean + luminance_floor) / (
-        first_mean.square() + second_mean.square() + luminance_floor
-    )
-    structure = (2 * covariance + contrast_floor) / (
-        first_variance + second_variance + contrast_floor
-    )
-    return (luminance * structure).mean((1, 2, 3)).float()
+    # In place: at a size above the processor's cache, fresh memory costs more than arithmetic.
+    product = first_mean * second_mean
+    mean_squares = first_mean.square_().addcmul_(second_mean, second_mean)
+    variances = squares.sub_(mean_squares).mul_(correction).add_(contrast_floor)
+    structure = covariance.sub_(product).mul_(2 * correction).add_(contrast_floor).div_(variances)
+    luminance = product.mul_(2).add_(luminance_floor).div_(mean_squares.add_(luminance_floor))
+    return luminance.mul_(structure).mean((1, 2, 3)).float()
 
 
 def feature_cosine(
@@ -301,14 +301,20 @@ def _blur(
     planes: Float[Tensor, "b c h w"], weights: Float[Tensor, "k"]
 ) -> Float[Tensor, "b c h-k+1 w-k+1"]:
     """Weighted mean of each square window that lies inside the image."""
-    # Band matrices are faster than a convolution, which in float64 has no fast path on a CPU.
-    rows, columns = (_band(length, weights).to(planes) for length in planes.shape[2:])
-    return rows @ planes @ columns.T
+    return _slide(_slide(planes, weights, 2), weights, 3)
 
 
-def _band(length: int, weights: Float[Tensor, "k"]) -> Float[Tensor, "_ {length}"]:
-    """Row i holds the weights of the window that starts at i."""
-    band = torch.zeros(length - len(weights) + 1, length, dtype=torch.float64)
-    for start, weight in enumerate(weights.tolist()):
-        band.diagonal(start).fill_(weight)
-    return band
+def _slide(
+    planes: Float[Tensor, "b c h w"], weights: Float[Tensor, "k"], dim: int
+) -> Float[Tensor, "b c _ _"]:
+    """Weighted mean of each window along one side.
+
+    One multiplication and addition of whole planes for each weight: the cost grows with the number
+    of pixels, and a convolution in float64 has no fast path on a CPU.
+    """
+    count = planes.shape[dim] - len(weights) + 1
+    first, *others = weights.tolist()
+    total = first * planes.narrow(dim, 0, count)
+    for start, weight in enumerate(others, start=1):
+        total.add_(planes.narrow(dim, start, count), alpha=weight)
+    return total

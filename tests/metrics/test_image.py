@@ -7,8 +7,12 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from mergevq.metrics.image import Mean, authors_ssim, feature_cosine, psnr, ssim, to_uint8
+from tests.support import reference
 
 NAN = float("nan")
+_PROFILE = torch.exp(-0.5 * (torch.arange(-5, 6, dtype=torch.float64) / 1.5) ** 2)
+GAUSSIAN = _PROFILE.outer(_PROFILE) / _PROFILE.sum() ** 2
+UNIFORM = torch.full((7, 7), 1 / 49, dtype=torch.float64)
 
 
 def image_pair(generator, height=40, width=33):
@@ -82,6 +86,20 @@ def test_ssim_of_unrounded_images_is_that_of_scikit_image(generator):
         for pair in zip(first, second, strict=True)
     ]
     assert ssim(image, reconstruction, rounded=False).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("metric", "window", "freedom", "truncated"),
+    [(ssim, GAUSSIAN, 0, False), (authors_ssim, UNIFORM, 1, True)],
+)
+@pytest.mark.parametrize(("height", "width"), [(11, 11), (40, 33), (64, 23)])
+def test_ssim_is_its_definition_window_by_window(
+    generator, metric, window, freedom, truncated, height, width
+):
+    image, other = image_pair(generator, height, width)
+    first, second = (to_uint8(each, truncated=truncated).double() for each in (image, other))
+    expected = reference.ssim(first, second, window, freedom).float()
+    torch.testing.assert_close(metric(image, other), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_an_identity_scores_perfectly(generator):

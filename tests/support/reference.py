@@ -130,3 +130,31 @@ def product_codebook_entropy(latents: Tensor, temperature: float) -> Tensor:
     codes = codebook(latents.shape[-1]).to(latents.dtype)
     logits = 2 * latents.flatten(0, -2) @ codes.T / temperature
     return entropy(logits.softmax(-1).mean(0).log())
+
+
+# -------------------------------------------------------------------------------------- images
+
+
+def ssim(first: Tensor, second: Tensor, window: Tensor, freedom: int) -> Tensor:
+    """SSIM of bytes (B, C, H, W) in float64: every window cut out, its moments about its mean.
+
+    Args:
+        first: images.
+        second: images.
+        window: weights (K, K) that sum to one.
+        freedom: 0 for population, 1 for sample variances, which are of a uniform window.
+    """
+    side, correction = len(window), window.numel() / (window.numel() - freedom)
+    x, y = (each.unfold(2, side, 1).unfold(3, side, 1) for each in (first, second))
+
+    def mean(windows: Tensor) -> Tensor:
+        return (windows * window).sum((-2, -1), keepdim=True)
+
+    x_mean, y_mean = mean(x), mean(y)
+    x_variance = correction * mean((x - x_mean) ** 2)
+    y_variance = correction * mean((y - y_mean) ** 2)
+    covariance = correction * mean((x - x_mean) * (y - y_mean))
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    similarity = (2 * x_mean * y_mean + c1) * (2 * covariance + c2)
+    similarity /= (x_mean**2 + y_mean**2 + c1) * (x_variance + y_variance + c2)
+    return similarity.mean((1, 2, 3, 4, 5))
