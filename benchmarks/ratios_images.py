@@ -5,6 +5,7 @@ from torch import Tensor
 
 from benchmarks.entry import Entry, Pair
 from mergevq.metrics.image import authors_ssim, ssim, to_uint8
+from mergevq.metrics.sets import kernel_distance, precision_recall
 
 # ------------------------------------------------------------------------------------- SSIM
 
@@ -71,9 +72,82 @@ def authors_ssim_pair(count: int, side: int) -> Pair:
     return Pair(plain, lambda: authors_ssim(image, other), torch.testing.assert_close)
 
 
+# ------------------------------------------------------------------------ sets of images
+
+
+def features(count: int, dim: int, seed: int) -> Tensor:
+    """Not negative and alike, as features of Inception are."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.rand(64, dim, generator=generator) ** 4
+    mixed = torch.rand(count, 64, generator=generator) @ basis / 64
+    return mixed + 0.3 * torch.rand(count, dim, generator=generator) ** 3
+
+
+def kernel_distance_pair(count: int, dim: int, num_subsets: int) -> Pair:
+    """Subsets of float64, as the formula has them."""
+    real, fake = features(count, dim, 0), features(count, dim, 1)
+    size = count // 2
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / dim + 1) ** 3
+
+    def plain() -> float:
+        generator, distances = torch.Generator().manual_seed(0), []
+        for _ in range(num_subsets):
+            x, y = (
+                side[torch.randperm(count, generator=generator)[:size]].double()
+                for side in (real, fake)
+            )
+            within = [k.sum() - k.trace() for k in (kernel(x, x), kernel(y, y))]
+            mean = sum(within) / (size * (size - 1))
+            distances.append(mean - 2 * kernel(x, y).mean())
+        return float(torch.stack(distances).mean())
+
+    def ours() -> float:
+        generator = torch.Generator().manual_seed(0)
+        options = {"num_subsets": num_subsets, "subset_size": size, "generator": generator}
+        return kernel_distance(real, fake, **options).mean
+
+    def agree(plain: float, ours: float) -> None:
+        assert abs(plain - ours) < 1e-6 * float(kernel(real[:64], fake[:64]).mean())
+
+    return Pair(plain, ours, agree)
+
+
+def precision_recall_pair(count: int, dim: int) -> Pair:
+    """All distances in float64, a block of rows at a time."""
+    real, fake = features(count, dim, 0), features(count, dim, 1)
+
+    def distances(x: Tensor, y: Tensor) -> list[Tensor]:
+        return [
+            (rows.square().sum(1)[:, None] + y.square().sum(1) - 2 * rows @ y.T).clamp_min(0)
+            for rows in x.split(1024)
+        ]
+
+    def covered(points: Tensor, members: Tensor) -> float:
+        radii = torch.cat([d.kthvalue(4, dim=1).values for d in distances(members, members)])
+        inside = [(d <= radii).any(1) for d in distances(points, members)]
+        return float(torch.cat(inside).double().mean())
+
+    def plain() -> tuple[float, float]:
+        x, y = real.double(), fake.double()
+        return covered(y, x), covered(x, y)
+
+    def agree(plain: tuple[float, float], ours: tuple[float, float]) -> None:
+        assert plain == ours
+
+    return Pair(plain, lambda: tuple(precision_recall(real, fake)), agree)
+
+
 ENTRIES = (
     Entry("SSIM, 16 images of 64 px", lambda: ssim_pair(16, 64)),
     Entry("SSIM, 4 images of 256 px", lambda: ssim_pair(4, 256)),
     Entry("SSIM, 1 image of 512 px", lambda: ssim_pair(1, 512)),
     Entry("SSIM of the authors' protocol, 1 image of 512 px", lambda: authors_ssim_pair(1, 512)),
+    Entry("kernel distance, 2 subsets of 500 x 2,048", lambda: kernel_distance_pair(1000, 2048, 2)),
+    Entry(
+        "kernel distance, 1 subset of 1,000 x 2,048", lambda: kernel_distance_pair(2000, 2048, 1)
+    ),
+    Entry("precision and recall, 1,000 x 2,048", lambda: precision_recall_pair(1000, 2048)),
+    Entry("precision and recall, 3,000 x 2,048", lambda: precision_recall_pair(3000, 2048)),
 )

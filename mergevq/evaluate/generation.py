@@ -305,8 +305,9 @@ def _feature_scores(
         fake,
         subset_size=min(_SUBSET_SIZE, smaller),
         generator=step_generator(seed, "kernel distance", 0),
+        device=extractor.device,
     )
-    covered = precision_recall(real, fake, k=_PRECISION_NEIGHBOURS)
+    covered = precision_recall(real, fake, k=_PRECISION_NEIGHBOURS, device=extractor.device)
     name = extractor.metric_name("kernel")
     return {
         name: kernel.mean,

@@ -66,6 +66,20 @@ def deterministic(device: torch.device) -> Iterator[None]:
         torch.use_deterministic_algorithms(mode=before, warn_only=only_warned)
 
 
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Multiply float32 as float32 in a block, where a GPU was told to round it to TF32 first."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
     """Mixed precision in a block: products in `dtype`; everything in float32 for None."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mergevq.metrics.sets import Rows, inception_score, kernel_distance, precision_recall
+from tests.support import reference
 
 NAN = float("nan")
 
@@ -88,7 +89,21 @@ def test_kernel_distance_is_the_sum_over_all_pairs(generator):
     expected = sum(within) / 20 - 2 * sum(between) / 25
     found = kernel_distance(real, fake, num_subsets=3, subset_size=5, generator=generator)
     assert found.mean == pytest.approx(expected)
-    assert found.std == pytest.approx(0, abs=1e-12)
+    assert found.std == pytest.approx(0, abs=1e-6 * max(map(abs, between)))
+
+
+def test_kernel_distance_is_within_a_millionth_of_the_kernel_of_float64(generator):
+    # As features of Inception are: not negative, and alike.
+    real = torch.rand(300, 2048, generator=generator) ** 3
+    fake = 1.05 * torch.rand(300, 2048, generator=generator) ** 3
+    numbers = [torch.Generator().manual_seed(seed) for seed in (5, 5)]
+    options = {"num_subsets": 3, "subset_size": 200}
+    found = kernel_distance(real, fake, **options, generator=numbers[0])
+    expected = reference.kernel_distances(real, fake, **options, generator=numbers[1])
+    kernel = float((fake.double() @ real.double().T / 2048 + 1).pow(3).mean())
+    assert abs(found.mean - float(expected.mean())) < 1e-6 * kernel
+    assert abs(found.std - float(expected.std(correction=0))) < 1e-6 * kernel
+    assert found.mean > 1e-4 * kernel
 
 
 def test_kernel_distance_is_near_zero_for_one_distribution_and_grows_with_the_shift(generator):
@@ -141,10 +156,10 @@ def test_the_neighbour_that_sets_the_radius_is_the_k_th():
     assert precision_recall(real, fake, k=2).precision == 1.0
 
 
-@pytest.mark.parametrize("chunk_size", [1, 7, 1000])
-def test_a_set_covers_itself_in_any_chunks(generator, chunk_size):
+@pytest.mark.parametrize("block_size", [1, 7, 1000])
+def test_a_set_covers_itself_in_any_chunks(generator, block_size):
     features = torch.randn(20, 64, generator=generator).repeat_interleave(5, 0) + 30
-    assert precision_recall(features, features.clone(), k=3, chunk_size=chunk_size) == (1.0, 1.0)
+    assert precision_recall(features, features.clone(), k=3, block_size=block_size) == (1.0, 1.0)
 
 
 def test_equal_images_are_at_no_distance_whatever_rounding_does(generator):
@@ -152,7 +167,40 @@ def test_equal_images_are_at_no_distance_whatever_rounding_does(generator):
     rows = 30 * torch.rand(60, 1000, generator=generator, dtype=torch.float64)
     real = rows.repeat_interleave(5, 0)
     fake = real[torch.randperm(300, generator=generator)[:51]]
-    assert precision_recall(real, fake, chunk_size=50).precision == 1.0
+    assert precision_recall(real, fake, block_size=50).precision == 1.0
+
+
+def _mixture(generator):
+    """Points of several kinds: apart, equal, nearly equal, and at the edges of balls."""
+    apart = 3 * torch.randn(40, 24, generator=generator) + 20
+    copies = apart[:6].repeat_interleave(4, 0)
+    near = apart[6:10].repeat_interleave(6, 0)
+    near = near + 1e-4 * torch.randn(near.shape, generator=generator)
+    real = torch.cat([apart, copies, near])
+    edges = apart[10:30] + (
+        real[torch.randperm(len(real), generator=generator)[:20]] - apart[10:30]
+    )
+    noise = apart[:20] + torch.randn(20, 24, generator=generator)
+    return real, torch.cat([edges, noise, apart[:3], near[:5] + 3e-5])
+
+
+@pytest.mark.parametrize("shift", [0, 1000])
+@pytest.mark.parametrize("block_size", [7, 1000])
+def test_precision_and_recall_are_those_of_float64_wherever_float32_cannot_tell(
+    generator, shift, block_size
+):
+    real, fake = (each + shift for each in _mixture(generator))
+    found = precision_recall(real, fake, block_size=block_size)
+    assert found == reference.precision_recall(real, fake, k=3)
+    swapped = precision_recall(fake, real, block_size=block_size)
+    assert swapped == reference.precision_recall(fake, real, k=3)
+
+
+@pytest.mark.parametrize("count", [30, 100])
+def test_all_points_at_one_place_cover_each_other(count):
+    same = torch.full((count, 12), 7.3)
+    assert precision_recall(same, same[:20].clone()) == (1.0, 1.0)
+    assert precision_recall(same, same[:20] + 1e-3) == (0.0, 0.0)
 
 
 def test_a_collapsed_generator_is_precise_and_recalls_nothing(generator):

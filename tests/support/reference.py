@@ -158,3 +158,41 @@ def ssim(first: Tensor, second: Tensor, window: Tensor, freedom: int) -> Tensor:
     similarity = (2 * x_mean * y_mean + c1) * (2 * covariance + c2)
     similarity /= (x_mean**2 + y_mean**2 + c1) * (x_variance + y_variance + c2)
     return similarity.mean((1, 2, 3, 4, 5))
+
+
+# ------------------------------------------------------------------------------ sets of images
+
+
+def kernel_distances(
+    real: Tensor, fake: Tensor, num_subsets: int, subset_size: int, generator: torch.Generator
+) -> Tensor:
+    """Unbiased MMD**2 of the cubic kernel over each random subset, in float64."""
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    distances = []
+    for _ in range(num_subsets):
+        x, y = (
+            side[torch.randperm(len(side), generator=generator)[:subset_size]].double()
+            for side in (real, fake)
+        )
+        others = ~torch.eye(subset_size, dtype=torch.bool)
+        within = kernel(x, x)[others].mean() + kernel(y, y)[others].mean()
+        distances.append(within - 2 * kernel(x, y).mean())
+    return torch.stack(distances)
+
+
+def precision_recall(real: Tensor, fake: Tensor, k: int) -> tuple[float, float]:
+    """Share of fake points in the balls of real ones, and the reverse, one distance at a time."""
+    x, y = real.double(), fake.double()
+
+    def covered(points: Tensor, members: Tensor) -> float:
+        radii = [(members - member).square().sum(1).sort().values[k] for member in members]
+        inside = [
+            bool(((members - point).square().sum(1) <= torch.stack(radii)).any())
+            for point in points
+        ]
+        return sum(inside) / len(inside)
+
+    return covered(y, x), covered(x, y)
