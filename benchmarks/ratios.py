@@ -5,7 +5,8 @@
     python -m benchmarks.ratios --check [NAME ..]  and fail where one fell by more than a fifth
 
 NAME selects the entries whose names contain it; without one all are measured. Both ways take turns
-in one process, and what counts is its CPU time, so that other work on the machine counts little. Ratios are kept for each kind of machine and are compared on that kind alone.
+in one process, and what counts is its CPU time, so that other work on the machine counts little.
+Ratios are kept for each kind of machine and are compared on that kind alone.
 
 To add some: a module with `ENTRIES`, named in `ENTRIES` here; then `--write` with their names.
 """
