@@ -42,10 +42,13 @@ def reconstruction_table(record: ReconstructionRecord) -> str:
     rows.append(["codebook usage", *(f"{r['codebook']['usage']:.1%}" for r in results)])
     rows.append(["codebook perplexity", *(f"{r['codebook']['perplexity']:.4g}" for r in results)])
     balance = [[min(p, 1 - p) for p in result["codebook"]["bit_probs"]] for result in results]
-    rows.append(["rarer value of a bit, least", *(f"{min(values):.4f}" for values in balance)])
-    rows.append(
-        ["rarer value of a bit, mean", *(f"{sum(values) / len(values):.4f}" for values in balance)]
-    )
+    if all(balance):  # Codes that are not made of bits have none.
+        least, mean = (
+            (f"{min(p):.4f}" for p in balance),
+            (f"{sum(p) / len(p):.4f}" for p in balance),
+        )
+        rows.append(["rarer value of a bit, least", *least])
+        rows.append(["rarer value of a bit, mean", *mean])
     for name in ("tokens", "source", "total"):
         rows.append([f"bits, {name}", *(f"{r['bits'][name]:.1f}" for r in results)])
     for source, name in (("given", "per_pixel"), ("recovered", "per_pixel_recovered")):

@@ -159,9 +159,10 @@ class TokenizerTask:
         warning = self.state.monitor.update(statistics)
         if warning is not None:
             logger.warning(warning)
-        return {
-            "codebook_usage": statistics.usage,
-            "perplexity": statistics.perplexity,
+        numbers = {"codebook_usage": statistics.usage, "perplexity": statistics.perplexity}
+        if len(statistics.bit_probs) == 0:
+            return numbers  # Codes that are not made of bits.
+        return numbers | {
             "num_dead_bits": statistics.num_dead_bits,
             "min_bit_entropy": float(statistics.bit_entropies.min()),
             "min_bit_prob": float(statistics.bit_probs.min()),

@@ -19,6 +19,8 @@ from mergevq.config.recipes.digits import digits32
 from mergevq.config.recipes.tiny64 import tiny64_gr
 from mergevq.config.training import TokenizerRun
 from mergevq.data.batches import Batch, open_train_val
+from mergevq.data.codes import CodeSpec
+from mergevq.metrics.codes import CodebookUsage
 from mergevq.runtime import distributed
 from mergevq.runtime.artefacts import load_model
 from mergevq.runtime.checkpoints import load_state
@@ -444,6 +446,13 @@ def test_the_log_tells_the_least_even_bits():
     task.state.usage.update(torch.tensor([high | 3, high | 1, 1, 0]))
     numbers = task.interval_numbers()
     assert (numbers["min_bit_prob"], numbers["max_bit_prob"]) == (0.25, 0.75)
+
+
+def test_codes_that_are_not_bits_have_no_numbers_of_bits():
+    task = task_of(small())
+    task.state.usage = CodebookUsage(CodeSpec(sizes=(3, 3), dim=2))
+    task.state.usage.update(torch.arange(9))
+    assert task.interval_numbers() == {"codebook_usage": 1.0, "perplexity": pytest.approx(9)}
 
 
 @pytest.mark.parametrize(("num_images", "world_size"), [(5, 3), (4, 8), (64, 3)])
