@@ -46,6 +46,7 @@ ISOTROPIC = changed(
     HYBRID,
     stem="patch",
     patch_dim=64,
+    patch_norm_eps=1e-6,
     num_layers=4,
     num_heads=2,
     num_kept=64,
