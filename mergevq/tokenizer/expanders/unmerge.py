@@ -171,20 +171,27 @@ def most_likely_source(logits: Float[Tensor, "b l k"]) -> Source:
         )
     # Best token to copy when the first j + 1 are open, and its score.
     copy_score, copy_index = logits.cummax(-1)
-    best = logits.new_full((batch, num_kept), -torch.inf)
-    best[:, 0] = logits[:, 0, 0]
-    opens = torch.zeros(batch, num_tokens, num_kept, dtype=torch.bool, device=logits.device)
+    # By cell first, so that a step over all images reads and writes memory in one piece. Each step
+    # is four operations without new memory: on a GPU launching them is what takes the time.
+    copy_score, open_score = (t.transpose(0, 1).contiguous() for t in (copy_score, logits))
+    best = logits.new_full((batch, num_kept + 1), -torch.inf)
+    best[:, 1] = logits[:, 0, 0]
+    without, present = best[:, :-1], best[:, 1:]
+    copied, opened = torch.empty_like(present), torch.empty_like(present)
+    opens = torch.zeros(num_tokens, batch, num_kept, dtype=torch.bool, device=logits.device)
     for cell in range(1, num_tokens):
-        copied = best + copy_score[:, cell]
-        opened = torch.full_like(best, -torch.inf)
-        opened[:, 1:] = best[:, :-1] + logits[:, cell, 1:]
-        opens[:, cell] = opened > copied
-        best = torch.maximum(copied, opened)
-    rows = torch.arange(batch, device=logits.device)
-    last = torch.full_like(rows, num_kept - 1)
-    index = torch.zeros(batch, num_tokens, dtype=torch.int64, device=logits.device)
+        torch.add(present, copy_score[cell], out=copied)
+        torch.add(without, open_score[cell], out=opened)
+        torch.gt(opened, copied, out=opens[cell])
+        torch.maximum(copied, opened, out=present)
+    # The last open token at each cell, from the last cell back.
+    last = torch.zeros(num_tokens, batch, 1, dtype=torch.int64, device=logits.device)
+    last[-1] = num_kept - 1
+    steps = opens.view(torch.uint8)
     for cell in range(num_tokens - 1, 0, -1):
-        opening = opens[rows, cell, last]
-        index[:, cell] = torch.where(opening, last, copy_index[rows, cell, last])
-        last = last - opening.long()
+        torch.sub(last[cell], steps[cell].gather(1, last[cell]), out=last[cell - 1])
+    opening = opens.gather(2, last)
+    copy = copy_index.transpose(0, 1).gather(2, last)
+    index = torch.where(opening, last, copy)[..., 0].T.contiguous()
+    index[:, 0] = 0
     return Source(index, num_kept)
