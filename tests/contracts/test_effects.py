@@ -276,6 +276,8 @@ NEEDS = {
         "loss.perceptual_trunk": PERCEPTUAL,
         "loss.perceptual_path": PERCEPTUAL,
         "train.save_every": {"train.keep_last": 4},
+        # A finished run keeps one checkpoint more than that, so there must be three.
+        "train.keep_last": {"train.save_every": 1},
         "train.max_nonfinite": OVERFLOW,
     },
     "generator": {
@@ -291,6 +293,8 @@ NEEDS = {
         "sampling.passes[several].confidence_temperature": MASKED,
         "sampling.guidance_power": {"sampling.guidance_schedule": "power"},
         "train.save_every": {"train.keep_last": 4},
+        # A finished run keeps one checkpoint more than that, so there must be three.
+        "train.keep_last": {"train.save_every": 1},
         "train.max_nonfinite": OVERFLOW,
     },
     "source": OPTIM,
@@ -362,6 +366,7 @@ VALUES = {
         "num_passes": 16,
         "optim.schedule": "cosine",
         "optim.ema_decay": 0.05,
+        "optim.clip_norm": 1e-3,
     },
 }
 PROBE_VALUES = {
@@ -376,6 +381,8 @@ PROBE_VALUES = {
     "method.held_out_fraction": 0.5,
     "method.linear.held_out_fraction": 0.5,
     "method.linear.batch_size": None,
+    "method.clip_norm": 1e-3,
+    "method.erasing": 1.0,
 }
 SUBJECT_VALUES = {
     "subject.model": "@tokenizer-2",
