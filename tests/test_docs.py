@@ -13,7 +13,9 @@ import torch
 from mergevq.cli.main import COMMANDS, GROUPS
 from mergevq.config import parts
 from mergevq.config.generator import GENERATOR_SIZES
+from mergevq.config.kinds import unions
 from mergevq.config.recipes import RECIPES
+from mergevq.config.training import GeneratorRun, TokenizerRun
 from mergevq.data.codes import check_values
 from mergevq.tokenizer.quantizers import lfq
 
@@ -69,6 +71,19 @@ def is_there(dotted):
     return bool(module and names)
 
 
+def kinds():
+    """Kinds of each seam, by its name."""
+    found = {}
+    for union in (*unions(TokenizerRun), *unions(GeneratorRun)):
+        found.setdefault(union.name.rpartition(".")[2], set()).update(union.members)
+    return found
+
+
+def neighbours():
+    """Rows of the 57 systems."""
+    return [row for table in tables("neighbours.md") for row in table if "#" in row]
+
+
 def modules_that_differ():
     """Modules whose docstring says what they do otherwise than the paper or the authors' code."""
     for module in sorted(MODULES):
@@ -85,7 +100,9 @@ def test_every_equation_leads_to_functions_that_exist():
         assert [name for name in quoted(cell) if not is_there(name)] == []
 
 
-@pytest.mark.parametrize("document", ["method.md", "deviations.md", "which.md", "adding-a-part.md"])
+@pytest.mark.parametrize(
+    "document", ["method.md", "deviations.md", "which.md", "adding-a-part.md", "neighbours.md"]
+)
 def test_a_document_names_nothing_of_a_module_that_is_not_there(document):
     rooms = {module.partition(".")[0] for module in MODULES}
     names = re.findall(r"`(?:mergevq\.)?((\w+)(?:\.\w+)+)[(`]", read(document))
@@ -148,6 +165,34 @@ def test_files_that_a_new_part_needs_are_there():
     assert len(there) > 3
     assert all((ROOT / path).is_file() for path in there)
     assert re.search(r"^_SMALL = ", (ROOT / "tests/support/parts.py").read_text(), re.MULTILINE)
+
+
+def test_neighbours_have_the_numbers_1_to_57_once_each():
+    assert sorted(int(row["#"]) for row in neighbours()) == list(range(1, 58))
+
+
+def test_every_neighbour_is_a_part_that_is_here_or_not():
+    others = {"regularizer", "loss", "teacher", "sampling", "training", "metric", "data", "none"}
+    for row in neighbours():
+        assert all(row.values()), row
+        assert set(row["part"].split(", ")) <= kinds().keys() | others, row["system"]
+        is_here = bool(quoted(row["here"]))
+        assert is_here or row["here"] in {"not here yet", "no counterpart"}, row["system"]
+        assert (row["here"] == "no counterpart") == (row["part"] == "none"), row["system"]
+
+
+def test_kinds_recipes_commands_and_files_of_neighbours_exist():
+    text, there = read("neighbours.md"), kinds()
+    pairs = re.findall(rf"\b({'|'.join(there)}) `(\w+)`", text)
+    assert len(pairs) > 10
+    assert [(seam, kind) for seam, kind in pairs if kind not in there[seam]] == []
+    names = {*RECIPES, *(kind for of_seam in there.values() for kind in of_seam)}
+    for name in quoted(text):
+        command, *words = name.split()
+        if command == "mergevq":
+            assert words[0] in COMMANDS or words[1] in GROUPS[words[0]], name
+        else:
+            assert name in names or (ROOT / name).is_file(), name
 
 
 def test_commands_for_jobs_exist():
