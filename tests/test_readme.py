@@ -1,10 +1,13 @@
 """The README's code blocks run as they stand, on a folder of images made here."""
 
+import importlib
+import operator
 import re
 import shlex
 import socket
 import subprocess
 import sys
+import tomllib
 import urllib.request
 from pathlib import Path
 
@@ -163,7 +166,39 @@ def test_commands_run_as_they_stand_on_500_pictures(tmp_path, monkeypatch):
     assert len(list((tmp_path / "samples").glob("0*.png"))) == 16
 
 
+def tree():
+    """The tree of folders and files."""
+    return README[README.index("```\nmergevq/\n") :].split("```")[1]
+
+
 def test_the_tree_names_every_room():
-    tree = README[README.index("```\nmergevq/\n") :].split("```")[1]
     rooms = {path.parent.name for path in (ROOT / "mergevq").rglob("__init__.py")}
-    assert rooms <= set(re.findall(r"(\w+)/", tree))
+    assert rooms <= set(re.findall(r"(\w+)/", tree()))
+
+
+def test_the_tree_has_the_rooms_in_the_order_of_their_imports_with_a_line_each():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = project["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    package = tree().split("tests/")[0].splitlines()[2:]
+    rooms = [re.match(r"  (\w+)/ +\S", line) for line in package if line]
+    assert None not in rooms
+    assert ["__main__", *(room[1] for room in rooms)] == layers
+
+
+def test_files_of_the_tree_exist():
+    folder = ROOT
+    for indent, name in re.findall(r"(?m)^(  )?([\w./-]+)", tree()):
+        folder = folder if indent else ROOT / name
+        assert (folder / name if indent else folder).exists(), name
+
+
+def test_two_hours_of_reading_lead_to_files_and_names_that_exist():
+    rows = re.findall(r"(?m)^\| (\d+) \| `mergevq/(\S+)\.py` \| (.+) \|$", README)
+    assert len(rows) > 9
+    assert sum(int(minutes) for minutes, _, _ in rows) <= 120
+    for _, path, text in rows:
+        module = importlib.import_module(f"mergevq.{path.replace('/', '.')}")
+        assert re.findall(r"`(.+?)`", text)
+        for name in re.findall(r"`(.+?)`", text):
+            assert operator.attrgetter(name)(module), (path, name)
