@@ -159,6 +159,11 @@ def test_the_part_that_is_added_as_an_example_works():
     assert latents.grad.count_nonzero() == 4
 
 
+def test_adding_a_part_is_short_and_leads_to_the_neighbours():
+    assert len(read("adding-a-part.md").splitlines()) <= 60
+    assert "`docs/neighbours.md`" in read("adding-a-part.md")
+
+
 def test_files_that_a_new_part_needs_are_there():
     paths = re.findall(r"`((?:mergevq|tests)/[\w/]+\.py)`", read("adding-a-part.md"))
     there = [path for path in paths if "ternary" not in path]
