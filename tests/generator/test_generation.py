@@ -119,6 +119,8 @@ def sample(folder, out, *options, order="merge"):
 
 # -------------------------------------------------------------------------------- decoding
 
+# Several at once go through other kernels than one, which round about ten times as coarsely.
+
 
 @pytest.mark.parametrize("order", ["raster", "merge"])
 def test_all_cells_are_decoded_as_they_are(folder, order):
@@ -126,7 +128,7 @@ def test_all_cells_are_decoded_as_they_are(folder, order):
     sampled, images = generate(pair, run_of(folder, order), [0, 1])
     codes = ((sampled.indices[..., None] >> torch.arange(4)) & 1) * 2.0 - 1
     expected = pair.tokenizer.decoder(Given(codes, (4, 4), codes)).clamp(-1, 1)
-    torch.testing.assert_close(images, expected.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(images, expected.detach(), rtol=0, atol=1e-3)
 
 
 def test_kept_tokens_get_the_source_that_is_recovered(folder):
@@ -134,7 +136,7 @@ def test_kept_tokens_get_the_source_that_is_recovered(folder):
     sampled, images = generate(pair, run_of(folder, "random"), [0, 1])
     source = pair.tokenizer.recover(sampled.indices, (4, 4))
     expected = pair.tokenizer.decode(sampled.indices, source, (4, 4)).clamp(-1, 1)
-    torch.testing.assert_close(images, expected.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(images, expected.detach(), rtol=0, atol=1e-3)
 
 
 def test_anchors_are_obeyed(folder):
@@ -143,15 +145,41 @@ def test_anchors_are_obeyed(folder):
     source = pair.tokenizer.recover(sampled.indices, (4, 4), sampled.anchors)
     assert torch.equal(source.index.gather(1, sampled.anchors), torch.arange(6).expand(2, -1))
     expected = pair.tokenizer.decode(sampled.indices, source, (4, 4)).clamp(-1, 1)
-    torch.testing.assert_close(images, expected.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(images, expected.detach(), rtol=0, atol=1e-3)
 
 
-def test_an_image_is_decoded_the_same_in_any_batch(folder):
+@pytest.mark.parametrize("num_kept", [16, 6])
+def test_an_image_is_decoded_the_same_in_any_batch_and_at_any_place(folder, num_kept):
     tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
-    indices = torch.arange(48).reshape(3, 16) % 16
-    whole = decode_sampled(tokenizer, Sampled(indices, None, None, 1, 1), (4, 4))
-    alone = decode_sampled(tokenizer, Sampled(indices[2:], None, None, 1, 1), (4, 4))
-    assert torch.equal(whole[2:], alone)
+    indices = torch.randint(16, (19, num_kept), generator=torch.Generator().manual_seed(0))
+
+    def decoded(rows):
+        return decode_sampled(tokenizer, Sampled(indices[rows], None, None, 1, 1), (4, 4))
+
+    whole = decoded(range(19))
+    for rows in ([18], [3, 4, 5], range(11), torch.randperm(19).tolist()):
+        assert torch.equal(decoded(rows), whole[rows])
+    for row in range(19):
+        source = tokenizer.recover(indices[row : row + 1], (4, 4))
+        if num_kept == 16:
+            source = Source(torch.arange(16)[None], 16)
+        expected = tokenizer.decode(indices[row : row + 1], source, (4, 4)).clamp(-1, 1)
+        torch.testing.assert_close(whole[row : row + 1], expected, rtol=0, atol=1e-3)
+
+
+def test_small_images_are_decoded_several_at_once_and_large_ones_alone(folder, monkeypatch):
+    tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
+    sizes, decode = [], tokenizer.decode
+
+    def counting(tokens, source, grid_shape=None):
+        sizes.append(len(tokens))
+        return decode(tokens, source, grid_shape)
+
+    monkeypatch.setattr(tokenizer, "decode", counting)
+    for side in (4, 16, 32):
+        indices = torch.zeros(3, side**2, dtype=torch.int64)
+        decode_sampled(tokenizer, Sampled(indices, None, None, 1, 1), (side, side))
+    assert sizes == [8, 4, 1, 1, 1]
 
 
 # ------------------------------------------------------------------------------- the folder
@@ -343,7 +371,7 @@ def test_in_painting_keeps_tokens_and_their_places(folder, picture):
     assert torch.equal(sampled.indices[:, kept], origin.indices[:, kept].expand(3, -1))
     index = origin.source.index.expand(3, -1)
     expected = pair.tokenizer.decode(sampled.indices, Source(index, 8), (4, 4)).clamp(-1, 1)
-    torch.testing.assert_close(images, expected.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(images, expected.detach(), rtol=0, atol=1e-3)
 
 
 # ------------------------------------------------------------------------------ the command
