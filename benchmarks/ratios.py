@@ -21,12 +21,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ratios_images
+from benchmarks import ratios_evaluation, ratios_images
 from benchmarks.entry import Entry, Ratio, measure
 from mergevq.runtime.environment import keep_freed_memory
 
 KEPT = Path(__file__).resolve().parents[1] / "docs" / "results" / "ratios.json"
-ENTRIES: tuple[Entry, ...] = (*ratios_images.ENTRIES,)
+ENTRIES: tuple[Entry, ...] = (*ratios_images.ENTRIES, *ratios_evaluation.ENTRIES)
 SMALLEST_SHARE = 0.8
 """Share of a kept median that a ratio must still have."""
 NUM_TURNS = 5

@@ -60,7 +60,12 @@ def reconstruct(
     prepare_to_compute()
     from mergevq.data.prepare import load_picture
     from mergevq.runtime.device import resolve_device
-    from mergevq.tokenizer.codec import full_pictures, reconstruct_image, reconstruction_figure
+    from mergevq.tokenizer.codec import (
+        embed_image,
+        full_pictures,
+        reconstruct_image,
+        reconstruction_figure,
+    )
     from mergevq.tokenizer.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_pretrained(model).to(resolve_device(device))
@@ -72,9 +77,9 @@ def reconstruct(
             if size_policy == "error":
                 _warn_if_large(path, picture.size, tokenizer.config)
             with _naming(path):
+                embedded = embed_image(tokenizer, picture, size_policy=size_policy)
                 results = [
-                    reconstruct_image(tokenizer, picture, count, size_policy=size_policy)
-                    for count in num_kepts or (None,)
+                    reconstruct_image(tokenizer, embedded, count) for count in num_kepts or (None,)
                 ]
         except ValueError as error:
             failed.append(error)

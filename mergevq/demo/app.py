@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import wraps
+from functools import lru_cache, wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
@@ -33,7 +33,7 @@ from mergevq.report.pictures import to_pil
 from mergevq.runtime.device import resolve_device
 from mergevq.runtime.environment import needing
 from mergevq.runtime.logs import Progress
-from mergevq.tokenizer.codec import reconstruct_image
+from mergevq.tokenizer.codec import EmbeddedImage, embed_image, reconstruct_image
 from mergevq.tokenizer.tokenizer import Tokenizer
 
 logger = logging.getLogger("mergevq")
@@ -87,7 +87,9 @@ class Neighbours(NamedTuple):
     """Class tokens, of length 1."""
 
 
-def reconstruct(tokenizer: Tokenizer, picture: Image.Image, num_kept: int) -> Reconstructed:
+def reconstruct(
+    tokenizer: Tokenizer, picture: Image.Image | EmbeddedImage, num_kept: int
+) -> Reconstructed:
     """Encode a picture, resized as in training, with K tokens and decode it again.
 
     Raises:
@@ -308,8 +310,13 @@ def build_page(
 def _reconstruction_tab(gradio: ModuleType, tokenizer: Tokenizer, folder: Path) -> None:
     """A picture, a slider, and what comes back."""
 
+    # The slider does not run the stem again.
+    @lru_cache(1)
+    def embedded(file: str | None) -> EmbeddedImage:
+        return embed_image(tokenizer, _opened(file), size_policy="resize")
+
     def shown(file: str | None, num_kept: float | int) -> list[str]:
-        *pictures, text = reconstruct(tokenizer, _opened(file), int(num_kept))
+        *pictures, text = reconstruct(tokenizer, embedded(file), int(num_kept))
         return [*(_saved(picture, folder) for picture in pictures), text]
 
     config = tokenizer.config

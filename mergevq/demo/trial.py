@@ -129,20 +129,13 @@ def examine(run: TokenizerRun) -> Trial:
     tokenizer = Tokenizer.from_pretrained(directory.model).to(device)
     dataset = open_train_val(run.data)[1]
     num_kepts = sorted({run.model.num_kept, *run.train.eval_num_kept})
-    bar = Progress(len(num_kepts) * len(dataset), unit="measurement")
-    measured = {}
-    for num_kept in num_kepts:
-        batches = _batches(run, dataset)
-        # Float32 whatever the training was in: the numbers then depend on the model alone.
-        measured[num_kept] = dict(
-            measure(tokenizer, batches, num_kept, perceptual=None, autocast=autocast(device, None))
-        )
-        bar.update(len(dataset))
-    bar.close()
+    # Float32 whatever the training was in: the numbers then depend on the model alone.
+    precision = autocast(device, None)
+    batches = _batches(run, dataset)
+    measured = measure(tokenizer, batches, num_kepts, perceptual=None, autocast=precision)
     train_set, _ = open_train_val(run.data)
     probes, recognised = [], {}
     if dataset.num_classes > 0:
-        batches = _batches(run, dataset)
         classify = _classifier(_batches(run, train_set))
         recognised = {k: _recognise(tokenizer, batches, k, classify) for k in num_kepts}
         probes = probe_rows(

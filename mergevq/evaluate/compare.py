@@ -9,7 +9,7 @@ Shape letters: B batch, N all images, H and W pixels, D bits of a token, F featu
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,7 +34,46 @@ from mergevq.metrics.image import (
 from mergevq.metrics.lpips import Perceptual
 from mergevq.metrics.sets import Rows
 from mergevq.runtime import distributed
+from mergevq.tokenizer.encoder import Embedded
 from mergevq.tokenizer.tokenizer import Tokenizer
+
+
+class Original(NamedTuple):
+    """Images that reconstructions are compared with, and what is computed of them once."""
+
+    image: Float[Tensor, "b 3 h w"]
+    """In [-1, 1]."""
+    features: Float[Tensor, "b f"] | None
+    """Of the extractor; None without one."""
+    taps: list[Float[Tensor, "b _ _ _"]] | None
+    """Of the network of LPIPS; None without one."""
+
+
+class Originals:
+    """Original images, batch by batch: the networks see each once, however often it is compared.
+
+    Args:
+        perceptual: network for LPIPS; None leaves it out.
+        extractor: network for feature cosine and Frechet distance; None leaves them out.
+    """
+
+    def __init__(self, perceptual: Perceptual | None, extractor: FeatureExtractor | None) -> None:
+        self.perceptual, self.extractor = perceptual, extractor
+        self.statistics = None if extractor is None else FrechetStatistics(extractor.dim)
+
+    @torch.no_grad()
+    def update(self, image: Float[Tensor, "b 3 h w"]) -> Original:
+        """Add images in [-1, 1]."""
+        features = None
+        if self.extractor is not None and self.statistics is not None:
+            features = self.extractor.features(to_uint8(image))
+            self.statistics.update(features)
+        taps = None if self.perceptual is None else self.perceptual.taps(image)
+        return Original(image, features, taps)
+
+    def compute(self) -> Gaussian | None:
+        """Statistics over all ranks, or None; every rank must call."""
+        return None if self.statistics is None else self.statistics.compute()
 
 
 class Comparison:
@@ -65,28 +104,28 @@ class Comparison:
         self.statistics = None if extractor is None else FrechetStatistics(extractor.dim)
         """Statistics of the decoded images' features."""
 
+    @torch.no_grad()
     def update(
         self,
-        image: Float[Tensor, "b 3 h w"],
+        original: Original,
         decoded: Float[Tensor, "b 3 h w"],
         positions: Int64[Tensor, "b"],
-        features: Float[Tensor, "b f"] | None = None,
     ) -> None:
         """Add a batch; a value that is not finite is a ValueError.
 
         Args:
-            image: originals, in [-1, 1].
+            original: images, as `Originals` with the same networks gave them.
             decoded: what came back; clipped to [-1, 1].
             positions: of the images among all images.
-            features: of the originals, where there is an extractor.
         """
-        shown = decoded.float().clamp(-1, 1)
+        image, shown = original.image, decoded.float().clamp(-1, 1)
         per_image = psnr(image, shown, truncated=self.is_authors)
         similarity = authors_ssim if self.is_authors else ssim
         values = {"psnr": per_image, "ssim": similarity(image, shown)}
         values["l1"] = (image - shown).abs().mean((1, 2, 3))
-        if self.perceptual is not None:
-            values["lpips"] = self.perceptual(image, shown)
+        if self.perceptual is not None and original.taps is not None:
+            values["lpips"] = self.perceptual.between(original.taps, self.perceptual.taps(shown))
+        features = original.features
         if self.extractor is not None and self.statistics is not None and features is not None:
             pixels = to_pixels(shown) if self.is_authors else to_uint8(shown)
             found = self.extractor.features(pixels)
@@ -134,11 +173,11 @@ class Outcome(NamedTuple):
     """Pixels of one image."""
     num_images: int
     images_per_second: float
-    """Encoded and decoded with the given source, over all ranks."""
+    """Encoded, stem included, and decoded with the given source, over all ranks."""
 
 
 class Evaluation:
-    """Measures a tokenizer at one K, batch by batch.
+    """Measures a tokenizer at one K, batch by batch; see `Evaluations`.
 
     Args:
         tokenizer: in evaluation mode, where it is to run.
@@ -155,12 +194,11 @@ class Evaluation:
         num_kept: int,
         *,
         perceptual: Perceptual | None,
-        extractor: FeatureExtractor | None = None,
+        extractor: FeatureExtractor | None,
         autocast: torch.autocast,
-        protocol: Protocol = "own",
+        protocol: Protocol,
     ) -> None:
         self.tokenizer, self.num_kept, self.autocast = tokenizer, num_kept, autocast
-        self.device = next(tokenizer.parameters()).device
         self.given, self.recovered = (
             Comparison(perceptual=perceptual, extractor=extractor, protocol=protocol)
             for _ in range(2)
@@ -174,25 +212,31 @@ class Evaluation:
     @torch.no_grad()
     def update(
         self,
-        image: Float[Tensor, "b 3 h w"],
+        original: Original,
+        embedded: Embedded,
         positions: Int64[Tensor, "b"],
-        features: Float[Tensor, "b f"] | None = None,
+        seconds: float,
     ) -> None:
-        """Reconstruct a batch and add it; see `Comparison.update`."""
-        self._wait()
-        started_at = time.perf_counter()
-        with self.autocast:
-            given = self.tokenizer.reconstruct(image, self.num_kept)
-        self._wait()
-        self.seconds += time.perf_counter() - started_at
+        """Reconstruct a batch and add it.
+
+        Args:
+            original: images.
+            embedded: the same after the stem.
+            positions: of the images among all images.
+            seconds: time of the stem, which a reconstruction at this K alone takes too.
+        """
+        image = original.image
+        with _Clock(image.device) as clock, self.autocast:
+            given = self.tokenizer.reconstruct(embedded, self.num_kept)
+        self.seconds += seconds + clock.seconds
         encoded = given.encoded
         with self.autocast:
             source = self.tokenizer.recover(encoded.codes, encoded.grid_shape)
             recovered = self.tokenizer.decode(encoded.codes, source, encoded.grid_shape)
         self.tokens.append(encoded.indices.flatten().cpu())
         self.accuracy.update(source_accuracy(source.index, given.source.index))
-        self.given.update(image, given.image, positions, features)
-        self.recovered.update(image, recovered, positions, features)
+        self.given.update(original, given.image, positions)
+        self.recovered.update(original, recovered, positions)
         self.grid_size, self.image_size = encoded.grid_shape, (image.shape[2], image.shape[3])
 
     def compute(self, reference: Gaussian | None = None) -> Outcome:
@@ -220,8 +264,76 @@ class Evaluation:
             images_per_second=float(distributed.sum(rate)),
         )
 
+
+class Evaluations:
+    """Measures a tokenizer at several K, batch by batch; what they share is computed once.
+
+    Args:
+        tokenizer: in evaluation mode, where it is to run.
+        num_kept: each K.
+        perceptual: network for LPIPS; None leaves it out.
+        extractor: network for feature cosine and Frechet distance; None leaves them out.
+        autocast: precision of encoder and decoder; metrics are always float32.
+        protocol: how images are compared.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        num_kept: Sequence[int],
+        *,
+        perceptual: Perceptual | None,
+        extractor: FeatureExtractor | None = None,
+        autocast: torch.autocast,
+        protocol: Protocol = "own",
+    ) -> None:
+        self.tokenizer, self.autocast = tokenizer, autocast
+        self.originals = Originals(perceptual, extractor)
+        self.each = [
+            Evaluation(
+                tokenizer,
+                count,
+                perceptual=perceptual,
+                extractor=extractor,
+                autocast=autocast,
+                protocol=protocol,
+            )
+            for count in dict.fromkeys(num_kept)
+        ]
+        """One for each K, in the order given."""
+
+    @torch.no_grad()
+    def update(self, image: Float[Tensor, "b 3 h w"], positions: Int64[Tensor, "b"]) -> None:
+        """Reconstruct a batch at every K and add it.
+
+        Args:
+            image: originals, in [-1, 1], where the tokenizer is.
+            positions: of the images among all images.
+        """
+        original = self.originals.update(image)
+        with _Clock(image.device) as clock, self.autocast:
+            embedded = self.tokenizer.embed(image)
+        for evaluation in self.each:
+            evaluation.update(original, embedded, positions, clock.seconds)
+
+
+class _Clock:
+    """Wall time of a block, in which a GPU finishes what it was given."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = 0.0
+
+    def __enter__(self) -> "_Clock":
+        self._wait()
+        self.seconds = -time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._wait()
+        self.seconds += time.perf_counter()
+
     def _wait(self) -> None:
-        """Let a GPU finish, so that time is told right."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -229,34 +341,44 @@ class Evaluation:
 def measure(
     tokenizer: Tokenizer,
     batches: Iterable[Batch],
-    num_kept: int,
+    num_kept: Sequence[int],
     *,
     perceptual: Perceptual | None,
     autocast: torch.autocast,
-) -> Iterator[tuple[str, float]]:
-    """Reconstruct images and yield (name, value) of every number, given source first.
+) -> dict[int, dict[str, float]]:
+    """Reconstruct images at several K; gives every number by its K and its name.
+
+    The names are `psnr`, `ssim`, `l1`, `lpips` and their `_recovered` twins, `source_accuracy`,
+    `codebook_usage`, `perplexity`, `bits` and `bits_per_pixel` of one image, `num_images`.
 
     Args:
         tokenizer: in evaluation mode, where it is to run.
         batches: each image once over all ranks; see `mergevq.data.batches.eval_batches`.
-        num_kept: K.
+        num_kept: each K.
         perceptual: network for LPIPS; None leaves it out.
         autocast: precision of encoder and decoder; metrics are always float32.
-
-    Yields:
-        `psnr`, `ssim`, `l1`, `lpips` and their `_recovered` twins, `source_accuracy`,
-        `codebook_usage`, `perplexity`, `bits` and `bits_per_pixel` of one image, `num_images`.
     """
-    evaluation = Evaluation(tokenizer, num_kept, perceptual=perceptual, autocast=autocast)
+    evaluations = Evaluations(tokenizer, num_kept, perceptual=perceptual, autocast=autocast)
+    device = next(tokenizer.parameters()).device
     for batch in batches:
-        evaluation.update(batch.image.to(evaluation.device), batch.index)
-    outcome = evaluation.compute()
-    for suffix, numbers in (("", outcome.given), ("_recovered", outcome.recovered)):
-        for name in evaluation.given.means:
-            yield f"{name}{suffix}", numbers[name]
-    yield "source_accuracy", outcome.source_accuracy
-    yield "codebook_usage", outcome.codebook.usage
-    yield "perplexity", outcome.codebook.perplexity
-    yield "bits", outcome.bits.total
-    yield "bits_per_pixel", outcome.bits.total / outcome.num_pixels
-    yield "num_images", float(outcome.num_images)
+        evaluations.update(batch.image.to(device), batch.index)
+    return {evaluation.num_kept: _numbers(evaluation.compute()) for evaluation in evaluations.each}
+
+
+def _numbers(outcome: Outcome) -> dict[str, float]:
+    """Numbers of training and of reports; see `measure`."""
+    shown = ("psnr", "ssim", "l1", "lpips")
+    numbers = {
+        f"{name}{suffix}": values[name]
+        for suffix, values in (("", outcome.given), ("_recovered", outcome.recovered))
+        for name in shown
+        if name in values
+    }
+    return numbers | {
+        "source_accuracy": outcome.source_accuracy,
+        "codebook_usage": outcome.codebook.usage,
+        "perplexity": outcome.codebook.perplexity,
+        "bits": outcome.bits.total,
+        "bits_per_pixel": outcome.bits.total / outcome.num_pixels,
+        "num_images": float(outcome.num_images),
+    }

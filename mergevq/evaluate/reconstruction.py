@@ -6,7 +6,7 @@ reference and to JPEG and WebP alike: a model that changes nothing is at distanc
 What is written is valid JSON: a PSNR that is infinite, because an image came back exactly, is null
 there and its name is listed under `infinite`.
 
-Shape letters: B batch, N images, H and W pixels, F feature channels.
+Shape letters: B batch, N images, H and W pixels.
 """
 
 import math
@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
-from jaxtyping import Float
 from PIL import Image
-from torch import Tensor
 
 from mergevq.config.evaluation import ReconstructionSettings
 from mergevq.config.parts import bits_of
@@ -29,7 +27,7 @@ from mergevq.config.records import (
 )
 from mergevq.data.images import ImageDataset
 from mergevq.data.layouts import source_bits
-from mergevq.evaluate.compare import Evaluation, Outcome
+from mergevq.evaluate.compare import Evaluation, Evaluations, Outcome
 from mergevq.evaluate.subject import (
     RECORD,
     Opened,
@@ -44,8 +42,7 @@ from mergevq.evaluate.subject import (
     subject_reference,
 )
 from mergevq.metrics.baselines import FILE_FORMATS, BaselineMeasurement, Baselines
-from mergevq.metrics.extractor import FeatureExtractor
-from mergevq.metrics.frechet import FrechetStatistics, Gaussian, Reference
+from mergevq.metrics.frechet import Gaussian, Reference
 from mergevq.metrics.image import to_uint8
 from mergevq.metrics.references import ImageHashes
 from mergevq.report.pictures import contact_sheet, merge_map, to_pil
@@ -152,67 +149,38 @@ def measure_reconstructions(
     tokenizer, extractor, world = subject.tokenizer, subject.extractor, subject.world
     blank = torch.empty(1, 3, tokenizer.config.image_size, tokenizer.config.image_size)
     share = -(-subject.num_images // world.world_size)
-    evaluations = [
-        Evaluation(
-            tokenizer,
-            count,
-            perceptual=subject.perceptual,
-            extractor=extractor,
-            autocast=subject.autocast(),
-            protocol=subject.subject.protocol,
-        )
-        for count in dict.fromkeys(num_kept)
-        if tokenizer.num_tokens(blank, count)
-    ]
+    for count in num_kept:
+        tokenizer.num_tokens(blank, count)
+    evaluations = Evaluations(
+        tokenizer,
+        num_kept,
+        perceptual=subject.perceptual,
+        extractor=extractor,
+        autocast=subject.autocast(),
+        protocol=subject.subject.protocol,
+    )
     compressed = _evenly(subject.positions, num_baseline_images)
-    baselines = Baselines([_num_bytes(tokenizer, e.num_kept) for e in evaluations], compressed)
-    originals, hashes = Originals(extractor), ImageHashes()
-    progress = Progress(len(evaluations) * share, unit="reconstruction")
+    budgets = [_num_bytes(tokenizer, evaluation.num_kept) for evaluation in evaluations.each]
+    baselines, hashes = Baselines(budgets, compressed), ImageHashes()
+    progress = Progress(len(evaluations.each) * share, unit="reconstruction")
     with deterministic(world.device):
         for batch in subject.batches():
-            image = batch.image.to(world.device)
             pixels = to_uint8(batch.image)
             hashes.update(pixels, batch.index)
-            features = originals.update(image)
-            for evaluation in evaluations:
-                evaluation.update(image, batch.index, features)
-                progress.update(len(image))
+            evaluations.update(batch.image.to(world.device), batch.index)
+            progress.update(len(evaluations.each) * len(pixels))
             baselines.update(pixels, batch.index)
     progress.close()
     pixels_sha256 = hashes.compute()
     require_same_images(reference, pixels_sha256)
-    statistics = originals.compute() if reference is None else reference.statistics
-    measured = [_measured(e, statistics, num_shown, compressed) for e in evaluations]
+    statistics = evaluations.originals.compute() if reference is None else reference.statistics
+    measured = [_measured(e, statistics, num_shown, compressed) for e in evaluations.each]
     return Reconstructions(
         measured=measured,
         baselines=baselines.compute() if compressed else [],
         pixels_sha256=pixels_sha256,
         num_images=measured[0].outcome.num_images,
     )
-
-
-class Originals:
-    """Features of the original images, batch by batch.
-
-    Args:
-        extractor: what sees them; without one there are none.
-    """
-
-    def __init__(self, extractor: FeatureExtractor | None) -> None:
-        self.extractor = extractor
-        self.statistics = None if extractor is None else FrechetStatistics(extractor.dim)
-
-    def update(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b f"] | None:
-        """Add images in [-1, 1]; gives their features, or None."""
-        if self.extractor is None or self.statistics is None:
-            return None
-        features = self.extractor.features(to_uint8(image))
-        self.statistics.update(features)
-        return features
-
-    def compute(self) -> Gaussian | None:
-        """Statistics over all ranks, or None; every rank must call."""
-        return None if self.statistics is None else self.statistics.compute()
 
 
 def _measured(
@@ -367,11 +335,12 @@ def worst_best_picture(subject: Opened, measured: Measured) -> Image.Image:
         images = images_at(subject, [extreme.position])
         image = next(images).image.to(subject.world.device)
         with subject.autocast():
-            given = subject.tokenizer.reconstruct(image, measured.num_kept)
-            recovered = subject.tokenizer.reconstruct(image, measured.num_kept, "recovered").image
+            embedded = subject.tokenizer.embed(image)
+            given = subject.tokenizer.reconstruct(embedded, measured.num_kept)
+            recovered = subject.tokenizer.reconstruct(embedded, measured.num_kept, "recovered")
         original = image[0].cpu()
         grid = merge_map(original, given.source.index[0].cpu(), given.encoded.grid_shape)
-        decoded = [to_pil(part[0].float().clamp(-1, 1)) for part in (given.image, recovered)]
+        decoded = [to_pil(part[0].float().clamp(-1, 1)) for part in (given.image, recovered.image)]
         rows.append([to_pil(original), grid, *decoded])
         texts = [f"{extreme.psnr:.2f} dB", f"{extreme.psnr_recovered:.2f} dB"]
         name = subject.images.name(extreme.position)

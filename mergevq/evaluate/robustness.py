@@ -26,8 +26,7 @@ from torch import Tensor
 
 from mergevq.config.evaluation import RobustnessSettings
 from mergevq.config.records import RobustnessRecord
-from mergevq.evaluate.compare import Comparison
-from mergevq.evaluate.reconstruction import Originals
+from mergevq.evaluate.compare import Comparison, Originals
 from mergevq.evaluate.subject import (
     RECORD,
     Opened,
@@ -207,14 +206,14 @@ def measure_robustness(
         for fraction in sorted(set(fractions))
         for radius in (balls if fraction else [None])
     }
-    originals, hashes = Originals(subject.extractor), ImageHashes()
+    originals, hashes = Originals(subject.perceptual, subject.extractor), ImageHashes()
     total = -(-subject.num_images // world.world_size) * len(comparisons)
     progress = Progress(total, unit="reconstruction")
     with deterministic(world.device), torch.no_grad():
         for batch in subject.batches():
             image = batch.image.to(world.device)
             hashes.update(to_uint8(batch.image), batch.index)
-            features = originals.update(image)
+            original = originals.update(image)
             with subject.autocast():
                 encoded = tokenizer.encode(image, num_kept)
             ids = batch.index.tolist()
@@ -225,7 +224,7 @@ def measure_robustness(
                     codes = perturb(codes, flips[radius], num_replaced(num_kept, fraction))
                 with subject.autocast():
                     decoded = tokenizer.decode(codes, encoded.source, encoded.grid_shape)
-                comparison.update(image, decoded, batch.index, features)
+                comparison.update(original, decoded, batch.index)
                 progress.update(len(image))
     progress.close()
     statistics = originals.compute()

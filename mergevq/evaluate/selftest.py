@@ -6,8 +6,7 @@ from typing import NamedTuple
 import torch
 
 from mergevq.config.evaluation import TrunkName
-from mergevq.evaluate.compare import Comparison
-from mergevq.evaluate.reconstruction import Originals
+from mergevq.evaluate.compare import Comparison, Originals
 from mergevq.evaluate.subject import json_numbers
 from mergevq.metrics.extractor import FeatureExtractor
 from mergevq.metrics.frechet import MIN_SAMPLES, FrechetStatistics, Gaussian, frechet_distance
@@ -47,15 +46,13 @@ def check_metrics(
     place = resolve_device(device)
     network = None if extractor is None else FeatureExtractor(extractor, place)
     perceptual = None if lpips is None else load_perceptual(trunk, lpips)
+    perceptual = None if perceptual is None else perceptual.to(place)
     # Smooth, as images are: all noise looks alike to a network.
     coarse = 2 * torch.rand(32, 3, 8, 8, generator=step_generator(0, "images", 0)) - 1
     image = torch.nn.functional.interpolate(coarse, size=64, mode="bilinear").to(place)
-    originals = Originals(network)
-    comparison = Comparison(
-        perceptual=None if perceptual is None else perceptual.to(place), extractor=network
-    )
-    features = originals.update(image)
-    comparison.update(image, image, torch.arange(len(image)), features)
+    originals = Originals(perceptual, network)
+    comparison = Comparison(perceptual=perceptual, extractor=network)
+    comparison.update(originals.update(image), image, torch.arange(len(image)))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="a Frechet distance of")
         numbers = comparison.compute(originals.compute())

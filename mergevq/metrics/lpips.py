@@ -16,7 +16,7 @@ Shape letters: B batch, C channels, H and W pixels or cells.
 
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -185,30 +185,43 @@ class Perceptual(nn.Module):
         Raises:
             ValueError: the images are too small for the trunk.
         """
+        return self.between(self.taps(image), self.taps(reconstruction))
+
+    def taps(self, image: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _ _ _"]]:
+        """Features at each tap, every cell's vector scaled to length 1: one side of a comparison.
+
+        Args:
+            image: values in [-1, 1].
+
+        Raises:
+            ValueError: the image is too small for the trunk.
+        """
         side, min_side = min(image.shape[-2:]), TRUNKS[self.trunk].min_side
         if side < min_side:
             raise ValueError(
                 f"image side ({side}) must be at least {min_side} for the perceptual trunk "
                 f"{self.trunk!r}; choose another trunk or a larger image"
             )
+        features = []
         with torch.autocast(image.device.type, enabled=False):
-            distance = torch.zeros(image.shape[0], device=image.device)
-            pairs = zip(self._features_of(image), self._features_of(reconstruction), strict=True)
-            for i, (left, right) in enumerate(pairs):
+            x = (image.float() - self.shift) / self.scale
+            for i, layer in enumerate(self.features):
+                x = layer(x)
+                if i in TRUNKS[self.trunk].taps:
+                    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+                    features.append(x / (norm + NORM_EPS))
+        return features
+
+    def between(
+        self, first: Sequence[Float[Tensor, "b _ _ _"]], second: Sequence[Float[Tensor, "b _ _ _"]]
+    ) -> Float[Tensor, " b"]:
+        """Distance of each pair from the features of both sides; see `taps` and `forward`."""
+        distance = torch.zeros(len(first[0]), device=first[0].device)
+        with torch.autocast(distance.device.type, enabled=False):
+            for i, (left, right) in enumerate(zip(first, second, strict=True)):
                 head = self.get_submodule(f"lin{i}.model")
                 distance = distance + head((left - right).square()).mean((1, 2, 3))
         return distance
-
-    def _features_of(self, image: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _ _ _"]]:
-        """Features at each tap, every cell's vector scaled to length 1."""
-        x = (image.float() - self.shift) / self.scale
-        features = []
-        for i, layer in enumerate(self.features):
-            x = layer(x)
-            if i in TRUNKS[self.trunk].taps:
-                norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-                features.append(x / (norm + NORM_EPS))
-        return features
 
 
 def load_perceptual(

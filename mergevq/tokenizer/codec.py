@@ -19,6 +19,7 @@ from mergevq.data.layouts import Bits, Source
 from mergevq.data.prepare import to_rgb, to_tensor
 from mergevq.metrics.image import psnr
 from mergevq.report.pictures import contact_sheet, merge_map, to_pil
+from mergevq.tokenizer.encoder import Embedded
 from mergevq.tokenizer.tokenizer import Encoded, Tokenizer
 
 _WIDEST = 4
@@ -48,6 +49,19 @@ class Layout:
     def corners(self) -> list[tuple[int, int]]:
         """(top, left) of every tile in raster order."""
         return [(top, left) for top in self.tops for left in self.lefts]
+
+
+class EmbeddedImage(NamedTuple):
+    """A picture after the tokenizer's stem, for `encode_image` at several K."""
+
+    picture: Image.Image
+    """As the tokenizer sees it: RGB, and resized if the policy said so."""
+    given_size: tuple[int, int]
+    """Width and height before."""
+    layout: Layout
+    """Tiles of the picture."""
+    parts: list[Embedded]
+    """A few tiles each, in raster order."""
 
 
 class EncodedImage(NamedTuple):
@@ -118,23 +132,18 @@ class ImageReconstruction:
 # ----------------------------------------------------------------------------------- pictures
 
 
-def encode_image(
-    tokenizer: Tokenizer,
-    image: Image.Image,
-    num_kept: int | None = None,
-    *,
-    size_policy: SizePolicy = "error",
-) -> EncodedImage:
-    """Turn a picture into tokens.
+def embed_image(
+    tokenizer: Tokenizer, image: Image.Image, *, size_policy: SizePolicy = "error"
+) -> EmbeddedImage:
+    """Run the tokenizer's stem on a picture, which takes most of the time of encoding it.
 
     Args:
         tokenizer: on any device, in any floating-point type.
         image: of any mode.
-        num_kept: K, of each tile if the picture is cut; None is the nominal K.
         size_policy: see `SizePolicy`.
 
     Raises:
-        ValueError: the size or K is not legal.
+        ValueError: the size is not legal.
     """
     picture = _fit(image, tokenizer.config, size_policy)
     layout = _layout(picture, tokenizer.config, size_policy)
@@ -143,7 +152,34 @@ def encode_image(
             tokenizer.grid_shape(torch.empty(1, 3, picture.height, picture.width, device="meta"))
         except ValueError as error:
             raise ValueError(f"{error}: size_policy 'resize' or 'tile'") from error
-    return EncodedImage(_encode(tokenizer, picture, layout, num_kept), layout)
+    weight = next(tokenizer.parameters())
+    tiles = cut(to_tensor(picture), layout).to(weight.device, weight.dtype)
+    with torch.no_grad():
+        parts = [tokenizer.embed(part) for part in tiles.split(_TILES_AT_ONCE)]
+    return EmbeddedImage(picture, to_rgb(image).size, layout, parts)
+
+
+def encode_image(
+    tokenizer: Tokenizer,
+    image: Image.Image | EmbeddedImage,
+    num_kept: int | None = None,
+    *,
+    size_policy: SizePolicy = "error",
+) -> EncodedImage:
+    """Turn a picture into tokens.
+
+    Args:
+        tokenizer: on any device, in any floating-point type.
+        image: of any mode; or what `embed_image` gave, whose size policy then counts.
+        num_kept: K, of each tile if the picture is cut; None is the nominal K.
+        size_policy: see `SizePolicy`.
+
+    Raises:
+        ValueError: the size or K is not legal.
+    """
+    if not isinstance(image, EmbeddedImage):
+        image = embed_image(tokenizer, image, size_policy=size_policy)
+    return EncodedImage(_encode(tokenizer, image.parts, num_kept), image.layout)
 
 
 def decode_image(
@@ -165,7 +201,7 @@ def decode_image(
 
 def reconstruct_image(
     tokenizer: Tokenizer,
-    image: Image.Image,
+    image: Image.Image | EmbeddedImage,
     num_kept: int | None = None,
     *,
     size_policy: SizePolicy = "error",
@@ -174,9 +210,11 @@ def reconstruct_image(
 
     The arguments and errors are those of `encode_image`.
     """
-    encoded_image = encode_image(tokenizer, image, num_kept, size_policy=size_policy)
+    if not isinstance(image, EmbeddedImage):
+        image = embed_image(tokenizer, image, size_policy=size_policy)
+    encoded_image = encode_image(tokenizer, image, num_kept)
     encoded, layout = encoded_image
-    picture = _fit(image, tokenizer.config, size_policy)
+    picture = image.picture
     original = to_tensor(picture)
     given = _decode(tokenizer, encoded_image, "given")
     recovered = _decode(tokenizer, encoded_image, "recovered")
@@ -193,7 +231,7 @@ def reconstruct_image(
         num_cells=math.prod(encoded.grid_shape),
         num_tiles=num_tiles,
         bits=Bits(num_tiles * tile_bits.tokens, num_tiles * tile_bits.source),
-        given_size=_fit(image, tokenizer.config, "error").size,
+        given_size=image.given_size,
     )
 
 
@@ -342,13 +380,9 @@ def _layout(picture: Image.Image, config: TokenizerConfig, size_policy: SizePoli
 
 
 @torch.no_grad()
-def _encode(
-    tokenizer: Tokenizer, picture: Image.Image, layout: Layout, num_kept: int | None
-) -> Encoded:
+def _encode(tokenizer: Tokenizer, tiles: Sequence[Embedded], num_kept: int | None) -> Encoded:
     """Encode all tiles, a few at a time."""
-    weight = next(tokenizer.parameters())
-    tiles = cut(to_tensor(picture), layout).to(weight.device, weight.dtype)
-    parts = [tokenizer.encode(part, num_kept) for part in tiles.split(_TILES_AT_ONCE)]
+    parts = [tokenizer.encode(part, num_kept) for part in tiles]
     return Encoded(
         codes=torch.cat([part.codes for part in parts]),
         indices=torch.cat([part.indices for part in parts]),

@@ -202,8 +202,9 @@ def encode_shards(
         for number, shard in _by_shard(batches, positions, record):
             rows = {num_kept: [_no_rows(record, num_kept)] for num_kept in missing[number]}
             for batch in shard:
-                for num_kept, parts in rows.items():
-                    parts.append(_encode_batch(tokenizer, batch, num_kept, flip=record.flip))
+                encoded = _encode_batch(tokenizer, batch, tuple(rows), flip=record.flip)
+                for num_kept, found in encoded.items():
+                    rows[num_kept].append(found)
                 progress.update(len(batch.index))
             if num_broken := _write(images, out, record, number, rows):
                 progress.update(num_broken)
@@ -228,20 +229,25 @@ def _by_shard(
         yield number, iter(())
 
 
-def _encode_batch(tokenizer: Tokenizer, batch: Batch, num_kept: int, *, flip: bool) -> TokenRows:
-    """Encode images; with `flip`, the row of each is followed by that of its mirror image."""
+def _encode_batch(
+    tokenizer: Tokenizer, batch: Batch, num_kept: Sequence[int], *, flip: bool
+) -> dict[int, TokenRows]:
+    """Encode images at each K; with `flip`, the row of each is followed by its mirror image's."""
     image = batch.image.to(next(tokenizer.parameters()).device)
-    views = (image, image.flip(-1)) if flip else (image,)
-    encoded = [tokenizer.encode(view, num_kept) for view in views]
-    indices = torch.stack([view.indices for view in encoded], dim=1)
-    source = torch.stack([view.source.index for view in encoded], dim=1)
-    return TokenRows(
-        indices=indices.flatten(0, 1).cpu(),
-        source=source.flatten(0, 1).cpu(),
-        label=batch.label.repeat_interleave(len(views)),
-        position=batch.index.repeat_interleave(len(views)),
-        mirrored=torch.arange(len(views)).repeat(len(batch.index)),
-    )
+    views = [tokenizer.embed(view) for view in ((image, image.flip(-1)) if flip else (image,))]
+    rows = {}
+    for count in num_kept:
+        encoded = [tokenizer.encode(view, count) for view in views]
+        indices = torch.stack([view.indices for view in encoded], dim=1)
+        source = torch.stack([view.source.index for view in encoded], dim=1)
+        rows[count] = TokenRows(
+            indices=indices.flatten(0, 1).cpu(),
+            source=source.flatten(0, 1).cpu(),
+            label=batch.label.repeat_interleave(len(views)),
+            position=batch.index.repeat_interleave(len(views)),
+            mirrored=torch.arange(len(views)).repeat(len(batch.index)),
+        )
+    return rows
 
 
 def _no_rows(record: TokenRecord, num_kept: int) -> TokenRows:

@@ -33,7 +33,7 @@ from mergevq.tokenizer.build import (
     build_quantizer,
     count_layers,
 )
-from mergevq.tokenizer.encoder import Encoder
+from mergevq.tokenizer.encoder import Embedded, Encoder
 from mergevq.tokenizer.seams import TokenSet
 
 
@@ -173,11 +173,24 @@ class Tokenizer(nn.Module):
             )
         return height // patch, width // patch
 
-    def encode(self, image: Float[Tensor, "b 3 h w"], num_kept: int | None = None) -> Encoded:
+    def embed(self, image: Float[Tensor, "b 3 h w"]) -> Embedded:
+        """Run the stem, for `encode` at several K: most of the work of a tokenizer with CNNs.
+
+        Raises:
+            ValueError: wrong type, range or size.
+        """
+        self._check_image(image)
+        self.grid_shape(image)
+        return self.encoder.embed(image)
+
+    def encode(
+        self, image: Float[Tensor, "b 3 h w"] | Embedded, num_kept: int | None = None
+    ) -> Encoded:
         """Image to tokens.
 
         Args:
-            image: floating point in [-1, 1], sides multiples of the patch size.
+            image: floating point in [-1, 1], sides multiples of the patch size; or what `embed`
+                gave of it, which gives the same bits.
             num_kept: K, any integer from 1 to L that the layers reach; None is the nominal K, in
                 proportion to the grid when the image is not of the trained size.
 
@@ -185,8 +198,14 @@ class Tokenizer(nn.Module):
             ValueError: wrong type, range, size or K.
             RuntimeError: a latent is not finite, of which every sign would be a code.
         """
-        self._check_image(image)
-        encoded = self._encode(image, self._resolve_num_kept(self.grid_shape(image), num_kept))
+        if isinstance(image, Embedded):
+            grid_shape = image.grid_shape
+            out = self.encoder.reduce(image, self._resolve_num_kept(grid_shape, num_kept))
+        else:
+            self._check_image(image)
+            grid_shape = self.grid_shape(image)
+            out = self.encoder(image, self._resolve_num_kept(grid_shape, num_kept))
+        encoded = self._tokens(out, grid_shape)
         require_finite("latents", encoded.latents)
         return encoded
 
@@ -251,7 +270,7 @@ class Tokenizer(nn.Module):
 
     def reconstruct(
         self,
-        image: Float[Tensor, "b 3 h w"],
+        image: Float[Tensor, "b 3 h w"] | Embedded,
         num_kept: int | None = None,
         source: RecoverySource = "given",
     ) -> Reconstruction:
@@ -370,7 +389,7 @@ class Tokenizer(nn.Module):
             recovers: images decoded with the recovered source instead of the given one; None is
                 none.
         """
-        encoded = self._encode(image, num_kept)
+        encoded = self._tokens(self.encoder(image, num_kept), self.grid_shape(image))
         fixed = encoded.codes.detach()
         seen = fixed + source_gradient * (encoded.codes - fixed)
         # Until quantization starts, bounded latents keep the decoder's input on the codes' scale.
@@ -387,13 +406,11 @@ class Tokenizer(nn.Module):
         losses = {**self.quantizer.losses(encoded.latents), **expanded.losses}
         return TokenizerOutput(reconstruction, encoded, losses, view_class_token)
 
-    def _encode(self, image: Float[Tensor, "b 3 h w"], num_kept: int) -> Encoded:
-        """Encode without checks."""
-        out = self.encoder(image, num_kept)
+    def _tokens(self, out: TokenSet, grid_shape: tuple[int, int]) -> Encoded:
+        """Tokens of what the encoder gave."""
         latents = self.encoder.latents(out.tokens)
         codes, parts = self.quantizer(latents)
         indices = self.quantizer.spec.join(parts)
-        grid_shape = self.grid_shape(image)
         return Encoded(codes, indices, out.layout, grid_shape, out.class_token, latents)
 
     def _resolve_num_kept(self, grid_shape: tuple[int, int], num_kept: int | None) -> int:

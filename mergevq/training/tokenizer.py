@@ -175,29 +175,30 @@ class TokenizerTask:
         run, num_ranks = self.learner.run, self.learner.world.world_size
         # Up to the next number that the ranks can share evenly; the last batch may be short.
         batch_size = -(-min(_EVAL_BATCH, run.train.num_eval_images) // num_ranks) * num_ranks
-        numbers = {}
         tokenizer.eval()
         with self.state.ema.swap():
-            for num_kept in run.train.eval_num_kept or (run.model.num_kept,):
-                batches = eval_batches(
-                    self.val_set,
-                    image_size=run.model.image_size,
-                    batch_size=batch_size,
-                    max_images=run.train.num_eval_images,
-                    rank=self.learner.world.rank,
-                    world_size=num_ranks,
-                    num_workers=0,
-                )
-                measured = measure(
-                    tokenizer,
-                    batches,
-                    num_kept,
-                    perceptual=self.learner.perceptual,
-                    autocast=self.learner.autocast(),
-                )
-                numbers |= {f"{name}@{num_kept}": value for name, value in measured}
+            batches = eval_batches(
+                self.val_set,
+                image_size=run.model.image_size,
+                batch_size=batch_size,
+                max_images=run.train.num_eval_images,
+                rank=self.learner.world.rank,
+                world_size=num_ranks,
+                num_workers=0,
+            )
+            measured = measure(
+                tokenizer,
+                batches,
+                run.train.eval_num_kept or (run.model.num_kept,),
+                perceptual=self.learner.perceptual,
+                autocast=self.learner.autocast(),
+            )
         tokenizer.train()
-        return numbers
+        return {
+            f"{name}@{num_kept}": value
+            for num_kept, found in measured.items()
+            for name, value in found.items()
+        }
 
     @torch.no_grad()
     def picture(self, path: Path) -> None:

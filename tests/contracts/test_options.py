@@ -49,6 +49,7 @@ LIBRARY = {
         "tokenizer.tokenizer.Tokenizer.from_pretrained": TOKENIZER,
         "runtime.device.resolve_device": None,
         "data.prepare.load_picture": SimpleNamespace(size=(8, 8)),
+        "tokenizer.codec.embed_image": None,
         "tokenizer.codec.reconstruct_image": None,
         "tokenizer.codec.full_pictures": {},
         "tokenizer.codec.reconstruction_figure": None,

@@ -308,6 +308,21 @@ def test_the_page_sees_the_pixels_that_the_command_line_sees(
 
 
 @PAGE
+def test_the_slider_does_not_run_the_stem_again(client, folder, monkeypatch):
+    calls, embed = [], Tokenizer.embed
+
+    def counting(tokenizer, image):
+        calls.append(1)
+        return embed(tokenizer, image)
+
+    monkeypatch.setattr(Tokenizer, "embed", counting)
+    picture = uploaded(folder / "pictures" / "dog" / "6.png")
+    shown = [client.predict(picture, k, api_name="/reconstruct") for k in (5, 9, 16)]
+    assert len(calls) == 1
+    assert len({pixels(one[1]) for one in shown}) == 3
+
+
+@PAGE
 def test_wrong_input_is_shown_on_the_page(client, folder, tmp_path):
     with pytest.raises(Exception, match="no picture was given"):
         client.predict(None, 5, api_name="/reconstruct")

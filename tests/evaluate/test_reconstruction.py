@@ -34,9 +34,9 @@ pytestmark = pytest.mark.filterwarnings(FEW)
 class Identity(Tokenizer):
     """Gives back what it was given."""
 
-    def encode(self, image, num_kept=None):
+    def embed(self, image):
         self.image = image
-        return super().encode(image, num_kept)
+        return super().embed(image)
 
     def decode(self, tokens, source, grid_shape=None):  # noqa: ARG002
         return self.image
@@ -119,6 +119,32 @@ def test_merging_can_be_off(folder):
     assert found.outcome.bits.source == 0
     assert found.outcome.source_accuracy == 1
     assert found.outcome.given == found.outcome.recovered
+
+
+def test_several_k_give_the_numbers_of_each_and_see_an_original_once(tmp_path, folder, monkeypatch):
+    images = write_images(tmp_path / "images", 3, size=32)
+    tokenizer = Tokenizer(replace(CONFIG, image_size=32, num_kept=24)).eval()
+    network = Perceptual("squeeze")
+    subject = subject_of(tokenizer, images, folder / "colours.pt", network, batch_size=2)
+    alone = [measure_reconstructions(subject, [count]).measured[0] for count in (16, 24)]
+    seen = {"stem": 0, "taps": 0}
+
+    def counting(name, function):
+        def count(image):
+            seen[name] += len(image)
+            return function(image)
+
+        return count
+
+    monkeypatch.setattr(tokenizer, "embed", counting("stem", tokenizer.embed))
+    monkeypatch.setattr(network, "taps", counting("taps", network.taps))
+    together = measure_reconstructions(subject, [16, 24, 16]).measured
+    # Each original once, and the reconstructions with both sources at both K.
+    assert seen == {"stem": 3, "taps": 3 + 3 * 2 * 2}
+    for one, of_both in zip(alone, together, strict=True):
+        assert one.outcome.given == of_both.outcome.given
+        assert one.outcome.recovered == of_both.outcome.recovered
+        assert one.outcome.images_per_second > 0
 
 
 def test_a_batch_size_changes_no_number(folder):

@@ -170,6 +170,22 @@ def test_an_image_too_small_for_the_trunk_is_refused_and_the_smallest_is_not(tru
         perceptual(small, small)
 
 
+@pytest.mark.parametrize("trunk", NAMES)
+def test_features_of_an_image_can_be_kept_for_several_comparisons(trunk):
+    perceptual = Perceptual(trunk)
+    image, one, two = 2 * torch.rand(3, 2, 3, 40, 32) - 1
+    taps = perceptual.taps(image)
+    for other in (one, two):
+        assert torch.equal(
+            perceptual.between(taps, perceptual.taps(other)), perceptual(image, other)
+        )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(perceptual.between(taps, perceptual.taps(one)), perceptual(image, one))
+        assert all(torch.equal(*pair) for pair in zip(perceptual.taps(image), taps, strict=True))
+    with pytest.raises(ValueError, match=r"image side \(8\) must be at least"):
+        perceptual.taps(torch.zeros(1, 3, 8, 40))
+
+
 def test_weights_are_found_as_a_file_in_a_folder_and_in_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "socket", None)
     monkeypatch.setattr(socket, "getaddrinfo", None)

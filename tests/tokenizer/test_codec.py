@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import io
 import itertools
 import math
@@ -16,6 +17,7 @@ from mergevq.tokenizer.codec import (
     blend,
     cut,
     decode_image,
+    embed_image,
     encode_image,
     full_pictures,
     reconstruct_image,
@@ -69,6 +71,17 @@ def test_a_picture_passes_as_its_tensor_does(tokenizer):
     encoded = encode_image(tokenizer, picture, 20)
     assert torch.equal(encoded.encoded.indices, expected.encoded.indices)
     assert decode_image(tokenizer, encoded) == to_pil(expected.image[0])
+
+
+@pytest.mark.parametrize(("size", "policy"), [(16, "error"), (21, "tile"), (40, "resize")])
+def test_a_picture_is_embedded_once_for_several_numbers_of_tokens(tokenizer, size, policy):
+    picture = noise(size, size)
+    embedded = embed_image(tokenizer, picture, size_policy=policy)
+    for num_kept in (20, 30):
+        expected = reconstruct_image(tokenizer, picture, num_kept, size_policy=policy)
+        found = reconstruct_image(tokenizer, embedded, num_kept)
+        for field in dataclasses.fields(expected):
+            assert getattr(found, field.name) == getattr(expected, field.name)
 
 
 def test_the_recovered_source_can_be_decoded_with(tokenizer):

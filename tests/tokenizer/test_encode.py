@@ -187,7 +187,7 @@ def test_stopped_and_resumed_gives_the_same_bytes(
             raise KilledError
 
     folder = tmp_path / "resumed"
-    hook = tokenizer.encoder.register_forward_pre_hook(stop)
+    hook = tokenizer.encoder.reducer.register_forward_pre_hook(stop)
     with pytest.raises(KilledError):
         encode_images(tokenizer, digits, folder, record, WORLD, **LOADING)
     hook.remove()

@@ -109,6 +109,32 @@ def test_any_number_of_tokens_may_be_kept(config, merge_shape):
         assert model.decode(encoded.indices, encoded.source).isfinite().all()
 
 
+@VERSIONS
+def test_the_stem_runs_once_for_several_numbers_of_tokens_to_the_last_bit(config):
+    model, image = tokenizer(config), images()
+    calls = []
+    model.encoder.stem.register_forward_hook(lambda *_: calls.append(1))
+    embedded = model.embed(image)
+    together = [model.encode(embedded, num_kept) for num_kept in (5, 15, None)]
+    again = model.reconstruct(embedded, 15, "recovered").image
+    assert len(calls) == 1
+    for one, num_kept in zip(together, (5, 15, None), strict=True):
+        alone = model.encode(image, num_kept)
+        assert one.source.num_kept == alone.source.num_kept
+        assert torch.equal(one.source.index, alone.source.index)
+        for name in ("codes", "indices", "class_token", "latents"):
+            assert torch.equal(getattr(one, name), getattr(alone, name))
+    assert torch.equal(again, model.reconstruct(image, 15, "recovered").image)
+
+
+def test_an_embedded_image_is_checked_as_an_image_is():
+    model = tokenizer()
+    with pytest.raises(ValueError, match="must be finite and between -1 and 1"):
+        model.embed(images() + 3)
+    with pytest.raises(ValueError, match=r"num_kept \(65\) must be between 1 and the 64 tokens"):
+        model.encode(model.embed(images()), 65)
+
+
 def test_keeping_all_tokens_merges_nothing():
     source = tokenizer().encode(images(), num_kept=64).source
     assert torch.equal(source.index, torch.arange(64).expand(2, -1))
