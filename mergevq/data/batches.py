@@ -11,6 +11,7 @@ Shape letters: B batch, S image side, V student view side, T teacher view side.
 
 import atexit
 import hashlib
+import math
 import multiprocessing
 import signal
 import unicodedata
@@ -18,11 +19,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -30,14 +31,20 @@ from torch.utils.data import DataLoader, Dataset
 from mergevq.config.training import DataConfig
 from mergevq.data.images import ImageDataset, open_images, read_nearest, spread
 from mergevq.data.prepare import (
+    CROP_RATIO,
+    CROP_SCALE,
     BrokenImageError,
     crop_square,
     random_flip,
     random_resized_crop,
     to_float,
 )
+from mergevq.runtime.device import send
 from mergevq.runtime.random import DataPurpose, data_seed
 from mergevq.runtime.run import STOP_SIGNALS
+
+CPU = torch.device("cpu")
+Result = TypeVar("Result")
 
 # Splitting
 
@@ -100,7 +107,7 @@ def _hash(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-def _generator(purpose: DataPurpose, seed: int, number: int) -> torch.Generator:
+def data_generator(purpose: DataPurpose, seed: int, number: int) -> torch.Generator:
     """Random numbers of an epoch or of a training sample."""
     return torch.Generator().manual_seed(data_seed(purpose, seed, number))
 
@@ -127,10 +134,35 @@ class Batch(NamedTuple):
     """Where in the data set each image was read."""
 
 
+class _Pixels(NamedTuple):
+    """The same as `Batch` in bytes, a quarter of the size: what workers send."""
+
+    image: UInt8[Tensor, "b 3 s s"]
+    label: Int64[Tensor, "b"]
+    student_view: UInt8[Tensor, "b 3 v v"] | None
+    teacher_view: UInt8[Tensor, "b 3 t t"] | None
+    index: Int64[Tensor, "b"]  # pyright: ignore[reportIncompatibleMethodOverride]
+
+    def to_batch(self, device: torch.device) -> Batch:
+        """Floats on a device, labels and indices where they are."""
+
+        def moved(view: UInt8[Tensor, "b 3 v v"]) -> Float[Tensor, "b 3 v v"]:
+            return to_float(send(view, device))
+
+        student, teacher = self.student_view, self.teacher_view
+        return Batch(
+            image=moved(self.image),
+            label=self.label,
+            student_view=None if student is None else moved(student),
+            teacher_view=None if teacher is None else moved(teacher),
+            index=self.index,
+        )
+
+
 class _Fetched(NamedTuple):
     """Result that a worker sends back."""
 
-    batch: Batch | None
+    batch: _Pixels | None
     """None when no image of an evaluation batch can be read."""
     broken: dict[str, str]
     """Error by name of the images that could not be read on the way."""
@@ -165,8 +197,11 @@ class _TrainFetcher(Dataset[_Fetched]):
 
     def _prepare(self, k: int, index: int, broken: dict[str, str]) -> _Sample:
         """Read an image, or the next that can be read, and draw its views from seed and k."""
-        index, image = read_nearest(self.images, index, broken)
-        generator = _generator("image", self.seed, k)
+        least = None
+        if self.data.reduced_jpeg:
+            least = least_side(self.image_size, self.student_size, self.teacher_size)
+        index, (image, factor) = read_nearest(self.images, index, broken, least)
+        generator = data_generator("image", self.seed, k)
         place = generator if self.data.crop == "random" else None
         square = crop_square(image, self.image_size, place)
         if self.data.flip:
@@ -176,13 +211,13 @@ class _TrainFetcher(Dataset[_Fetched]):
         # Each view has its own stream: adding one does not change another.
         student = teacher = None
         if self.student_size is not None:
-            generator = _generator("student", self.seed, k)
-            student = random_resized_crop(image, self.student_size, generator)
+            generator = data_generator("student", self.seed, k)
+            student = random_resized_crop(image, self.student_size, generator, factor=factor)
             student = random_flip(student, generator)
             if self.augment is not None:
                 student = self.augment(student, generator)
         if self.teacher_size is not None:
-            generator = _generator("teacher", self.seed, k)
+            generator = data_generator("teacher", self.seed, k)
             teacher = crop_square(image, self.teacher_size, generator)
         return _Sample(square, self.images.label(index), student, teacher, index)
 
@@ -210,9 +245,21 @@ class _EvalFetcher(Dataset[_Fetched]):
         return _Fetched(_collate(samples) if samples else None, broken)
 
 
-def _collate(samples: list[_Sample]) -> Batch:
-    """Stack prepared images; here bytes become floats."""
-    return Batch(
+def least_side(image_size: int, student_size: int | None, teacher_size: int | None) -> int:
+    """Shortest side, in pixels, of a picture that the views of these sizes can be made of.
+
+    Squares are resized from at least three times their side, which makes a third of a level of 255
+    of difference in the mean; from twice, one level. The smallest rectangle of the student's view
+    is resized from at least its side.
+    """
+    smallest = math.sqrt(CROP_SCALE[0] * CROP_RATIO[0])
+    needed = (3 * image_size, 3 * (teacher_size or 0), (student_size or 0) / smallest)
+    return math.ceil(max(needed))
+
+
+def _collate(samples: list[_Sample]) -> _Pixels:
+    """Stack prepared images."""
+    return _Pixels(
         image=_stack([sample.image for sample in samples]),
         label=torch.tensor([sample.label for sample in samples]),
         student_view=_stack_present([sample.student_view for sample in samples]),
@@ -221,13 +268,13 @@ def _collate(samples: list[_Sample]) -> Batch:
     )
 
 
-def _stack(images: list[Image.Image]) -> Float[Tensor, "b 3 v v"]:
-    """Squares of one size, to [-1, 1]."""
+def _stack(images: list[Image.Image]) -> UInt8[Tensor, "b 3 v v"]:
+    """Squares of one size, colour by colour."""
     pixels = np.stack([np.asarray(image) for image in images])
-    return to_float(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
-def _stack_present(views: list[Image.Image | None]) -> Float[Tensor, "b 3 v v"] | None:
+def _stack_present(views: list[Image.Image | None]) -> UInt8[Tensor, "b 3 v v"] | None:
     """Views that are there for all samples or for none."""
     present = [view for view in views if view is not None]
     return _stack(present) if present else None
@@ -248,6 +295,7 @@ def train_batches(  # noqa: PLR0913 - the position in the run and among the rank
     teacher_size: int | None,
     num_workers: int,
     augment: Augment | None = None,
+    device: torch.device = CPU,
 ) -> Iterator[Batch]:
     """This rank's batches of steps `start_step` to `num_steps - 1`.
 
@@ -268,21 +316,40 @@ def train_batches(  # noqa: PLR0913 - the position in the run and among the rank
         teacher_size: side of the teacher's view; None for none.
         num_workers: loading processes; 0 loads in this one.
         augment: changes the student's view, or without one the image.
+        device: where images and views are put; they travel as bytes.
 
     Raises:
         ValueError: a size is impossible or no image can be read.
     """
-    share = _rank_share(batch_size, rank, world_size)
     _check_sizes(dataset, image=image_size, student=student_size, teacher=teacher_size)
-    if start_step < 0:
-        raise ValueError(f"start_step ({start_step}) must be at least 0")
     fetcher = _TrainFetcher(dataset, data, image_size, student_size, teacher_size, seed, augment)
-    steps = range(start_step, num_steps)
+    samples = train_samples(
+        len(dataset),
+        batch_size=batch_size,
+        steps=range(start_step, num_steps),
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+    )
+    return _load(fetcher, samples, num_workers, device)
+
+
+def train_samples(
+    num_images: int, *, batch_size: int, steps: range, seed: int, rank: int, world_size: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Sample numbers of a rank with the image each shows, batch by batch; see `train_batches`.
+
+    Raises:
+        ValueError: a number is impossible.
+    """
+    share = _rank_share(batch_size, rank, world_size)
+    if steps.start < 0:
+        raise ValueError(f"start_step ({steps.start}) must be at least 0")
     numbers = (range(step * batch_size, (step + 1) * batch_size)[share] for step in steps)
-    return _load(fetcher, _train_samples(len(dataset), seed, numbers), num_workers)
+    return _in_order(num_images, seed, numbers)
 
 
-def _train_samples(
+def _in_order(
     num_images: int, seed: int, numbers: Iterable[range]
 ) -> Iterator[list[tuple[int, int]]]:
     """Sample numbers with the image each shows, batch by batch."""
@@ -293,7 +360,7 @@ def _train_samples(
             if k // num_images != epoch:
                 epoch = k // num_images
                 order = torch.randperm(
-                    num_images, generator=_generator("order", seed, epoch)
+                    num_images, generator=data_generator("order", seed, epoch)
                 ).numpy()
             samples.append((k, int(order[k % num_images])))
         yield samples
@@ -334,7 +401,8 @@ def eval_batches(
     indices = spread(count, count if max_images is None else max_images)
     count = len(indices)
     batches = (indices[first : first + batch_size][share] for first in range(0, count, batch_size))
-    return _load(_EvalFetcher(dataset, image_size, bilinear), filter(None, batches), num_workers)
+    fetcher = _EvalFetcher(dataset, image_size, bilinear)
+    return _load(fetcher, filter(None, batches), num_workers, CPU)
 
 
 def _check_sizes(
@@ -370,12 +438,34 @@ def _rank_share(batch_size: int, rank: int, world_size: int) -> slice:
 
 
 def _load(
-    fetcher: _TrainFetcher | _EvalFetcher, tasks: Iterable[list[Any]], num_workers: int
+    fetcher: _TrainFetcher | _EvalFetcher,
+    tasks: Iterable[list[Any]],
+    num_workers: int,
+    device: torch.device,
 ) -> Iterator[Batch]:
-    """Fetch one batch per task, in order; workers live for the whole pass.
+    """Fetch one batch per task, in order.
 
     Raises:
         ValueError: no image of any task can be read.
+    """
+    num_batches, num_broken = 0, 0
+    for fetched in fetch(fetcher, tasks, num_workers):
+        fetcher.images.record_broken(fetched.broken)
+        num_broken += len(fetched.broken)
+        if fetched.batch is not None:
+            num_batches += 1
+            yield fetched.batch.to_batch(device)
+    if num_broken > 0 and num_batches == 0:
+        raise ValueError(f"none of the {num_broken} images can be read")
+
+
+def fetch(fetcher: Dataset[Result], tasks: Iterable[Any], num_workers: int) -> Iterator[Result]:
+    """Results of a fetcher for each task, in order; workers live for the whole pass.
+
+    Args:
+        fetcher: gives the result of a task as its item.
+        tasks: what workers are sent.
+        num_workers: loading processes; 0 fetches in this one.
     """
     loader = DataLoader(
         fetcher,
@@ -388,25 +478,17 @@ def _load(
         worker_init_fn=_leave_signals_to_the_run,
     )
     others = set(multiprocessing.active_children())
-    batches = iter(loader)
+    results = iter(loader)
     workers = [child for child in multiprocessing.active_children() if child not in others]
     at_exit = partial(_kill, workers)
     atexit.register(at_exit)
-    num_batches, num_broken = 0, 0
     try:
-        for fetched in batches:
-            fetcher.images.record_broken(fetched.broken)
-            num_broken += len(fetched.broken)
-            if fetched.batch is not None:
-                num_batches += 1
-                yield fetched.batch
+        yield from results
     finally:
         # With it the workers end, unless something else has it too, as an error that is kept.
-        del batches
+        del results
         if not any(worker.is_alive() for worker in workers):
             atexit.unregister(at_exit)
-    if num_broken > 0 and num_batches == 0:
-        raise ValueError(f"none of the {num_broken} images can be read")
 
 
 def _leave_signals_to_the_run(_: int) -> None:

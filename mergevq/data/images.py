@@ -21,7 +21,14 @@ from mergevq.config.base import MAX_PIXELS
 from mergevq.config.identity import Identity, identify
 from mergevq.config.ranges import check_number
 from mergevq.data.listing import Listing, Unused, list_files, split_of
-from mergevq.data.prepare import BrokenImageError, decode, most_bytes, read_bounded
+from mergevq.data.prepare import (
+    BrokenImageError,
+    Reduced,
+    decode_reduced,
+    most_bytes,
+    picture_size,
+    read_bounded,
+)
 from mergevq.data.stores import Content, Store, open_parquet, open_tar
 from mergevq.runtime.environment import needing
 
@@ -75,9 +82,29 @@ class ImageDataset:
         Raises:
             BrokenImageError: this image cannot be read.
         """
+        return self.read_reduced(index, None).image
+
+    def read_reduced(self, index: int, least_side: int | None) -> Reduced:
+        """Decode one image, a large JPEG perhaps smaller; see `decode_reduced`.
+
+        Raises:
+            BrokenImageError: this image cannot be read.
+        """
         try:
             data = self._store.read_bytes(int(self._positions[index]), most_bytes(self.max_pixels))
-            return decode(data, max_pixels=self.max_pixels)
+            return decode_reduced(data, least_side, max_pixels=self.max_pixels)
+        except (OSError, ValueError) as error:
+            raise BrokenImageError(f"cannot read {self.name(index)}: {error}") from error
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Width and height of one image, upright; decodes no pixel.
+
+        Raises:
+            BrokenImageError: this image cannot be read.
+        """
+        try:
+            data = self._store.read_bytes(int(self._positions[index]), most_bytes(self.max_pixels))
+            return picture_size(data)
         except (OSError, ValueError) as error:
             raise BrokenImageError(f"cannot read {self.name(index)}: {error}") from error
 
@@ -213,11 +240,11 @@ def _reasons(unused: Unused) -> str:
 
 
 def read_nearest(
-    dataset: ImageDataset, index: int, broken: dict[str, str]
-) -> tuple[int, Image.Image]:
+    dataset: ImageDataset, index: int, broken: dict[str, str], least_side: int | None = None
+) -> tuple[int, Reduced]:
     """Read the first readable image at or after an index, and add those skipped to `broken`.
 
-    After the last image comes the first.
+    After the last image comes the first. See `decode_reduced` for `least_side`.
 
     Raises:
         ValueError: no image of the data set can be read.
@@ -225,7 +252,7 @@ def read_nearest(
     for offset in range(len(dataset)):
         candidate = (index + offset) % len(dataset)
         try:
-            return candidate, dataset.read(candidate)
+            return candidate, dataset.read_reduced(candidate, least_side)
         except BrokenImageError as error:
             broken[dataset.name(candidate)] = str(error)
     reason = next(iter(broken.values()), "there are none")

@@ -13,6 +13,7 @@ import io
 import math
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +38,12 @@ FORMATS = {
 ENDINGS = frozenset(ending for endings in FORMATS.values() for ending in endings)
 """Endings of the names of pictures that are read."""
 
+# A 1 x 60,000 strip would become 64 x 3,840,000: from this ratio on it is cut before it is resized.
+_LONGEST_ASPECT = 16
+CROP_SCALE = (0.08, 1.0)
+"""Smallest and largest share of the area that a random resized crop takes."""
+CROP_RATIO = (3 / 4, 4 / 3)
+"""Its smallest and largest width over height."""
 _PLAIN_BYTES = 2**26
 """Bytes a file may have for other things than pixels."""
 
@@ -80,6 +87,15 @@ def read_bounded(path: Path, most: int) -> bytes:
     return data
 
 
+class Reduced(NamedTuple):
+    """A picture that may be smaller than its file has it."""
+
+    image: Image.Image
+    """Upright RGB."""
+    factor: int
+    """Sides in the file over sides of the picture: 1, 2, 4 or 8, and exactly that."""
+
+
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode the content of an image file to upright RGB, transparent parts on white.
 
@@ -87,10 +103,31 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         ValueError: no image of `FORMATS`, damaged, larger than `max_pixels`, or a mode of no
             defined range.
     """
+    return decode_reduced(data, None, max_pixels=max_pixels).image
+
+
+def decode_reduced(data: bytes, least_side: int | None, *, max_pixels: int = MAX_PIXELS) -> Reduced:
+    """Decode, a large JPEG at a half, a quarter or an eighth of its size: 3 to 6 times faster.
+
+    What is resized from it afterwards differs from what the whole picture gives: by a third of a
+    level of 255 in the mean of photographs where `least_side` is three times the side it is resized
+    to, by one level where it is twice, by two where it is once.
+
+    Args:
+        data: content of an image file.
+        least_side: shortest side, in pixels, that must be left; None decodes whole.
+        max_pixels: largest width times height of the file.
+
+    Raises:
+        ValueError: as `decode`.
+    """
     try:
         with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
             _require_few_pixels(image, max_pixels)
-            return to_rgb(image)
+            factor = 1 if least_side is None else _reduction(image, least_side)
+            if factor > 1:
+                image.draft(None, (image.width // factor, image.height // factor))
+            return Reduced(to_rgb(image), factor)
     except UnidentifiedImageError as error:
         raise ValueError("no image format that is read") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -98,6 +135,35 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except Exception as error:
         # Damaged files make Pillow raise from a dozen unrelated types.
         raise ValueError(str(error) or type(error).__name__) from error
+
+
+def picture_size(data: bytes) -> tuple[int, int]:
+    """Width and height of the content of an image file, upright; no pixel is decoded.
+
+    Raises:
+        ValueError: no image of `FORMATS`, or damaged.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
+            width, height = image.size
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in {5, 6, 7, 8}
+    except Exception as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+    return (height, width) if turned else (width, height)
+
+
+def _reduction(image: Image.Image, least_side: int) -> int:
+    """How many times smaller a picture may be decoded."""
+    shortest, longest = min(image.size), max(image.size)
+    if image.format != "JPEG" or longest > _LONGEST_ASPECT * shortest:
+        return 1
+    # Sides that are no multiples would be rounded up, and crops would lie elsewhere.
+    return next(
+        factor
+        for factor in (8, 4, 2, 1)
+        if (shortest >= factor * least_side and not any(side % factor for side in image.size))
+        or factor == 1
+    )
 
 
 def _require_few_pixels(image: Image.Image, max_pixels: int) -> None:
@@ -153,10 +219,6 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(values.astype(np.uint8)).convert("RGB")
 
 
-# A 1 x 60,000 strip would become 64 x 3,840,000: from this ratio on it is cut before it is resized.
-_LONGEST_ASPECT = 16
-
-
 # Preparation
 
 
@@ -199,25 +261,68 @@ def crop_square(
         generator: draws the square's place; None keeps the centre.
         bilinear: resize so instead.
     """
-    if max(image.size) > _LONGEST_ASPECT * min(image.size):
-        image = _cut(image, min(image.size), generator)
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    if (width, height) != image.size:
-        method = Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
-        image = image.resize((width, height), method)
+    image = resize_short_side(image, size, generator, bilinear=bilinear)
     return _cut(image, size, generator)
+
+
+def resize_short_side(
+    image: Image.Image,
+    size: int,
+    generator: torch.Generator | None = None,
+    *,
+    bilinear: bool = False,
+) -> Image.Image:
+    """Resize so that the short side has `size`; of a strip keep a part first.
+
+    Args:
+        image: RGB.
+        size: short side in pixels.
+        generator: draws the place of a strip's part; None keeps the centre.
+        bilinear: resize so, not bicubic.
+    """
+    if is_strip(image.size):
+        image = _cut(image, min(image.size), generator)
+    resized = resized_size(image.size, size)
+    if resized == image.size:
+        return image
+    method = Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
+    return image.resize(resized, method)
+
+
+def resized_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
+    """Width and height of a picture after its short side is resized."""
+    scale = short_side / min(size)
+    width, height = (max(short_side, round(side * scale)) for side in size)
+    return width, height
+
+
+def is_strip(size: tuple[int, int]) -> bool:
+    """Whether a picture is so long that a part of it is taken before it is resized."""
+    return max(size) > _LONGEST_ASPECT * min(size)
 
 
 def _cut(image: Image.Image, side: int, generator: torch.Generator | None) -> Image.Image:
     """Keep the centre square, or one at a random place."""
     if image.size == (side, side):
         return image
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    if generator is not None:
-        left = _draw(image.width - side + 1, generator)
-        top = _draw(image.height - side + 1, generator)
+    left, top = square_place(image.size, side, generator)
     return image.crop((left, top, left + side, top + side))
+
+
+def square_place(
+    size: tuple[int, int], side: int, generator: torch.Generator | None
+) -> tuple[int, int]:
+    """Left and top of the square that is kept of a picture.
+
+    Args:
+        size: width and height of the picture.
+        side: of the square.
+        generator: draws the place, unless there is only one; None is the centre.
+    """
+    width, height = size
+    if generator is None or size == (side, side):
+        return (width - side) // 2, (height - side) // 2
+    return _draw(width - side + 1, generator), _draw(height - side + 1, generator)
 
 
 def _draw(count: int, generator: torch.Generator) -> int:
@@ -227,7 +332,12 @@ def _draw(count: int, generator: torch.Generator) -> int:
 
 def random_flip(image: Image.Image, generator: torch.Generator) -> Image.Image:
     """Mirror left and right with probability one half."""
-    return ImageOps.mirror(image) if _draw(2, generator) else image
+    return ImageOps.mirror(image) if is_flipped(generator) else image
+
+
+def is_flipped(generator: torch.Generator) -> bool:
+    """Whether the next picture is mirrored: half of them are."""
+    return bool(_draw(2, generator))
 
 
 def random_resized_crop(
@@ -235,8 +345,9 @@ def random_resized_crop(
     size: int,
     generator: torch.Generator,
     *,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    scale: tuple[float, float] = CROP_SCALE,
+    ratio: tuple[float, float] = CROP_RATIO,
+    factor: int = 1,
 ) -> Image.Image:
     """Resize a random rectangle to a square.
 
@@ -247,16 +358,19 @@ def random_resized_crop(
         scale: smallest and largest share of the area, drawn uniformly.
         ratio: smallest and largest width over height, drawn uniformly in its logarithm. An image
             so long that ten draws do not fit gives its centre square.
+        factor: of a picture that was decoded smaller; the rectangle is drawn in the file's pixels.
     """
+    full_width, full_height = factor * image.width, factor * image.height
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
         area_draw, ratio_draw = torch.rand(2, generator=generator).tolist()
-        area = image.width * image.height * (scale[0] + area_draw * (scale[1] - scale[0]))
+        area = full_width * full_height * (scale[0] + area_draw * (scale[1] - scale[0]))
         aspect = math.exp(low + ratio_draw * (high - low))
         width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < width <= image.width and 0 < height <= image.height:
-            left = _draw(image.width - width + 1, generator)
-            top = _draw(image.height - height + 1, generator)
-            box = (left, top, left + width, top + height)
+        if 0 < width <= full_width and 0 < height <= full_height:
+            left = _draw(full_width - width + 1, generator)
+            top = _draw(full_height - height + 1, generator)
+            right, bottom = left + width, top + height
+            box = (left / factor, top / factor, right / factor, bottom / factor)
             return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     return crop_square(image, size)

@@ -140,7 +140,7 @@ def require_fresh(out: Path) -> None:
 
 def _warn_of_enlarging(images: ImageDataset, image_size: int) -> None:
     """Say so when the data are smaller than what the model sees."""
-    _, image = read_nearest(images, 0, {})
+    image = read_nearest(images, 0, {})[1].image
     if min(image.size) < image_size:
         warnings.warn(
             f"the first image has {image.width} x {image.height} pixels and is enlarged to "

@@ -2,10 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mergevq.config.base import Precision
+
+_MEMORY = Path("/proc/meminfo")
+_CONTAINER = Path("/sys/fs/cgroup")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -49,6 +54,29 @@ def _has_bf16(device: torch.device) -> bool:
         capabilities = torch.cpu.get_capabilities()
         return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
     return False  # mps: generations differ, and torch has no way to ask
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that is free on a GPU, or for this process beside a CPU; None where it is unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu" or not _MEMORY.is_file():
+        return None
+    lines = _MEMORY.read_text(encoding="ascii").splitlines()
+    available = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+    # A container may have less than the machine.
+    limits = [_CONTAINER / name for name in ("memory.max", "memory.current")]
+    if all(limit.is_file() for limit in limits):
+        most, used = (limit.read_text(encoding="ascii").strip() for limit in limits)
+        available += [int(most) - int(used)] if most.isdecimal() else []
+    return min(available, default=None)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to a device; to a GPU from pinned memory, else the host would wait for the copy."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @contextmanager

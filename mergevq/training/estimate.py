@@ -277,7 +277,8 @@ def _estimate_tokenizer(run: TokenizerRun, world: distributed.World) -> Estimate
     probe = replace(
         run,
         kept=KeptConfig(candidates=(max(run.kept.candidates),)),
-        data=replace(run.data, num_workers=0),
+        # What is kept is not worth decoding for one batch.
+        data=replace(run.data, num_workers=0, cache="none"),
     )
     batch = next(iter(run_batches(probe, world, train_set, 0)))
     start = find_start(probe, train_set, max_images=_NUM_FITTED_IMAGES)

@@ -17,6 +17,7 @@ import torch
 from mergevq.config.identity import Identity
 from mergevq.config.training import TokenizerRun
 from mergevq.data.batches import Batch, eval_batches, open_train_val, train_batches
+from mergevq.data.cached import cached_batches
 from mergevq.data.images import ImageDataset
 from mergevq.evaluate.compare import measure
 from mergevq.report.pictures import contact_sheet, merge_map, to_pil
@@ -104,6 +105,20 @@ def run_batches(
     """This rank's batches, with the views its teacher needs."""
     learns_from_view = run.teacher.kind in ("self", "dinov2", "huggingface")
     frozen = run.teacher.kind in ("dinov2", "huggingface")
+    if run.data.cache != "none":
+        return cached_batches(
+            dataset,
+            run.data,
+            image_size=run.model.image_size,
+            batch_size=run.train.batch_size,
+            num_steps=run.train.num_steps,
+            start_step=start_step,
+            seed=run.train.seed,
+            rank=world.rank,
+            world_size=world.world_size,
+            num_workers=run.data.num_workers,
+            device=world.device,
+        )
     return train_batches(
         dataset,
         run.data,
@@ -117,6 +132,7 @@ def run_batches(
         student_size=(run.teacher.view_size or run.model.image_size) if learns_from_view else None,
         teacher_size=run.teacher.teacher_size if frozen else None,
         num_workers=run.data.num_workers,
+        device=world.device,
     )
 
 

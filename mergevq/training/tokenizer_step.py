@@ -18,7 +18,7 @@ from mergevq.data.batches import Batch
 from mergevq.metrics.codes import CodebookUsage, CollapseMonitor
 from mergevq.metrics.lpips import Perceptual, load_perceptual, missing_weights
 from mergevq.runtime import distributed
-from mergevq.runtime.device import autocast, resolve_precision
+from mergevq.runtime.device import autocast, resolve_precision, send
 from mergevq.runtime.optim import (
     Budget,
     Ema,
@@ -413,7 +413,7 @@ def recovering(
         return None
     count = image.shape[0]
     borders = torch.arange(place * count, (place + 1) * count + 1, dtype=torch.float64) * share
-    return (borders.floor().diff() > 0).to(image.device)
+    return send(borders.floor().diff() > 0, image.device)
 
 
 @torch.no_grad()

@@ -428,6 +428,8 @@ _PLACE = "says where, and all of these runs are read from there"
 NO_EFFECT = {
     ("tokenizer", "model.kept_range"): "training writes it",
     ("tokenizer", "data.num_workers"): _WORKERS,
+    ("tokenizer", "data.reduced_jpeg"): "is for larger photographs: data/test_batches",
+    ("tokenizer", "data.cache"): "keeps the same pixels elsewhere: data/test_cached",
     ("tokenizer", "train.device"): _DEVICE,
     ("tokenizer", "train.checkpointing"): "saves memory, which test_estimate measures",
     ("generator", "model.order[merge].flex_attention"): "is for CUDA",

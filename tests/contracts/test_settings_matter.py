@@ -73,6 +73,8 @@ ELSEWHERE = {
     "data.crop": "images that are no squares: test_data",
     "data.max_pixels": "larger pictures than digits: test_data",
     "data.num_workers": "changes nothing: test_data",
+    "data.reduced_jpeg": "large photographs: data/test_batches",
+    "data.cache": "changes where pixels are kept and none of them: data/test_cached",
     "loss.perceptual_weight": "needs weights: test_perceptual",
     "loss.perceptual_trunk": "needs weights: test_perceptual",
     "loss.perceptual_path": "needs weights: test_perceptual",

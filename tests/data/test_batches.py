@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 
 from mergevq.config.training import DataConfig
+from mergevq.data import batches
 from mergevq.data.batches import Batch, open_train_val, split, train_batches
 from mergevq.data.images import open_images
-from mergevq.data.prepare import BrokenImageError
+from mergevq.data.prepare import BrokenImageError, crop_square
 from mergevq.metrics.image import to_uint8
-from tests.support.data import ramp, whole
+from tests.support.data import noise, ramp, whole
 
 # Newer Pythons warn of the loader's default way to start processes.
 forks = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -174,6 +175,35 @@ def test_validation_images_may_lack_labels_or_the_last_classes(folder, tmp_path)
 
 
 # Training batches
+
+
+def test_large_jpegs_are_decoded_smaller_for_training_alone(tmp_path, generator):
+    pixels = np.asarray(noise(generator, 32, 24).resize((256, 192), Image.Resampling.BICUBIC))
+    for number in range(3):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        picture = Image.fromarray(np.roll(pixels, 50 * number, 1))
+        picture.save(tmp_path / "photos" / f"{number}.jpg", quality=95)
+    photos = open_images(str(tmp_path / "photos"))
+    data = DataConfig(crop="random", flip=True)
+    options = {"image_size": 12, "student_size": 3, "teacher_size": 8, "num_steps": 3}
+    small = stream(photos, data, **options)
+    whole_ones = stream(photos, replace(data, reduced_jpeg=False), **options)
+    for first, second in zip(small, whole_ones, strict=True):
+        assert torch.equal(first.index, second.index)
+        for name in ("image", "teacher_view"):
+            difference = 127.5 * (getattr(first, name) - getattr(second, name)).abs()
+            assert 0 < difference.mean() < 1
+    (evaluated,) = whole(photos, image_size=12)
+    exact = [np.asarray(crop_square(photos.read(number), 12)) for number in range(3)]
+    assert np.array_equal(to_uint8(evaluated.image).permute(0, 2, 3, 1).numpy(), np.stack(exact))
+
+
+def test_workers_send_bytes(dataset):
+    fetcher = batches._TrainFetcher(dataset, DataConfig(), 8, 6, 5, 0, None)
+    found = fetcher[[(0, 0), (1, 1)]].batch
+    for name in ("image", "student_view", "teacher_view"):
+        assert getattr(found, name).dtype == torch.uint8
+    assert found.to_batch(torch.device("cpu")).image.is_contiguous()
 
 
 def test_a_batch_has_the_asked_for_shapes_types_and_range(dataset):

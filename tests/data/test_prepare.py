@@ -14,6 +14,7 @@ from mergevq.data.prepare import (
     FORMATS,
     crop_square,
     decode,
+    decode_reduced,
     load_picture,
     load_square,
     most_bytes,
@@ -265,3 +266,57 @@ def test_evaluation_shows_each_image_once_in_order_with_its_centre(dataset):
     assert batches[1].teacher_view is None
     assert torch.equal(batches[1].image[2], load_square(dataset.read(6), 8))
     assert batches[1].label.tolist() == [dataset.label(index) for index in (4, 5, 6)]
+
+
+# ------------------------------------------------------------------- photographs decoded smaller
+
+
+def photograph(width, height):
+    """Smooth shapes, edges and some noise, as a JPEG file."""
+    generator = np.random.default_rng(0)
+    coarse = generator.integers(0, 256, (height // 64, width // 64, 3), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+    noisy = smooth + generator.normal(0, 5, smooth.shape)
+    return encoded(Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), "JPEG", quality=90)
+
+
+@pytest.mark.parametrize(
+    ("size", "least_side", "factor"),
+    [
+        ((512, 384), 48, 8),
+        ((512, 384), 49, 4),
+        ((512, 384), 192, 2),
+        ((512, 384), 193, 1),
+        ((516, 384), 48, 4),
+        ((513, 384), 48, 1),
+        ((512, 384), None, 1),
+    ],
+)
+def test_a_jpeg_is_decoded_as_small_as_the_side_that_must_be_left(size, least_side, factor):
+    image, found = decode_reduced(photograph(*size), least_side)
+    assert found == factor
+    assert (found * image.width, found * image.height) == size
+
+
+def test_strips_and_other_formats_are_decoded_whole():
+    assert decode_reduced(photograph(1152, 64), 2).factor == 1
+    picture = encoded(Image.new("RGB", (512, 512)))
+    assert decode_reduced(picture, 8).image.size == (512, 512)
+
+
+def test_what_is_cropped_from_a_smaller_picture_lies_at_the_same_place_and_looks_alike():
+    data = photograph(1024, 768)
+    whole, (small, factor) = decode(data), decode_reduced(data, 3 * 48)
+    assert factor == 4
+    for seed in range(4):
+        first, second = (torch.Generator().manual_seed(seed) for _ in range(2))
+        expected, found = crop_square(whole, 48, first), crop_square(small, 48, second)
+        differences = np.abs(np.asarray(expected).astype(int) - np.asarray(found).astype(int))
+        assert differences.mean() < 0.5
+        assert differences.max() <= 4
+        # A student's view at twice the resolution of its smallest rectangle, too.
+        expected = random_resized_crop(whole, 24, first)
+        found = random_resized_crop(small, 24, second, factor=factor)
+        differences = np.abs(np.asarray(expected).astype(int) - np.asarray(found).astype(int))
+        assert differences.mean() < 1
+        assert torch.equal(first.get_state(), second.get_state())
