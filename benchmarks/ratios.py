@@ -21,12 +21,16 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ratios_evaluation, ratios_images
+from benchmarks import ratios_data, ratios_evaluation, ratios_images
 from benchmarks.entry import Entry, Ratio, measure
 from mergevq.runtime.environment import keep_freed_memory
 
 KEPT = Path(__file__).resolve().parents[1] / "docs" / "results" / "ratios.json"
-ENTRIES: tuple[Entry, ...] = (*ratios_images.ENTRIES, *ratios_evaluation.ENTRIES)
+ENTRIES: tuple[Entry, ...] = (
+    *ratios_images.ENTRIES,
+    *ratios_evaluation.ENTRIES,
+    *ratios_data.ENTRIES,
+)
 SMALLEST_SHARE = 0.8
 """Share of a kept median that a ratio must still have."""
 NUM_TURNS = 5
@@ -120,9 +124,9 @@ def main(argv: list[str]) -> int:
     for entry in entries:
         ratios[entry.name] = measure(entry, options.turns)
         print(f"{entry.name}: {ratios[entry.name].median:.2f}", file=sys.stderr, flush=True)
+        if options.write:
+            write({entry.name: ratios[entry.name]})
     print(f"{machine()}; {options.turns} turns\n\n{table(ratios)}")
-    if options.write:
-        write(ratios)
     return check(entries, ratios) if options.check else 0
 
 

@@ -167,3 +167,9 @@ class ProbeRun:
             f"data.crop ({self.data.crop}) must be center and data.flip ({self.data.flip}) False: "
             "a probe sees centre squares, and fine-tuning has method.augmentation",
         )
+        require(
+            self.data.cache == "none" and self.data.reduced_jpeg,
+            f"data.cache ({self.data.cache}) must be none and data.reduced_jpeg "
+            f"({self.data.reduced_jpeg}) True, as they are without being named: both are for "
+            "training a tokenizer, and a probe decodes whole pictures each time",
+        )

@@ -52,9 +52,12 @@ def test_impossible_settings_are_errors_that_name_them(kind, values, message):
         kind(**values)
 
 
-@pytest.mark.parametrize("setting", [{"crop": "random"}, {"flip": True}])
+@pytest.mark.parametrize(
+    "setting",
+    [{"crop": "random"}, {"flip": True}, {"cache": "memory"}, {"reduced_jpeg": False}],
+)
 def test_a_probe_refuses_what_it_would_not_do_to_images(setting):
-    with pytest.raises(ValueError, match=r"a probe sees centre squares"):
+    with pytest.raises(ValueError, match=r"a probe (sees centre squares|decodes whole pictures)"):
         ProbeRun(model="m", out="o", method=KnnConfig(), data=DataConfig(**setting))
 
 

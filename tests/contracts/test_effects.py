@@ -441,9 +441,9 @@ NO_EFFECT = {
     **{(kind, "device"): _DEVICE for kind in ("linear", "knn", "finetune", "generation")},
     **{(kind, each.out): _PLACE for kind, each in KINDS.items()},
     **{
-        (kind, f"data.{name}"): "is refused: probes see centre squares"
+        (kind, f"data.{name}"): "is refused: probes see centre squares of whole pictures"
         for kind in ("linear", "knn", "finetune")
-        for name in ("crop", "flip")
+        for name in ("crop", "flip", "cache", "reduced_jpeg")
     },
     **{(kind, "features.batch_size"): _AT_ONCE for kind in ("linear", "knn", "finetune")},
     **{(kind, "subject.batch_size"): _AT_ONCE for kind in ("reconstruction", "robustness")},

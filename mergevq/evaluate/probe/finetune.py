@@ -370,7 +370,8 @@ def _batches(
     """Augmented images and their classes."""
     size = model.tokenizer.config.image_size
     moved = config.augmentation == "crop"
-    data = DataConfig(crop="random" if moved else "center", flip=moved)
+    crop = "random" if moved else "center"
+    data = DataConfig(crop=crop, flip=moved, reduced_jpeg=False)
     for batch in train_batches(
         train,
         data,

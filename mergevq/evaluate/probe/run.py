@@ -250,7 +250,7 @@ def _crops(
         return []
     batches = train_batches(
         images,
-        DataConfig(),
+        DataConfig(reduced_jpeg=False),
         image_size=size,
         batch_size=features.batch_size,
         num_steps=math.ceil(num_seen / features.batch_size),
