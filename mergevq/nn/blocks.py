@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mergevq.nn.attention import attend
+from mergevq.nn.norm import LayerNorm
 from mergevq.nn.positions import to_grid, to_tokens
 
 NORM_EPS = 1e-6
@@ -135,10 +136,10 @@ class GridBlock(nn.Module):
     ) -> None:
         """Make the layers; `dim` must be a multiple of `num_heads`."""
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm1 = LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads)
         self.ls1 = LayerScale(dim, layer_scale)
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm2 = LayerNorm(dim, eps=norm_eps)
         self.mlp = MixMlp(dim)
         self.ls2 = LayerScale(dim, layer_scale)
 
@@ -156,9 +157,9 @@ class ContextBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         """Make the layers; `dim` must be a multiple of `num_heads`."""
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm1 = LayerNorm(dim, eps=NORM_EPS)
         self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm2 = LayerNorm(dim, eps=NORM_EPS)
         self.mlp = Mlp(dim)
 
     def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
@@ -173,7 +174,7 @@ class QueryBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         """Make the layers; `dim` must be a multiple of `num_heads`."""
         super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm = LayerNorm(dim, eps=NORM_EPS)
         self.cross = CrossAttention(dim, num_heads)
         self.block = ContextBlock(dim, num_heads)
 

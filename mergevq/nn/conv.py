@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mergevq.nn.blocks import NORM_EPS
+from mergevq.nn.norm import GroupNorm, channels_last_norm, is_slow
 
 
 class ResBlock(nn.Module):
@@ -19,9 +20,9 @@ class ResBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, num_groups: int) -> None:
         """Convolutions have no bias; the shortcut is 1x1 when the width changes."""
         super().__init__()
-        self.norm1 = nn.GroupNorm(num_groups, in_channels, eps=NORM_EPS)
+        self.norm1 = GroupNorm(num_groups, in_channels, eps=NORM_EPS)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
-        self.norm2 = nn.GroupNorm(num_groups, out_channels, eps=NORM_EPS)
+        self.norm2 = GroupNorm(num_groups, out_channels, eps=NORM_EPS)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.shortcut = (
             nn.Identity()
@@ -58,7 +59,7 @@ class AdaptiveGroupNorm(nn.Module):
         Without codes (`style_dim` None) both are learned numbers, as in any group norm.
         """
         super().__init__()
-        self.norm = nn.GroupNorm(num_groups, channels, eps=NORM_EPS, affine=style_dim is None)
+        self.norm = GroupNorm(num_groups, channels, eps=NORM_EPS, affine=style_dim is None)
         self.gain = None if style_dim is None else nn.Linear(style_dim, channels)
         self.shift = None if style_dim is None else nn.Linear(style_dim, channels)
 
@@ -71,6 +72,7 @@ class AdaptiveGroupNorm(nn.Module):
         # Statistics of signs need more than bf16's 8 bits; one token has no deviation.
         codes = codes.float()
         deviation = (codes.var(1, correction=min(1, codes.shape[1] - 1)) + NORM_EPS).sqrt()
-        gain = self.gain(deviation.to(x.dtype))[..., None, None]
-        shift = self.shift(codes.mean(1).to(x.dtype))[..., None, None]
-        return gain * self.norm(x) + shift
+        gain, shift = self.gain(deviation.to(x.dtype)), self.shift(codes.mean(1).to(x.dtype))
+        if is_slow(x):
+            return channels_last_norm(x, self.norm.num_groups, gain, shift, self.norm.eps)
+        return gain[..., None, None] * self.norm(x) + shift[..., None, None]

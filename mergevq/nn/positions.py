@@ -20,9 +20,10 @@ def to_grid(
 ) -> Float[Tensor, "b c h w"]:
     """Lay raster-ordered tokens on their (height, width) grid."""
     grid = tokens.mT.unflatten(2, grid_shape)
-    # The view is in channels_last, which GPUs like; on CPUs it makes group norm's backward pass
-    # several times slower (docs/log.md).
-    return grid.contiguous() if trains_on_cpu(tokens) else grid
+    # The view is in channels_last, which convolutions in bf16 like; in float32 on CPUs it makes
+    # the backward pass of group norm several times slower (docs/log.md).
+    slow = trains_on_cpu(tokens) and tokens.dtype == torch.float32
+    return grid.contiguous() if slow else grid
 
 
 def to_tokens(grid: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:

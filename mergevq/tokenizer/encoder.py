@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.nn.blocks import NORM_EPS, initialize
+from mergevq.nn.norm import GroupNorm
 from mergevq.nn.positions import sincos_2d, to_tokens
 from mergevq.tokenizer.build import build_reducer, build_stem
 from mergevq.tokenizer.seams import TokenSet
@@ -39,7 +40,7 @@ class Encoder(nn.Module):
         self.stem = build_stem(config.stem)
         self.class_token = nn.Parameter(torch.randn(config.dim) * 1e-6)
         self.reducer = build_reducer(config.reducer, config.dim)
-        self.norm = nn.GroupNorm(config.stem.num_groups, config.dim, eps=NORM_EPS)
+        self.norm = GroupNorm(config.stem.num_groups, config.dim, eps=NORM_EPS)
         self.to_latents = nn.Linear(config.dim, config.quantizer.dim)
         # Drawn after the projection was made, so that a seed gives the weights it always gave.
         initialize(self.reducer)

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from mergevq.config import parts as settings
 from mergevq.nn.conv import ResBlock
+from mergevq.nn.norm import GroupNorm
 from mergevq.nn.positions import sincos, to_grid
 from mergevq.nn.precision import without_autocast
 
@@ -45,7 +46,7 @@ def patch_stem(config: settings.PatchStem) -> nn.Module:
         return PlainStem(config)
     return nn.Sequential(
         nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size),
-        nn.GroupNorm(config.width, config.width, eps=config.norm_eps),
+        GroupNorm(config.width, config.width, eps=config.norm_eps),
     )
 
 

@@ -337,8 +337,10 @@ def build(
             num_layers=fitting_num_layers(run.model.image_size, num_layers=3),
         )
     device = world.device
-    # On CPUs the backward pass of group norm is many times slower in channels_last.
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    dtype = resolve_precision(run.train.precision, device)
+    # In float32 on CPUs the backward pass of group norm is many times slower in channels_last.
+    plain = device.type != "cuda" and dtype is None
+    layout = torch.contiguous_format if plain else torch.channels_last
     for module in (tokenizer, discriminator):
         module.to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
         module.train()
@@ -353,7 +355,6 @@ def build(
     optimizer = build_optimizer([objective], run.optim, run.train.batch_size, ratios)
     discriminator_optimizer = build_optimizer([discriminator], run.optim, run.train.batch_size)
     check_coverage([objective, discriminator], [optimizer, discriminator_optimizer])
-    dtype = resolve_precision(run.train.precision, device)
     spec = tokenizer.quantizer.spec
     window = min(spec.num_values, 2**_USAGE_WINDOW_BITS)
     state = State(

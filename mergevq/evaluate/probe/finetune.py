@@ -31,6 +31,7 @@ from mergevq.data.batches import eval_batches, train_batches
 from mergevq.data.images import ImageDataset
 from mergevq.evaluate.probe.augment import RandAugment, erase
 from mergevq.nn.blocks import NORM_EPS
+from mergevq.nn.norm import LayerNorm
 from mergevq.runtime.device import autocast, resolve_precision
 from mergevq.runtime.logs import Progress
 from mergevq.runtime.optim import (
@@ -82,7 +83,7 @@ class Classifier(nn.Module):
         to_codes = stage in {"latents", "quantized"} and pool != "class"
         config = tokenizer.config
         dim = config.quantizer.dim if to_codes else config.dim
-        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm = LayerNorm(dim, eps=NORM_EPS)
         weight = torch.empty(num_classes, dim)
         nn.init.trunc_normal_(weight, std=0.01, generator=generator)
         self.weight = nn.Parameter(weight)

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from mergevq.config import parts as settings
 from mergevq.nn.blocks import NORM_EPS, GridBlock, initialize
 from mergevq.nn.conv import AdaptiveGroupNorm, ResBlock, Upsample
+from mergevq.nn.norm import GroupNorm
 from mergevq.nn.positions import to_grid, to_tokens
 from mergevq.tokenizer.seams import Given
 
@@ -57,7 +58,7 @@ class CnnDecoder(nn.Module):
                 )
             )
             width = channels
-        self.norm_out = nn.GroupNorm(groups, width, eps=NORM_EPS)
+        self.norm_out = GroupNorm(groups, width, eps=NORM_EPS)
         self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
         self.checkpointing = False
         """Recompute blocks and levels in the backward pass."""

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mergevq.config import parts as settings
 from mergevq.nn.blocks import NORM_EPS, ContextBlock, initialize
+from mergevq.nn.norm import LayerNorm
 from mergevq.nn.positions import sincos_2d, to_grid, to_tokens
 from mergevq.nn.precision import without_autocast
 from mergevq.tokenizer.seams import Given
@@ -36,7 +37,7 @@ class GridConv(nn.Module):
         """Make the layers; the MLP widens by 4."""
         super().__init__()
         self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm = LayerNorm(dim, eps=NORM_EPS)
         self.fc1 = nn.Linear(dim, 4 * dim)
         self.fc2 = nn.Linear(4 * dim, dim)
 
@@ -103,7 +104,7 @@ class PatchDecoder(nn.Module):
             GridConv(dim) if kind == "c" else ContextBlock(dim, config.num_heads)
             for kind in config.blocks
         )
-        self.norm_out = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm_out = LayerNorm(dim, eps=NORM_EPS)
         # Four quarters of a cell with as many channels each as the cell has numbers.
         self.to_half = nn.Linear(dim, 4 * num_pixels)
         self.conv_out = nn.Conv2d(num_pixels, num_pixels // 4, 3, padding=1)

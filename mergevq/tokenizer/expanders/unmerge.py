@@ -19,6 +19,7 @@ from mergevq.config import parts as settings
 from mergevq.data.layouts import Layout, Source, require_source, unmerge
 from mergevq.nn.blocks import NORM_EPS, ContextBlock, QueryBlock, initialize
 from mergevq.nn.finite import require_finite
+from mergevq.nn.norm import LayerNorm
 from mergevq.nn.positions import sincos, sincos_2d
 from mergevq.tokenizer.losses.terms import source_loss
 from mergevq.tokenizer.seams import Expanded, Given
@@ -85,7 +86,7 @@ class SourcePredictor(nn.Module):
         super().__init__()
         dim = config.dim
         self.from_codes = nn.Linear(code_dim, dim)
-        self.norm_codes = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm_codes = LayerNorm(dim, eps=NORM_EPS)
         self.query = nn.Parameter(torch.zeros(dim))
         self.context_blocks = nn.ModuleList(
             ContextBlock(dim, config.num_heads) for _ in range(config.num_layers)
@@ -93,7 +94,7 @@ class SourcePredictor(nn.Module):
         self.blocks = nn.ModuleList(
             QueryBlock(dim, config.num_heads) for _ in range(config.num_layers)
         )
-        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm = LayerNorm(dim, eps=NORM_EPS)
         self.to_query = nn.Linear(dim, dim)
         # A bias would add the same to all logits of a cell.
         self.to_key = nn.Linear(dim, dim, bias=False)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mergevq.config.objective import LossConfig
+from mergevq.nn.norm import GroupNorm
 from mergevq.runtime import distributed
 
 INIT_STD = 0.02
@@ -52,7 +53,7 @@ class Discriminator(nn.Module):
             stride = 2 if i < num_layers else 1
             layers += [
                 nn.Conv2d(in_channels, out_channels, 4, stride, 1, bias=False),
-                nn.GroupNorm(min(32, channels), out_channels),
+                GroupNorm(min(32, channels), out_channels),
                 nn.LeakyReLU(0.2),
             ]
             in_channels = out_channels

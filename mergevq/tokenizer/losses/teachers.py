@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mergevq.config.objective import TeacherConfig
+from mergevq.nn.norm import LayerNorm
 from mergevq.runtime import distributed
 from mergevq.tokenizer.losses.frozen import DINOV2, HuggingFaceTeacher
 
@@ -131,10 +132,8 @@ class AlignmentHead(nn.Module):
         super().__init__()
         self.out_dim = out_dim
         hidden = HEAD_RATIO * dim
-        if num_layers == 3:
-            middle = [nn.Linear(hidden, hidden), nn.GELU()]
-        else:
-            middle = [nn.LayerNorm(hidden)]
+        is_long = num_layers == 3
+        middle = [nn.Linear(hidden, hidden), nn.GELU()] if is_long else [LayerNorm(hidden)]
         self.layers = nn.Sequential(
             nn.Linear(dim, hidden), nn.GELU(), *middle, nn.Linear(hidden, out_dim)
         )

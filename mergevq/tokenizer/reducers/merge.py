@@ -18,6 +18,7 @@ from mergevq.config import parts as settings
 from mergevq.config.parts import MergeShape
 from mergevq.data.layouts import Source, canonicalize
 from mergevq.nn.blocks import NORM_EPS, Attention, LayerScale, Mlp
+from mergevq.nn.norm import LayerNorm
 from mergevq.nn.rows import take_rows
 from mergevq.tokenizer.reducers.matching import match, merge_schedule, merge_step
 from mergevq.tokenizer.seams import TokenSet
@@ -41,10 +42,10 @@ class MergeBlock(nn.Module):
     ) -> None:
         """Make the layers; `dim` must be a multiple of `num_heads`."""
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm1 = LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads)
         self.ls1 = LayerScale(dim, layer_scale)
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm2 = LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim)
         self.ls2 = LayerScale(dim, layer_scale)
 
