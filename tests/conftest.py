@@ -15,6 +15,14 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _exact():
+    """Precision `auto` is float32: exact values are compared. Tests of bf16 ask for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "get_capabilities", dict)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _global_seed():
     """Layers initialise from torch's global generator; start each test at the same point."""

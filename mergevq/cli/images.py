@@ -15,7 +15,7 @@ import tyro
 
 from mergevq.cli.options import MAY_BE_EMPTY, Counts, Sampling, whole_numbers
 from mergevq.cli.tables import logit_error_line
-from mergevq.config.base import MAX_PIXELS, Device, SizePolicy
+from mergevq.config.base import MAX_PIXELS, Device, Precision, SizePolicy
 from mergevq.config.parts import bits_of
 from mergevq.runtime.environment import let_products_repeat, prepare_to_compute
 
@@ -36,6 +36,7 @@ def reconstruct(
     out: Path = Path("reconstructions"),
     size_policy: SizePolicy = "error",
     device: Device = "auto",
+    precision: Precision = "auto",
 ) -> None:
     """Show what a tokenizer makes of images, and what that costs.
 
@@ -52,6 +53,7 @@ def reconstruct(
             size as they are, `resize` keeps the aspect ratio and about the trained number of
             pixels, `tile` blends overlapping tiles of the trained size.
         device: where to compute.
+        precision: of the model; auto is bf16 where the device gains from it, else float32.
 
     Raises:
         ValueError: an image could not be done; all others are.
@@ -68,7 +70,7 @@ def reconstruct(
     )
     from mergevq.tokenizer.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.from_pretrained(model).to(resolve_device(device))
+    tokenizer = Tokenizer.from_pretrained(model, precision=precision, device=resolve_device(device))
     out.mkdir(parents=True, exist_ok=True)
     failed: list[ValueError] = []
     for path, output in zip(images, outputs, strict=True):
@@ -110,6 +112,7 @@ def encode(  # noqa: PLR0913 - each is an option
     max_pixels: int = MAX_PIXELS,
     batch_size: int = 64,
     device: Device = "auto",
+    precision: Precision = "auto",
     num_workers: int = 2,
 ) -> None:
     """Write the tokens of all images of a data set, for training generators.
@@ -127,6 +130,8 @@ def encode(  # noqa: PLR0913 - each is an option
             unreadable.
         batch_size: images encoded at once, a divisor of the 1024 of a shard.
         device: where to compute.
+        precision: of the encoder; auto is bf16 where the device gains from it, else float32. A
+            folder has one, which its record names: an index may differ where a latent is near 0.
         num_workers: loader processes; 0 loads in this one.
     """
     prepare_to_compute()
@@ -142,6 +147,7 @@ def encode(  # noqa: PLR0913 - each is an option
         max_pixels=max_pixels,
         batch_size=batch_size,
         device=device,
+        precision=precision,
         num_workers=num_workers,
     )
     record = written.record
@@ -149,7 +155,7 @@ def encode(  # noqa: PLR0913 - each is an option
     broken = f"; {len(written.broken)} cannot be read" if written.broken else ""
     print(
         f"{out}: {kept} tokens of {record.bits:g} bits for each of {len(written)} rows, from "
-        f"{record.num_images} images{broken}"
+        f"{record.num_images} images{broken}; encoded in {record.precision}"
     )
 
 

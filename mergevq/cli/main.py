@@ -27,7 +27,7 @@ from mergevq.cli.images import convert, encode, reconstruct, sample
 from mergevq.cli.parts import parts
 from mergevq.cli.tables import summary
 from mergevq.cli.train import recipes, train
-from mergevq.config.base import MAX_PIXELS, Device, nearest
+from mergevq.config.base import MAX_PIXELS, Device, Precision, nearest
 from mergevq.config.kinds import with_kinds
 from mergevq.config.recipes import RECIPES
 from mergevq.runtime.environment import installed_version, let_products_repeat, prepare_to_compute
@@ -138,6 +138,7 @@ def demo(
     max_pixels: int = MAX_PIXELS,
     port: int = 7860,
     device: Device = "auto",
+    precision: Precision = "auto",
 ) -> None:
     """Serve a web page to try a model on: reconstruct pictures, draw samples, find neighbours.
 
@@ -150,6 +151,7 @@ def demo(
         max_pixels: largest of these images that is read, as width times height.
         port: of this machine, where the page is; nobody else can reach it.
         device: where to compute.
+        precision: of the tokenizer; auto is bf16 where the device gains from it, else float32.
     """
     prepare_to_compute()
     from mergevq.demo.app import serve
@@ -157,7 +159,13 @@ def demo(
     # Ended by either signal, the page takes its pictures with it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with serve(
-        model, generator=generator, data=data, max_pixels=max_pixels, device=device, port=port
+        model,
+        generator=generator,
+        data=data,
+        max_pixels=max_pixels,
+        device=device,
+        precision=precision,
+        port=port,
     ) as page:
         print(f"page: {page.local_url} (Ctrl-C ends it)")
         page.block_thread()

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, TypeVar
 
 import tyro
 
-from mergevq.config.base import Device
+from mergevq.config.base import Device, Precision
 from mergevq.config.generator import (
     GuidanceSchedule,
     OneByOne,
@@ -80,6 +80,9 @@ class SamplingOptions:
     """bf16 and int8 are faster, and change what is sampled a little."""
     device: Device = "auto"
     """where to compute."""
+    precision: Precision = "auto"
+    """precision of the tokenizer that decodes; auto is bf16 where the device gains from it, else
+    float32."""
 
     def run(self, *, num_images: int, batch_size: int) -> SampleRun:
         """The run that these options ask for.
@@ -89,6 +92,10 @@ class SamplingOptions:
         """
         if not self.generator:
             raise ValueError("--generator is missing: the directory of the generator")
+        from mergevq.runtime.device import precision_name, resolve_device, resolve_precision
+
+        # By its name, so that the same images can be made again elsewhere.
+        dtype = resolve_precision(self.precision, resolve_device(self.device))
         tokenizer = self.tokenizer
         if not tokenizer:
             from mergevq.generator.generation import known_tokenizer
@@ -103,6 +110,7 @@ class SamplingOptions:
             batch_size=batch_size,
             weights=self.weights,
             device=self.device,
+            precision=precision_name(dtype),
             settings=SamplingSettings(
                 guidance_scale=self.guidance,
                 guidance_schedule=self.guidance_schedule,

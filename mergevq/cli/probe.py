@@ -47,6 +47,9 @@ class SubjectOptions:
     """seed of every random number."""
     device: Device = "auto"
     """where to compute."""
+    precision: Precision = "auto"
+    """precision of features and of fine-tuning; auto is bf16 where the device gains from it, else
+    float32."""
     num_workers: int = 2
     """loader processes; 0 loads in this one."""
 
@@ -69,6 +72,7 @@ class SubjectOptions:
             max_images=self.max_images,
             seed=self.seed,
             device=self.device,
+            precision=self.precision,
         )
 
 
@@ -195,7 +199,6 @@ def finetune(  # noqa: PLR0913 - each is an option
     randaugment: float = FinetuneConfig().randaugment,
     erasing: float = FinetuneConfig().erasing,
     drop_path: float = FinetuneConfig().drop_path,
-    precision: Precision = "auto",
     linear_epochs: int = 90,
 ) -> None:
     """Train encoder and classifier on labels end to end, once for each K.
@@ -224,7 +227,6 @@ def finetune(  # noqa: PLR0913 - each is an option
         erasing: share of the images of which a rectangle becomes noise; 0 is off.
         drop_path: probability that the last block is skipped in training; it falls to 0 at the
             first.
-        precision: of training.
         linear_epochs: passes of the linear probes beside it.
     """
     method = FinetuneConfig(
@@ -243,7 +245,7 @@ def finetune(  # noqa: PLR0913 - each is an option
         randaugment=randaugment,
         erasing=erasing,
         drop_path=drop_path,
-        precision=precision,
+        precision=subject.precision,
         linear=LinearConfig(num_epochs=linear_epochs),
     )
     _run(subject.run(method, FeatureConfig(num_kept=_counts(subject.num_kept)), out))

@@ -48,8 +48,9 @@ class Subject:
     """Images at once, over all ranks."""
     device: Device = "auto"
     """Where to compute."""
-    precision: Precision = "float32"
-    """Precision of the model; metrics are always float32 or better."""
+    precision: Precision = "auto"
+    """Precision of the model; metrics are always float32 or better. auto is bf16 where the device
+    gains from it."""
     num_workers: int = 2
     """Loading processes; 0 loads in this one."""
     protocol: Protocol = "own"

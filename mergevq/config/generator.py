@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, NamedTuple
 
-from mergevq.config.base import Device, require
+from mergevq.config.base import Device, Precision, require
 from mergevq.config.ranges import check_numbers
 
 GuidanceSchedule = Literal["constant", "linear", "cosine", "power"]
@@ -414,6 +414,8 @@ class SampleRun:
     """Weights of the generator; fewer bits sample faster, and change what is sampled a little."""
     device: Device = "auto"
     """Where to compute."""
+    precision: Precision = "float32"
+    """Precision of the tokenizer that decodes."""
     settings: SamplingSettings = field(default_factory=SamplingSettings)
     """Guidance, temperature and so on."""
     keep_from: str | None = None

@@ -154,6 +154,8 @@ class ProbeRun:
     """Seed of every random number."""
     device: Device = "auto"
     """Where to compute."""
+    precision: Precision = "auto"
+    """Precision of features; probes are in float32, and fine-tuning has its own."""
 
     def __post_init__(self) -> None:
         """Reject a cut that leaves nothing."""

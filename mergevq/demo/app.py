@@ -22,7 +22,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from mergevq.config.base import MAX_PIXELS
+from mergevq.config.base import MAX_PIXELS, Precision
 from mergevq.config.generator import SampleRun, SamplingSettings
 from mergevq.config.parts import bits_of
 from mergevq.data.batches import eval_batches
@@ -199,6 +199,7 @@ def serve(
     device: str,
     port: int,
     max_pixels: int = MAX_PIXELS,
+    precision: Precision = "auto",
 ) -> Iterator[Any]:
     """Serve the page to this machine, and to no other, until the block ends.
 
@@ -212,6 +213,7 @@ def serve(
         device: likewise.
         port: of the page; it must be free.
         max_pixels: as for `build_page`.
+        precision: as for `build_page`.
 
     Yields:
         What gradio calls the page: `local_url` is its address, `block_thread` waits for its end.
@@ -232,6 +234,7 @@ def serve(
             generator=generator,
             data=data,
             device=device,
+            precision=precision,
             folder=Path(folder),
             max_pixels=max_pixels,
         )
@@ -265,6 +268,7 @@ def build_page(
     device: str,
     folder: Path,
     max_pixels: int = MAX_PIXELS,
+    precision: Precision = "auto",
 ) -> Any:  # noqa: ANN401 - of an optional extra
     """The page, not yet served.
 
@@ -277,6 +281,7 @@ def build_page(
         device: where to compute.
         folder: where the pictures lie that it shows.
         max_pixels: largest image of the data that is read, as width times height.
+        precision: of the tokenizer's calls; see `Tokenizer.from_pretrained`.
 
     Raises:
         ValueError: a model or the data are not there.
@@ -289,8 +294,8 @@ def build_page(
     if model is None:
         model, generator = TOY / "tokenizer", generator or TOY / "generator"
         dataset = _toy_dataset() if dataset is None else dataset
-    tokenizer = Tokenizer.from_pretrained(model).to(place).eval()
-    pair = None if generator is None else load_pair(generator, model, place)
+    tokenizer = Tokenizer.from_pretrained(model, precision=precision, device=place)
+    pair = None if generator is None else load_pair(generator, model, place, precision=precision)
     neighbours = None if dataset is None else index(tokenizer, dataset)
     with gradio.Blocks(
         title="MergeVQ", analytics_enabled=False, delete_cache=_DELETE_CACHE

@@ -126,7 +126,7 @@ def examine(run: TokenizerRun) -> Trial:
     """
     directory = RunDirectory(run.out)
     device = resolve_device(run.train.device)
-    tokenizer = Tokenizer.from_pretrained(directory.model).to(device)
+    tokenizer = Tokenizer.from_pretrained(directory.model, precision="float32", device=device)
     dataset = open_train_val(run.data)[1]
     num_kepts = sorted({run.model.num_kept, *run.train.eval_num_kept})
     # Float32 whatever the training was in: the numbers then depend on the model alone.

@@ -95,7 +95,9 @@ def opened(subject: Subject) -> Iterator[Opened]:
     world = distributed.init(resolve_device(subject.device))
     try:
         directory = resolve(subject.model)
-        tokenizer = Tokenizer.from_pretrained(directory).to(world.device)
+        tokenizer = Tokenizer.from_pretrained(
+            directory, precision=subject.precision, device=world.device
+        )
         trained_size = tokenizer.config.image_size
         if subject.image_size not in {None, trained_size}:
             raise ValueError(

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from mergevq.config.base import FORMAT_VERSION
+from mergevq.config.base import FORMAT_VERSION, Precision
 from mergevq.config.generator import SampleRun, SamplingSettings
 from mergevq.data.layouts import Source
 from mergevq.data.prepare import crop_square, load_picture, load_square, to_tensor
@@ -55,7 +55,7 @@ class Pair(NamedTuple):
     generator: AnyGenerator
     """With the weights that sample."""
     tokenizer: Tokenizer
-    """In float32."""
+    """In the precision that it was loaded with."""
     generator_hash: str
     tokenizer_hash: str
     class_names: tuple[str, ...]
@@ -136,8 +136,20 @@ def known_tokenizer(model: str | Path) -> str:
     return path
 
 
-def load_pair(model: str | Path, tokenizer: str | Path, device: torch.device) -> Pair:
-    """Load a generator and its tokenizer in float32.
+def load_pair(
+    model: str | Path,
+    tokenizer: str | Path,
+    device: torch.device,
+    *,
+    precision: Precision = "auto",
+) -> Pair:
+    """Load a generator, with float32 weights, and its tokenizer.
+
+    Args:
+        model: directory of the generator, or owner/name@revision on Hugging Face.
+        tokenizer: the same of the tokenizer of its tokens.
+        device: where to compute.
+        precision: of the tokenizer's calls; see `Tokenizer.from_pretrained`.
 
     Raises:
         ValueError: one of them is not there, or the tokenizer is another one's.
@@ -149,7 +161,7 @@ def load_pair(model: str | Path, tokenizer: str | Path, device: torch.device) ->
     generator = saved_generator(saved).to(device)
     return Pair(
         generator=generator,
-        tokenizer=Tokenizer.from_pretrained(tokenizer).to(device),
+        tokenizer=Tokenizer.from_pretrained(tokenizer, precision=precision, device=device),
         generator_hash=model_hash(model),
         tokenizer_hash=model_hash(tokenizer),
         class_names=class_names(extra, generator.config.num_classes, where=model),
@@ -183,7 +195,7 @@ def load_run(run: SampleRun, device: torch.device) -> tuple[Pair, float | None]:
         ValueError: one of them is not there, or the tokenizer is another one's.
         RuntimeError: weights are broken.
     """
-    pair = load_pair(run.model, run.tokenizer, device)
+    pair = load_pair(run.model, run.tokenizer, device, precision=run.precision)
     exact = pair.generator
     pair = pair._replace(generator=as_weights(exact, run.weights))
     if run.weights == "float32":

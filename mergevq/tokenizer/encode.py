@@ -1,9 +1,11 @@
 """From images to files of tokens: `mergevq encode`.
 
-Every image is encoded in float32, and in batches that end where a shard ends: the same tokens come
-out whoever writes the shard, and whether or not encoding was stopped in between. In float32 an
-image has the same tokens in any batch, but for signs of latents so close to zero that the order of
-a sum decides them; `tokens.json` names the batch size among what such signs depend on.
+Images are encoded in batches that end where a shard ends: the same tokens come out whoever writes
+the shard, and whether or not encoding was stopped in between. A folder has one precision, which its
+record names: in bf16 the sign of a latent near zero may be another than in float32, and with it the
+index. In either an image has the same tokens in any batch, but for signs of latents so close to
+zero that the order of a sum decides them; `tokens.json` names the batch size among what such signs
+depend on.
 
 Shape letters: B batch, S image side, N rows of a shard, L grid tokens, K kept tokens.
 """
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mergevq.config.base import MAX_PIXELS
+from mergevq.config.base import MAX_PIXELS, Precision
 from mergevq.data.batches import Batch, eval_batches
 from mergevq.data.images import ImageDataset, open_images
 from mergevq.data.tokens.dataset import TokenDataset, open_tokens
@@ -26,7 +28,7 @@ from mergevq.data.tokens.files import TokenRecord, TokenRows
 from mergevq.data.tokens.writing import claim, finish, missing_shards, write_shard
 from mergevq.runtime import distributed
 from mergevq.runtime.artefacts import resolve, tokens_hash
-from mergevq.runtime.device import deterministic, resolve_device
+from mergevq.runtime.device import deterministic, precision_name, resolve_device
 from mergevq.runtime.logs import Progress
 from mergevq.runtime.run import environment
 from mergevq.tokenizer.tokenizer import Tokenizer
@@ -44,6 +46,7 @@ def encode(  # noqa: PLR0913 - each is an option of the command
     max_pixels: int = MAX_PIXELS,
     batch_size: int = 64,
     device: str = "auto",
+    precision: Precision = "auto",
     num_workers: int = 2,
 ) -> TokenDataset:
     """Write the tokens of all images of a data set; on every rank, under `torchrun`.
@@ -58,6 +61,7 @@ def encode(  # noqa: PLR0913 - each is an option of the command
             unreadable.
         batch_size: images encoded at once, a divisor of the images of a shard.
         device: where to encode.
+        precision: of the encoder; see `Tokenizer.from_pretrained`.
         num_workers: loading processes; 0 loads in this one.
 
     Raises:
@@ -67,7 +71,7 @@ def encode(  # noqa: PLR0913 - each is an option of the command
     world = distributed.init(resolve_device(device))
     try:
         directory = resolve(model)
-        tokenizer = Tokenizer.from_pretrained(directory).to(world.device)
+        tokenizer = Tokenizer.from_pretrained(directory, precision=precision, device=world.device)
         images = open_images(data, max_pixels=max_pixels)
         record = token_record(
             tokenizer, tokens_hash(directory), images, data=data, num_kept=num_kept, flip=flip
@@ -119,6 +123,7 @@ def token_record(
         class_names=identity.class_names,
         flip=flip,
         max_pixels=images.max_pixels,
+        precision=precision_name(tokenizer.computes_in()),
     )
 
 
@@ -135,7 +140,7 @@ def encode_images(
     """Write the tokens of images that are open, sharing them out among the ranks.
 
     Args:
-        tokenizer: in float32, in evaluation mode, on the device of `world`.
+        tokenizer: in evaluation mode, on the device of `world`.
         images: what to encode.
         out: folder of tokens; one that was begun is gone on with.
         record: see `token_record`.

@@ -14,6 +14,7 @@ Shape letters: B batch, L grid tokens, K kept tokens, C channels, D bits, H and 
 import math
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,11 +22,12 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from mergevq.config.base import Pool, RecoverySource, Stage, check_choice
+from mergevq.config.base import Pool, Precision, RecoverySource, Stage, check_choice
 from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.data.layouts import Layout, Source, require_source, unmerge
 from mergevq.nn.finite import require_finite
 from mergevq.runtime.artefacts import build_for, load_model, resolve, save_model
+from mergevq.runtime.device import autocast, lay_out, resolve_precision
 from mergevq.runtime.settings import from_json
 from mergevq.tokenizer.build import (
     build_decoder,
@@ -109,6 +111,9 @@ class Tokenizer(nn.Module):
         """Build with random weights; `from_pretrained` loads trained ones."""
         super().__init__()
         self.config = config
+        self.precision: Precision = "float32"
+        """Precision of `encode`, `decode`, `recover` and features, whose results are in the type of
+        the weights all the same; float32 adds nothing to an autocast around the call."""
         self.encoder = Encoder(config)
         self.quantizer = build_quantizer(config.quantizer)
         dim, style_dim = config.expander.given_dims(config.quantizer.dim)
@@ -117,18 +122,35 @@ class Tokenizer(nn.Module):
         self.expander = build_expander(config)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> "Tokenizer":
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        precision: Precision = "auto",
+        device: torch.device | str = "cpu",
+    ) -> "Tokenizer":
         """Load from a directory that `save_pretrained` or training wrote, or from the hub.
 
         A directory never touches the network; on the hub, a model is `owner/name@revision`.
         The tokenizer comes back in evaluation mode.
 
+        Args:
+            path: the directory, or the name on the hub.
+            precision: of the calls. `auto` is bf16 where the device gains from it: a sign of a
+                latent near 0 may then differ from float32's, and with it an index.
+            device: where to compute.
+
         Raises:
-            ValueError: the artefact is of another kind or format, or its weights do not fit.
+            ValueError: the artefact is of another kind or format, its weights do not fit, or there
+                is no such precision.
         """
+        dtype = resolve_precision(precision, torch.device(device))
         saved = load_model(resolve(path), kind="tokenizer")
         config = from_json(TokenizerConfig, saved.record["config"])
-        return cls.from_weights(config, saved.state).eval()
+        tokenizer = cls.from_weights(config, saved.state).eval()
+        tokenizer.precision = precision
+        lay_out(tokenizer, torch.device(device), dtype)
+        return tokenizer
 
     @classmethod
     def from_weights(cls, config: TokenizerConfig, state: Mapping[str, Tensor]) -> "Tokenizer":
@@ -181,7 +203,8 @@ class Tokenizer(nn.Module):
         """
         self._check_image(image)
         self.grid_shape(image)
-        return self.encoder.embed(image)
+        with self._computing():
+            return self.encoder.embed(image)
 
     def encode(
         self, image: Float[Tensor, "b 3 h w"] | Embedded, num_kept: int | None = None
@@ -198,16 +221,18 @@ class Tokenizer(nn.Module):
             ValueError: wrong type, range, size or K.
             RuntimeError: a latent is not finite, of which every sign would be a code.
         """
-        if isinstance(image, Embedded):
-            grid_shape = image.grid_shape
-            out = self.encoder.reduce(image, self._resolve_num_kept(grid_shape, num_kept))
-        else:
-            self._check_image(image)
-            grid_shape = self.grid_shape(image)
-            out = self.encoder(image, self._resolve_num_kept(grid_shape, num_kept))
-        encoded = self._tokens(out, grid_shape)
+        if not isinstance(image, Embedded):
+            image = self.embed(image)
+        num_kept = self._resolve_num_kept(image.grid_shape, num_kept)
+        with self._computing():
+            out = self.encoder.reduce(image, num_kept)
+            encoded = self._tokens(out, image.grid_shape)
         require_finite("latents", encoded.latents)
-        return encoded
+        return encoded._replace(
+            codes=self._finished(encoded.codes),
+            class_token=self._finished(encoded.class_token),
+            latents=self._finished(encoded.latents),
+        )
 
     def decode(
         self,
@@ -242,7 +267,9 @@ class Tokenizer(nn.Module):
             )
         if not tokens.is_floating_point():
             tokens = self.codes_of(tokens)
-        return self.decoder(self.expander(tokens, layout, grid_shape))
+        with self._computing():
+            image = self.decoder(self.expander(tokens, layout, grid_shape))
+        return self._finished(image)
 
     def codes_of(self, indices: Int64[Tensor, "*b"]) -> Float[Tensor, "*b d"]:
         """Codes of tokens, in the dtype of the decoder's weights.
@@ -266,7 +293,8 @@ class Tokenizer(nn.Module):
         if not tokens.is_floating_point():
             tokens = self.codes_of(tokens)
         shape = grid_shape or (self.config.grid_size, self.config.grid_size)
-        return require_source(self.expander.infer(tokens, shape, anchors), "recovery")
+        with self._computing():
+            return require_source(self.expander.infer(tokens, shape, anchors), "recovery")
 
     def reconstruct(
         self,
@@ -342,7 +370,11 @@ class Tokenizer(nn.Module):
         grid_shape = self.grid_shape(image)
         merges = num_kept != math.prod(grid_shape)
         count = self._resolve_num_kept(grid_shape, num_kept) if merges else math.prod(grid_shape)
-        return self.encoder(image, count, num_layers)
+        with self._computing():
+            out = self.encoder(image, count, num_layers)
+        return out._replace(
+            tokens=self._finished(out.tokens), class_token=self._finished(out.class_token)
+        )
 
     def pool(self, out: TokenSet, stage: Stage, pool: Pool) -> Float[Tensor, "b *n c"]:
         """Features of the encoder's tokens; see `features`.
@@ -432,6 +464,20 @@ class Tokenizer(nn.Module):
     def _in_proportion(self, num_tokens: int, proportion: float) -> int:
         """K for a grid, rounded to one that the encoder gives."""
         return self.config.reducer.nearest_kept(num_tokens, round(num_tokens * proportion))
+
+    def computes_in(self) -> torch.dtype | None:
+        """The dtype that calls are autocast to where the weights are; None is their own."""
+        device = self.encoder.class_token.device
+        return None if device.type == "meta" else resolve_precision(self.precision, device)
+
+    def _computing(self) -> AbstractContextManager[object]:
+        """Context of a call's precision."""
+        dtype = self.computes_in()
+        return nullcontext() if dtype is None else autocast(self.encoder.class_token.device, dtype)
+
+    def _finished(self, result: Tensor) -> Tensor:
+        """A result in the type of the weights, where the call chose its own."""
+        return result if self.computes_in() is None else result.to(self._dtype)
 
     @property
     def _dtype(self) -> torch.dtype:

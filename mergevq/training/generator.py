@@ -75,7 +75,7 @@ def _train(run: GeneratorRun, world: distributed.World, *, resume: bool, brief: 
     dataset = open_tokens(run.tokens.path)
     train_set, val_set = split(dataset, run.tokens.val_fraction)
     learner = build(run, world, dataset.record)
-    tokenizer = Tokenizer.from_pretrained(resolve(run.tokens.tokenizer)).to(world.device)
+    tokenizer = Tokenizer.from_pretrained(resolve(run.tokens.tokenizer), device=world.device)
     task = GeneratorTask(
         learner=learner,
         train_set=train_set,
@@ -152,7 +152,10 @@ class GeneratorTask:
     def introduction(self, *, resumed: bool) -> list[str]:  # noqa: ARG002 - of the protocol
         """Content of a step."""
         run, world = self.learner.run, self.learner.world
-        return [describe_batch(run.train, run.optim, world, unit="sequences")]
+        return [
+            describe_batch(run.train, run.optim, world, unit="sequences"),
+            f"tokens encoded in {self.train_set.record.precision}",
+        ]
 
     def interval_numbers(self) -> dict[str, int | float]:
         """None beside those of every step."""

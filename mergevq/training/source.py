@@ -91,7 +91,7 @@ def finetune_source(run: SourceRun) -> Finetuned:
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; choose another directory with --out, or delete it")
     device = resolve_device(run.device)
-    pair = load_pair(run.generator, run.tokenizer, device)
+    pair = load_pair(run.generator, run.tokenizer, device, precision="float32")
     dataset = open_tokens(run.tokens)
     require_tokenizer(dataset.record, tokens_hash(resolve(run.tokenizer)))
     if pair.class_names:

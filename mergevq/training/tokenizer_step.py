@@ -18,7 +18,7 @@ from mergevq.data.batches import Batch
 from mergevq.metrics.codes import CodebookUsage, CollapseMonitor
 from mergevq.metrics.lpips import Perceptual, load_perceptual, missing_weights
 from mergevq.runtime import distributed
-from mergevq.runtime.device import autocast, resolve_precision, send
+from mergevq.runtime.device import autocast, lay_out, resolve_precision, send
 from mergevq.runtime.optim import (
     Budget,
     Ema,
@@ -338,11 +338,8 @@ def build(
         )
     device = world.device
     dtype = resolve_precision(run.train.precision, device)
-    # In float32 on CPUs the backward pass of group norm is many times slower in channels_last.
-    plain = device.type != "cuda" and dtype is None
-    layout = torch.contiguous_format if plain else torch.channels_last
     for module in (tokenizer, discriminator):
-        module.to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+        lay_out(module, device, dtype)
         module.train()
     tokenizer.set_checkpointing(enabled=run.train.checkpointing)
     teacher_encoder = None

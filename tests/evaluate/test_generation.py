@@ -286,6 +286,7 @@ def test_two_processes_sample_and_measure_what_one_does(tmp_path, sampled_folder
         str(sampled_folder / "generation.npz"),
     ]
     options = ["--num-images", "6", "--batch-size", "2", "--guidance", "2", "--device", "cpu"]
+    options += ["--precision", "float32"]
     command = ["evaluate", "generation", *models, *networks, *options, "--out"]
     assert main([*command, str(tmp_path / "one")]) == 0
     run_on_two_ranks([*command, str(tmp_path / "two")])

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from mergevq.runtime.device import autocast, resolve_device, resolve_precision
+from mergevq.runtime.device import (
+    autocast,
+    lay_out,
+    layout_for,
+    precision_name,
+    resolve_device,
+    resolve_precision,
+)
 
 CPU = torch.device("cpu")
 
@@ -72,3 +79,32 @@ def test_no_dtype_means_float32_even_inside_another_autocast():
     with autocast(CPU, torch.bfloat16), autocast(CPU, None):
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert product.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "layout"),
+    [
+        ("cpu", None, torch.contiguous_format),
+        ("cpu", torch.bfloat16, torch.channels_last),
+        ("cuda", None, torch.channels_last),
+        ("cuda", torch.bfloat16, torch.channels_last),
+        ("mps", None, torch.contiguous_format),
+    ],
+)
+def test_the_layout_is_that_which_gains(device, dtype, layout):
+    assert layout_for(torch.device(device), dtype) == layout
+
+
+def test_a_module_is_laid_out_without_a_change_of_its_weights():
+    conv = torch.nn.Conv2d(3, 4, 3)
+    weight = conv.weight.detach().clone()
+    lay_out(conv, CPU, torch.bfloat16)
+    assert conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(conv.weight, weight)
+    lay_out(conv, CPU, None)
+    assert conv.weight.is_contiguous()
+
+
+def test_every_dtype_has_a_name_that_gives_it_again():
+    for name in ("bf16", "float16", "float32"):
+        assert precision_name(resolve_precision(name, CPU)) == name

@@ -222,7 +222,8 @@ def test_two_processes_write_what_one_writes(tmp_path):
     write_tokenizer(tmp_path / "model")
     command = ["encode", "--model", str(tmp_path / "model"), "--data", "digits"]
     command += ["--num-kept", "8,12"]
-    command += ["--batch-size", "1024", "--num-workers", "0", "--device", "cpu", "--out"]
+    command += ["--batch-size", "1024", "--num-workers", "0", "--device", "cpu"]
+    command += ["--precision", "float32", "--out"]
     assert main([*command, str(tmp_path / "one")]) == 0
     run_on_two_ranks([*command, str(tmp_path / "two")])
     assert shards(tmp_path / "one") == shards(tmp_path / "two")
@@ -371,9 +372,28 @@ def test_the_command_says_what_it_wrote(tmp_path, folders, capsys):
     command = ["encode", "--model", str(model), "--data", str(data), "--out", str(out)]
     options = ["--num-kept", "20,9", "--flip", "--num-workers", "0", "--device", "cpu"]
     assert main([*command, *options]) == 0
-    said = "9 and 20 tokens of 12 bits for each of 10 rows, from 5 images"
+    said = "9 and 20 tokens of 12 bits for each of 10 rows, from 5 images; encoded in float32"
     assert capsys.readouterr().out == f"{out}: {said}\n"
     assert open_tokens(out).record.flip
     (data / "cat/0.png").unlink()
     assert main([*command, *options]) == 1
     assert "num_images: 5 there, 4 asked for" in capsys.readouterr().err
+
+
+def test_a_folder_of_tokens_has_one_precision_which_its_record_names(tmp_path, capsys):
+    write_tokenizer(tmp_path / "model")
+    arguments = (tmp_path / "model", "digits", tmp_path / "tokens")
+    options = {"num_kept": (8,), "batch_size": 1024, "num_workers": 0, "device": "cpu"}
+    # The tests' `auto` is float32, whatever the processor has.
+    assert encode(*arguments, **options).record.precision == "float32"
+    with pytest.raises(ValueError, match=r"go on with --precision float32:\n.*bf16 asked for"):
+        encode(*arguments, **options, precision="bf16")
+    # Folders of before say nothing of it, and are of float32.
+    path = tmp_path / "tokens/tokens.json"
+    state = json.loads(path.read_text())
+    del state["record"]["precision"]
+    path.write_text(json.dumps(state))
+    assert open_tokens(tmp_path / "tokens").record.precision == "float32"
+    encode(*arguments, **options)
+    with pytest.raises(ValueError, match="precision: float32 there, bf16 asked for"):
+        encode(*arguments, **options, precision="bf16")

@@ -712,3 +712,63 @@ def test_a_source_is_not_recovered_from_logits_that_are_not_finite():
     for anchors in (None, torch.arange(20).expand(2, -1)):
         with pytest.raises(RuntimeError, match="source predictor's logits are not finite"):
             model.recover(encoded.codes, anchors=anchors)
+
+
+# ---------------------------------------------------------------------------------- precision
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("precision") / "model"
+    torch.manual_seed(0)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_loaded_tokenizer_computes_in_the_precision_asked_for(saved):
+    exact = Tokenizer.from_pretrained(saved, precision="float32")
+    half = Tokenizer.from_pretrained(saved, precision="bf16")
+    image = images()
+    with torch.no_grad():
+        expected = exact.encode(image)
+        found = half.encode(image)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = exact.encode(image)
+            decoded = exact.decode(expected.codes, expected.source)
+    # Channels in another order are summed in another order.
+    torch.testing.assert_close(found.latents, rounded.latents.float(), rtol=0.1, atol=0.1)
+    assert not torch.equal(found.latents, expected.latents)
+    # Results are in the type of the weights, and parts that need no bits keep it.
+    for name in ("codes", "latents", "class_token"):
+        assert getattr(found, name).dtype == torch.float32
+    again = half.decode(expected.codes, expected.source)
+    assert again.dtype == torch.float32
+    torch.testing.assert_close(again, decoded.float(), rtol=0.1, atol=0.1)
+    assert half.features(image).dtype == torch.float32
+
+
+def test_most_signs_are_those_of_float32_and_the_others_are_of_latents_near_zero(saved):
+    exact = Tokenizer.from_pretrained(saved, precision="float32")
+    half = Tokenizer.from_pretrained(saved, precision="bf16")
+    image = images(8)
+    with torch.no_grad():
+        # Without merging, which may take another pair where two are alike.
+        expected, found = (model.encode(image, 64) for model in (exact, half))
+    differ = expected.codes != found.codes
+    assert differ.float().mean() < 0.05
+    assert (expected.latents.abs()[differ] < 0.2 * expected.latents.std()).all()
+
+
+def test_float32_is_what_a_call_without_autocast_gives_and_auto_follows_the_device(
+    saved, monkeypatch
+):
+    image = images()
+    exact = Tokenizer.from_pretrained(saved, precision="float32")
+    plain = tokenizer()
+    plain.load_state_dict(exact.state_dict())
+    assert torch.equal(exact.encode(image).latents, plain.encode(image).latents)
+    auto = Tokenizer.from_pretrained(saved)
+    for has_bf16, expected in ((True, torch.bfloat16), (False, None)):
+        capabilities = {"avx512_bf16": has_bf16}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=capabilities: known)
+        assert auto.computes_in() is expected

@@ -21,7 +21,7 @@ from jaxtyping import Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mergevq.config.base import FORMAT_VERSION, MAX_PIXELS
+from mergevq.config.base import FORMAT_VERSION, MAX_PIXELS, Precision
 from mergevq.config.identity import Identity
 from mergevq.config.parts import bits_of
 from mergevq.runtime.files import (
@@ -73,6 +73,9 @@ class TokenRecord:
     """Whether the row of an image is followed by the row of its mirror image."""
     max_pixels: int = MAX_PIXELS
     """Largest picture that was read, as width times height."""
+    precision: Precision = "float32"
+    """What the encoder computed in, by name and never `auto`; older records say nothing, and are of
+    float32."""
     shard_size: int = 1024
     """Images of a shard; the last may have fewer."""
 

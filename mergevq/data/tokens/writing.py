@@ -64,9 +64,11 @@ def claim(
     if (directory / RECORD).is_file():
         state = read_state(directory)
         if differences := _differences(state["record"], to_json(record)):
+            there = record_of(directory, state).precision
+            same = f", or go on with --precision {there}" if there != record.precision else ""
             raise ValueError(
                 f"{directory} holds other tokens than are asked for; choose another folder or "
-                f"delete this one:\n{differences}"
+                f"delete this one{same}:\n{differences}"
             )
         is_complete = _check_shards(directory, record, state)
         there = record_of(directory, state)
@@ -234,6 +236,7 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     The same images may be reached by another path, and files that were touched are compared by
     their content. Folders from before the digest of labels was kept have none to compare.
     """
+    there = {"precision": "float32"} | dict(there)
     ignored = {"data", "stamp"} | ({"labels"} if not there.get("labels") else set())
     lines = [
         f"  {name}: {_abridge(there.get(name))} there, {_abridge(here.get(name))} asked for"

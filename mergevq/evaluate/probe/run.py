@@ -92,7 +92,7 @@ def probe(run: ProbeRun) -> ProbeRecord:
         raise ValueError(f"{out} is there already; choose another directory with --out")
     device = resolve_device(run.device)
     directory = resolve(run.model)
-    tokenizer = Tokenizer.from_pretrained(directory).to(device)
+    tokenizer = Tokenizer.from_pretrained(directory, precision=run.precision, device=device)
     data = _open(run)
     out.mkdir(parents=True, exist_ok=True)
     features = run.features
@@ -464,7 +464,7 @@ def _finetune(
     with contextlib.closing(Progress(steps * len(kinds))) as progress:
         for kind in kinds:
             model = Classifier(
-                Tokenizer.from_pretrained(directory).to(device),
+                Tokenizer.from_pretrained(directory, precision="float32", device=device),
                 data.train.num_classes,
                 num_kept=kind.num_kept,
                 stage=kind.stage,
