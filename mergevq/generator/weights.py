@@ -5,8 +5,10 @@ lies there decides its speed. On CPUs `PackedLinear` keeps each in the blocks of
 changes no product and takes a half to a third of the time (docs/results.md). `Int8Linear` reads
 half as many bytes as bf16: each row of a matrix is stored as integers of -127 to 127 and one scale,
 activations keep their type, nothing is calibrated, and `logit_error` says what it costs in
-accuracy. With more than about six rows at a time, it is the slower of the two; guidance makes two
-rows of an image. `DecodingBlock` puts either into a block with fewer modules to call.
+accuracy. With more than a few rows at a time the kernel for it is slower than bf16, so the same
+rounded weights are then multiplied in bf16, in a layout that is made at the first such call and
+kept beside the integers; guidance makes two rows of an image. `DecodingBlock` puts either into a
+block with fewer modules to call.
 
 Shape letters: O outputs, I inputs, B batch, T tokens.
 """
@@ -25,8 +27,8 @@ from mergevq.nn.llama import Block, Mask, Projection, Recall, Rotation, gated, n
 
 # The CPU kernel reads this many inputs at a time; other widths give wrong results or crash it.
 _KERNEL_WIDTH = 32
-# With more rows than this, expanding the weights first is faster than the kernel.
-_KERNEL_ROWS = 8
+# With more rows than this, weights in bf16 are faster than the kernel (docs/log.md).
+_KERNEL_ROWS = 4
 
 
 class PackedLinear(nn.Module):
@@ -49,7 +51,17 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*shape i"]) -> Float[Tensor, "*shape o"]:
         """Multiply."""
+        if torch.compiler.is_compiling():
+            return _outside_of_graphs(x, self.packed)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+
+
+@torch.compiler.disable
+def _outside_of_graphs(
+    x: Float[Tensor, "*shape i"], packed: Float[Tensor, "o i"]
+) -> Float[Tensor, "*shape o"]:
+    """The product of a `PackedLinear`, whose layout compilers cannot read, between two graphs."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
 class Int8Linear(nn.Module):
@@ -68,14 +80,25 @@ class Int8Linear(nn.Module):
         has_kernel = dtype == torch.bfloat16 and weight.device.type == "cpu"
         fits = weight.shape[1] % _KERNEL_WIDTH == 0
         self.most = _KERNEL_ROWS * weight.shape[1] if has_kernel and fits else 0
+        # A list, as submodules would be saved and moved.
+        self.wide: list[PackedLinear] = []
 
     def forward(self, x: Float[Tensor, "*shape i"]) -> Float[Tensor, "*shape o"]:
-        """Multiply; on a CPU in bf16 without ever expanding the weight."""
+        """Multiply; a few rows on a CPU in bf16 without ever expanding the weight."""
         if 0 < x.numel() <= self.most:
             flat = x.reshape(-1, x.shape[-1])
             product = torch.ops.aten._weight_int8pack_mm(flat, self.weight, self.scale)
             return product.view(*x.shape[:-1], -1)
+        if self.most and not torch.compiler.is_compiling() and (self.wide or self._lay_out()):
+            return self.wide[0](x)
         return functional.linear(x, self.weight.to(x.dtype)) * self.scale
+
+    def _lay_out(self) -> bool:
+        """Keep the rounded weight in bf16 beside its integers, if this processor multiplies it."""
+        weight = self.weight.to(torch.bfloat16) * self.scale[:, None]
+        if PackedLinear.serves(weight):
+            self.wide = [PackedLinear(weight)]
+        return bool(self.wide)
 
 
 class DecodingBlock(nn.Module):

@@ -343,7 +343,8 @@ from mergevq.evaluate.reconstruction import evaluate_reconstruction
 from mergevq.evaluate.robustness import evaluate_robustness
 folder, out, batch_size = sys.argv[1:]
 subject = Subject(model=f"{folder}/model", data=f"{folder}/images", device="cpu",
-                  batch_size=int(batch_size), extractor=f"{folder}/colours.pt", num_workers=0)
+                  batch_size=int(batch_size), extractor=f"{folder}/colours.pt", num_workers=0,
+                  precision="float32")
 evaluate_reconstruction(ReconstructionSettings(
     subject=subject, out=f"{out}/reconstruction", num_kept=(8, 16), num_baseline_images=3))
 evaluate_robustness(RobustnessSettings(subject=subject, out=f"{out}/robustness"))

@@ -26,13 +26,26 @@ def test_weights_round_to_half_a_step_of_their_row():
     assert ((restored - given).abs() <= 0.5001 * stored.scale[:, None]).all()
 
 
-@pytest.mark.parametrize("rows", [0, 1, 3, 8, 9, 20])
+@pytest.mark.parametrize("rows", [0, 1, 3, 4, 5, 20])
 @pytest.mark.parametrize("inputs", [40, 64])
 def test_the_kernel_equals_the_expanded_product(rows, inputs, generator):
     stored = Int8Linear(weight(inputs), torch.bfloat16)
     x = torch.randn(rows, 1, inputs, generator=generator).to(torch.bfloat16)
     expected = x.float() @ (stored.weight.float() * stored.scale.float()[:, None]).mT
     torch.testing.assert_close(stored(x).float(), expected, rtol=2e-2, atol=5e-2)
+
+
+def test_many_rows_are_multiplied_in_bf16_by_weights_that_are_laid_out_once(generator):
+    stored = Int8Linear(weight(), torch.bfloat16)
+    few, many = (torch.randn(rows, 64, generator=generator).bfloat16() for rows in (4, 5))
+    stored(few)
+    assert not stored.wide
+    product = stored(many)
+    (wide,) = stored.wide
+    assert torch.equal(product, wide(many))
+    stored(many)
+    assert stored.wide == [wide]
+    assert not stored.state_dict()
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 24), (24,), (3, 1, 24), (2, 70, 24), (0, 24)])
@@ -103,3 +116,15 @@ def test_logits_are_close_and_not_equal(order):
     errors = [logit_error(model, as_weights(model, w), given) for w in ("float32", "bf16", "int8")]
     assert errors[0] < 1e-5
     assert errors[0] < errors[1] < errors[2] < 0.1
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("weights", ["float32", "bf16", "int8"])
+def test_a_block_for_decoding_compiles(backend, weights, generator):
+    model = as_weights(tiny_generator("raster"), weights)
+    block = model.blocks[0]
+    dtype = torch.float32 if weights == "float32" else torch.bfloat16
+    x = torch.randn(2, 1, model.config.dim, generator=generator).to(dtype)
+    with torch.no_grad():
+        compiled = torch.compile(block, backend=backend)(x)
+        torch.testing.assert_close(compiled, block(x), rtol=2e-2, atol=2e-2)
