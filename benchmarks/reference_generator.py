@@ -55,7 +55,8 @@ class Loop:
         self.state, self.config, self.num_kept = state, config, num_kept
         self.way, self.greedy, self.order, self.counts = way, greedy, order, counts
         self.kv_bytes = 0
-        cells = torch.arange(config.num_tokens)
+        self.device = state["class_embedding.weight"].device
+        cells = torch.arange(config.num_tokens, device=self.device)
         self.cells = torch.stack(
             [cells // config.grid_size[1] + 1, cells % config.grid_size[1] + 1], -1
         ).float()
@@ -78,7 +79,7 @@ class Loop:
         self.parts, self.num_steps = parts, num_steps
         batch, num_tokens, _ = parts.shape
         self.inputs, self.num_old = self.prefix, 0
-        self.positions = torch.zeros(batch, self.prefix.shape[1], 2)
+        self.positions = torch.zeros(batch, self.prefix.shape[1], 2, device=self.device)
         self.memory: list[list[Tensor]] = []
         if num_tokens:
             self._append_inputs(0, num_tokens)
@@ -100,7 +101,7 @@ class Loop:
         )
         held = self._most_inputs if self.way == "buffer" else self.num_old
         for _ in range(config.num_layers):
-            made_up = torch.randn(config.head_dim, dtype=self.prefix.dtype)
+            made_up = torch.randn(config.head_dim, dtype=self.prefix.dtype, device=self.device)
             pair = [made_up.expand(*shape[:2], held, -1).clone() for _ in range(2)]
             self.memory.append(pair)
 
@@ -129,8 +130,9 @@ class Loop:
         wanted = self.order[:, done : done + self.counts[self.num_steps]]
         where = self._slot_positions(wanted)
         num_inputs, num_wanted = self.num_old + self.inputs.shape[1], wanted.shape[1]
-        mask = torch.ones(num_inputs + num_wanted, num_inputs + num_wanted).tril().bool()
-        mask[num_inputs:, num_inputs:] = torch.eye(num_wanted).bool()
+        side = num_inputs + num_wanted
+        mask = torch.ones(side, side, device=self.device).tril().bool()
+        mask[num_inputs:, num_inputs:] = torch.eye(num_wanted, device=self.device).bool()
         inputs = torch.cat([self.inputs, self._instruction(where)], dim=1)
         positions = torch.cat([self.positions, where], dim=1)
         mask = mask[None, self.num_old :]
@@ -161,7 +163,7 @@ class Loop:
     def _mask(self) -> Tensor | None:
         """Which inputs the new ones see, (B or 1, N, M); None is all."""
         num_new, num_prefix = self.inputs.shape[1], self.prefix.shape[1]
-        index = torch.arange(self.num_old + num_new)
+        index = torch.arange(self.num_old + num_new, device=self.device)
         distance = index[self.num_old :, None] - index[None, :]
         if self.config.order.kind != "merge":
             lone = num_new == 1 and self.way == "concatenate"
@@ -176,7 +178,7 @@ class Loop:
         """Which gaps to the next anchor leave room for the tokens after it."""
         if self.config.order.kind != "anchor":
             return None
-        gaps = torch.arange(self.config.num_tokens)
+        gaps = torch.arange(self.config.num_tokens, device=self.device)
         if token == 0:
             return (gaps == 0)[None]
         most = self.config.num_tokens - self.num_kept + token - self.parts[:, -1:, 0]
@@ -187,7 +189,7 @@ class Loop:
         x, chosen = state[:, None], []
         for part in range(len(self.config.part_sizes)):
             hidden = x
-            mask = torch.ones(x.shape[1], x.shape[1]).tril().bool()[None]
+            mask = torch.ones(x.shape[1], x.shape[1], device=self.device).tril().bool()[None]
             for layer in range(self.config.head.num_layers):
                 hidden = self._block(hidden, f"head.blocks.{layer}", None, mask, None)
             hidden = self._norm(hidden[:, -1], "head.norm.weight")
@@ -278,7 +280,7 @@ class Loop:
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine for each pair of a head's channels, (B, 1, N, D/2): half turn by row."""
         pairs = self.config.head_dim // 4
-        frequencies = 10000.0 ** (-torch.arange(pairs) / pairs)
+        frequencies = 10000.0 ** (-torch.arange(pairs, device=self.device) / pairs)
         angles = (positions[..., None] * frequencies).flatten(2)[:, None]
         return angles.cos(), angles.sin()
 

@@ -1,4 +1,4 @@
-"""The commands `mergevq bench tokenizer` and `mergevq bench generator`: how fast this machine is.
+"""The commands `mergevq bench tokenizer`, `.. generator` and `.. gpu`: how fast this machine is.
 
 As in `mergevq.cli.main.main`, a signature is the options, a docstring is the help, and what is
 heavy is imported inside.
@@ -16,6 +16,7 @@ from mergevq.cli.tables import print_table
 from mergevq.config.base import Device
 from mergevq.config.generator import Weights
 from mergevq.config.recipes import GENERATOR_RECIPES, TOKENIZER_RECIPES
+from mergevq.config.training import TokenizerRun
 
 Counts = Annotated[str, tyro.conf.arg(metavar="N,N,..")]
 
@@ -137,25 +138,12 @@ def tokenizer(  # noqa: PLR0913 - each is an option
     Raises:
         ValueError: there is no such recipe.
     """
-    if recipe not in TOKENIZER_RECIPES:
-        names = ", ".join(TOKENIZER_RECIPES)
-        raise ValueError(f"recipe ({recipe}) must be a recipe for a tokenizer: {names}")
+    run = _bench_run(recipe, images, lpips, device)
     from mergevq.runtime.files import write_json
     from mergevq.training import bench as benchmark
 
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-    run = TOKENIZER_RECIPES[recipe]()
-    if run.teacher.kind in ("dinov2", "huggingface"):
-        print(f"teacher {run.teacher.kind}, which is not this code, is left out")
-        run = replace(run, teacher=replace(run.teacher, kind="none"))
-    run = replace(
-        run,
-        init_vit=None,
-        init_codes="random",
-        loss=replace(run.loss, perceptual_path=lpips or run.loss.perceptual_path),
-        train=replace(run.train, batch_size=images, accumulation=1, device=device),
-    )
     conditions = benchmark.conditions(run)
     print_table("conditions", {name: str(value) for name, value in conditions.items()})
     if not reference.is_file():
@@ -177,8 +165,81 @@ def tokenizer(  # noqa: PLR0913 - each is an option
         write_json(out, benchmark.record(conditions, measurements, parts))
 
 
+def gpu(  # noqa: PLR0913 - each is an option
+    *,
+    recipe: str = "images128_gr",
+    images: int = 64,
+    size: str = "B",
+    grid_tokens: int = 256,
+    batch_sizes: Counts = "1,64",
+    minutes: float = 4.0,
+    reference: Path = Path("benchmarks/reference_generator.py"),
+    device: Device = "auto",
+    out: Path = Path("bench-gpu.json"),
+) -> None:
+    """Measure in a few minutes what a GPU makes of encoding, decoding, training and sampling.
+
+    For a machine that is lent for a short time: one command, JSON with all numbers and conditions,
+    and what was left out for want of time. Model FLOPs utilisation is against the rate of a large
+    product in bf16 that is measured first. It runs on a CPU too.
+
+    Args:
+        recipe: model, losses and precision of the tokenizer.
+        images: batch of encode, decode and train step.
+        size: of the generators: tiny, small, B, L, XL or XXL.
+        grid_tokens: cells of their grid.
+        batch_sizes: images sampled at once.
+        minutes: after these nothing more is begun.
+        reference: file of the plain loops; if it is not there, nothing is compared.
+        device: where to compute.
+        out: JSON file.
+
+    Raises:
+        ValueError: there is no such recipe or size.
+    """
+    run = _bench_run(recipe, images, None, device)
+    from mergevq.generator.bench import grid_config, size_config
+    from mergevq.runtime.files import write_json
+    from mergevq.training.bench import load_reference
+    from mergevq.training.bench_device import bench_device
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    record = bench_device(
+        run,
+        grid_config(size_config(size), grid_tokens),
+        batch_sizes=_numbers("batch_sizes", batch_sizes),
+        minutes=minutes,
+        plain=load_reference(reference) if reference.is_file() else None,
+        say=lambda line: print(line, flush=True),
+    )
+    write_json(out, record)
+    print(f"results: {out}")
+
+
+def _bench_run(recipe: str, images: int, lpips: str | None, device: Device) -> TokenizerRun:
+    """A recipe's run, with nothing that needs data or another code's networks.
+
+    Raises:
+        ValueError: there is no such recipe.
+    """
+    if recipe not in TOKENIZER_RECIPES:
+        names = ", ".join(TOKENIZER_RECIPES)
+        raise ValueError(f"recipe ({recipe}) must be a recipe for a tokenizer: {names}")
+    run = TOKENIZER_RECIPES[recipe]()
+    if run.teacher.kind in ("dinov2", "huggingface"):
+        print(f"teacher {run.teacher.kind}, which is not this code, is left out")
+        run = replace(run, teacher=replace(run.teacher, kind="none"))
+    return replace(
+        run,
+        init_vit=None,
+        init_codes="random",
+        loss=replace(run.loss, perceptual_path=lpips or run.loss.perceptual_path),
+        train=replace(run.train, batch_size=images, accumulation=1, device=device),
+    )
+
+
 COMMANDS: dict[str, Callable[..., object]] = {
-    command.__name__: command for command in (tokenizer, generator)
+    command.__name__: command for command in (tokenizer, generator, gpu)
 }
 
 

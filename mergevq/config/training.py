@@ -101,6 +101,9 @@ class TrainConfig:
     """Where to train."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
+    compile: bool = False
+    """Compile encoder, decoder, discriminator and losses, one graph for each K: minutes at the
+    start, and a working C++ compiler on CPUs; tokenizers only."""
     seed: int = 0
     """Seed of every random number in the run."""
     log_every: int = 20
@@ -282,6 +285,7 @@ class GeneratorRun:
             f"kept.candidates {self.kept.candidates} must be the {num_tokens} cells of the grid in "
             f"order '{self.model.order.kind}'",
         )
+        require(not self.train.compile, "train.compile (True) is of tokenizers; leave it out")
         require(
             (self.parallel, self.train.precision) != ("fsdp", "float16"),
             "train.precision (float16) must be bf16 or float32 with parallel fsdp",

@@ -149,7 +149,7 @@ def bench_generator(
         max_steps: steps timed of each sequence; None is all.
         weights: types of weights, each with all orders.
         device: where to compute.
-        plain: the plain loops; they take bf16 weights and run on the CPU.
+        plain: the plain loops; they take bf16 weights.
 
     Raises:
         ValueError: nothing is to be timed.
@@ -179,7 +179,7 @@ def bench_generator(
             _ours(kind, generator, num_images, max_steps)
             for (_, kind), generator in generators.items()
         ]
-        if plain is not None and device.type == "cpu":
+        if plain is not None:
             raster = baselines["raster"]
             timed += [_plain(plain, way, raster, num_images, max_steps) for way in plain.WAYS]
         seconds = take_turns(timed, device, num_repeats)
@@ -366,8 +366,9 @@ class PlainDecoder:
         """Give the loop our weights."""
         config = generator.config
         self.num_steps = config.num_tokens
-        self.history = generator.parts(made_up_sequences(config, num_images, generator.device))
-        labels = torch.zeros(num_images, dtype=torch.int64)
+        device = generator.device
+        self.history = generator.parts(made_up_sequences(config, num_images, device))
+        labels = torch.zeros(num_images, dtype=torch.int64, device=device)
         state = generator.network.state_dict()
         self.loop = plain.Loop(state, config, labels, config.num_kept, way)
         self.step = self.loop.step

@@ -1,6 +1,6 @@
 """Devices, precision, memory layout and deterministic algorithms: each is decided here alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -74,6 +74,24 @@ def lay_out(module: nn.Module, device: torch.device, dtype: torch.dtype | None) 
     """Move a module to a device, in the layout for what it will be autocast to."""
     layout = layout_for(device, dtype)
     module.to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+
+
+def compile_in_place(
+    modules: Iterable[nn.Module], backend: str = "inductor", *, num_graphs: int = 8
+) -> None:
+    """Let calls of modules run compiled; their parameters keep their names.
+
+    Numbers that are no tensors, as K is, are constants of a graph: each has one of its own.
+
+    Args:
+        modules: each becomes a graph for every combination of such numbers it is called with.
+        backend: of `torch.compile`.
+        num_graphs: most of one module; beyond so many it would run as it is.
+    """
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, num_graphs)
+    for module in modules:
+        module.compile(backend=backend, dynamic=False)
 
 
 def _has_bf16(device: torch.device) -> bool:

@@ -18,7 +18,7 @@ from mergevq.data.batches import Batch
 from mergevq.metrics.codes import CodebookUsage, CollapseMonitor
 from mergevq.metrics.lpips import Perceptual, load_perceptual, missing_weights
 from mergevq.runtime import distributed
-from mergevq.runtime.device import autocast, lay_out, resolve_precision, send
+from mergevq.runtime.device import autocast, compile_in_place, lay_out, resolve_precision, send
 from mergevq.runtime.optim import (
     Budget,
     Ema,
@@ -352,6 +352,14 @@ def build(
     optimizer = build_optimizer([objective], run.optim, run.train.batch_size, ratios)
     discriminator_optimizer = build_optimizer([discriminator], run.optim, run.train.batch_size)
     check_coverage([objective, discriminator], [optimizer, discriminator_optimizer])
+    perceptual = _perceptual(run, device)
+    if run.train.compile:
+        parts = [objective, discriminator, perceptual, teacher_encoder]
+        compile_in_place(
+            (part for part in parts if part is not None),
+            # In training and, of what validation calls, without gradients.
+            num_graphs=2 * len(run.kept.candidates) + 2,
+        )
     spec = tokenizer.quantizer.spec
     window = min(spec.num_values, 2**_USAGE_WINDOW_BITS)
     state = State(
@@ -377,7 +385,7 @@ def build(
         state=state,
         objective=distributed.wrap(objective),
         judge=distributed.wrap(discriminator),
-        perceptual=_perceptual(run, device),
+        perceptual=perceptual,
         dtype=dtype,
     )
 

@@ -3,9 +3,15 @@
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from mergevq.config.parts import CnnDecoder, CnnStem, Lfq, Merge, Unmerge
+from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.nn.conv import AdaptiveGroupNorm
 from mergevq.nn.norm import GroupNorm, LayerNorm, channels_last_norm
+from mergevq.runtime.device import lay_out
+from mergevq.tokenizer.losses.adversarial import Discriminator
+from mergevq.tokenizer.tokenizer import Tokenizer
 from tests.support.layers import randomized
 
 HALF = 2**-8
@@ -95,3 +101,68 @@ def test_a_norm_keeps_the_type_of_its_input_under_autocast(layer, dtype):
     x = torch.randn(2, 8, 8, 8).to(dtype)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == dtype
+
+
+class Walk(TorchDispatchMode):
+    """Notes type and layout of what goes through norms, SiLU, GELU and convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.partition(".")[0]
+        out = func(*args, **(kwargs or {}))
+        if name in WATCHED:
+            x = args[0]
+            lies = x.ndim < 4 or x.is_contiguous(memory_format=torch.channels_last)
+            self.found.append((name, tuple(x.shape), x.dtype, lies))
+        return out
+
+
+WATCHED = {
+    "convolution",
+    "convolution_backward",
+    "gelu",
+    "native_group_norm",
+    "native_layer_norm",
+    "silu",
+    "silu_backward",
+}
+
+
+def test_under_autocast_no_layer_on_images_leaves_bf16_or_the_layout():
+    config = TokenizerConfig(
+        image_size=64,
+        stem=CnnStem(channels=8, channel_mult=(1, 2), num_res_blocks=1),
+        reducer=Merge(num_layers=2, num_heads=2),
+        quantizer=Lfq(num_bits=8),
+        expander=Unmerge(dim=16, num_heads=2),
+        decoder=CnnDecoder(
+            channels=8, channel_mult=(1, 2), num_res_blocks=1, num_layers=1, num_heads=2
+        ),
+        num_kept=512,
+    )
+    tokenizer, judge = Tokenizer(config), Discriminator(channels=8)
+    for module in (tokenizer, judge):
+        lay_out(module, torch.device("cpu"), torch.bfloat16)
+    image = torch.rand(2, 3, 64, 64).to(memory_format=torch.channels_last)
+    with Walk() as walk:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = tokenizer(image, 512).reconstruction
+            loss = judge(out).square().mean() + out.square().mean()
+        loss.backward()
+    assert {name for name, *_ in walk.found} == WATCHED
+    # Sums of the transformer's blocks, and latents of which the signs count, are float32.
+    images = [found for found in walk.found if len(found[1]) == 4]
+    wrong = {(name, shape) for name, shape, dtype, _ in images if dtype != torch.bfloat16}
+    assert not wrong
+    # Small grids are normalised in the contiguous layout; see `_FEW_PIXELS`. Codes, the gradient of
+    # the image and that of the tokens behind the class token come from outside.
+    astray = {(name, shape) for name, shape, _, lies in images if not lies}
+    small = {found for found in astray if found[0] == "native_group_norm" and found[1][2] < 32}
+    assert astray - small == {
+        ("convolution", (2, 8, 32, 32)),
+        ("convolution_backward", (2, 3, 64, 64)),
+        ("convolution_backward", (2, 16, 32, 32)),
+    }

@@ -691,3 +691,55 @@ def test_a_failing_step_says_on_which_rank_and_at_which_step(tmp_path, monkeypat
     with pytest.raises(RuntimeError, match="not finite") as failure:
         train(run)
     assert failure.value.__notes__ == ["on rank 0 of 1, at step 1"]
+
+
+# ------------------------------------------------------------------------------------ compiled
+
+COMPILED = """
+import sys, warnings, torch
+from dataclasses import replace
+from mergevq.config.recipes import TOKENIZER_RECIPES
+from mergevq.config.tokenizer import KeptConfig
+from mergevq.runtime import distributed
+from mergevq.runtime.device import compile_in_place
+from mergevq.training.bench import _noise
+from mergevq.training.tokenizer_step import build
+from tests.support.small import shrink
+warnings.simplefilter("ignore")
+run = shrink(TOKENIZER_RECIPES["tiny64_gr"]())
+run = replace(
+    run, kept=KeptConfig(candidates=(16, 32)),
+    loss=replace(run.loss, perceptual_weight=0.0, discriminator_start_step=0,
+                 adversarial_start_step=0),
+    train=replace(run.train, batch_size=2, accumulation=1, device="cpu", precision=sys.argv[2]))
+world = distributed.World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+logs = []
+for compiled in (False, True):
+    learner = build(run, world, num_classes=10)
+    state = learner.state
+    if compiled:
+        compile_in_place([learner.objective, learner.judge, state.teacher_encoder], sys.argv[1])
+    log = []
+    for step in range(6):
+        log.append(learner.step(_noise(run, world.device)))
+        state.step += 1
+    logs.append(log)
+assert {numbers["num_kept"] for numbers in logs[0]} == {16, 32}
+# Objective, encoder that teaches and their K, discriminator frozen and not.
+graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+assert graphs == 6, graphs
+assert not torch._dynamo.utils.counters["graph_break"], torch._dynamo.utils.counters
+for plain, other in zip(*logs, strict=True):
+    for name, value in plain.items():
+        same = sys.argv[1] == "aot_eager" and sys.argv[2] == "float32"
+        near = abs(value - other[name]) <= (0 if same else 0.05) * max(1, abs(value))
+        assert near or name.startswith("grad_norm"), (name, value, other[name])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_compiled_step_is_the_step_with_a_graph_for_each_k(backend, precision):
+    # In a process without the checks of shapes, which compilers cannot read.
+    subprocess.run([sys.executable, "-c", COMPILED, backend, precision], check=True, timeout=900)

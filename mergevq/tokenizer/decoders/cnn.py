@@ -68,10 +68,12 @@ class CnnDecoder(nn.Module):
         """Decode an embedding per cell to an image in about [-1, 1]."""
         grid_shape = given.grid_shape
         hidden = self.conv_in(to_grid(given.tokens.to(self.conv_in.weight.dtype), grid_shape))
+        dtype = hidden.dtype
         x = to_tokens(hidden + self.position(hidden))
         for block in self.blocks:
             x = self._run(block, x, grid_shape)
-        hidden = to_grid(x, grid_shape)
+        # The blocks' sums are float32 under autocast; levels are as convolutions are.
+        hidden = to_grid(x.to(dtype), grid_shape)
         for level in self.levels:
             hidden = self._run(_run_level, level, hidden, given.style)
         return self.conv_out(functional.silu(self.norm_out(hidden)))
