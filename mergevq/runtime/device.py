@@ -77,20 +77,21 @@ def lay_out(module: nn.Module, device: torch.device, dtype: torch.dtype | None) 
 
 
 def compile_in_place(
-    modules: Iterable[nn.Module], backend: str = "inductor", *, num_graphs: int = 8
+    modules: Iterable[nn.Module | None], backend: str = "inductor", *, num_graphs: int = 8
 ) -> None:
     """Let calls of modules run compiled; their parameters keep their names.
 
     Numbers that are no tensors, as K is, are constants of a graph: each has one of its own.
 
     Args:
-        modules: each becomes a graph for every combination of such numbers it is called with.
+        modules: each becomes a graph for every combination of such numbers it is called with, in
+            training and, of what validation calls, without gradients; None is left out.
         backend: of `torch.compile`.
         num_graphs: most of one module; beyond so many it would run as it is.
     """
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, num_graphs)
-    for module in modules:
+    for module in filter(None, modules):
         module.compile(backend=backend, dynamic=False)
 
 

@@ -354,12 +354,8 @@ def build(
     check_coverage([objective, discriminator], [optimizer, discriminator_optimizer])
     perceptual = _perceptual(run, device)
     if run.train.compile:
-        parts = [objective, discriminator, perceptual, teacher_encoder]
-        compile_in_place(
-            (part for part in parts if part is not None),
-            # In training and, of what validation calls, without gradients.
-            num_graphs=2 * len(run.kept.candidates) + 2,
-        )
+        parts = (objective, discriminator, perceptual, teacher_encoder)
+        compile_in_place(parts, num_graphs=2 * len(run.kept.candidates) + 2)
     spec = tokenizer.quantizer.spec
     window = min(spec.num_values, 2**_USAGE_WINDOW_BITS)
     state = State(

@@ -84,6 +84,7 @@ ELSEWHERE = {
     "teacher.teacher_size": "a frozen model: test_teachers",
     "train.device": "changes where",
     "train.checkpointing": "changes memory: test_layers",
+    "train.compile": "changes speed: test_tokenizer",
     "train.accumulation": "changes memory: test_train_tokenizer",
     "train.log_every": "what is written: test_train_tokenizer",
     "train.image_every": "what is written: test_train_tokenizer",
