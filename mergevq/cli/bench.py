@@ -167,12 +167,13 @@ def tokenizer(  # noqa: PLR0913 - each is an option
 
 def gpu(  # noqa: PLR0913 - each is an option
     *,
-    recipe: str = "images128_gr",
+    recipes: tuple[str, ...] = ("images128_gr", "photos64"),
     images: int = 64,
     size: str = "B",
     grid_tokens: int = 256,
     batch_sizes: Counts = "1,64",
-    minutes: float = 4.0,
+    minutes: float = 3.0,
+    compiled: bool = True,
     reference: Path = Path("benchmarks/reference_generator.py"),
     device: Device = "auto",
     out: Path = Path("bench-gpu.json"),
@@ -180,16 +181,17 @@ def gpu(  # noqa: PLR0913 - each is an option
     """Measure in a few minutes what a GPU makes of encoding, decoding, training and sampling.
 
     For a machine that is lent for a short time: one command, JSON with all numbers and conditions,
-    and what was left out for want of time. Model FLOPs utilisation is against the rate of a large
-    product in bf16 that is measured first. It runs on a CPU too.
+    what failed and what was left out for want of time. Model FLOPs utilisation is against the rate
+    of a large product in bf16 that is measured first. It runs on a CPU too.
 
     Args:
-        recipe: model, losses and precision of the tokenizer.
+        recipes: model, losses and precision of each tokenizer.
         images: batch of encode, decode and train step.
         size: of the generators: tiny, small, B, L, XL or XXL.
         grid_tokens: cells of their grid.
         batch_sizes: images sampled at once.
-        minutes: after these nothing more is begun.
+        minutes: it ends within these, whatever is left to do.
+        compiled: also time the compiled train step, which takes longest.
         reference: file of the plain loops; if it is not there, nothing is compared.
         device: where to compute.
         out: JSON file.
@@ -197,23 +199,30 @@ def gpu(  # noqa: PLR0913 - each is an option
     Raises:
         ValueError: there is no such recipe or size.
     """
-    run = _bench_run(recipe, images, None, device)
+    if not recipes:
+        raise ValueError("recipes () must name at least one recipe for a tokenizer")
+    runs = {recipe: _bench_run(recipe, images, None, device) for recipe in recipes}
     from mergevq.generator.bench import grid_config, size_config
-    from mergevq.runtime.files import write_json
     from mergevq.training.bench import load_reference
     from mergevq.training.bench_device import bench_device
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    record = bench_device(
-        run,
+    bench_device(
+        runs,
         grid_config(size_config(size), grid_tokens),
         batch_sizes=_numbers("batch_sizes", batch_sizes),
         minutes=minutes,
         plain=load_reference(reference) if reference.is_file() else None,
-        say=lambda line: print(line, flush=True),
+        compiled=compiled,
+        out=out,
+        say=_say,
     )
-    write_json(out, record)
     print(f"results: {out}")
+
+
+def _say(line: str) -> None:
+    """Print a line at once."""
+    print(line, flush=True)
 
 
 def _bench_run(recipe: str, images: int, lpips: str | None, device: Device) -> TokenizerRun:

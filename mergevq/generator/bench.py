@@ -13,7 +13,6 @@ The plain loops are in `benchmarks/reference_generator.py` of the repository.
 
 """
 
-import copy
 import itertools
 import os
 import statistics
@@ -29,6 +28,7 @@ from mergevq.config.generator import (
     GeneratorConfig,
     OneByOne,
     Order,
+    Raster,
     SamplingSettings,
     Several,
     Weights,
@@ -139,8 +139,9 @@ def bench_generator(
     weights: Sequence[Weights],
     device: torch.device,
     plain: ModuleType | None,
+    orders: Sequence[str] | None = None,
 ) -> Iterator[Speed]:
-    """Time all orders of one grid, batch by batch.
+    """Time orders of one grid, batch by batch.
 
     Args:
         config: size and grid; the order is replaced.
@@ -150,6 +151,7 @@ def bench_generator(
         weights: types of weights, each with all orders.
         device: where to compute.
         plain: the plain loops; they take bf16 weights.
+        orders: kinds of orders; None is all.
 
     Raises:
         ValueError: nothing is to be timed.
@@ -163,24 +165,23 @@ def bench_generator(
         )
     generators: dict[tuple[str, Weights], AnyGenerator] = {}
     errors: dict[tuple[str, Weights], float] = {}
-    baselines: dict[str, AnyGenerator] = {}
     for member in get_args(Order):
         order = member().kind
+        if orders is not None and order not in orders:
+            continue
         exact = random_generator(replace(config, order=member()), device)
         bf16 = as_weights(exact, "bf16")
         for kind in weights:
             generators[order, kind] = bf16 if kind == "bf16" else as_weights(exact, kind)
         if "int8" in weights:
             errors[order, "int8"] = _error(bf16, generators[order, "int8"])
-        if order == "raster":
-            baselines[order] = copy.deepcopy(exact).to(torch.bfloat16)
     for num_images in batch_sizes:
         timed = [
             _ours(kind, generator, num_images, max_steps)
             for (_, kind), generator in generators.items()
         ]
         if plain is not None:
-            raster = baselines["raster"]
+            raster = random_generator(replace(config, order=Raster()), device).to(torch.bfloat16)
             timed += [_plain(plain, way, raster, num_images, max_steps) for way in plain.WAYS]
         seconds = take_turns(timed, device, num_repeats)
         found = [
@@ -217,12 +218,13 @@ def random_generator(config: GeneratorConfig, device: torch.device) -> AnyGenera
     """A generator with random weights, outputs too, in evaluation mode."""
     with torch.device("meta"):
         generator = build_generator(config)
-    generator = generator.to_empty(device=device).requires_grad_(requires_grad=False)
+    # Drawn on the CPU, as numbers of a generator can only be used where it is.
+    generator = generator.to_empty(device="cpu").requires_grad_(requires_grad=False)
     numbers = step_generator(0, "bench", 0)
     generator.reset_parameters(numbers)
     for output in generator.network.head.layers[-1]:
         torch.nn.init.normal_(output.get_parameter("weight"), std=0.02, generator=numbers)
-    return generator.eval()
+    return generator.to(device).eval()
 
 
 def spread_steps(num_steps: int, max_steps: int | None) -> list[list[int]]:
@@ -350,7 +352,7 @@ class OurDecoder:
         for memory in self.decoder.memory:
             # Keys and values that are neither zero nor of any model.
             numbers = torch.randn(memory.shape[-1], generator=torch.Generator().manual_seed(0))
-            memory.copy_(numbers.expand_as(memory))
+            memory.copy_(numbers.to(memory.device).expand_as(memory))
 
     def seek(self, step: int) -> None:
         """Take the made-up tokens before a step as decoded."""

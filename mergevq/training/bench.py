@@ -5,6 +5,7 @@ time is the median after one call to warm up. The plain definitions are in `benc
 of the repository: they are no part of the package, and without that file nothing is compared.
 """
 
+import functools
 import importlib.util
 import itertools
 import math
@@ -37,6 +38,7 @@ from mergevq.runtime.optim import Ema
 from mergevq.runtime.run import environment
 from mergevq.tokenizer.quantizers.lfq import quantize_losses
 from mergevq.tokenizer.reducers.matching import match, merge_schedule, merge_step
+from mergevq.tokenizer.tokenizer import Encoded
 from mergevq.training.profile import Part, named_parts, profile_parts
 from mergevq.training.tokenizer_step import TokenizerLearner, build
 
@@ -261,13 +263,16 @@ def _image_calls(learner: TokenizerLearner, batch: Batch) -> dict[str, Callable[
         with learner.autocast():
             return tokenizer.eval().encode(batch.image)
 
-    with torch.no_grad():
-        encoded = tokenizer.eval().encode(batch.image)
+    @functools.cache
+    @torch.no_grad()
+    def encoded() -> Encoded:
+        return tokenizer.eval().encode(batch.image)
 
     @torch.no_grad()
     def decode() -> object:
+        tokens = encoded()
         with learner.autocast():
-            return tokenizer.eval().decode(encoded.codes, encoded.source)
+            return tokenizer.eval().decode(tokens.codes, tokens.layout, tokens.grid_shape)
 
     def train() -> object:
         tokenizer.train()

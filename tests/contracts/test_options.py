@@ -91,6 +91,12 @@ LIBRARY = {
         "generator.bench.bench_generator": [],
         "runtime.files.write_json": None,
     },
+    "bench gpu": {
+        "generator.bench.size_config": "an architecture",
+        "generator.bench.grid_config": "an architecture on a grid",
+        "training.bench.load_reference": None,
+        "training.bench_device.bench_device": STOP,
+    },
 }
 """Functions that do a command's work, and what they return instead; None is anything."""
 SILENT = {
@@ -114,6 +120,7 @@ GIVEN = {
     },
     "bench tokenizer": {"out": Path("bench.json"), "reference": Path("plain.py")},
     "bench generator": {"out": Path("bench.json"), "reference": Path("plain.py")},
+    "bench gpu": {"out": Path("bench.json"), "reference": Path("plain.py")},
 }
 """Without these a command has nothing to do."""
 SAMPLING = ("sample", "evaluate generation", "evaluate guidance")
@@ -143,6 +150,8 @@ VALUES = {
     ("bench generator", "recipe"): ("digits32_ar", "digits32_ar"),
     ("bench generator", "grid_tokens"): ("64", 64),
     ("bench generator", "batch_sizes"): ("3,5", (3, 5)),
+    ("bench gpu", "recipes"): ("digits32", "digits32"),
+    ("bench gpu", "batch_sizes"): ("3,5", (3, 5)),
 }
 """What is given, and what reaches the library, where the type of an option does not say."""
 CALLED = {
@@ -181,7 +190,7 @@ CALLED = {
         "bench tokenizer": "path",
         "bench generator": "path",
     },
-    "reference": {"bench generator": "path"},
+    "reference": {"bench generator": "path", "bench gpu": "path"},
     "device": {"bench generator": "name", "reconstruct": "name"},
 }
 """Settings of the library that are not called as the option is, with or without `num_`."""
@@ -200,6 +209,9 @@ OTHERWISE = {
     ("bench tokenizer", "recipe"): "it is a name for many settings",
     ("bench tokenizer", "profile"): "it calls one more function",
     ("bench generator", "recipe"): "it stands instead of a size",
+    ("bench gpu", "recipes"): "each is a name for many settings",
+    ("bench gpu", "images"): "it is a setting of each recipe",
+    ("bench gpu", "device"): "it is a setting of each recipe",
 }
 """Options that reach the library as something else, and why."""
 
