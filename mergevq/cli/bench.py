@@ -182,7 +182,8 @@ def gpu(  # noqa: PLR0913 - each is an option
 
     For a machine that is lent for a short time: one command, JSON with all numbers and conditions,
     what failed and what was left out for want of time. Model FLOPs utilisation is against the rate
-    of a large product in bf16 that is measured first. It runs on a CPU too.
+    of a large product in bf16 that is measured first; on a GPU images are also measured in the
+    contiguous layout. It runs on a CPU too.
 
     Args:
         recipes: model, losses and precision of each tokenizer.

@@ -25,7 +25,7 @@ from mergevq.config.generator import GeneratorConfig, Order
 from mergevq.config.training import TokenizerRun
 from mergevq.generator.bench import Speed, bench_generator, compared
 from mergevq.generator.bench import line as generator_line
-from mergevq.runtime.device import precision_name, resolve_device, resolve_precision
+from mergevq.runtime.device import layout_for, precision_name, resolve_device, resolve_precision
 from mergevq.runtime.files import write_json
 from mergevq.runtime.run import environment
 from mergevq.training.bench import _image_calls, _in_turns, _seconds, _training
@@ -40,6 +40,7 @@ _STEPS = 16
 _LARGE_SIDE = {"cuda": 8192}
 """Side of the matrices whose product is the device's rate; elsewhere `_SMALL_SIDE`."""
 _SMALL_SIDE = 512
+_PLAIN = torch.contiguous_format
 _LAST_BEGIN = 0.9
 """Share of the time after which nothing is begun, and what runs in another process is ended."""
 
@@ -141,14 +142,12 @@ def _measure_product(report: _Report, device: torch.device) -> None:
 
 def _measure_images(report: _Report, name: str, run: TokenizerRun, device: torch.device) -> None:
     """Seconds, FLOPs and utilisation of encode, decode and train step."""
-    calls: dict[str, Callable[[], object]] = {}
     report.record["images"][name] = {
         "num_images": run.train.batch_size,
         "image_size": run.model.image_size,
         "num_kept": run.model.num_kept,
         "precision": precision_name(resolve_precision(run.train.precision, device)),
     }
-    report.attempt(f"{name}, model", lambda: calls.update(_image_calls(*_training(run, device))))
 
     def measure(what: str, call: Callable[[], object]) -> None:
         # What is only done in the first call is not counted.
@@ -156,8 +155,21 @@ def _measure_images(report: _Report, name: str, run: TokenizerRun, device: torch
         flops = count_flops(call)
         _add_times(report, name, what, _in_turns({what: call}, device, _REPEATS)[what], flops)
 
-    for what, call in calls.items():
-        report.attempt(f"{name}, {what}", lambda what=what, call=call: measure(what, call))
+    # On GPUs the layout is a choice that each of them may decide differently.
+    layouts = {"": None}
+    if layout_for(device, resolve_precision(run.train.precision, device)) != _PLAIN:
+        layouts[", contiguous"] = _PLAIN
+    for suffix, layout in layouts.items():
+        calls: dict[str, Callable[[], object]] = {}
+        report.attempt(
+            f"{name}, model{suffix}",
+            lambda calls=calls, layout=layout: calls.update(
+                _image_calls(*_training(run, device, layout))
+            ),
+        )
+        for what, call in calls.items():
+            each = f"{what}{suffix}"
+            report.attempt(f"{name}, {each}", lambda each=each, call=call: measure(each, call))
 
 
 def _add_times(
