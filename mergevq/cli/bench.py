@@ -62,7 +62,7 @@ def generator(  # noqa: PLR0913 - each is an option
     from mergevq.generator import bench as benchmark
     from mergevq.runtime.device import resolve_device
     from mergevq.runtime.files import write_json
-    from mergevq.training.bench import load_reference
+    from mergevq.training.bench.tokenizer import load_reference
 
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ def tokenizer(  # noqa: PLR0913 - each is an option
     """
     run = _bench_run(recipe, images, lpips, device)
     from mergevq.runtime.files import write_json
-    from mergevq.training import bench as benchmark
+    from mergevq.training.bench import tokenizer as benchmark
 
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -204,8 +204,8 @@ def gpu(  # noqa: PLR0913 - each is an option
         raise ValueError("recipes () must name at least one recipe for a tokenizer")
     runs = {recipe: _bench_run(recipe, images, None, device) for recipe in recipes}
     from mergevq.generator.bench import grid_config, size_config
-    from mergevq.training.bench import load_reference
-    from mergevq.training.bench_device import bench_device
+    from mergevq.training.bench.device import bench_device
+    from mergevq.training.bench.tokenizer import load_reference
 
     out.parent.mkdir(parents=True, exist_ok=True)
     bench_device(

@@ -79,30 +79,30 @@ LIBRARY = {
     "probe knn": {"evaluate.probe.run.probe": STOP},
     "probe finetune": {"evaluate.probe.run.probe": STOP},
     "bench tokenizer": {
-        "training.bench.bench_tokenizer": [],
-        "training.bench.profile_train_step": [],
+        "training.bench.tokenizer.bench_tokenizer": [],
+        "training.bench.tokenizer.profile_train_step": [],
         "runtime.files.write_json": None,
     },
     "bench generator": {
         "runtime.device.resolve_device": None,
         "generator.bench.size_config": "an architecture",
         "generator.bench.grid_config": "an architecture on a grid",
-        "training.bench.load_reference": None,
+        "training.bench.tokenizer.load_reference": None,
         "generator.bench.bench_generator": [],
         "runtime.files.write_json": None,
     },
     "bench gpu": {
         "generator.bench.size_config": "an architecture",
         "generator.bench.grid_config": "an architecture on a grid",
-        "training.bench.load_reference": None,
-        "training.bench_device.bench_device": STOP,
+        "training.bench.tokenizer.load_reference": None,
+        "training.bench.device.bench_device": STOP,
     },
 }
 """Functions that do a command's work, and what they return instead; None is anything."""
 SILENT = {
     "reconstruct": ("cli.images._result_line",),
     "demo": ("cli.main.signal.signal",),
-    "bench tokenizer": ("training.bench.conditions", "training.bench.record"),
+    "bench tokenizer": ("training.bench.tokenizer.conditions", "training.bench.tokenizer.record"),
     "bench generator": ("generator.bench.record",),
 }
 """Functions that only write down what was asked for, which is not yet doing it."""

@@ -9,7 +9,7 @@ from mergevq.generator import bench as bench_generator
 from mergevq.generator.bench import grid_config, spread_steps
 from mergevq.generator.build import build_generator
 from mergevq.generator.sampling import arccos_schedule, draw, sample
-from mergevq.training.bench import load_reference
+from mergevq.training.bench.tokenizer import load_reference
 from tests.support.generators import KINDS, ORDERS, TINY, changed, tiny_generator
 
 REFERENCE = Path(__file__).resolve().parents[2] / "benchmarks" / "reference_generator.py"

@@ -702,7 +702,7 @@ from mergevq.config.recipes import TOKENIZER_RECIPES
 from mergevq.config.tokenizer import KeptConfig
 from mergevq.runtime import distributed
 from mergevq.runtime.device import compile_in_place
-from mergevq.training.bench import _noise
+from mergevq.training.bench.tokenizer import _noise
 from mergevq.training.tokenizer_step import build
 from tests.support.small import shrink
 warnings.simplefilter("ignore")

@@ -10,13 +10,13 @@ from mergevq.cli.main import main
 from mergevq.config.objective import LossConfig, TeacherConfig
 from mergevq.config.tokenizer import KeptConfig
 from mergevq.config.training import TokenizerRun, TrainConfig
-from mergevq.training import bench
-from mergevq.training.bench import LfqSize, Measurement, MergeSize
+from mergevq.training.bench import tokenizer as bench
+from mergevq.training.bench.tokenizer import LfqSize, Measurement, MergeSize
 from mergevq.training.profile import Part
 from tests.support.parts import tokenizer_config
 
 CPU = torch.device("cpu")
-REFERENCE = Path(__file__).resolve().parents[2] / "benchmarks" / "reference.py"
+REFERENCE = Path(__file__).resolve().parents[3] / "benchmarks" / "reference.py"
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 RUN = TokenizerRun(
     model=tokenizer_config(

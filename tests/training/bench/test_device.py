@@ -1,4 +1,4 @@
-"""Tests of `mergevq.training.bench_device`."""
+"""Tests of `mergevq.training.bench.device`."""
 
 import json
 import math
@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from mergevq.cli.main import main
-from mergevq.training import bench_device
-from mergevq.training.bench_device import _in_time, count_flops
+from mergevq.training.bench import device as bench_device
+from mergevq.training.bench.device import _in_time, count_flops
 from tests.support.generators import KINDS
 
-REFERENCE = Path(__file__).resolve().parents[2] / "benchmarks" / "reference_generator.py"
+REFERENCE = Path(__file__).resolve().parents[3] / "benchmarks" / "reference_generator.py"
 SMALL = ["--recipes", "photos64", "--images", "1", "--size", "tiny", "--grid-tokens", "4"]
 SMALL += ["--device", "cpu", "--no-compiled"]
 

@@ -28,7 +28,7 @@ from mergevq.generator.bench import line as generator_line
 from mergevq.runtime.device import layout_for, precision_name, resolve_device, resolve_precision
 from mergevq.runtime.files import write_json
 from mergevq.runtime.run import environment
-from mergevq.training.bench import _image_calls, _in_turns, _seconds, _training
+from mergevq.training.bench.tokenizer import _image_calls, _in_turns, _seconds, _training
 
 TRAIN_STEP = "train step"
 COMPILED = "train step, compiled"
@@ -122,11 +122,10 @@ def bench_device(
         _measure_images(report, name, run, device)
     for num_images in batch_sizes:
         _measure_sampling(report, config, num_images, device, plain)
-    for position, (name, run) in enumerate(runs.items() if compiled else ()):
-        share = report.seconds_left / (len(runs) - position)
+    for name, run in runs.items() if compiled else ():
+        # The first may take all the time there is: half of a compilation is of no use.
         report.attempt(
-            f"{name}, {COMPILED}",
-            lambda name=name, run=run, share=share: _measure_compiled(report, name, run, share),
+            f"{name}, {COMPILED}", lambda name=name, run=run: _measure_compiled(report, name, run)
         )
     return report.record
 
@@ -156,7 +155,7 @@ def _measure_images(report: _Report, name: str, run: TokenizerRun, device: torch
         _add_times(report, name, what, _in_turns({what: call}, device, _REPEATS)[what], flops)
 
     # On GPUs the layout is a choice that each of them may decide differently.
-    layouts = {"": None}
+    layouts: dict[str, torch.memory_format | None] = {"": None}
     if layout_for(device, resolve_precision(run.train.precision, device)) != _PLAIN:
         layouts[", contiguous"] = _PLAIN
     for suffix, layout in layouts.items():
@@ -225,14 +224,14 @@ def _measure_sampling(
         report.say(generator_line(speed))
 
 
-def _measure_compiled(report: _Report, name: str, run: TokenizerRun, seconds: float) -> None:
+def _measure_compiled(report: _Report, name: str, run: TokenizerRun) -> None:
     """Times of the compiled train step, whose products are those of the plain one.
 
     Raises:
-        TimeoutError: it takes longer than `seconds`.
+        TimeoutError: it takes longer than there is time.
         RuntimeError: it fails.
     """
-    first, times = _in_time(_compiled_times, run, seconds)
+    first, times = _in_time(_compiled_times, run, report.seconds_left)
     eager = report.record["images"][name].get(TRAIN_STEP, {})
     _add_times(report, name, COMPILED, times, eager.get("flops"))
     report.record["images"][name][COMPILED]["first_seconds"] = first
