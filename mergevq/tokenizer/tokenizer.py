@@ -221,12 +221,18 @@ class Tokenizer(nn.Module):
             ValueError: wrong type, range, size or K.
             RuntimeError: a latent is not finite, of which every sign would be a code.
         """
-        if not isinstance(image, Embedded):
-            image = self.embed(image)
-        num_kept = self._resolve_num_kept(image.grid_shape, num_kept)
+        if isinstance(image, Embedded):
+            grid_shape = image.grid_shape
+        else:
+            self._check_image(image)
+            grid_shape = self.grid_shape(image)
+        num_kept = self._resolve_num_kept(grid_shape, num_kept)
         with self._computing():
-            out = self.encoder.reduce(image, num_kept)
-            encoded = self._tokens(out, image.grid_shape)
+            if isinstance(image, Embedded):
+                out = self.encoder.reduce(image, num_kept)
+            else:
+                out = self.encoder(image, num_kept)
+            encoded = self._tokens(out, grid_shape)
         require_finite("latents", encoded.latents)
         return encoded._replace(
             codes=self._finished(encoded.codes),
