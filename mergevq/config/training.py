@@ -101,9 +101,6 @@ class TrainConfig:
     """Where to train."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
-    compile: bool = False
-    """Compile encoder, decoder, discriminator and losses, one graph for each K: minutes at the
-    start, and a working C++ compiler on CPUs; tokenizers only."""
     seed: int = 0
     """Seed of every random number in the run."""
     log_every: int = 20
@@ -138,6 +135,15 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerTrainConfig(TrainConfig):
+    """The loop of a tokenizer."""
+
+    compile: bool = False
+    """Compile encoder, decoder, discriminator and losses, one graph for each K: minutes at the
+    start, and a working C++ compiler on CPUs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerRun:
     """One training run of a tokenizer: `mergevq train RECIPE`."""
 
@@ -153,7 +159,7 @@ class TokenizerRun:
     """Alignment."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer."""
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TokenizerTrainConfig = field(default_factory=TokenizerTrainConfig)
     """Loop."""
     init_from: str | None = None
     """Start from this tokenizer's weights (fine-tuning) instead of random ones."""
@@ -285,7 +291,6 @@ class GeneratorRun:
             f"kept.candidates {self.kept.candidates} must be the {num_tokens} cells of the grid in "
             f"order '{self.model.order.kind}'",
         )
-        require(not self.train.compile, "train.compile (True) is of tokenizers; leave it out")
         require(
             (self.parallel, self.train.precision) != ("fsdp", "float16"),
             "train.precision (float16) must be bf16 or float32 with parallel fsdp",

@@ -437,7 +437,6 @@ NO_EFFECT = {
     ("generator", "parallel"): "is for several processes",
     ("generator", "train.checkpointing"): "saves memory",
     ("tokenizer", "train.compile"): "saves time",
-    ("generator", "train.compile"): "is refused: it is of tokenizers",
     ("source", "device"): _DEVICE,
     **{(kind, "data.num_workers"): _WORKERS for kind in ("linear", "knn", "finetune")},
     **{(kind, "device"): _DEVICE for kind in ("linear", "knn", "finetune", "generation")},

@@ -15,7 +15,7 @@ import torch
 from mergevq.config.objective import LossConfig, TeacherConfig
 from mergevq.config.recipes.tiny64 import tiny64_gr
 from mergevq.config.tokenizer import KeptConfig
-from mergevq.config.training import DataConfig, OptimConfig, TokenizerRun, TrainConfig
+from mergevq.config.training import DataConfig, OptimConfig, TokenizerRun, TokenizerTrainConfig
 from mergevq.data.batches import open_train_val
 from mergevq.runtime import distributed
 from mergevq.training.fit import read_numbers
@@ -31,7 +31,7 @@ SECTIONS = {
     "loss": LossConfig,
     "teacher": TeacherConfig,
     "optim": OptimConfig,
-    "train": TrainConfig,
+    "train": TokenizerTrainConfig,
 }
 CHANGED = {
     "kept.candidates": (20,),

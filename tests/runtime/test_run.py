@@ -14,7 +14,7 @@ import torch
 
 from mergevq.config.base import FORMAT_VERSION
 from mergevq.config.identity import Identity
-from mergevq.config.training import GeneratorRun, OptimConfig, TokenizerRun, TrainConfig
+from mergevq.config.training import GeneratorRun, OptimConfig, TokenizerRun, TokenizerTrainConfig
 from mergevq.runtime import run as runtime_run
 from mergevq.runtime.run import (
     RunDirectory,
@@ -70,7 +70,9 @@ def test_resuming_keeps_the_beginning_and_notes_what_changed(tmp_path):
     directory = RunDirectory(tmp_path)
     directory.open(RUN, device=CPU, resume=False)
     started_at = json.loads(directory.record.read_text())["started_at"]
-    longer = replace(RUN, train=TrainConfig(num_steps=9), optim=OptimConfig(betas=(0.9, 0.95)))
+    longer = replace(
+        RUN, train=TokenizerTrainConfig(num_steps=9), optim=OptimConfig(betas=(0.9, 0.95))
+    )
     directory.open(RUN, device=CPU, resume=True)
     directory.open(longer, device=CPU, resume=True)
     record = json.loads(directory.record.read_text())
@@ -96,7 +98,7 @@ def test_a_setting_that_differs_is_said_and_one_of_the_model_is_refused(tmp_path
         RUN,
         data=replace(RUN.data, path="elsewhere"),
         loss=replace(RUN.loss, adversarial_weight=0.0),
-        train=TrainConfig(seed=3, batch_size=32),
+        train=TokenizerTrainConfig(seed=3, batch_size=32),
         out=str(tmp_path),
     )
     directory.open(other, device=CPU, resume=True)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 import pytest
 
 from mergevq.config.tokenizer import KeptConfig
-from mergevq.config.training import DataConfig, OptimConfig, TokenizerRun, TrainConfig
+from mergevq.config.training import DataConfig, OptimConfig, TokenizerRun, TokenizerTrainConfig
 from mergevq.runtime.settings import changed_settings, from_json, to_json
 from tests.support.parts import tokenizer_config
 
@@ -43,7 +43,7 @@ def test_a_run_survives_json():
 def test_json_holds_lists_and_nested_objects():
     values = to_json(TokenizerRun(model=SMALL, kept=KeptConfig(candidates=(36,))))
     assert values["model"]["kept_range"] == [16, 64]
-    assert values["train"] == asdict(TrainConfig()) | {"eval_num_kept": []}
+    assert values["train"] == asdict(TokenizerTrainConfig()) | {"eval_num_kept": []}
 
 
 def test_a_whole_number_is_a_valid_float_and_becomes_one():

@@ -12,7 +12,7 @@ from mergevq.config.generator import GeneratorConfig, Raster, Subindices
 from mergevq.config.objective import LossConfig, TeacherConfig
 from mergevq.config.recipes import TOKENIZER_RECIPES
 from mergevq.config.tokenizer import KeptConfig
-from mergevq.config.training import DataConfig, TokenizerRun, TrainConfig
+from mergevq.config.training import DataConfig, TokenizerRun, TokenizerTrainConfig
 from mergevq.data.tokens.dataset import open_tokens
 from mergevq.generator.build import build_generator
 from mergevq.runtime.artefacts import tokens_hash
@@ -62,7 +62,7 @@ def run(tmp_path_factory):
         data=DataConfig(path=str(tmp_path / "data"), val_fraction=0.2),
         loss=LossConfig(perceptual_weight=0.0, adversarial_weight=0.0),
         teacher=TeacherConfig(kind="labels"),
-        train=TrainConfig(batch_size=16, precision="float32", device="cpu"),
+        train=TokenizerTrainConfig(batch_size=16, precision="float32", device="cpu"),
         out=str(tmp_path / "run"),
     )
 

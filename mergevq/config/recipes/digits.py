@@ -20,6 +20,7 @@ from mergevq.config.training import (
     GeneratorRun,
     OptimConfig,
     TokenizerRun,
+    TokenizerTrainConfig,
     TokensConfig,
     TrainConfig,
 )
@@ -59,7 +60,7 @@ def digits32() -> TokenizerRun:
         optim=OptimConfig(
             lr=2e-3, betas=(0.9, 0.95), warmup_steps=50, schedule="cosine", ema_decay=0.99
         ),
-        train=TrainConfig(
+        train=TokenizerTrainConfig(
             num_steps=640,
             batch_size=64,
             image_every=320,

@@ -23,6 +23,7 @@ from mergevq.config.training import (
     OptimConfig,
     SourceRun,
     TokenizerRun,
+    TokenizerTrainConfig,
     TokensConfig,
     TrainConfig,
 )
@@ -185,7 +186,7 @@ def imagenet256_gr() -> TokenizerRun:
         init_vit=DINOV2_BASE,
         optim=OptimConfig(lr=1e-4, schedule="step", milestones=(0.85, 0.95)),
         # 270 epochs of 1,281,167 images at batch 256.
-        train=TrainConfig(
+        train=TokenizerTrainConfig(
             num_steps=1_351_000,
             batch_size=256,
             log_every=100,

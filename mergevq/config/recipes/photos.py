@@ -5,7 +5,13 @@ from dataclasses import replace
 from mergevq.config.parts import PatchDecoder, PatchStem, Unmerge
 from mergevq.config.recipes.tiny64 import tiny64_gr, tiny64_mergear
 from mergevq.config.tokenizer import KeptConfig
-from mergevq.config.training import GeneratorRun, TokenizerRun, TokensConfig, TrainConfig
+from mergevq.config.training import (
+    GeneratorRun,
+    TokenizerRun,
+    TokenizerTrainConfig,
+    TokensConfig,
+    TrainConfig,
+)
 
 
 def photos64() -> TokenizerRun:
@@ -40,7 +46,7 @@ def photos64() -> TokenizerRun:
         ),
         teacher=replace(run.teacher, kind="none"),
         optim=replace(run.optim, lr=1e-3, warmup_steps=100, schedule="step", ema_decay=0.999),
-        train=TrainConfig(
+        train=TokenizerTrainConfig(
             num_steps=1000,
             batch_size=16,
             log_every=10,

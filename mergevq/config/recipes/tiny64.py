@@ -22,6 +22,7 @@ from mergevq.config.training import (
     GeneratorRun,
     OptimConfig,
     TokenizerRun,
+    TokenizerTrainConfig,
     TokensConfig,
     TrainConfig,
 )
@@ -64,7 +65,7 @@ def tiny64_gr() -> TokenizerRun:
         optim=OptimConfig(
             lr=5e-4, betas=(0.9, 0.95), warmup_steps=200, schedule="cosine", ema_decay=0.995
         ),
-        train=TrainConfig(num_steps=10_000, batch_size=64, eval_num_kept=(121, 144, 256)),
+        train=TokenizerTrainConfig(num_steps=10_000, batch_size=64, eval_num_kept=(121, 144, 256)),
         out="runs/tiny64_gr",
     )
 

@@ -9,7 +9,7 @@ import torch
 from mergevq.cli.main import main
 from mergevq.config.objective import LossConfig, TeacherConfig
 from mergevq.config.tokenizer import KeptConfig
-from mergevq.config.training import TokenizerRun, TrainConfig
+from mergevq.config.training import TokenizerRun, TokenizerTrainConfig
 from mergevq.training.bench import tokenizer as bench
 from mergevq.training.bench.tokenizer import LfqSize, Measurement, MergeSize
 from mergevq.training.profile import Part
@@ -41,7 +41,7 @@ RUN = TokenizerRun(
         adversarial_ramp_steps=1,
     ),
     teacher=TeacherConfig(kind="self", num_prototypes=8),
-    train=TrainConfig(num_steps=2, batch_size=2, precision="float32", device="cpu"),
+    train=TokenizerTrainConfig(num_steps=2, batch_size=2, precision="float32", device="cpu"),
 )
 
 
