@@ -38,7 +38,13 @@ from mergevq.config.recipes.images128 import (
     imagenet128_r,
     images128_gr,
 )
-from mergevq.config.recipes.photos import photos64, photos64_mergear
+from mergevq.config.recipes.photos import (
+    photos64,
+    photos64_mergear,
+    photos64_wide,
+    photos64_wide_mergear,
+    photos64_wide_randar,
+)
 from mergevq.config.recipes.tiny64 import (
     tiny64_anchored,
     tiny64_g,
@@ -57,6 +63,8 @@ GENERATOR_RECIPES: dict[str, Callable[[], GeneratorRun]] = {
         digits32_maskgit,
         digits32_enat,
         photos64_mergear,
+        photos64_wide_mergear,
+        photos64_wide_randar,
         tiny64_mergear,
         tiny64_randar,
         tiny64_raster,
@@ -76,6 +84,7 @@ TOKENIZER_RECIPES: dict[str, Callable[[], TokenizerRun]] = {
     for recipe in (
         digits32,
         photos64,
+        photos64_wide,
         tiny64_g,
         tiny64_gr,
         tiny64_r,

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from mergevq.config.generator import Random, Several
 from mergevq.config.parts import PatchDecoder, PatchStem, Unmerge
 from mergevq.config.recipes.tiny64 import tiny64_gr, tiny64_mergear
 from mergevq.config.tokenizer import KeptConfig
@@ -87,4 +88,90 @@ def photos64_mergear() -> GeneratorRun:
             num_eval_images=64,
         ),
         out="runs/photos64_mergear",
+    )
+
+
+def photos64_wide() -> TokenizerRun:
+    """`photos64` for a GPU: the same geometry, twice the width, kept on the device.
+
+    Hardware and time: not measured, 100,000 steps of 256 images, or the minutes that it is given
+    (`--train.max-minutes`). Expected: not measured.
+    """
+    run = photos64()
+    model = run.model
+    return replace(
+        run,
+        model=replace(
+            model,
+            stem=replace(model.stem, width=192),
+            reducer=replace(model.reducer, num_heads=4),
+            decoder=PatchDecoder(width=224, num_heads=4, blocks="ccaccaccc"),
+            expander=Unmerge(dim=96, num_heads=4),
+        ),
+        data=replace(run.data, cache="device"),
+        loss=replace(run.loss, recovered_start_step=50_000),
+        optim=replace(run.optim, warmup_steps=2000, ema_decay=0.9995),
+        train=replace(
+            run.train,
+            num_steps=100_000,
+            batch_size=256,
+            log_every=100,
+            image_every=2000,
+            eval_every=2000,
+            save_every=2000,
+            num_eval_images=512,
+        ),
+        out="runs/photos64_wide",
+    )
+
+
+def photos64_wide_mergear() -> GeneratorRun:
+    """MergeAR on 144 tokens of `photos64_wide`, for a GPU.
+
+    Tokens: `mergevq encode --flip --num-kept 144 --out runs/photos64_wide/tokens ..`. Hardware and
+    time: not measured, 100,000 steps of 256 sequences, or the minutes that it is given. Expected:
+    not measured.
+    """
+    run = photos64_mergear()
+    return replace(
+        run,
+        model=replace(
+            run.model,
+            dim=208,
+            num_layers=5,
+            num_heads=4,
+            ffn_dim=576,
+            num_kept=144,
+            kept_candidates=(144,),
+        ),
+        tokens=TokensConfig(path="runs/photos64_wide/tokens", tokenizer="runs/photos64_wide/model"),
+        kept=KeptConfig(candidates=(144,)),
+        optim=replace(run.optim, warmup_steps=2000, ema_decay=0.999),
+        train=replace(
+            run.train,
+            num_steps=100_000,
+            batch_size=256,
+            log_every=100,
+            image_every=5000,
+            eval_every=2000,
+            save_every=2000,
+            num_eval_images=1024,
+        ),
+        out="runs/photos64_wide_mergear",
+    )
+
+
+def photos64_wide_randar() -> GeneratorRun:
+    """RandAR beside `photos64_wide_mergear`: 144 kept tokens in random order, several at once.
+
+    Tokens: `mergevq encode --flip --num-kept 144 --out runs/photos64_wide/tokens ..`. Hardware and
+    time: not measured, 100,000 steps of 256 sequences, or the minutes that it is given. Expected:
+    not measured.
+    """
+    run = photos64_wide_mergear()
+    return replace(
+        run,
+        model=replace(run.model, order=Random()),
+        sampling=replace(run.sampling, guidance_schedule="linear", passes=Several(num_steps=36)),
+        out="runs/photos64_wide_randar",
     )
