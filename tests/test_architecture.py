@@ -52,6 +52,7 @@ MODEL_PATH = {
     "generator/orders",
     "generator/sampling",
     "nn",
+    "tokenizer/bits",
     "tokenizer/decoders",
     "tokenizer/encoder",
     "tokenizer/expanders",

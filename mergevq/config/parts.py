@@ -5,7 +5,7 @@ docs/adding-a-part.md.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from mergevq.config.base import require
@@ -317,6 +317,13 @@ class PatchDecoder:
 
 
 Decoder = CnnDecoder | PatchDecoder
+
+
+def weights_of(part: object) -> dict[str, float]:
+    """Weights of losses by the loss's name: the settings that are called `NAME_weight`."""
+    names = [field.name for field in fields(part)]  # pyright: ignore[reportArgumentType]
+    weights = [name for name in names if name.endswith("_weight")]
+    return {name.removesuffix("_weight"): getattr(part, name) for name in weights}
 
 
 def bits_of(sizes: tuple[int, ...]) -> float:

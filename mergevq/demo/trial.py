@@ -21,7 +21,7 @@ from mergevq.evaluate.compare import measure
 from mergevq.evaluate.probe.linear import ProbeRow, probe_rows
 from mergevq.generator.generation import class_labels, generate, load_pair
 from mergevq.generator.weights import as_weights
-from mergevq.metrics.codes import CodebookStatistics, CodebookUsage
+from mergevq.metrics.codes import CodebookStatistics, codebook_statistics
 from mergevq.report.lettering import shown_names
 from mergevq.report.pictures import merge_map, to_pil
 from mergevq.runtime.device import autocast, resolve_device
@@ -157,7 +157,7 @@ def examine(run: TokenizerRun) -> Trial:
         measured=measured,
         recognised=recognised,
         probes=probes,
-        usage=_count_codes(tokenizer, _batches(run, dataset), len(dataset)),
+        usage=_count_codes(tokenizer, _batches(run, dataset)),
         originals=[to_pil(image) for image in images],
         labels=labels,
         pictured=[_picture(tokenizer, images.to(device), num_kept) for num_kept in num_kepts],
@@ -174,17 +174,11 @@ def _batches(run: TokenizerRun, dataset: ImageDataset) -> Sequence[Batch]:
 
 
 @torch.no_grad()
-def _count_codes(
-    tokenizer: Tokenizer, batches: Sequence[Batch], num_images: int
-) -> CodebookStatistics:
+def _count_codes(tokenizer: Tokenizer, batches: Sequence[Batch]) -> CodebookStatistics:
     """How all tokens at the nominal K use the codebook."""
     device = next(tokenizer.parameters()).device
-    spec = tokenizer.quantizer.spec
-    window = max(spec.num_values, num_images * tokenizer.config.num_kept)
-    usage = CodebookUsage(spec, window=window, device=device)
-    for batch in batches:
-        usage.update(tokenizer.encode(batch.image.to(device)).indices)
-    return usage.compute()
+    tokens = [tokenizer.encode(batch.image.to(device)).indices.flatten() for batch in batches]
+    return codebook_statistics(torch.cat(tokens), tokenizer.quantizer.spec)
 
 
 @torch.no_grad()

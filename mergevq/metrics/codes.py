@@ -1,6 +1,7 @@
 """Metrics of codes: use of the codebook, collapse, agreement of source maps.
 
-Differs: codebook usage is of a window of tokens at least as long as the codebook, not of a batch.
+Differs: codebook usage is of a window of tokens as long as the codebook, up to 2**18, not of a
+batch.
 
 Source: Li et al. 2025, "MergeVQ", section 3 (arXiv:2504.00999).
 
@@ -20,6 +21,8 @@ from mergevq.runtime import distributed
 
 USAGE_FLOOR = 0.05
 """Share of the attainable codes below which a codebook counts as collapsing."""
+MAX_SHORTEST_WINDOW = 2**18
+"""Tokens beyond which no window has to be as long as the codebook, whose codes may be countless."""
 BIT_ENTROPY_FLOOR = 0.1
 """Entropy, in bits, below which one bit of the tokens counts as collapsing."""
 
@@ -94,7 +97,7 @@ class CodebookUsage:
     Args:
         spec: form of the tokens.
         window: tokens remembered on each rank, at least as many as there are codes; None is as
-            many. Above 2**24 codes 2**24 tokens, 128 MiB, are enough.
+            many. Above 2**18 codes 2**18 tokens, 2 MiB, are enough.
         device: where tokens are kept and counted.
 
     Raises:
@@ -104,7 +107,7 @@ class CodebookUsage:
     def __init__(
         self, spec: CodeSpec, window: int | None = None, device: torch.device | str = "cpu"
     ) -> None:
-        shortest = min(spec.num_values, 2**24)
+        shortest = min(spec.num_values, MAX_SHORTEST_WINDOW)
         if window is not None and window < shortest:
             raise ValueError(
                 f"window ({window}) must be at least {shortest} tokens for {spec.num_values} "

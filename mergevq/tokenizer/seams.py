@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mergevq.data.codes import CodeSpec
 from mergevq.data.layouts import Layout
+from mergevq.runtime.random import BatchNumbers
 
 
 class TokenSet(NamedTuple):
@@ -92,8 +93,15 @@ class Quantizer(Protocol):
     spec: CodeSpec
     """Parts of a token, and the channels of its latents."""
 
-    def __call__(self, latents: Float[Tensor, "*b d"], /) -> Quantized:
-        """Quantize; `decode` gives the same codes of the parts, bit for bit."""
+    def __call__(
+        self, latents: Float[Tensor, "*b d"], numbers: BatchNumbers | None = None, /
+    ) -> Quantized:
+        """Quantize; `decode` gives the same codes of the parts, bit for bit.
+
+        Args:
+            latents: B is that of `numbers`.
+            numbers: of a step of training, for a kind that draws; None draws nothing.
+        """
         ...
 
     def decode(self, parts: Int64[Tensor, "*b p"], /) -> Float[Tensor, "*b d"]:
@@ -101,7 +109,11 @@ class Quantizer(Protocol):
         ...
 
     def losses(self, latents: Float[Tensor, "b k d"], /) -> Mapping[str, Float[Tensor, ""]]:
-        """Unweighted terms by name, of `LossConfig`: `commitment`, `entropy`."""
+        """Unweighted terms by name.
+
+        The weight of `commitment` and `entropy` is in `LossConfig`, that of a term which only this
+        kind has in its settings, as `NAME_weight`.
+        """
         ...
 
 

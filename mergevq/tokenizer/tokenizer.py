@@ -28,6 +28,7 @@ from mergevq.data.layouts import Layout, Source, require_source, unmerge
 from mergevq.nn.finite import require_finite
 from mergevq.runtime.artefacts import build_for, load_model, resolve, save_model
 from mergevq.runtime.device import autocast, lay_out, resolve_precision
+from mergevq.runtime.random import BatchNumbers
 from mergevq.runtime.settings import from_json
 from mergevq.tokenizer.build import (
     build_decoder,
@@ -85,7 +86,7 @@ class TokenizerOutput(NamedTuple):
     encoded: Encoded
     """Tokens of the image."""
     losses: Mapping[str, Float[Tensor, ""]]
-    """Losses of quantizer and expander, unweighted, by the names of `LossConfig`."""
+    """Losses of quantizer and expander, unweighted, by name."""
     view_class_token: Float[Tensor, "b c"] | None
     """Class token of the alignment view; None without one."""
 
@@ -415,6 +416,7 @@ class Tokenizer(nn.Module):
         quantized: bool = True,
         source_gradient: float = 0.0,
         recovers: Bool[Tensor, "b"] | None = None,
+        numbers: BatchNumbers | None = None,
     ) -> TokenizerOutput:
         """One training pass, without checks: every parameter takes part in it.
 
@@ -426,8 +428,9 @@ class Tokenizer(nn.Module):
             source_gradient: share of the source predictor's gradient that reaches the codes.
             recovers: images decoded with the recovered source instead of the given one; None is
                 none.
+            numbers: of the images, for a quantizer that draws in training; None draws nothing.
         """
-        encoded = self._tokens(self.encoder(image, num_kept), self.grid_shape(image))
+        encoded = self._tokens(self.encoder(image, num_kept), self.grid_shape(image), numbers)
         fixed = encoded.codes.detach()
         seen = fixed + source_gradient * (encoded.codes - fixed)
         # Until quantization starts, bounded latents keep the decoder's input on the codes' scale.
@@ -444,10 +447,12 @@ class Tokenizer(nn.Module):
         losses = {**self.quantizer.losses(encoded.latents), **expanded.losses}
         return TokenizerOutput(reconstruction, encoded, losses, view_class_token)
 
-    def _tokens(self, out: TokenSet, grid_shape: tuple[int, int]) -> Encoded:
+    def _tokens(
+        self, out: TokenSet, grid_shape: tuple[int, int], numbers: BatchNumbers | None = None
+    ) -> Encoded:
         """Tokens of what the encoder gave."""
         latents = self.encoder.latents(out.tokens)
-        codes, parts = self.quantizer(latents)
+        codes, parts = self.quantizer(latents, numbers)
         indices = self.quantizer.spec.join(parts)
         return Encoded(codes, indices, out.layout, grid_shape, out.class_token, latents)
 

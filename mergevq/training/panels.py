@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mergevq.config.parts import weights_of
 from mergevq.config.training import TokenizerRun
 from mergevq.report.plots import Curve, Panel, line_plot
 
@@ -53,8 +54,8 @@ def generator_panels(log: Log) -> list[Panel]:
 
 def loss_panels(run: TokenizerRun, log: Log) -> list[Panel]:
     """The tokenizer's loss, and each term that has a weight and was ever not 0."""
-    weights = [name for name in run.loss.__slots__ if name.endswith("_weight")]
-    weighted = [name.removesuffix("_weight") for name in weights if getattr(run.loss, name) > 0]
+    weights = weights_of(run.loss) | weights_of(run.model.quantizer)
+    weighted = [name for name, weight in weights.items() if weight > 0]
     terms = [name for name in weighted if any(line.get(name) for line in log)]
     return [Panel(title=_words(name), curves=[log_curve(log, name)]) for name in ["loss", *terms]]
 

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 
 from mergevq.config.identity import Identity
+from mergevq.config.parts import weights_of
 from mergevq.config.training import TokenizerRun
 from mergevq.data.batches import Batch, eval_batches, open_train_val, train_batches
 from mergevq.data.cached import cached_batches
@@ -29,7 +30,7 @@ from mergevq.runtime.logs import describe_batch
 from mergevq.runtime.run import RunDirectory
 from mergevq.runtime.settings import to_json
 from mergevq.tokenizer.losses.teachers import require_labels
-from mergevq.tokenizer.losses.terms import TokenizerLosses
+from mergevq.tokenizer.losses.terms import term_weights
 from mergevq.training.fit import Number, fit
 from mergevq.training.initial import Start, find_start
 from mergevq.training.panels import Log, tokenizer_panels
@@ -267,7 +268,11 @@ class TokenizerTask:
 
     def shown(self, numbers: Mapping[str, int | float]) -> set[str]:
         """Every term that is not 0, codebook usage and PSNR."""
-        terms = {name for name in TokenizerLosses._fields if numbers.get(name)}
+        run = self.learner.run
+        weights = term_weights(
+            run.loss, weights_of(run.model.quantizer), run.loss.adversarial_weight
+        )
+        terms = {name for name in weights if numbers.get(name)}
         return {"codebook_usage", *terms, *(name for name in numbers if name.startswith("psnr"))}
 
     def panels(self, log: Log) -> list[Panel]:

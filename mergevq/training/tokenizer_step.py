@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from mergevq.config.parts import weights_of
 from mergevq.config.training import TokenizerRun
 from mergevq.data.batches import Batch
 from mergevq.metrics.codes import CodebookUsage, CollapseMonitor
@@ -30,7 +31,7 @@ from mergevq.runtime.optim import (
     learning_rate,
     set_learning_rate,
 )
-from mergevq.runtime.random import draw_num_kept
+from mergevq.runtime.random import BatchNumbers, draw_num_kept
 from mergevq.tokenizer.losses.adversarial import (
     Discriminator,
     LeCam,
@@ -41,15 +42,18 @@ from mergevq.tokenizer.losses.adversarial import (
     generator_loss,
 )
 from mergevq.tokenizer.losses.teachers import SelfTeacher, Teacher, build_teacher
-from mergevq.tokenizer.losses.terms import TokenizerLosses, reconstruction_loss
+from mergevq.tokenizer.losses.terms import (
+    TokenizerLosses,
+    reconstruction_loss,
+    term_weights,
+    total,
+)
 from mergevq.tokenizer.tokenizer import Tokenizer, TokenizerOutput
 from mergevq.training.fit import Number, cut
 from mergevq.training.initial import Start, initial_tokenizer
 
 logger = logging.getLogger("mergevq")
 
-_USAGE_WINDOW_BITS = 18
-"""Codebook usage is counted over this power of two of tokens, or all codes when they are fewer."""
 _COLLAPSE_REPORTS = 20
 """Bad reports of codebook usage in a row before the run warns of a collapse."""
 
@@ -81,6 +85,7 @@ class Objective(nn.Module):
         quantized: bool,
         source_gradient: float,
         recovers: Bool[Tensor, "b"] | None,
+        numbers: BatchNumbers | None,
     ) -> Pass:
         """Run the tokenizer on the image, and its encoder on the student's view if there is one.
 
@@ -93,6 +98,7 @@ class Objective(nn.Module):
             quantized=quantized,
             source_gradient=source_gradient,
             recovers=recovers,
+            numbers=numbers,
         )
         if self.teacher is None:
             return Pass(output, output.reconstruction.new_zeros((), dtype=torch.float32))
@@ -190,14 +196,17 @@ class TokenizerLearner:
             syncs = position == len(parts) - 1
             place = self.world.rank * len(parts) + position
             recovers = recovering(run.loss.recovered_share_at(state.place), place, part.image)
+            drawn = self._numbers(place, len(parts), part)
             with distributed.no_sync(self.objective, active=not syncs):
                 with self.autocast():
-                    losses, output = self.losses(part, num_kept, recovers=recovers, target=target)
-                total = losses.total(run.loss, adversarial_weight(state.place, run.loss))
-                state.scaler.scale(total / len(parts)).backward()
+                    losses, output = self.losses(
+                        part, num_kept, recovers=recovers, target=target, numbers=drawn
+                    )
+                loss = total(losses, self._weights())
+                state.scaler.scale(loss / len(parts)).backward()
             reconstructions.append(output.reconstruction.detach())
             indices.append(output.encoded.indices)
-            for name, value in [("loss", total), *losses._asdict().items()]:
+            for name, value in [("loss", loss), *losses.items()]:
                 sums[name] = sums.get(name, 0) + value.detach() / len(parts)
         tokens = distributed.gather(torch.cat(indices), equal=True)
         state.usage.update(tokens if distributed.is_main() else tokens[:0])
@@ -219,6 +228,28 @@ class TokenizerLearner:
         state.scaler.update()
         numbers = sums | norms | {"grad_norm": norm, "num_skipped": state.guard.num_skipped}
         return numbers, reconstructions
+
+    def _numbers(self, place: int, num_parts: int, part: Batch) -> BatchNumbers:
+        """Random numbers of a part of a step, as one process would draw them for the whole batch.
+
+        Args:
+            place: parts before this one, those of ranks before included.
+            num_parts: of this rank; all parts have as many images.
+            part: the part.
+        """
+        count = len(part.image)
+        return BatchNumbers(
+            seed=self.run.train.seed,
+            step=self.state.step,
+            num_rows=count * num_parts * self.world.world_size,
+            rows=slice(place * count, (place + 1) * count),
+        )
+
+    def _weights(self) -> dict[str, float]:
+        """Weight of every term at this step."""
+        run = self.run
+        adversarial = adversarial_weight(self.state.place, run.loss)
+        return term_weights(run.loss, weights_of(run.model.quantizer), adversarial)
 
     @torch.no_grad()
     def self_targets(self, parts: list[Batch], num_kept: int) -> list[Float[Tensor, "b f"] | None]:
@@ -242,6 +273,7 @@ class TokenizerLearner:
         *,
         recovers: Bool[Tensor, "b"] | None = None,
         target: Float[Tensor, "b f"] | None = None,
+        numbers: BatchNumbers | None = None,
     ) -> tuple[TokenizerLosses, TokenizerOutput]:
         """Every term for one part of a batch.
 
@@ -251,6 +283,7 @@ class TokenizerLearner:
             recovers: which images are decoded with the recovered source; None is none.
             target: of the self-teacher for this part (`self_targets`); None makes it of this part
                 alone.
+            numbers: of the part's images, for what is drawn; None draws nothing.
         """
         run, state = self.run, self.state
         if target is None:
@@ -262,6 +295,7 @@ class TokenizerLearner:
             quantized=state.place >= run.quantize_start_step,
             source_gradient=run.loss.source_gradient,
             recovers=recovers,
+            numbers=numbers,
         )
         zero = torch.zeros((), device=batch.image.device)
         perceptual, adversarial = zero, zero
@@ -269,16 +303,17 @@ class TokenizerLearner:
             perceptual = self.perceptual(output.reconstruction, batch.image).mean()
         if adversarial_weight(state.place, run.loss) > 0:
             adversarial = generator_loss(state.discriminator(output.reconstruction))
-        losses = TokenizerLosses(
-            reconstruction=reconstruction_loss(batch.image, output.reconstruction),
-            perceptual=perceptual,
-            adversarial=adversarial,
-            commitment=output.losses.get("commitment", zero),
-            entropy=output.losses.get("entropy", zero),
-            source=output.losses.get("source", zero),
-            alignment=alignment,
-        )
-        return losses, output
+        losses = {
+            "reconstruction": reconstruction_loss(batch.image, output.reconstruction),
+            "perceptual": perceptual,
+            "adversarial": adversarial,
+            "commitment": zero,
+            "entropy": zero,
+            "source": zero,
+            "alignment": alignment,
+        }
+        # In place of the zeros, and after these those that one kind of part has.
+        return {**losses, **output.losses}, output
 
     def update_discriminator(
         self,
@@ -356,8 +391,6 @@ def build(
     if run.train.compile:
         parts = (objective, discriminator, perceptual, teacher_encoder)
         compile_in_place(parts, num_graphs=2 * len(run.kept.candidates) + 2)
-    spec = tokenizer.quantizer.spec
-    window = min(spec.num_values, 2**_USAGE_WINDOW_BITS)
     state = State(
         tokenizer=tokenizer,
         teacher=teacher,
@@ -367,7 +400,7 @@ def build(
         optimizer=optimizer,
         discriminator_optimizer=discriminator_optimizer,
         ema=Ema(tokenizer, run.optim.ema_decay),
-        usage=CodebookUsage(spec, window=window, device=device),
+        usage=CodebookUsage(tokenizer.quantizer.spec, device=device),
         monitor=CollapseMonitor(_COLLAPSE_REPORTS),
         guard=NonFiniteGuard(run.train.max_nonfinite),
         discriminator_guard=NonFiniteGuard(run.train.max_nonfinite),

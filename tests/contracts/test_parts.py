@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from mergevq.config.kinds import unions
+from mergevq.config.objective import LossConfig
+from mergevq.config.parts import weights_of
 from mergevq.config.recipes.digits import digits32
 from mergevq.config.training import TokenizerRun
+from mergevq.runtime.random import BatchNumbers
 from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training.tokenizer import train
 from tests.support.leaves import replaced, value_at
@@ -153,15 +156,32 @@ def test_gradients_of_codes_and_of_losses_reach_the_latents(part):
     model = small(part)
     latents = latents_of(model).requires_grad_()
     losses = model.quantizer.losses(latents)
-    assert set(losses) <= {"commitment", "entropy"}
+    own = weights_of(model.config.quantizer)
+    assert set(own) <= set(losses) <= {"commitment", "entropy", *own}
+    # Weights of other names are those of all tokenizers.
+    assert not set(own) & set(weights_of(LossConfig()))
     for value in (model.quantizer(latents).codes.square().sum(), *losses.values()):
         assert value.shape == ()
         assert value.isfinite()
     (of_codes,) = torch.autograd.grad(model.quantizer(latents).codes.sum(), latents)
     assert of_codes.isfinite().all()
     assert of_codes.count_nonzero() > 0
-    (of_losses,) = torch.autograd.grad(sum(losses.values()), latents)
-    assert of_losses.isfinite().all()
+    if losses:
+        (of_losses,) = torch.autograd.grad(sum(losses.values()), latents)
+        assert of_losses.isfinite().all()
+
+
+@of("quantizer")
+def test_tokens_that_are_drawn_depend_on_the_numbers_alone(part):
+    model = small(part)
+    latents, quantizer = latents_of(model), model.quantizer
+    whole = BatchNumbers(seed=3, step=5, num_rows=2, rows=slice(0, 2))
+    codes, parts = quantizer(latents, whole)
+    assert torch.equal(quantizer.decode(parts), codes)
+    assert torch.equal(quantizer(latents, whole).parts, parts)
+    # Rows of a batch are those of the whole batch.
+    alone = [quantizer(latents[i : i + 1], replace(whole, rows=slice(i, i + 1))) for i in range(2)]
+    assert torch.equal(torch.cat([each.parts for each in alone]), parts)
 
 
 @of("quantizer")

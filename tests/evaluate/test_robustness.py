@@ -19,7 +19,7 @@ from mergevq.evaluate.robustness import (
     measure_robustness,
     perturb,
 )
-from mergevq.tokenizer.quantizers.lfq import codes_to_indices
+from mergevq.tokenizer.bits import codes_to_indices
 from mergevq.tokenizer.tokenizer import Tokenizer
 from tests.support.evaluations import subject_of, write_images, write_network, write_tokenizer
 from tests.support.records import assert_declared

@@ -204,3 +204,13 @@ def test_a_recovery_starts_the_count_again():
     monitor = CollapseMonitor(num_reports=2)
     reports = [report(1), report(), report(1), report(1)]
     assert [bool(monitor.update(item)) for item in reports] == [False, False, False, True]
+
+
+def test_a_codebook_that_no_window_can_hold_is_counted_over_a_fixed_number_of_tokens():
+    # 2 MiB; as long as its codes a window of 32 bits would take 32 GiB.
+    usage = CodebookUsage(bits(32))
+    assert len(usage.window) == 2**18
+    usage.update(torch.tensor([0, 2**32 - 1, 0]))
+    assert usage.compute().num_distinct == 2
+    with pytest.raises(ValueError, match=rf"window \(255\) must be at least {2**18} tokens"):
+        CodebookUsage(bits(32), window=255)

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from mergevq.data.layouts import Source, merge, unmerge
+from mergevq.tokenizer.bits import indices_to_codes, quantize
 from mergevq.tokenizer.expanders.unmerge import most_likely_source
-from mergevq.tokenizer.quantizers.lfq import indices_to_codes, quantize
 from mergevq.tokenizer.reducers.matching import merge_schedule
 from mergevq.tokenizer.seams import Given
 from mergevq.tokenizer.tokenizer import Tokenizer

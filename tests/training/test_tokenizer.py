@@ -27,6 +27,7 @@ from mergevq.runtime.checkpoints import load_state
 from mergevq.runtime.optim import learning_rate
 from mergevq.tokenizer.interop import select_weights
 from mergevq.tokenizer.losses.adversarial import adversarial_weight
+from mergevq.tokenizer.losses.terms import term_weights, total
 from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training.fit import put_state, state_of
 from mergevq.training.tokenizer import TokenizerTask, train
@@ -149,9 +150,9 @@ def test_the_tokenizers_gradient_does_not_reach_discriminator_or_teacher():
     learner = build(small(), WORLD, num_classes=0)
     state = learner.state
     losses, _ = learner.losses(batch(), 16)
-    assert losses.adversarial > 0
+    assert losses["adversarial"] > 0
     state.discriminator.requires_grad_(requires_grad=False)
-    losses.total(learner.run.loss, 0.1).backward()
+    total(losses, term_weights(learner.run.loss, {}, 0.1)).backward()
     assert state.teacher_encoder is not None
     frozen = [*state.discriminator.parameters(), *state.teacher_encoder.parameters()]
     assert all(parameter.grad is None for parameter in frozen)
@@ -161,7 +162,7 @@ def test_every_parameter_of_the_tokenizer_gets_a_gradient():
     learner = build(small(), WORLD, num_classes=0)
     state = learner.state
     losses, _ = learner.losses(batch(), 16)
-    losses.total(learner.run.loss, 0.1).backward()
+    total(losses, term_weights(learner.run.loss, {}, 0.1)).backward()
     without = [n for n, p in state.tokenizer.named_parameters() if p.grad is None]
     assert without == []
 

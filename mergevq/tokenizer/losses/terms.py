@@ -8,7 +8,7 @@ softmax of equation 8 implies, where equation 9 prints a binary one.
 Shape letters: B batch, L grid tokens, K kept tokens, H and W pixels.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
@@ -18,42 +18,36 @@ from torch.nn import functional
 from mergevq.config.objective import LossConfig
 from mergevq.data.layouts import Source
 
+TokenizerLosses = dict[str, Float[Tensor, ""]]
+"""Terms of the tokenizer's loss by name, unweighted scalars: the seven of `term_weights`, 0 where
+they do not count, and after them those that only one kind of part has."""
 
-class TokenizerLosses(NamedTuple):
-    """Every term of the tokenizer's loss, unweighted scalars."""
 
-    reconstruction: Float[Tensor, ""]
-    """L1 between image and reconstruction."""
-    perceptual: Float[Tensor, ""]
-    """LPIPS; 0 without a network."""
-    adversarial: Float[Tensor, ""]
-    """Non-saturating generator loss; 0 before it starts."""
-    commitment: Float[Tensor, ""]
-    """Squared distance of latents to codes."""
-    entropy: Float[Tensor, ""]
-    """Token entropy minus codebook entropy, in nats; negative when healthy."""
-    source: Float[Tensor, ""]
-    """Cross-entropy of the source predictor, in nats per cell."""
-    alignment: Float[Tensor, ""]
-    """Class token against the teacher; 0 without one."""
+def term_weights(
+    config: LossConfig, own: Mapping[str, float], adversarial_weight: float
+) -> dict[str, float]:
+    """Weight of each term by its name.
 
-    def total(self, config: LossConfig, adversarial_weight: float) -> Float[Tensor, ""]:
-        """Weighted sum.
+    Args:
+        config: weights of the terms that all tokenizers have, but one.
+        own: weights of the terms that only this tokenizer's parts have.
+        adversarial_weight: of the adversarial term at this step; see the function of that name.
+    """
+    return {
+        "reconstruction": config.reconstruction_weight,
+        "perceptual": config.perceptual_weight,
+        "adversarial": adversarial_weight,
+        "commitment": config.commitment_weight,
+        "entropy": config.entropy_weight,
+        "source": config.source_weight,
+        "alignment": config.alignment_weight,
+        **own,
+    }
 
-        Args:
-            config: weights of all terms but one.
-            adversarial_weight: of the adversarial term at this step; see the function of that name.
-        """
-        weights = {
-            "reconstruction": config.reconstruction_weight,
-            "perceptual": config.perceptual_weight,
-            "adversarial": adversarial_weight,
-            "commitment": config.commitment_weight,
-            "entropy": config.entropy_weight,
-            "source": config.source_weight,
-            "alignment": config.alignment_weight,
-        }
-        return torch.stack([weights[name] * getattr(self, name) for name in self._fields]).sum()
+
+def total(losses: TokenizerLosses, weights: Mapping[str, float]) -> Float[Tensor, ""]:
+    """Weighted sum of all terms, in their order."""
+    return torch.stack([weights[name] * term for name, term in losses.items()]).sum()
 
 
 def reconstruction_loss(

@@ -3,37 +3,22 @@
 Source: Yu et al. 2024, "Language Model Beats Diffusion: Tokenizer is Key to Visual Generation",
 section 3 (arXiv:2310.05737); Li et al. 2025, "MergeVQ", section 3 (arXiv:2504.00999).
 
-Differs: both entropies are exact and no tensor of tokens x 2**D is ever made; the authors' 1e-5
-inside the logarithm, which caps the codebook entropy at 11.2 nats of 12.5, is gone; the codebook
-entropy is of the batch over all ranks, not of one rank's share.
+Signs, integers and entropies are in `mergevq.tokenizer.bits`, with what differs.
 
-Shape letters: B batch, K tokens, D bits per token, F sub-indices, N all tokens of a batch. The
-codebook has 2**D entries and is never stored.
+Shape letters: B batch, K tokens, D bits per token. The codebook has 2**D entries and is never
+stored.
 """
 
-import math
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from mergevq.config import parts as settings
-from mergevq.data.codes import CodeSpec, check_range
-from mergevq.runtime import distributed
+from mergevq.data.codes import CodeSpec
+from mergevq.runtime.random import BatchNumbers
+from mergevq.tokenizer.bits import codebook_entropy, indices_to_codes, quantize, token_entropy
 from mergevq.tokenizer.seams import Quantized
-
-MAX_EXACT_BITS = 24
-"""Up to here the codebook entropy is exact: its table of 2**D cells takes 64 MiB at most."""
-
-
-class Signs(NamedTuple):
-    """Discrete tokens in both of their forms."""
-
-    codes: Float[Tensor, "*shape d"]
-    """Signs in {-1, +1}; gradients pass straight through to the latents."""
-    indices: Int64[Tensor, "*shape"]
-    """The same tokens as integers in [0, 2**D); channel 0 is the lowest bit."""
 
 
 class QuantizeLosses(NamedTuple):
@@ -61,7 +46,9 @@ class Lfq(nn.Module):
         self.spec = CodeSpec(sizes=config.sizes, dim=config.dim)
         self.entropy_temperature = config.entropy_temperature
 
-    def forward(self, latents: Float[Tensor, "*b d"]) -> Quantized:
+    def forward(
+        self, latents: Float[Tensor, "*b d"], _numbers: BatchNumbers | None = None
+    ) -> Quantized:
         """Round each channel to its sign."""
         signs = quantize(latents)
         return Quantized(signs.codes, signs.indices[..., None])
@@ -74,80 +61,6 @@ class Lfq(nn.Module):
         """Commitment, and token entropy minus codebook entropy."""
         losses = quantize_losses(latents, self.entropy_temperature)
         return {"commitment": losses.commitment, "entropy": losses.entropy}
-
-
-def quantize(latents: Float[Tensor, "*shape d"]) -> Signs:
-    """Round each channel to its sign, with a straight-through gradient.
-
-    Args:
-        latents: encoder output, any real values; zero counts as negative.
-    """
-    signs = torch.where(latents > 0, 1.0, -1.0).to(latents.dtype)
-    # The added zero carries the gradient; `latents + (signs - latents).detach()` would round, so
-    # that codes of large latents in bf16 would not be +-1.
-    codes = signs + (latents - latents.detach())
-    return Signs(codes=codes, indices=codes_to_indices(signs))
-
-
-def codes_to_indices(codes: Float[Tensor, "*shape d"]) -> Int64[Tensor, "*shape"]:
-    """Read signs as the bits of an integer, channel 0 lowest; D is at most 63."""
-    places = torch.arange(codes.shape[-1], device=codes.device)
-    return ((codes > 0).long() << places).sum(-1)
-
-
-def indices_to_codes(
-    indices: Int64[Tensor, "*shape"], num_bits: int, dtype: torch.dtype = torch.float32
-) -> Float[Tensor, "*shape d"]:
-    """Inverse of `codes_to_indices`.
-
-    Args:
-        indices: in [0, 2**num_bits).
-        num_bits: D, from 1 to 63.
-        dtype: of the codes, which are exactly -1 and +1 in every one.
-
-    Raises:
-        ValueError: an index is outside the codebook.
-    """
-    check_range(indices, num_bits)
-    places = torch.arange(num_bits, device=indices.device)
-    return (2 * ((indices[..., None] >> places) & 1) - 1).to(dtype)
-
-
-def token_entropy(
-    latents: Float[Tensor, "*shape d"], temperature: float = 0.01
-) -> Float[Tensor, "*shape"]:
-    """Entropy of each token's soft assignment to the whole codebook, in nats.
-
-    The softmax over all 2**D codes of -|z - c|**2 / temperature is a product of one independent
-    bit per channel, so its entropy is a sum of D bit entropies: exact, and D work instead of 2**D.
-
-    Returns:
-        Between 0 and D ln 2 per token, float32 under any autocast.
-    """
-    log_odds = _log_odds(latents, temperature)
-    # H(p) = softplus(-|x|) + |x| sigmoid(-|x|): no difference of large numbers anywhere.
-    size = log_odds.abs()
-    bits = torch.nn.functional.softplus(-size) + size * torch.sigmoid(-size)
-    return bits.sum(-1)
-
-
-def codebook_entropy(
-    latents: Float[Tensor, "*shape d"], temperature: float = 0.01
-) -> Float[Tensor, ""]:
-    """Entropy of the mean soft assignment over all tokens and ranks, in nats.
-
-    Exact for D up to `MAX_EXACT_BITS`: a token's assignment is the outer product of those of its
-    two halves, so the mean over N tokens is one product of two (N, 2**(D/2)) matrices. Memory is
-    O(N 2**(D/2) + 2**D), and no logarithm of zero has a gradient. Above that, the sum of the exact
-    entropies of groups of bits, which is an upper bound (equal when the groups are independent).
-
-    Returns:
-        Between 0 and D ln 2, float32 under any autocast. Every rank must hold as many tokens.
-    """
-    log_odds = _log_odds(latents, temperature).reshape(-1, latents.shape[-1])
-    num_groups = math.ceil(latents.shape[-1] / MAX_EXACT_BITS)
-    entropies = [_joint_entropy(group) for group in log_odds.tensor_split(num_groups, dim=-1)]
-    return torch.stack(entropies).sum()
 
 
 def quantize_losses(
@@ -169,33 +82,3 @@ def quantize_losses(
         token_entropy=token_entropy(chosen, temperature).mean(),
         codebook_entropy=codebook_entropy(chosen, temperature),
     )
-
-
-def _log_odds(latents: Float[Tensor, "*shape d"], temperature: float) -> Float[Tensor, "*shape d"]:
-    """Log-odds of each bit being +1, in float32."""
-    # -|z - c|^2 / t is 2 z.c / t plus a constant, so +1 beats -1 by 4 z / t.
-    return latents.float() * (4 / temperature)
-
-
-def _joint_entropy(log_odds: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
-    """Entropy of the mean over tokens of independent bits, from all 2**D cells."""
-    with torch.autocast(log_odds.device.type, enabled=False):
-        low, high = log_odds.tensor_split([(log_odds.shape[1] + 1) // 2], dim=-1)
-        mean = _assignments(low).mT @ (_assignments(high) / log_odds.shape[0])
-        mean = distributed.mean(mean)
-        # A cell that underflows to 0 contributes 0, and the clamp keeps its gradient finite.
-        tiny = torch.finfo(mean.dtype).tiny
-        return -(mean * mean.clamp_min(tiny).log()).sum()
-
-
-def _assignments(log_odds: Float[Tensor, "n h"]) -> Float[Tensor, "n cells"]:
-    """Probability of each of the 2**H codes of a group of bits, per token."""
-    num_bits = log_odds.shape[1]
-    indices = torch.arange(2**num_bits, device=log_odds.device)
-    bits = ((indices[:, None] >> torch.arange(num_bits, device=log_odds.device)) & 1).float()
-    log_one = torch.nn.functional.logsigmoid(log_odds)
-    log_zero = torch.nn.functional.logsigmoid(-log_odds)
-    log_probs = log_one @ bits.mT + log_zero @ (1 - bits).mT
-    # Below 1e-19 a product of two is a denormal number, which CPUs handle some 20 times slower; as
-    # zeros they change no entropy by more than 1e-12.
-    return log_probs.masked_fill(log_probs < math.log(1e-19), -math.inf).exp()

@@ -7,7 +7,7 @@ import torch
 
 from mergevq.config.objective import LossConfig
 from mergevq.data.layouts import Source
-from mergevq.tokenizer.losses.terms import TokenizerLosses, reconstruction_loss, source_loss
+from mergevq.tokenizer.losses.terms import reconstruction_loss, source_loss, term_weights, total
 
 
 def test_reconstruction_loss_is_the_mean_absolute_difference():
@@ -27,7 +27,6 @@ def test_source_loss_of_a_certain_right_answer_is_zero():
 
 
 def test_every_weight_of_the_total_has_an_effect():
-    losses = TokenizerLosses(*(torch.tensor(float(i + 1)) for i in range(7)))
     config = LossConfig(
         reconstruction_weight=1.0,
         perceptual_weight=10.0,
@@ -36,5 +35,7 @@ def test_every_weight_of_the_total_has_an_effect():
         source_weight=1e5,
         alignment_weight=1e6,
     )
-    total = losses.total(config, adversarial_weight=100.0)
-    assert total == 1 + 20 + 300 + 4e3 + 5e4 + 6e5 + 7e6
+    weights = term_weights(config, {"confidence": 2.0}, adversarial_weight=100.0)
+    losses = {name: torch.tensor(float(i + 1)) for i, name in enumerate(weights)}
+    assert list(losses)[-2:] == ["alignment", "confidence"]
+    assert total(losses, weights) == 1 + 20 + 300 + 4e3 + 5e4 + 6e5 + 7e6 + 16
