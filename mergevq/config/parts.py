@@ -191,7 +191,41 @@ class Lfq:
         return self.num_bits
 
 
-Quantizer = Lfq
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupedLfq:
+    """Signs of D channels, each group of bits a part of the token with entropies of its own."""
+
+    kind: Literal["grouped_lfq"] = "grouped_lfq"
+    num_bits: int = 32
+    """D: bits of a token."""
+    group_bits: int = 8
+    """Bits of a part, which divide D; training takes memory for 2**group_bits codes of each."""
+    codebook_entropy: Literal["sum", "pooled"] = "sum"
+    """Over the groups. `pooled` is WeTok's code, the entropy of what all groups together use beside
+    the mean of their token entropies: constant groups count as diverse if they differ."""
+    entropy_temperature: float = 0.01
+    """Temperature of the soft assignment in both entropies."""
+
+    def __post_init__(self) -> None:
+        """Reject groups that are not equal."""
+        check_numbers(self)
+        require(
+            self.num_bits % self.group_bits == 0,
+            f"num_bits ({self.num_bits}) must be a multiple of group_bits ({self.group_bits})",
+        )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Values of each part of a token, one for each group."""
+        return (2**self.group_bits,) * (self.num_bits // self.group_bits)
+
+    @property
+    def dim(self) -> int:
+        """Channels of latents and of codes."""
+        return self.num_bits
+
+
+Quantizer = Lfq | GroupedLfq
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

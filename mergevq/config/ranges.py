@@ -78,6 +78,7 @@ RANGES = {
     "TokenizerConfig.num_kept": _INT64,  # It has a range of its own: the cells of the grid.
     "kept_range": _TOKENS,
     "num_bits": Range(1, 63),
+    "group_bits": Range(1, 16),
     "CnnDecoder.num_layers": Range(0, 2**12),
     "width": _WIDTH,
     "bit_components": Range(0, 2**16),

@@ -8,6 +8,7 @@ Rules: a count is `num_*`, `None` means off, a derived quantity is a property an
 `__post_init__` only validates.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -212,7 +213,7 @@ class TokenizerRun:
                 f"change them, {way_out}"
             )
         require(
-            set(model.quantizer.sizes) <= {2**bits for bits in range(1, 64)},
+            math.prod(model.quantizer.sizes) == 2**model.quantizer.dim,
             f"init_codes (components) needs codes of bits, not model.quantizer.kind "
             f"{model.quantizer.kind}; change it, {way_out}",
         )

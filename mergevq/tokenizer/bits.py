@@ -42,11 +42,21 @@ def quantize(latents: Float[Tensor, "*shape d"]) -> Signs:
     Args:
         latents: encoder output, any real values; zero counts as negative.
     """
+    codes = signs_of(latents)
+    return Signs(codes=codes, indices=codes_to_indices(codes))
+
+
+def signs_of(latents: Float[Tensor, "*shape d"]) -> Float[Tensor, "*shape d"]:
+    """Signs as `quantize` has them, without the indices."""
     signs = torch.where(latents > 0, 1.0, -1.0).to(latents.dtype)
     # The added zero carries the gradient; `latents + (signs - latents).detach()` would round, so
     # that codes of large latents in bf16 would not be +-1.
-    codes = signs + (latents - latents.detach())
-    return Signs(codes=codes, indices=codes_to_indices(signs))
+    return signs + (latents - latents.detach())
+
+
+def sign_distance(latents: Float[Tensor, "*shape d"]) -> Float[Tensor, ""]:
+    """Mean squared distance of latents to their signs, which have no gradient, in float32."""
+    return (latents.float() - signs_of(latents.detach()).float()).square().mean()
 
 
 def codes_to_indices(codes: Float[Tensor, "*shape d"]) -> Int64[Tensor, "*shape"]:
@@ -104,10 +114,43 @@ def codebook_entropy(
     Returns:
         Between 0 and D ln 2, float32 under any autocast. Every rank must hold as many tokens.
     """
-    log_odds = _log_odds(latents, temperature).reshape(-1, latents.shape[-1])
+    log_odds = _log_odds(latents, temperature)
     num_groups = math.ceil(latents.shape[-1] / MAX_EXACT_BITS)
-    entropies = [_joint_entropy(group) for group in log_odds.tensor_split(num_groups, dim=-1)]
+    groups = log_odds.tensor_split(num_groups, dim=-1)
+    entropies = [_entropy(_mean_assignments(group, group.shape[-1])) for group in groups]
     return torch.stack(entropies).sum()
+
+
+def grouped_codebook_entropy(
+    latents: Float[Tensor, "*shape d"], group_bits: int, temperature: float = 0.01
+) -> Float[Tensor, ""]:
+    """Sum over groups of bits of the entropy of each group's mean soft assignment, in nats.
+
+    An upper bound of `codebook_entropy`, which it equals with one group and where groups are
+    independent. Memory is O(N 2**(group_bits / 2) + G 2**group_bits).
+
+    Args:
+        latents: of all tokens; the first group is that of the first channels.
+        group_bits: divides D, and is at most `MAX_EXACT_BITS`.
+        temperature: of the soft assignment.
+
+    Returns:
+        Between 0 and D ln 2, float32 under any autocast. Every rank must hold as many tokens.
+    """
+    return _entropy(_mean_assignments(_log_odds(latents, temperature), group_bits))
+
+
+def pooled_codebook_entropy(
+    latents: Float[Tensor, "*shape d"], group_bits: int, temperature: float = 0.01
+) -> Float[Tensor, ""]:
+    """Entropy of the mean soft assignment over all groups of all tokens, in nats.
+
+    Groups of which each has one code, and another than the next, have an entropy here.
+
+    Returns:
+        Between 0 and `group_bits` ln 2; see `grouped_codebook_entropy`.
+    """
+    return _entropy(_mean_assignments(_log_odds(latents, temperature), group_bits).mean(0))
 
 
 def _log_odds(latents: Float[Tensor, "*shape d"], temperature: float) -> Float[Tensor, "*shape d"]:
@@ -116,15 +159,23 @@ def _log_odds(latents: Float[Tensor, "*shape d"], temperature: float) -> Float[T
     return latents.float() * (4 / temperature)
 
 
-def _joint_entropy(log_odds: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
-    """Entropy of the mean over tokens of independent bits, from all 2**D cells."""
+def _mean_assignments(
+    log_odds: Float[Tensor, "*shape d"], group_bits: int
+) -> Float[Tensor, "g low high"]:
+    """Mean over tokens and ranks of the assignment of each group of bits to its codes."""
     with torch.autocast(log_odds.device.type, enabled=False):
-        low, high = log_odds.tensor_split([(log_odds.shape[1] + 1) // 2], dim=-1)
-        mean = _assignments(low).mT @ (_assignments(high) / log_odds.shape[0])
-        mean = distributed.mean(mean)
-        # A cell that underflows to 0 contributes 0, and the clamp keeps its gradient finite.
-        tiny = torch.finfo(mean.dtype).tiny
-        return -(mean * mean.clamp_min(tiny).log()).sum()
+        groups = log_odds.reshape(-1, log_odds.shape[-1]).split(group_bits, dim=-1)
+        halves = [group.tensor_split([(group_bits + 1) // 2], dim=-1) for group in groups]
+        means = [_assignments(low).mT @ (_assignments(high) / low.shape[0]) for low, high in halves]
+        # One alone may be large: it is not copied.
+        return distributed.mean(means[0][None] if len(means) == 1 else torch.stack(means))
+
+
+def _entropy(probabilities: Float[Tensor, "*cells"]) -> Float[Tensor, ""]:
+    """Entropy of a distribution, or the sum of those of several."""
+    # A cell that underflows to 0 contributes 0, and the clamp keeps its gradient finite.
+    tiny = torch.finfo(probabilities.dtype).tiny
+    return -(probabilities * probabilities.clamp_min(tiny).log()).sum()
 
 
 def _assignments(log_odds: Float[Tensor, "n h"]) -> Float[Tensor, "n cells"]:

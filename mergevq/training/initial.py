@@ -39,6 +39,7 @@ _FREE_OF_TOKENIZERS = (
     "reducer.layer_scale",
     "decoder.layer_scale",
     "quantizer.entropy_temperature",
+    "quantizer.codebook_entropy",
 )
 """Settings that may differ from those of a tokenizer that training starts from: weights fit any
 size and K, and layer scale is where fresh weights begin."""

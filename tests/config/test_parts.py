@@ -7,6 +7,7 @@ import pytest
 from mergevq.config.parts import (
     CnnDecoder,
     CnnStem,
+    GroupedLfq,
     Lfq,
     Merge,
     PatchDecoder,
@@ -130,6 +131,9 @@ def test_bits_are_grouped_by_their_component():
         (Lfq, {"num_bits": 0}, "num_bits (0) must be between 1 and 63"),
         (Lfq, {"num_bits": 64}, "num_bits (64) must be between 1 and 63"),
         (Lfq, {"entropy_temperature": 0.0}, "entropy_temperature (0.0) must be above 0"),
+        (GroupedLfq, {"num_bits": 64}, "num_bits (64) must be between 1 and 63"),
+        (GroupedLfq, {"group_bits": 17}, "group_bits (17) must be between 1 and 16"),
+        (GroupedLfq, {"num_bits": 20}, "num_bits (20) must be a multiple of group_bits (8)"),
         (Unmerge, {"num_layers": 0}, "num_layers (0) must be between 1 and"),
         (Unmerge, {"dim": 100}, "expander.dim (100) must be a multiple of expander.num_heads (8)"),
         (Unmerge, {"dim": 102, "num_heads": 2}, "expander.dim (102) must be a multiple of 4"),
@@ -164,6 +168,12 @@ def test_a_token_of_signs_is_one_index():
     quantizer = Lfq(num_bits=10)
     assert (quantizer.sizes, quantizer.dim) == ((1024,), 10)
     assert bits_of(quantizer.sizes) == 10
+
+
+def test_groups_of_bits_are_parts():
+    quantizer = GroupedLfq(num_bits=12, group_bits=4)
+    assert (quantizer.sizes, quantizer.dim) == ((16, 16, 16), 12)
+    assert bits_of(quantizer.sizes) == 12
 
 
 def test_bits_of_parts_add_up():

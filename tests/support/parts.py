@@ -1,9 +1,12 @@
 """Small tokenizers by a few numbers, which name the parts that have them."""
 
+from dataclasses import replace
+
 from mergevq.config.parts import CnnDecoder, CnnStem, Lfq, Merge, PatchDecoder, PatchStem, Unmerge
 from mergevq.config.tokenizer import TokenizerConfig
 
 _CNN = {"channels": 64, "channel_mult": (1, 2, 4), "num_res_blocks": 4}
+_LFQ = ("num_bits", "entropy_temperature")
 _DEFAULTS = {
     **_CNN,
     "image_size": 64,
@@ -125,8 +128,6 @@ def changed(config, **values):
         "layer_scale": reducer.layer_scale,
         "transformer_norm_eps": reducer.norm_eps,
         "merge_shape": reducer.shape,
-        "num_bits": config.quantizer.num_bits,
-        "entropy_temperature": config.quantizer.entropy_temperature,
         "source_dim": config.expander.dim,
         "num_source_layers": config.expander.num_layers,
         "num_source_heads": config.expander.num_heads,
@@ -134,4 +135,7 @@ def changed(config, **values):
         "num_kept": config.num_kept,
         "kept_range": config.kept_range,
     }
-    return tokenizer_config(**{**old, **values})
+    if isinstance(config.quantizer, Lfq):
+        old |= {name: getattr(config.quantizer, name) for name in _LFQ}
+        return tokenizer_config(**{**old, **values})
+    return replace(tokenizer_config(**{**old, **values}), quantizer=config.quantizer)

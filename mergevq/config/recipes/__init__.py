@@ -13,6 +13,7 @@ from mergevq.config.recipes.digits import (
     digits32,
     digits32_ar,
     digits32_enat,
+    digits32_gq32,
     digits32_maskgit,
 )
 from mergevq.config.recipes.imagenet256 import (
@@ -83,6 +84,7 @@ TOKENIZER_RECIPES: dict[str, Callable[[], TokenizerRun]] = {
     recipe.__name__: recipe
     for recipe in (
         digits32,
+        digits32_gq32,
         photos64,
         photos64_wide,
         tiny64_g,

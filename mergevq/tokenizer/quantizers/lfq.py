@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from mergevq.config import parts as settings
 from mergevq.data.codes import CodeSpec
 from mergevq.runtime.random import BatchNumbers
-from mergevq.tokenizer.bits import codebook_entropy, indices_to_codes, quantize, token_entropy
+from mergevq.tokenizer.bits import (
+    codebook_entropy,
+    indices_to_codes,
+    quantize,
+    sign_distance,
+    token_entropy,
+)
 from mergevq.tokenizer.seams import Quantized
 
 
@@ -76,9 +82,8 @@ def quantize_losses(
         mask: tokens that count; the losses equal those of the selected tokens alone. None is all.
     """
     chosen = latents.flatten(0, 1) if mask is None else latents[mask]
-    signs = quantize(chosen.detach()).codes
     return QuantizeLosses(
-        commitment=(chosen.float() - signs.float()).square().mean(),
+        commitment=sign_distance(chosen),
         token_entropy=token_entropy(chosen, temperature).mean(),
         codebook_entropy=codebook_entropy(chosen, temperature),
     )
