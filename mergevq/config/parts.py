@@ -225,7 +225,32 @@ class GroupedLfq:
         return self.num_bits
 
 
-Quantizer = Lfq | GroupedLfq
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bsq:
+    """Signs of D channels of a vector on the sphere, whose distance to its code is bounded."""
+
+    kind: Literal["bsq"] = "bsq"
+    num_bits: int = 18
+    """D: bits of a token; the codebook has 2**D entries."""
+    entropy_temperature: float = 1.0
+    """Temperature of the soft assignment in both entropies; 1 over the authors' inverse one."""
+
+    def __post_init__(self) -> None:
+        """Reject tokens that no index can hold."""
+        check_numbers(self)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Values of each part of a token."""
+        return (2**self.num_bits,)
+
+    @property
+    def dim(self) -> int:
+        """Channels of latents and of codes."""
+        return self.num_bits
+
+
+Quantizer = Lfq | GroupedLfq | Bsq
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,6 +9,7 @@ from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.tokenizer.decoders.cnn import CnnDecoder
 from mergevq.tokenizer.decoders.patch import PatchDecoder
 from mergevq.tokenizer.expanders.unmerge import Unmerge
+from mergevq.tokenizer.quantizers.bsq import Bsq
 from mergevq.tokenizer.quantizers.grouped_lfq import GroupedLfq
 from mergevq.tokenizer.quantizers.lfq import Lfq
 from mergevq.tokenizer.reducers.merge import Merge
@@ -38,13 +39,15 @@ def build_reducer(config: settings.Reducer, dim: int) -> Merge:
             assert_never(config)
 
 
-def build_quantizer(config: settings.Quantizer) -> Lfq | GroupedLfq:
+def build_quantizer(config: settings.Quantizer) -> Lfq | GroupedLfq | Bsq:
     """Quantizer of a kind."""
     match config:
         case settings.Lfq():
             return Lfq(config)
         case settings.GroupedLfq():
             return GroupedLfq(config)
+        case settings.Bsq():
+            return Bsq(config)
         case _:
             assert_never(config)
 

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from mergevq.config.parts import (
+    Bsq,
     CnnDecoder,
     CnnStem,
     GroupedLfq,
@@ -134,6 +135,8 @@ def test_bits_are_grouped_by_their_component():
         (GroupedLfq, {"num_bits": 64}, "num_bits (64) must be between 1 and 63"),
         (GroupedLfq, {"group_bits": 17}, "group_bits (17) must be between 1 and 16"),
         (GroupedLfq, {"num_bits": 20}, "num_bits (20) must be a multiple of group_bits (8)"),
+        (Bsq, {"num_bits": 64}, "num_bits (64) must be between 1 and 63"),
+        (Bsq, {"entropy_temperature": 0.0}, "entropy_temperature (0.0) must be above 0"),
         (Unmerge, {"num_layers": 0}, "num_layers (0) must be between 1 and"),
         (Unmerge, {"dim": 100}, "expander.dim (100) must be a multiple of expander.num_heads (8)"),
         (Unmerge, {"dim": 102, "num_heads": 2}, "expander.dim (102) must be a multiple of 4"),
@@ -164,8 +167,9 @@ def test_the_nearest_number_of_tokens_is_one_that_can_be_left():
     assert [reducer.nearest_kept(64, num_kept) for num_kept in (3, 16, 40)] == [16, 16, 40]
 
 
-def test_a_token_of_signs_is_one_index():
-    quantizer = Lfq(num_bits=10)
+@pytest.mark.parametrize("part", [Lfq, Bsq])
+def test_a_token_of_signs_is_one_index(part):
+    quantizer = part(num_bits=10)
     assert (quantizer.sizes, quantizer.dim) == ((1024,), 10)
     assert bits_of(quantizer.sizes) == 10
 

@@ -18,6 +18,7 @@ from tests.support.small import shrink, shrink_generator
 TOKENIZER_RECIPES = (
     "digits32",
     "digits32_gq32",
+    "digits32_bsq",
     "photos64",
     "photos64_wide",
     "tiny64_g",

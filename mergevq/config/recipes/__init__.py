@@ -12,6 +12,7 @@ from mergevq.config.base import nearest
 from mergevq.config.recipes.digits import (
     digits32,
     digits32_ar,
+    digits32_bsq,
     digits32_enat,
     digits32_gq32,
     digits32_maskgit,
@@ -85,6 +86,7 @@ TOKENIZER_RECIPES: dict[str, Callable[[], TokenizerRun]] = {
     for recipe in (
         digits32,
         digits32_gq32,
+        digits32_bsq,
         photos64,
         photos64_wide,
         tiny64_g,

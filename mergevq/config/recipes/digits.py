@@ -14,6 +14,7 @@ from mergevq.config.generator import (
 )
 from mergevq.config.objective import LossConfig, TeacherConfig
 from mergevq.config.parts import (
+    Bsq,
     CnnDecoder,
     CnnStem,
     GroupedLfq,
@@ -91,6 +92,16 @@ def digits32_gq32() -> TokenizerRun:
     """
     quantizer = GroupedLfq(num_bits=32, group_bits=8)
     return _with_quantizer(quantizer, "digits32_gq32", entropy_weight=0.05 / 4)
+
+
+def digits32_bsq() -> TokenizerRun:
+    """Digits as `digits32` has them, with the bits of a vector on the sphere and no commitment.
+
+    Source: BSQ (arXiv:2406.07548). Hardware and time: not measured, 640 steps of 64 images.
+    Expected: not measured.
+    """
+    quantizer = Bsq(num_bits=8)
+    return _with_quantizer(quantizer, "digits32_bsq", commitment_weight=0.0, entropy_weight=0.05)
 
 
 def _with_quantizer(
