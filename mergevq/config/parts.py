@@ -250,7 +250,35 @@ class Bsq:
         return self.num_bits
 
 
-Quantizer = Lfq | GroupedLfq | Bsq
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bernoulli:
+    """D bits, drawn with a latent's probabilities in training and rounded in evaluation."""
+
+    kind: Literal["bernoulli"] = "bernoulli"
+    num_bits: int = 18
+    """D: bits of a token; the codebook has 2**D entries."""
+    sample_temperature: float = 1.0
+    """Training draws a bit of latent z with probability sigmoid(z / temperature). The gradient is
+    that of sigmoid(z), which at 1 is of the same probability."""
+    confidence_weight: float = 0.1
+    """Weight of the loss `confidence`, the mean of p (1 - p) for p = sigmoid(z): 0.25 undecided."""
+
+    def __post_init__(self) -> None:
+        """Reject tokens that no index can hold."""
+        check_numbers(self)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Values of each part of a token."""
+        return (2**self.num_bits,)
+
+    @property
+    def dim(self) -> int:
+        """Channels of latents and of codes."""
+        return self.num_bits
+
+
+Quantizer = Lfq | GroupedLfq | Bsq | Bernoulli
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

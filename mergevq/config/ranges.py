@@ -79,6 +79,8 @@ RANGES = {
     "kept_range": _TOKENS,
     "num_bits": Range(1, 63),
     "group_bits": Range(1, 16),
+    "sample_temperature": _TEMPERATURE,
+    "confidence_weight": _WEIGHT,
     "CnnDecoder.num_layers": Range(0, 2**12),
     "width": _WIDTH,
     "bit_components": Range(0, 2**16),

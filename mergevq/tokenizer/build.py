@@ -9,6 +9,7 @@ from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.tokenizer.decoders.cnn import CnnDecoder
 from mergevq.tokenizer.decoders.patch import PatchDecoder
 from mergevq.tokenizer.expanders.unmerge import Unmerge
+from mergevq.tokenizer.quantizers.bernoulli import Bernoulli
 from mergevq.tokenizer.quantizers.bsq import Bsq
 from mergevq.tokenizer.quantizers.grouped_lfq import GroupedLfq
 from mergevq.tokenizer.quantizers.lfq import Lfq
@@ -39,7 +40,7 @@ def build_reducer(config: settings.Reducer, dim: int) -> Merge:
             assert_never(config)
 
 
-def build_quantizer(config: settings.Quantizer) -> Lfq | GroupedLfq | Bsq:
+def build_quantizer(config: settings.Quantizer) -> Lfq | GroupedLfq | Bsq | Bernoulli:
     """Quantizer of a kind."""
     match config:
         case settings.Lfq():
@@ -48,6 +49,8 @@ def build_quantizer(config: settings.Quantizer) -> Lfq | GroupedLfq | Bsq:
             return GroupedLfq(config)
         case settings.Bsq():
             return Bsq(config)
+        case settings.Bernoulli():
+            return Bernoulli(config)
         case _:
             assert_never(config)
 

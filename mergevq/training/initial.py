@@ -40,6 +40,8 @@ _FREE_OF_TOKENIZERS = (
     "decoder.layer_scale",
     "quantizer.entropy_temperature",
     "quantizer.codebook_entropy",
+    "quantizer.sample_temperature",
+    "quantizer.confidence_weight",
 )
 """Settings that may differ from those of a tokenizer that training starts from: weights fit any
 size and K, and layer scale is where fresh weights begin."""

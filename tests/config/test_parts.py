@@ -4,7 +4,9 @@ import math
 
 import pytest
 
+from mergevq.config.objective import LossConfig
 from mergevq.config.parts import (
+    Bernoulli,
     Bsq,
     CnnDecoder,
     CnnStem,
@@ -15,6 +17,7 @@ from mergevq.config.parts import (
     PatchStem,
     Unmerge,
     bits_of,
+    weights_of,
 )
 from tests.support.config import refused
 
@@ -137,6 +140,9 @@ def test_bits_are_grouped_by_their_component():
         (GroupedLfq, {"num_bits": 20}, "num_bits (20) must be a multiple of group_bits (8)"),
         (Bsq, {"num_bits": 64}, "num_bits (64) must be between 1 and 63"),
         (Bsq, {"entropy_temperature": 0.0}, "entropy_temperature (0.0) must be above 0"),
+        (Bernoulli, {"num_bits": 64}, "num_bits (64) must be between 1 and 63"),
+        (Bernoulli, {"sample_temperature": 0.0}, "sample_temperature (0.0) must be above 0"),
+        (Bernoulli, {"confidence_weight": -1.0}, "confidence_weight (-1.0) must be between 0"),
         (Unmerge, {"num_layers": 0}, "num_layers (0) must be between 1 and"),
         (Unmerge, {"dim": 100}, "expander.dim (100) must be a multiple of expander.num_heads (8)"),
         (Unmerge, {"dim": 102, "num_heads": 2}, "expander.dim (102) must be a multiple of 4"),
@@ -167,7 +173,7 @@ def test_the_nearest_number_of_tokens_is_one_that_can_be_left():
     assert [reducer.nearest_kept(64, num_kept) for num_kept in (3, 16, 40)] == [16, 16, 40]
 
 
-@pytest.mark.parametrize("part", [Lfq, Bsq])
+@pytest.mark.parametrize("part", [Lfq, Bsq, Bernoulli])
 def test_a_token_of_signs_is_one_index(part):
     quantizer = part(num_bits=10)
     assert (quantizer.sizes, quantizer.dim) == ((1024,), 10)
@@ -178,6 +184,12 @@ def test_groups_of_bits_are_parts():
     quantizer = GroupedLfq(num_bits=12, group_bits=4)
     assert (quantizer.sizes, quantizer.dim) == ((16, 16, 16), 12)
     assert bits_of(quantizer.sizes) == 12
+
+
+def test_weights_are_the_settings_that_are_called_so():
+    assert weights_of(Bernoulli(confidence_weight=0.5)) == {"confidence": 0.5}
+    assert weights_of(Lfq()) == {}
+    assert weights_of(LossConfig(source_weight=3.0))["source"] == 3
 
 
 def test_bits_of_parts_add_up():

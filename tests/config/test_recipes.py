@@ -19,6 +19,7 @@ TOKENIZER_RECIPES = (
     "digits32",
     "digits32_gq32",
     "digits32_bsq",
+    "digits32_bernoulli",
     "photos64",
     "photos64_wide",
     "tiny64_g",

@@ -3,6 +3,8 @@
 from PIL import Image
 
 from mergevq.config.objective import LossConfig
+from mergevq.config.parts import Bernoulli
+from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.config.training import TokenizerRun
 from mergevq.report.plots import Panel
 from mergevq.training.panels import (
@@ -48,6 +50,15 @@ def test_only_terms_that_have_a_weight_and_are_not_0_are_shown():
     assert titles(loss_panels(run, LOG)) == ["Loss", "Reconstruction"]
     run = TokenizerRun(loss=LossConfig(reconstruction_weight=0.0))
     assert titles(loss_panels(run, LOG)) == ["Loss"]
+
+
+def test_a_term_that_only_one_kind_of_quantizer_has_is_shown_like_any_other():
+    log = [{"step": 0, "loss": 1.0, "entropy": -1.0, "confidence": 0.2}]
+    run = TokenizerRun(model=TokenizerConfig(quantizer=Bernoulli()))
+    assert titles(loss_panels(run, log)) == ["Loss", "Entropy", "Confidence"]
+    run = TokenizerRun(model=TokenizerConfig(quantizer=Bernoulli(confidence_weight=0.0)))
+    assert titles(loss_panels(run, log)) == ["Loss", "Entropy"]
+    assert titles(loss_panels(TokenizerRun(), log)) == ["Loss", "Entropy"]
 
 
 def test_the_curves_of_a_tokenizer_are_losses_quality_codes_and_rate():

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from mergevq.config.parts import Bernoulli
 from mergevq.config.recipes.digits import digits32
 from mergevq.config.recipes.tiny64 import tiny64_gr
 from mergevq.config.training import TokenizerRun
@@ -25,6 +26,7 @@ from mergevq.runtime import distributed
 from mergevq.runtime.artefacts import load_model
 from mergevq.runtime.checkpoints import load_state
 from mergevq.runtime.optim import learning_rate
+from mergevq.runtime.random import step_generator
 from mergevq.tokenizer.interop import select_weights
 from mergevq.tokenizer.losses.adversarial import adversarial_weight
 from mergevq.tokenizer.losses.terms import term_weights, total
@@ -188,6 +190,52 @@ def test_accumulation_equals_the_whole_batch_but_for_entropy(teacher):
         )
     for other in gradients[1:]:
         torch.testing.assert_close(gradients[0], other, rtol=1e-3, atol=1e-6)
+
+
+def drawing(**train_settings: object) -> TokenizerRun:
+    """A run whose bits are drawn."""
+    run = small(**train_settings)
+    quantizer = Bernoulli(num_bits=8, confidence_weight=0.5)
+    return replace(run, model=replace(run.model, quantizer=quantizer))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_bits_are_drawn_for_the_whole_batch_however_it_is_shared(
+    accumulation, world_size, monkeypatch
+):
+    found = []
+    for rank in range(world_size):
+        world = replace(WORLD, rank=rank, world_size=world_size)
+        learner = build(drawing(), world, num_classes=0)
+        quantizer = learner.state.tokenizer.quantizer
+        forward, step = quantizer.forward, 3
+
+        def draw(latents, numbers, forward=forward):
+            # All bits are even, whatever the images are.
+            quantized = forward(0 * latents, numbers)
+            found.append(quantized.parts)
+            return quantized
+
+        monkeypatch.setattr(quantizer, "forward", draw)
+        learner.state.step = step
+        size = 4 // world_size // accumulation
+        learner.update_tokenizer([batch(size) for _ in range(accumulation)], 16)
+    expected = step_generator(learner.run.train.seed, "bits", 3)
+    bits = torch.rand(4, 16, 8, generator=expected) < 0.5
+    assert torch.equal(torch.cat(found)[..., 0], (bits.long() << torch.arange(8)).sum(-1))
+
+
+def test_a_term_that_only_one_quantizer_has_is_logged_and_weighed():
+    learner = build(drawing(), WORLD, num_classes=0)
+    numbers, _ = learner.update_tokenizer([batch()], 16)
+    loss = learner.run.loss
+    weights = term_weights(loss, {"confidence": 0.5}, adversarial_weight(0, loss))
+    assert list(numbers)[: len(weights) + 1] == ["loss", *weights]
+    assert 0 < numbers["confidence"] <= 0.25
+    expected = sum(weight * numbers[name] for name, weight in weights.items())
+    torch.testing.assert_close(numbers["loss"], expected)
+    assert "confidence" in task_of(drawing()).shown({"confidence": 0.2})
 
 
 def test_the_self_teacher_tells_images_apart_that_are_alone_in_their_part():

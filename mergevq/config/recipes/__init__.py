@@ -12,6 +12,7 @@ from mergevq.config.base import nearest
 from mergevq.config.recipes.digits import (
     digits32,
     digits32_ar,
+    digits32_bernoulli,
     digits32_bsq,
     digits32_enat,
     digits32_gq32,
@@ -87,6 +88,7 @@ TOKENIZER_RECIPES: dict[str, Callable[[], TokenizerRun]] = {
         digits32,
         digits32_gq32,
         digits32_bsq,
+        digits32_bernoulli,
         photos64,
         photos64_wide,
         tiny64_g,
