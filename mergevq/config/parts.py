@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from mergevq.config.base import require
-from mergevq.config.ranges import check_numbers
+from mergevq.config.ranges import RANGES, check_numbers
 
 MergeShape = Literal["linear", "square", "constant"]
 
@@ -278,7 +278,41 @@ class Bernoulli:
         return self.num_bits
 
 
-Quantizer = Lfq | GroupedLfq | Bsq | Bernoulli
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fsq:
+    """Channels rounded to a few levels each; no codebook is stored, and there is no loss."""
+
+    kind: Literal["fsq"] = "fsq"
+    levels: tuple[int, ...] = (8, 5, 5, 5)
+    """Levels of each channel, each a part of the token; tokens are as many as their product."""
+
+    def __post_init__(self) -> None:
+        """Reject channels that are better signs, and tokens that no index can hold."""
+        require(
+            2 not in self.levels,
+            f"levels {self.levels}: a channel of 2 would be -1 and 0, and no sign, for which use "
+            f"quantizer.kind lfq; levels must all be {RANGES['levels']}",
+        )
+        check_numbers(self)
+        count = math.prod(self.levels)
+        require(
+            len(self.levels) > 0 and count < 2**63,
+            f"levels {self.levels} make {count} tokens and must make fewer than 2**63, of at least "
+            "one channel",
+        )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Values of each part of a token, one for each channel."""
+        return self.levels
+
+    @property
+    def dim(self) -> int:
+        """Channels of latents and of codes."""
+        return len(self.levels)
+
+
+Quantizer = Lfq | GroupedLfq | Bsq | Bernoulli | Fsq
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -79,6 +79,7 @@ RANGES = {
     "kept_range": _TOKENS,
     "num_bits": Range(1, 63),
     "group_bits": Range(1, 16),
+    "levels": Range(3, 1000),  # Of more, the bound of a channel would round to one level more.
     "sample_temperature": _TEMPERATURE,
     "confidence_weight": _WEIGHT,
     "CnnDecoder.num_layers": Range(0, 2**12),

@@ -11,6 +11,7 @@ from mergevq.tokenizer.decoders.patch import PatchDecoder
 from mergevq.tokenizer.expanders.unmerge import Unmerge
 from mergevq.tokenizer.quantizers.bernoulli import Bernoulli
 from mergevq.tokenizer.quantizers.bsq import Bsq
+from mergevq.tokenizer.quantizers.fsq import Fsq
 from mergevq.tokenizer.quantizers.grouped_lfq import GroupedLfq
 from mergevq.tokenizer.quantizers.lfq import Lfq
 from mergevq.tokenizer.reducers.merge import Merge
@@ -40,7 +41,7 @@ def build_reducer(config: settings.Reducer, dim: int) -> Merge:
             assert_never(config)
 
 
-def build_quantizer(config: settings.Quantizer) -> Lfq | GroupedLfq | Bsq | Bernoulli:
+def build_quantizer(config: settings.Quantizer) -> Lfq | GroupedLfq | Bsq | Bernoulli | Fsq:
     """Quantizer of a kind."""
     match config:
         case settings.Lfq():
@@ -51,6 +52,8 @@ def build_quantizer(config: settings.Quantizer) -> Lfq | GroupedLfq | Bsq | Bern
             return Bsq(config)
         case settings.Bernoulli():
             return Bernoulli(config)
+        case settings.Fsq():
+            return Fsq(config)
         case _:
             assert_never(config)
 

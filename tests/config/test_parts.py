@@ -10,6 +10,7 @@ from mergevq.config.parts import (
     Bsq,
     CnnDecoder,
     CnnStem,
+    Fsq,
     GroupedLfq,
     Lfq,
     Merge,
@@ -143,6 +144,19 @@ def test_bits_are_grouped_by_their_component():
         (Bernoulli, {"num_bits": 64}, "num_bits (64) must be between 1 and 63"),
         (Bernoulli, {"sample_temperature": 0.0}, "sample_temperature (0.0) must be above 0"),
         (Bernoulli, {"confidence_weight": -1.0}, "confidence_weight (-1.0) must be between 0"),
+        (
+            Fsq,
+            {"levels": (8, 2)},
+            "levels (8, 2): a channel of 2 would be -1 and 0, and no sign, for",
+        ),
+        (Fsq, {"levels": (8, 1)}, "levels (8, 1) must all be between 3 and 1000"),
+        (Fsq, {"levels": (1001,)}, "levels (1001,) must all be between 3 and 1000"),
+        (
+            Fsq,
+            {"levels": ()},
+            "levels () make 1 tokens and must make fewer than 2**63, of at",
+        ),
+        (Fsq, {"levels": (8,) * 21}, f"levels {(8,) * 21} make {2**63} tokens and must make fewer"),
         (Unmerge, {"num_layers": 0}, "num_layers (0) must be between 1 and"),
         (Unmerge, {"dim": 100}, "expander.dim (100) must be a multiple of expander.num_heads (8)"),
         (Unmerge, {"dim": 102, "num_heads": 2}, "expander.dim (102) must be a multiple of 4"),
@@ -184,6 +198,12 @@ def test_groups_of_bits_are_parts():
     quantizer = GroupedLfq(num_bits=12, group_bits=4)
     assert (quantizer.sizes, quantizer.dim) == ((16, 16, 16), 12)
     assert bits_of(quantizer.sizes) == 12
+
+
+def test_levels_are_parts():
+    quantizer = Fsq(levels=(8, 6, 5))
+    assert (quantizer.sizes, quantizer.dim) == ((8, 6, 5), 3)
+    assert bits_of(quantizer.sizes) == pytest.approx(7.9069, abs=1e-4)
 
 
 def test_weights_are_the_settings_that_are_called_so():

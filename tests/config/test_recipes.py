@@ -20,6 +20,7 @@ TOKENIZER_RECIPES = (
     "digits32_gq32",
     "digits32_bsq",
     "digits32_bernoulli",
+    "digits32_fsq",
     "photos64",
     "photos64_wide",
     "tiny64_g",

@@ -320,6 +320,8 @@ VALUES = {
         "model.reducer[merge].norm_eps": 0.01,
         "model.decoder[cnn].norm_eps": 0.01,
         "model.stem[patch].norm_eps": 0.01,
+        "model.quantizer[grouped_lfq].num_bits": 16,
+        "model.quantizer[grouped_lfq].group_bits": 4,
         "model.decoder[patch].blocks": "ac",
         "model.decoder[patch].bit_components": (0, 1, 2, 3) * 2,
         "kept.rate": 0.01,

@@ -15,6 +15,7 @@ from mergevq.config.recipes.digits import (
     digits32_bernoulli,
     digits32_bsq,
     digits32_enat,
+    digits32_fsq,
     digits32_gq32,
     digits32_maskgit,
 )
@@ -89,6 +90,7 @@ TOKENIZER_RECIPES: dict[str, Callable[[], TokenizerRun]] = {
         digits32_gq32,
         digits32_bsq,
         digits32_bernoulli,
+        digits32_fsq,
         photos64,
         photos64_wide,
         tiny64_g,
