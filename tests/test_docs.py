@@ -149,7 +149,7 @@ def test_the_part_that_is_added_as_an_example_works():
     names = {**vars(lfq), "settings": SimpleNamespace(**settings), "check_values": check_values}
     exec(of_module, names)
     quantizer = names["Ternary"](settings["Ternary"](dim=5))
-    assert settings["Quantizer"] == parts.Lfq | settings["Ternary"]
+    assert settings["Quantizer"] == parts.Quantizer | settings["Ternary"]
     latents = torch.tensor([[-2.0, -0.1, 0.0, 0.3, 3.0]], requires_grad=True)
     codes, of_token = quantizer(latents)
     assert codes.tolist() == [[-1, 0, 0, 0, 1]]

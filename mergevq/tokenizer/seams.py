@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from mergevq.data.codes import CodeSpec
 from mergevq.data.layouts import Layout
-from mergevq.runtime.random import BatchNumbers
 
 
 class TokenSet(NamedTuple):
@@ -92,15 +91,21 @@ class Quantizer(Protocol):
 
     spec: CodeSpec
     """Parts of a token, and the channels of its latents."""
+    is_random: ClassVar[bool]
+    """Whether training draws."""
 
     def __call__(
-        self, latents: Float[Tensor, "*b d"], numbers: BatchNumbers | None = None, /
+        self,
+        latents: Float[Tensor, "*b d"],
+        uniforms: Float[Tensor, "*b d"] | None = None,
+        /,
     ) -> Quantized:
         """Quantize; `decode` gives the same codes of the parts, bit for bit.
 
         Args:
-            latents: B is that of `numbers`.
-            numbers: of a step of training, for a kind that draws; None draws nothing.
+            latents: any real values.
+            uniforms: numbers in [0, 1) of a step of training, for a kind that draws; None draws
+                nothing.
         """
         ...
 

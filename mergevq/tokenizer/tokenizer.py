@@ -28,7 +28,6 @@ from mergevq.data.layouts import Layout, Source, require_source, unmerge
 from mergevq.nn.finite import require_finite
 from mergevq.runtime.artefacts import build_for, load_model, resolve, save_model
 from mergevq.runtime.device import autocast, lay_out, resolve_precision
-from mergevq.runtime.random import BatchNumbers
 from mergevq.runtime.settings import from_json
 from mergevq.tokenizer.build import (
     build_decoder,
@@ -416,7 +415,7 @@ class Tokenizer(nn.Module):
         quantized: bool = True,
         source_gradient: float = 0.0,
         recovers: Bool[Tensor, "b"] | None = None,
-        numbers: BatchNumbers | None = None,
+        uniforms: Float[Tensor, "b k d"] | None = None,
     ) -> TokenizerOutput:
         """One training pass, without checks: every parameter takes part in it.
 
@@ -428,9 +427,10 @@ class Tokenizer(nn.Module):
             source_gradient: share of the source predictor's gradient that reaches the codes.
             recovers: images decoded with the recovered source instead of the given one; None is
                 none.
-            numbers: of the images, for a quantizer that draws in training; None draws nothing.
+            uniforms: numbers in [0, 1) of the tokens, for a quantizer that draws in training; None
+                draws nothing.
         """
-        encoded = self._tokens(self.encoder(image, num_kept), self.grid_shape(image), numbers)
+        encoded = self._tokens(self.encoder(image, num_kept), self.grid_shape(image), uniforms)
         fixed = encoded.codes.detach()
         seen = fixed + source_gradient * (encoded.codes - fixed)
         # Until quantization starts, bounded latents keep the decoder's input on the codes' scale.
@@ -448,11 +448,14 @@ class Tokenizer(nn.Module):
         return TokenizerOutput(reconstruction, encoded, losses, view_class_token)
 
     def _tokens(
-        self, out: TokenSet, grid_shape: tuple[int, int], numbers: BatchNumbers | None = None
+        self,
+        out: TokenSet,
+        grid_shape: tuple[int, int],
+        uniforms: Float[Tensor, "b k d"] | None = None,
     ) -> Encoded:
         """Tokens of what the encoder gave."""
         latents = self.encoder.latents(out.tokens)
-        codes, parts = self.quantizer(latents, numbers)
+        codes, parts = self.quantizer(latents, uniforms)
         indices = self.quantizer.spec.join(parts)
         return Encoded(codes, indices, out.layout, grid_shape, out.class_token, latents)
 

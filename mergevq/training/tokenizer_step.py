@@ -85,7 +85,7 @@ class Objective(nn.Module):
         quantized: bool,
         source_gradient: float,
         recovers: Bool[Tensor, "b"] | None,
-        numbers: BatchNumbers | None,
+        uniforms: Float[Tensor, "b k d"] | None,
     ) -> Pass:
         """Run the tokenizer on the image, and its encoder on the student's view if there is one.
 
@@ -98,7 +98,7 @@ class Objective(nn.Module):
             quantized=quantized,
             source_gradient=source_gradient,
             recovers=recovers,
-            numbers=numbers,
+            uniforms=uniforms,
         )
         if self.teacher is None:
             return Pass(output, output.reconstruction.new_zeros((), dtype=torch.float32))
@@ -196,11 +196,11 @@ class TokenizerLearner:
             syncs = position == len(parts) - 1
             place = self.world.rank * len(parts) + position
             recovers = recovering(run.loss.recovered_share_at(state.place), place, part.image)
-            drawn = self._numbers(place, len(parts), part)
+            uniforms = self._uniforms(place, len(parts), part, num_kept)
             with distributed.no_sync(self.objective, active=not syncs):
                 with self.autocast():
                     losses, output = self.losses(
-                        part, num_kept, recovers=recovers, target=target, numbers=drawn
+                        part, num_kept, recovers=recovers, target=target, uniforms=uniforms
                     )
                 loss = total(losses, self._weights())
                 state.scaler.scale(loss / len(parts)).backward()
@@ -229,21 +229,29 @@ class TokenizerLearner:
         numbers = sums | norms | {"grad_norm": norm, "num_skipped": state.guard.num_skipped}
         return numbers, reconstructions
 
-    def _numbers(self, place: int, num_parts: int, part: Batch) -> BatchNumbers:
-        """Random numbers of a part of a step, as one process would draw them for the whole batch.
+    def _uniforms(
+        self, place: int, num_parts: int, part: Batch, num_kept: int
+    ) -> Float[Tensor, "b k d"] | None:
+        """Numbers that a quantizer draws a part's tokens by; None where it does not draw.
+
+        They are those that one process would draw for the whole batch.
 
         Args:
             place: parts before this one, those of ranks before included.
             num_parts: of this rank; all parts have as many images.
             part: the part.
+            num_kept: K.
         """
-        count = len(part.image)
-        return BatchNumbers(
+        quantizer, count = self.state.tokenizer.quantizer, len(part.image)
+        if not quantizer.is_random:
+            return None
+        numbers = BatchNumbers(
             seed=self.run.train.seed,
             step=self.state.step,
             num_rows=count * num_parts * self.world.world_size,
             rows=slice(place * count, (place + 1) * count),
         )
+        return numbers.uniform("quantizer", num_kept, quantizer.spec.dim).to(part.image.device)
 
     def _weights(self) -> dict[str, float]:
         """Weight of every term at this step."""
@@ -273,7 +281,7 @@ class TokenizerLearner:
         *,
         recovers: Bool[Tensor, "b"] | None = None,
         target: Float[Tensor, "b f"] | None = None,
-        numbers: BatchNumbers | None = None,
+        uniforms: Float[Tensor, "b k d"] | None = None,
     ) -> tuple[TokenizerLosses, TokenizerOutput]:
         """Every term for one part of a batch.
 
@@ -283,7 +291,7 @@ class TokenizerLearner:
             recovers: which images are decoded with the recovered source; None is none.
             target: of the self-teacher for this part (`self_targets`); None makes it of this part
                 alone.
-            numbers: of the part's images, for what is drawn; None draws nothing.
+            uniforms: numbers that the part's tokens are drawn by; None draws nothing.
         """
         run, state = self.run, self.state
         if target is None:
@@ -295,7 +303,7 @@ class TokenizerLearner:
             quantized=state.place >= run.quantize_start_step,
             source_gradient=run.loss.source_gradient,
             recovers=recovers,
-            numbers=numbers,
+            uniforms=uniforms,
         )
         zero = torch.zeros((), device=batch.image.device)
         perceptual, adversarial = zero, zero

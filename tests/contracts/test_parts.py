@@ -15,7 +15,6 @@ from mergevq.config.objective import LossConfig
 from mergevq.config.parts import weights_of
 from mergevq.config.recipes.digits import digits32
 from mergevq.config.training import TokenizerRun
-from mergevq.runtime.random import BatchNumbers
 from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training.tokenizer import train
 from tests.support.leaves import replaced, value_at
@@ -172,16 +171,14 @@ def test_gradients_of_codes_and_of_losses_reach_the_latents(part):
 
 
 @of("quantizer")
-def test_tokens_that_are_drawn_depend_on_the_numbers_alone(part):
+def test_tokens_depend_on_numbers_only_where_a_quantizer_draws(part):
     model = small(part)
     latents, quantizer = latents_of(model), model.quantizer
-    whole = BatchNumbers(seed=3, step=5, num_rows=2, rows=slice(0, 2))
-    codes, parts = quantizer(latents, whole)
+    uniforms = torch.rand(latents.shape, generator=torch.Generator().manual_seed(3))
+    codes, parts = quantizer(latents, uniforms)
     assert torch.equal(quantizer.decode(parts), codes)
-    assert torch.equal(quantizer(latents, whole).parts, parts)
-    # Rows of a batch are those of the whole batch.
-    alone = [quantizer(latents[i : i + 1], replace(whole, rows=slice(i, i + 1))) for i in range(2)]
-    assert torch.equal(torch.cat([each.parts for each in alone]), parts)
+    assert torch.equal(quantizer(latents, uniforms).parts, parts)
+    assert torch.equal(parts, quantizer(latents).parts) != quantizer.is_random
 
 
 @of("quantizer")

@@ -211,9 +211,9 @@ def test_bits_are_drawn_for_the_whole_batch_however_it_is_shared(
         quantizer = learner.state.tokenizer.quantizer
         forward, step = quantizer.forward, 3
 
-        def draw(latents, numbers, forward=forward):
+        def draw(latents, uniforms, forward=forward):
             # All bits are even, whatever the images are.
-            quantized = forward(0 * latents, numbers)
+            quantized = forward(0 * latents, uniforms)
             found.append(quantized.parts)
             return quantized
 
@@ -221,7 +221,7 @@ def test_bits_are_drawn_for_the_whole_batch_however_it_is_shared(
         learner.state.step = step
         size = 4 // world_size // accumulation
         learner.update_tokenizer([batch(size) for _ in range(accumulation)], 16)
-    expected = step_generator(learner.run.train.seed, "bits", 3)
+    expected = step_generator(learner.run.train.seed, "quantizer", 3)
     bits = torch.rand(4, 16, 8, generator=expected) < 0.5
     assert torch.equal(torch.cat(found)[..., 0], (bits.long() << torch.arange(8)).sum(-1))
 

@@ -14,12 +14,13 @@ Shape letters: B batch, K tokens, D bits per token. The codebook has 2**D entrie
 stored.
 """
 
+from typing import ClassVar
+
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from mergevq.config import parts as settings
 from mergevq.data.codes import CodeSpec
-from mergevq.runtime.random import BatchNumbers
 from mergevq.tokenizer.bits import (
     codebook_entropy,
     codes_to_indices,
@@ -36,6 +37,8 @@ _OWN_TEMPERATURE = 4.0
 class Bernoulli(nn.Module):
     """D bits drawn in training, as one index."""
 
+    is_random: ClassVar[bool] = True
+
     def __init__(self, config: settings.Bernoulli) -> None:
         """Take the settings; there are no weights."""
         super().__init__()
@@ -43,20 +46,19 @@ class Bernoulli(nn.Module):
         self.sample_temperature = config.sample_temperature
 
     def forward(
-        self, latents: Float[Tensor, "*b d"], numbers: BatchNumbers | None = None
+        self, latents: Float[Tensor, "*b d"], uniforms: Float[Tensor, "*b d"] | None = None
     ) -> Quantized:
-        """Draw each bit, or without numbers round it.
+        """Draw each bit by its number, or without numbers round it.
 
         Bits of training are noisier than those of evaluation: use of the codebook is to be read
         from evaluations.
         """
         latents = latents.float()
         probabilities = latents.sigmoid()
-        if numbers is None:
+        if uniforms is None:
             signs = signs_of(latents.detach())
         else:
-            drawn = numbers.uniform("bits", *latents.shape[1:]).to(latents.device)
-            signs = signs_of((latents.detach() / self.sample_temperature).sigmoid() - drawn)
+            signs = signs_of((latents.detach() / self.sample_temperature).sigmoid() - uniforms)
         # The added zero carries the gradient, and leaves the signs exact.
         codes = signs + 2 * (probabilities - probabilities.detach())
         return Quantized(codes, codes_to_indices(signs)[..., None])

@@ -19,13 +19,13 @@ stored.
 """
 
 import math
+from typing import ClassVar
 
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from mergevq.config import parts as settings
 from mergevq.data.codes import CodeSpec
-from mergevq.runtime.random import BatchNumbers
 from mergevq.tokenizer.bits import (
     codebook_entropy,
     indices_to_codes,
@@ -39,6 +39,8 @@ from mergevq.tokenizer.seams import Quantized
 class Bsq(nn.Module):
     """Signs of D channels of a vector of length 1, as one index."""
 
+    is_random: ClassVar[bool] = False
+
     def __init__(self, config: settings.Bsq) -> None:
         """Take the settings; there are no weights."""
         super().__init__()
@@ -46,7 +48,7 @@ class Bsq(nn.Module):
         self.entropy_temperature = config.entropy_temperature
 
     def forward(
-        self, latents: Float[Tensor, "*b d"], _numbers: BatchNumbers | None = None
+        self, latents: Float[Tensor, "*b d"], _uniforms: Float[Tensor, "*b d"] | None = None
     ) -> Quantized:
         """Round each channel to its sign; a latent of zeros has no bit set."""
         signs = quantize(self._on_sphere(latents) * math.sqrt(self.spec.dim))

@@ -10,13 +10,14 @@ Source: Mentzer et al. 2023, "Finite Scalar Quantization: VQ-VAE Made Simple", s
 Shape letters: B batch, K tokens, D channels, each of them a part of a token.
 """
 
+from typing import ClassVar
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from mergevq.config import parts as settings
 from mergevq.data.codes import CodeSpec, check_values
-from mergevq.runtime.random import BatchNumbers
 from mergevq.tokenizer.seams import Quantized
 
 _MARGIN = 1e-3
@@ -26,13 +27,15 @@ _MARGIN = 1e-3
 class Fsq(nn.Module):
     """Channels of a few levels, each a part of the token."""
 
+    is_random: ClassVar[bool] = False
+
     def __init__(self, config: settings.Fsq) -> None:
         """Take the settings; there are no weights."""
         super().__init__()
         self.spec = CodeSpec(sizes=config.sizes, dim=config.dim)
 
     def forward(
-        self, latents: Float[Tensor, "*b d"], _numbers: BatchNumbers | None = None
+        self, latents: Float[Tensor, "*b d"], _uniforms: Float[Tensor, "*b d"] | None = None
     ) -> Quantized:
         """Round each channel to a level."""
         with torch.autocast(latents.device.type, enabled=False):

@@ -13,12 +13,13 @@ count as diverse; and ours has no 1e-5 inside the logarithm.
 Shape letters: B batch, K tokens, D bits per token, G groups.
 """
 
+from typing import ClassVar
+
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from mergevq.config import parts as settings
 from mergevq.data.codes import CodeSpec
-from mergevq.runtime.random import BatchNumbers
 from mergevq.tokenizer.bits import (
     codes_to_indices,
     grouped_codebook_entropy,
@@ -34,6 +35,8 @@ from mergevq.tokenizer.seams import Quantized
 class GroupedLfq(nn.Module):
     """Signs of D channels, a part of the token for each group of them."""
 
+    is_random: ClassVar[bool] = False
+
     def __init__(self, config: settings.GroupedLfq) -> None:
         """Take the settings; there are no weights."""
         super().__init__()
@@ -41,7 +44,7 @@ class GroupedLfq(nn.Module):
         self.spec = CodeSpec(sizes=config.sizes, dim=config.dim)
 
     def forward(
-        self, latents: Float[Tensor, "*b d"], _numbers: BatchNumbers | None = None
+        self, latents: Float[Tensor, "*b d"], _uniforms: Float[Tensor, "*b d"] | None = None
     ) -> Quantized:
         """Round each channel to its sign."""
         codes = signs_of(latents)

@@ -9,14 +9,13 @@ Shape letters: B batch, K tokens, D bits per token. The codebook has 2**D entrie
 stored.
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from mergevq.config import parts as settings
 from mergevq.data.codes import CodeSpec
-from mergevq.runtime.random import BatchNumbers
 from mergevq.tokenizer.bits import (
     codebook_entropy,
     indices_to_codes,
@@ -46,6 +45,8 @@ class QuantizeLosses(NamedTuple):
 class Lfq(nn.Module):
     """Signs of D channels, as one index."""
 
+    is_random: ClassVar[bool] = False
+
     def __init__(self, config: settings.Lfq) -> None:
         """Take the settings; there are no weights."""
         super().__init__()
@@ -53,7 +54,7 @@ class Lfq(nn.Module):
         self.entropy_temperature = config.entropy_temperature
 
     def forward(
-        self, latents: Float[Tensor, "*b d"], _numbers: BatchNumbers | None = None
+        self, latents: Float[Tensor, "*b d"], _uniforms: Float[Tensor, "*b d"] | None = None
     ) -> Quantized:
         """Round each channel to its sign."""
         signs = quantize(latents)
