@@ -10,15 +10,20 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mergevq.config.evaluation import ReconstructionSettings, Subject
 from mergevq.config.kinds import unions
 from mergevq.config.objective import LossConfig
 from mergevq.config.parts import weights_of
-from mergevq.config.recipes.digits import digits32
+from mergevq.config.recipes.digits import digits32, digits32_ar
 from mergevq.config.training import TokenizerRun
+from mergevq.evaluate.reconstruction import evaluate_reconstruction
+from mergevq.generator.build import load_generator
+from mergevq.tokenizer.encode import encode
 from mergevq.tokenizer.tokenizer import Tokenizer
+from mergevq.training.generator import train as train_generator
 from mergevq.training.tokenizer import train
 from tests.support.leaves import replaced, value_at
-from tests.support.small import shrink
+from tests.support.small import shrink, shrink_generator
 
 NUM_KEPT = 16
 KINDS = {
@@ -281,3 +286,38 @@ def test_a_tokenizer_with_the_part_trains_and_is_validated(part, tmp_path):
     data = replace(run.data, max_images=12, num_workers=0)
     model = train(replace(run, data=data, out=str(tmp_path / "run")))
     assert value_at(Tokenizer.from_pretrained(model).config, name.removeprefix("model.")) == kind
+
+
+@pytest.mark.slow
+@of("quantizer")
+def test_tokens_are_evaluated_and_a_generator_learns_their_parts(part, tmp_path):
+    pytest.importorskip("sklearn")
+    tokenizer = small(part).eval()
+    try:
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        sizes = tokenizer.quantizer.spec.sizes
+    finally:
+        tokenizer.train()
+    record = evaluate_reconstruction(
+        ReconstructionSettings(
+            subject=Subject(
+                model=str(tmp_path / "tokenizer"), data="digits", max_images=12, num_workers=0
+            ),
+            num_kept=(NUM_KEPT,),
+            num_baseline_images=0,
+            out=str(tmp_path / "evaluation"),
+        )
+    )
+    assert record["results"][0]["num_kept"] == NUM_KEPT
+    encode(tmp_path / "tokenizer", "digits", tmp_path / "tokens", num_kept=(16, 24), num_workers=0)
+    run = shrink_generator(digits32_ar())
+    head = replace(run.model.head, sizes=sizes)
+    places = {"path": str(tmp_path / "tokens"), "tokenizer": str(tmp_path / "tokenizer")}
+    run = replace(
+        run,
+        model=replace(run.model, head=head),
+        tokens=replace(run.tokens, **places),
+        out=str(tmp_path / "generator"),
+    )
+    generator = load_generator(train_generator(run))
+    assert generator.config.head.sizes == sizes

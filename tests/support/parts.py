@@ -2,7 +2,17 @@
 
 from dataclasses import replace
 
-from mergevq.config.parts import CnnDecoder, CnnStem, Lfq, Merge, PatchDecoder, PatchStem, Unmerge
+from mergevq.config.parts import (
+    Bernoulli,
+    Bsq,
+    CnnDecoder,
+    CnnStem,
+    Lfq,
+    Merge,
+    PatchDecoder,
+    PatchStem,
+    Unmerge,
+)
 from mergevq.config.tokenizer import TokenizerConfig
 
 _CNN = {"channels": 64, "channel_mult": (1, 2, 4), "num_res_blocks": 4}
@@ -40,6 +50,8 @@ _SMALL = (
     PatchStem(width=32, patch_size=4, num_groups=8),
     Merge(num_layers=3, num_heads=2, layer_scale=0.1),
     Lfq(num_bits=8),
+    Bsq(num_bits=8),
+    Bernoulli(num_bits=8),
     Unmerge(dim=16, num_layers=1, num_heads=2),
     CnnDecoder(channels=8, num_res_blocks=1, num_layers=1, num_heads=2, layer_scale=0.1),
     PatchDecoder(width=16, num_heads=2, blocks="ca"),
