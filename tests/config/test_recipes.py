@@ -43,8 +43,7 @@ TOKENIZER_RECIPES = (
 SHRUNK_APART = [
     name
     for name in TOKENIZER_RECIPES
-    if not name.endswith(("_d96", "_wide"))
-    and not name.startswith(("imagenet128", "digits32_"))
+    if not name.endswith(("_d96", "_wide")) and not name.startswith(("imagenet128", "digits32_"))
 ]
 
 # Each generator recipe, and the tokenizer recipe whose tokens it learns.
