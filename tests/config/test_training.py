@@ -12,6 +12,7 @@ from mergevq.config import generator, objective, parts, tokenizer, training
 from mergevq.config.generator import GeneratorConfig
 from mergevq.config.kinds import kind_of
 from mergevq.config.objective import LossConfig, TeacherConfig
+from mergevq.config.parts import Fsq, GroupedLfq
 from mergevq.config.tokenizer import KeptConfig
 from mergevq.config.training import (
     DataConfig,
@@ -220,3 +221,13 @@ def test_images_are_decoded_from_recovered_sources_from_a_step_on():
     loss = LossConfig(recovered_share=0.3, recovered_start_step=5)
     assert [loss.recovered_share_at(step) for step in (0, 4, 5, 9)] == [0.0, 0.0, 0.3, 0.3]
     assert LossConfig(recovered_share=0.3).recovered_share_at(0) == 0.3
+
+
+def test_components_start_only_codes_of_which_each_channel_is_a_bit():
+    # As many bits as 9 signs, in three channels.
+    values = components_run()
+    model = dataclasses.replace(values["model"], quantizer=Fsq(levels=(8, 8, 8)))
+    with pytest.raises(ValueError, match=r"needs codes of bits, not model\.quantizer\.kind fsq"):
+        TokenizerRun(**values | {"model": model})
+    grouped = GroupedLfq(num_bits=8, group_bits=4)
+    TokenizerRun(**values | {"model": dataclasses.replace(values["model"], quantizer=grouped)})
