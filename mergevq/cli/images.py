@@ -276,8 +276,12 @@ def _result_line(result: "ImageReconstruction") -> str:
         f"{tiles}{result.num_kept} of {result.num_cells} tokens, "
         f"{result.bits.total:.0f} bits ({result.bits.tokens:.0f} tokens + "
         f"{result.bits.source:.0f} source), {result.price}, "
-        f"PSNR {result.psnr_given:.2f} dB given source, "
-        f"{result.psnr_recovered:.2f} dB recovered source"
+        f"PSNR {result.psnr_given:.2f} dB"
+        + (
+            f" given source, {result.psnr_recovered:.2f} dB recovered source"
+            if result.psnr_recovered is not None
+            else ""
+        )
     )
 
 

@@ -30,15 +30,16 @@ def reconstruction_table(record: ReconstructionRecord) -> str:
     """The numbers of an evaluation, a column for each K."""
     results = record["results"]
     rows = [["", *(f"K = {result['num_kept']}" for result in results)]]
-    parts = {
-        "given": [result["given"] for result in results],
-        "recovered": [result["recovered"] for result in results],
-    }
+    parts = {"given": [result["given"] for result in results]}
+    recovered = [numbers for result in results if (numbers := result["recovered"]) is not None]
+    has_maps = len(recovered) == len(results)
+    parts |= {"recovered": recovered} if has_maps else {}
     names = [name for numbers in parts.values() for each in numbers for name in each["metrics"]]
     for name in dict.fromkeys(names):
         for source, numbers in parts.items():
             rows.append([f"{name}, {source}", *(_number(each, name) for each in numbers)])
-    rows.append(["source accuracy", *(f"{r['source_accuracy']:.4f}" for r in results)])
+    if has_maps:
+        rows.append(["source accuracy", *(f"{r['source_accuracy']:.4f}" for r in results)])
     rows.append(["codebook usage", *(f"{r['codebook']['usage']:.1%}" for r in results)])
     rows.append(["codebook perplexity", *(f"{r['codebook']['perplexity']:.4g}" for r in results)])
     balance = [[min(p, 1 - p) for p in result["codebook"]["bit_probs"]] for result in results]
@@ -51,7 +52,8 @@ def reconstruction_table(record: ReconstructionRecord) -> str:
         rows.append(["rarer value of a bit, mean", *mean])
     for name in ("tokens", "source", "total"):
         rows.append([f"bits, {name}", *(f"{r['bits'][name]:.1f}" for r in results)])
-    for source, name in (("given", "per_pixel"), ("recovered", "per_pixel_recovered")):
+    prices = {"given": "per_pixel", "recovered": "per_pixel_recovered"}
+    for source, name in prices.items() if has_maps else [("given", "per_pixel")]:
         rows.append([f"bits per pixel, {source}", *(f"{r['bits'][name]:.4f}" for r in results)])
     rows.append(["images per second", *(f"{r['images_per_second']:.3g}" for r in results)])
     data = record["data"]

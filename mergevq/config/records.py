@@ -209,8 +209,9 @@ class ReconstructionResult(TypedDict):
 
     num_kept: int
     given: Numbers
-    recovered: Numbers
-    source_accuracy: float
+    recovered: Numbers | None
+    """None where grid and K imply the layout, so that nothing is to recover."""
+    source_accuracy: float | None
     codebook: CodebookRecord
     bits: BitsRecord
     worst: list[ExtremeRecord]

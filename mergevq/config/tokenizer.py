@@ -57,7 +57,8 @@ class TokenizerConfig:
             f"num_kept ({self.num_kept}) must be between 1 and the {self.num_tokens} tokens of a "
             f"{self.image_size}-pixel image with patch size {self.patch_size}",
         )
-        self.reducer.check_kept(self.num_tokens, self.num_kept)
+        self.reducer.check_kept((self.grid_size, self.grid_size), self.num_kept)
+        self._check_layout()
         low, high = self.kept_range or (1, 1)
         require(low <= high, f"kept_range {self.kept_range} must be a smallest and a largest K")
         require_heads("encoder width", self.dim, self.reducer.num_heads, "reducer.num_heads")
@@ -74,6 +75,17 @@ class TokenizerConfig:
                 f"{self.quantizer.dim} channels of a code, or be empty",
             )
 
+    def _check_layout(self) -> None:
+        """Reject a reducer and an expander of different layouts, and fewer slots than queries."""
+        reducer, expander = self.reducer, self.expander
+        others = {"source": "unmerge", "ordered": "mask_tokens"}
+        require(
+            reducer.gives == expander.reads,
+            f"model.reducer.kind {reducer.kind} leaves tokens with the layout "
+            f"'{reducer.gives}', and model.expander.kind {expander.kind} reads "
+            f"'{expander.reads}': set model.expander.kind to {others[reducer.gives]}",
+        )
+
     @property
     def num_carried(self) -> int:
         """Components of patches that an analytic start has channels for.
@@ -81,7 +93,7 @@ class TokenizerConfig:
         They come in pairs, as do positions, bits and one constant; negative where not even those
         fit. Only a patch stem without norm has room for them.
         """
-        if not isinstance(self.stem, PatchStem):
+        if not isinstance(self.stem, PatchStem) or self.stem.norm:
             return -1
         free = self.dim // 2 - self.stem.num_positions - self.quantizer.dim - 1
         return min(free, 3 * self.patch_size**2)

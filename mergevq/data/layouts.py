@@ -13,7 +13,8 @@ Shape letters: B batch, L grid tokens, K kept tokens, C channels.
 
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,9 @@ class Source:
     num_kept: int
     """K."""
 
+    is_implied: bool = False
+    """Whether the grid and K imply the map, as of blocks of equal size: then it costs nothing."""
+
     def sizes(self) -> Int64[Tensor, "b k"]:
         """Grid tokens per kept token; each row sums to L."""
         zeros = self.index.new_zeros(self.index.shape[0], self.num_kept)
@@ -75,15 +79,16 @@ class Source:
         code of one length for all, and the same number for every image.
         """
         num_tokens = self.index.shape[1]
-        return Bits(self.num_kept * bits_per_token, source_bits(num_tokens, self.num_kept))
+        side = 0.0 if self.is_implied else source_bits(num_tokens, self.num_kept)
+        return Bits(self.num_kept * bits_per_token, side)
 
     def rows(self, index: slice) -> "Source":
         """The maps of some images of a batch."""
-        return Source(self.index[index], self.num_kept)
+        return replace(self, index=self.index[index])
 
     def to(self, device: torch.device | str) -> "Source":
         """The same map on another device."""
-        return Source(self.index.to(device), self.num_kept)
+        return replace(self, index=self.index.to(device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +114,30 @@ class Ordered:
 Layout = Source | Ordered
 
 
+def blocks(grid_shape: tuple[int, int], counts: tuple[int, int], num_images: int = 1) -> Source:
+    """The map of a grid cut into blocks: cell (r, c) is in block (r n // h, c m // w).
+
+    Args:
+        grid_shape: (h, w) in cells.
+        counts: (n, m), blocks along each direction, at most as many as cells.
+        num_images: rows of the map, all alike.
+    """
+    (height, width), (rows, columns) = grid_shape, counts
+    down = torch.arange(height) * rows // height
+    along = torch.arange(width) * columns // width
+    index = (down[:, None] * columns + along).flatten()
+    return Source(index.expand(num_images, -1), rows * columns, is_implied=True)
+
+
+def joined(layouts: Sequence[Layout]) -> Layout:
+    """The layout of several batches of one tokenizer, at one K, as one batch."""
+    first = layouts[0]
+    if isinstance(first, Ordered):
+        return first
+    maps = [require_source(layout, "joining batches") for layout in layouts]
+    return replace(first, index=torch.cat([each.index for each in maps]))
+
+
 def require_source(layout: Layout, purpose: str) -> Source:
     """The source map of a layout.
 
@@ -123,7 +152,7 @@ def require_source(layout: Layout, purpose: str) -> Source:
         return layout
     raise ValueError(
         f"{purpose} needs a source map, and the {layout.num_kept} tokens of this tokenizer are "
-        "ordered and have none; take a tokenizer whose model.reducer.kind is merge"
+        "ordered and have none; take a tokenizer whose model.reducer.kind is merge or pool"
     )
 
 

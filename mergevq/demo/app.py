@@ -96,6 +96,11 @@ def reconstruct(
         ValueError: K is not legal for the picture.
     """
     result = reconstruct_image(tokenizer, picture, num_kept, size_policy="resize")
+    if result.merge_map is None or result.recovered is None:
+        raise ValueError(
+            "the page shows merge maps and recovered sources, which this tokenizer does not have; "
+            "`mergevq reconstruct` shows what comes back"
+        )
     bits = result.bits
     text = (
         f"{result.num_tokens} of {result.num_cells} tokens. {bits.tokens:.0f} bits of tokens and "
@@ -325,7 +330,7 @@ def _reconstruction_tab(gradio: ModuleType, tokenizer: Tokenizer, folder: Path) 
         return [*(_saved(picture, folder) for picture in pictures), text]
 
     config = tokenizer.config
-    least = config.reducer.least_kept(config.num_tokens)
+    least = config.reducer.least_kept((config.grid_size, config.grid_size))
     with gradio.Tab("Reconstruct"):
         with gradio.Row():
             picture = _picture_input(gradio)

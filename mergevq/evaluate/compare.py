@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mergevq.config.evaluation import Protocol
 from mergevq.data.batches import Batch
-from mergevq.data.layouts import Bits, Source
+from mergevq.data.layouts import Bits, require_source
 from mergevq.metrics.codes import CodebookStatistics, codebook_statistics, source_accuracy
 from mergevq.metrics.extractor import FeatureExtractor
 from mergevq.metrics.frechet import FrechetStatistics, Gaussian, frechet_distance
@@ -135,6 +135,11 @@ class Comparison:
             self.means[name].update(value)
         self.psnr.update(per_image[:, None], positions)
 
+    @property
+    def num_images(self) -> Float[Tensor, "1"]:
+        """Images of this rank so far."""
+        return self.means["l1"].state[1:2]
+
     def compute(self, reference: Gaussian | None = None) -> dict[str, float]:
         """Every mean, and with an extractor the Frechet distance to a reference.
 
@@ -162,9 +167,9 @@ class Outcome(NamedTuple):
 
     given: dict[str, float]
     """With the encoder's source; see `Comparison.compute`."""
-    recovered: dict[str, float]
-    """With the source inferred from the tokens: the same numbers."""
-    source_accuracy: float
+    recovered: dict[str, float] | None
+    """With the source inferred from the tokens: the same numbers; None where there is no map."""
+    source_accuracy: float | None
     """Share of cells whose kept token was recovered."""
     codebook: CodebookStatistics
     bits: Bits
@@ -199,15 +204,19 @@ class Evaluation:
         protocol: Protocol,
     ) -> None:
         self.tokenizer, self.num_kept, self.autocast = tokenizer, num_kept, autocast
-        self.given, self.recovered = (
+        self.given, recovered = (
             Comparison(perceptual=perceptual, extractor=extractor, protocol=protocol)
             for _ in range(2)
         )
+        self.recovered = recovered if tokenizer.has_maps else None
+        """None where grid and K imply the layout, so that nothing is to recover."""
         self.accuracy = Mean("source_accuracy")
+        self.bits = Bits(0.0, 0.0)
+        """Bits of one image; a rank that got none does not count."""
         self.tokens: list[Int64[Tensor, "_"]] = []
         """Every token of every image of this rank, on the CPU."""
         self.seconds = 0.0
-        self.grid_size = self.image_size = (0, 0)
+        self.image_size = (0, 0)
 
     @torch.no_grad()
     def update(
@@ -230,14 +239,18 @@ class Evaluation:
             given = self.tokenizer.reconstruct(embedded, self.num_kept)
         self.seconds += seconds + clock.seconds
         encoded = given.encoded
-        with self.autocast:
-            source = self.tokenizer.recover(encoded.codes, encoded.grid_shape)
-            recovered = self.tokenizer.decode(encoded.codes, source, encoded.grid_shape)
+        self.bits = encoded.layout.bits(self.tokenizer.quantizer.spec.bits)
         self.tokens.append(encoded.indices.flatten().cpu())
-        self.accuracy.update(source_accuracy(source.index, given.source.index))
         self.given.update(original, given.image, positions)
+        self.image_size = (image.shape[2], image.shape[3])
+        if self.recovered is None:
+            return
+        with self.autocast:
+            layout = self.tokenizer.recover(encoded.codes, encoded.grid_shape)
+            recovered = self.tokenizer.decode(encoded.codes, layout, encoded.grid_shape)
+        source = require_source(layout, "the recovered source")
+        self.accuracy.update(source_accuracy(source.index, given.source.index))
         self.recovered.update(original, recovered, positions)
-        self.grid_size, self.image_size = encoded.grid_shape, (image.shape[2], image.shape[3])
 
     def compute(self, reference: Gaussian | None = None) -> Outcome:
         """Everything, over all ranks; every rank must call.
@@ -245,23 +258,21 @@ class Evaluation:
         Args:
             reference: of the original images, for the Frechet distance; None leaves it out.
         """
-        sizes = distributed.gather(torch.tensor([[*self.grid_size, *self.image_size]])).amax(0)
-        rows, columns, height, width = sizes.tolist()
-        accuracy = self.accuracy.compute()
-        rate = self.accuracy.state[1:2] / max(self.seconds, 1e-9)
-        cells = Source(torch.zeros(1, rows * columns, dtype=torch.int64), self.num_kept)
+        # The largest of all ranks: one that got no image has zeros.
+        found = torch.tensor([[*self.image_size, *self.bits]], dtype=torch.float64)
+        height, width, *bits = distributed.gather(found).amax(0).tolist()
         # A rank that got no image takes part with no token.
         tokens = torch.cat([torch.empty(0, dtype=torch.int64), *self.tokens])
-        spec = self.tokenizer.quantizer.spec
+        num_images = self.given.num_images
         return Outcome(
             given=self.given.compute(reference),
-            recovered=self.recovered.compute(reference),
-            source_accuracy=accuracy.mean,
-            codebook=codebook_statistics(distributed.gather(tokens), spec),
-            bits=cells.bits(spec.bits),
-            num_pixels=height * width,
-            num_images=accuracy.num_items,
-            images_per_second=float(distributed.sum(rate)),
+            recovered=None if self.recovered is None else self.recovered.compute(reference),
+            source_accuracy=None if self.recovered is None else self.accuracy.compute().mean,
+            codebook=codebook_statistics(distributed.gather(tokens), self.tokenizer.quantizer.spec),
+            bits=Bits(*bits),
+            num_pixels=round(height * width),
+            num_images=int(distributed.sum(num_images)),
+            images_per_second=float(distributed.sum(num_images / max(self.seconds, 1e-9))),
         )
 
 
@@ -349,7 +360,8 @@ def measure(
     """Reconstruct images at several K; gives every number by its K and its name.
 
     The names are `psnr`, `ssim`, `l1`, `lpips` and their `_recovered` twins, `source_accuracy`,
-    `codebook_usage`, `perplexity`, `bits` and `bits_per_pixel` of one image, `num_images`.
+    `codebook_usage`, `perplexity`, `bits` and `bits_per_pixel` of one image, `num_images`; without
+    maps there are no twins and no accuracy.
 
     Args:
         tokenizer: in evaluation mode, where it is to run.
@@ -370,12 +382,13 @@ def _numbers(outcome: Outcome) -> dict[str, float]:
     shown = ("psnr", "ssim", "l1", "lpips")
     numbers = {
         f"{name}{suffix}": values[name]
-        for suffix, values in (("", outcome.given), ("_recovered", outcome.recovered))
+        for suffix, values in (("", outcome.given), ("_recovered", outcome.recovered or {}))
         for name in shown
         if name in values
     }
+    if outcome.source_accuracy is not None:
+        numbers["source_accuracy"] = outcome.source_accuracy
     return numbers | {
-        "source_accuracy": outcome.source_accuracy,
         "codebook_usage": outcome.codebook.usage,
         "perplexity": outcome.codebook.perplexity,
         "bits": outcome.bits.total,

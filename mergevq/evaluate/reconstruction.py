@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 
 from mergevq.config.evaluation import ReconstructionSettings
-from mergevq.config.parts import bits_of
 from mergevq.config.records import (
     ExtremeRecord,
     OwnReference,
@@ -26,7 +25,7 @@ from mergevq.config.records import (
     ReconstructionResult,
 )
 from mergevq.data.images import ImageDataset
-from mergevq.data.layouts import source_bits
+from mergevq.data.layouts import Source
 from mergevq.evaluate.compare import Evaluation, Evaluations, Outcome
 from mergevq.evaluate.subject import (
     RECORD,
@@ -62,7 +61,8 @@ class Extreme(NamedTuple):
     """In the data."""
     psnr: float
     """With the given source."""
-    psnr_recovered: float
+    psnr_recovered: float | None
+    """With the recovered source; None where there is no map."""
 
 
 class Measured(NamedTuple):
@@ -74,8 +74,9 @@ class Measured(NamedTuple):
     """Lowest PSNR first."""
     best: list[Extreme]
     """Highest first."""
-    shared_psnr: tuple[float, float]
-    """Given and recovered, over the images that JPEG and WebP compress too, or all."""
+    shared_psnr: tuple[float, ...]
+    """Given and, where there are maps, recovered, over the images that JPEG and WebP compress too,
+    or all."""
 
 
 class Reconstructions(NamedTuple):
@@ -189,29 +190,25 @@ def _measured(
     """Everything about one K; every rank must call."""
     outcome = evaluation.compute(statistics)
     positions = evaluation.given.psnr.order()
-    given = evaluation.given.psnr.compute()[:, 0]
-    recovered = evaluation.recovered.psnr.compute()[:, 0]
-    table = [
-        Extreme(*row)
-        for row in zip(positions.tolist(), given.tolist(), recovered.tolist(), strict=True)
-    ]
+    compared = (evaluation.given, evaluation.recovered)
+    columns = [each.psnr.compute()[:, 0] for each in compared if each is not None]
+    given, recovered = columns[0].tolist(), [column.tolist() for column in columns[1:]]
+    recovered = recovered[0] if recovered else [None] * len(given)
+    table = [Extreme(*row) for row in zip(positions.tolist(), given, recovered, strict=True)]
     chosen = torch.tensor(compressed or positions.tolist(), dtype=torch.int64)
     shared = torch.isin(positions, chosen)
-    means = [float(values.double()[shared].mean()) for values in (given, recovered)]
     return Measured(
         num_kept=evaluation.num_kept,
         outcome=outcome,
         worst=sorted(table, key=lambda row: (row.psnr, row.position))[:num_shown],
         best=sorted(table, key=lambda row: (-row.psnr, row.position))[:num_shown],
-        shared_psnr=(means[0], means[1]),
+        shared_psnr=tuple(float(column.double()[shared].mean()) for column in columns),
     )
 
 
 def _num_bytes(tokenizer: Tokenizer, num_kept: int) -> int:
     """Bytes of one image: tokens and source map, rounded up."""
-    config = tokenizer.config
-    bits = num_kept * bits_of(config.quantizer.sizes) + source_bits(config.num_tokens, num_kept)
-    return math.ceil(bits / 8)
+    return math.ceil(tokenizer.bits(num_kept).total / 8)
 
 
 def _evenly(positions: Sequence[int], count: int) -> list[int]:
@@ -260,7 +257,13 @@ def _result(images: ImageDataset, measured: Measured) -> ReconstructionResult:
         return [
             {
                 "image": images.name(extreme.position),
-                **json_numbers({"psnr": extreme.psnr, "psnr_recovered": extreme.psnr_recovered}),
+                **json_numbers(
+                    {
+                        name: value
+                        for name, value in extreme._asdict().items()
+                        if name != "position" and value is not None
+                    }
+                ),
             }
             for extreme in extremes
         ]
@@ -268,7 +271,7 @@ def _result(images: ImageDataset, measured: Measured) -> ReconstructionResult:
     return {
         "num_kept": measured.num_kept,
         "given": json_numbers(outcome.given),
-        "recovered": json_numbers(outcome.recovered),
+        "recovered": None if outcome.recovered is None else json_numbers(outcome.recovered),
         "source_accuracy": outcome.source_accuracy,
         "codebook": {
             "usage": outcome.codebook.usage,
@@ -298,6 +301,11 @@ def rate_distortion(found: Reconstructions, image_size: int) -> list[Curve]:
     num_pixels = image_size**2
     ordered = sorted(found.measured, key=lambda measured: measured.num_kept)
     bits = [measured.outcome.bits for measured in ordered]
+    prices = [("given source: tokens and map", [each.total for each in bits])]
+    if all(measured.outcome.recovered is not None for measured in ordered):
+        prices.append(("recovered source: tokens", [each.tokens for each in bits]))
+    else:
+        prices = [("tokens", [each.total for each in bits])]
     curves = [
         Curve(
             x=[each / num_pixels for each in price],
@@ -305,12 +313,7 @@ def rate_distortion(found: Reconstructions, image_size: int) -> list[Curve]:
             label=label,
             colour=number,
         )
-        for number, (label, price) in enumerate(
-            (
-                ("given source: tokens and map", [each.total for each in bits]),
-                ("recovered source: tokens", [each.tokens for each in bits]),
-            )
-        )
+        for number, (label, price) in enumerate(prices)
     ]
     for number, file_format in enumerate(FILE_FORMATS, start=len(curves)):
         files = [file for file in found.baselines if file.file_format == file_format]
@@ -337,16 +340,26 @@ def worst_best_picture(subject: Opened, measured: Measured) -> Image.Image:
         with subject.autocast():
             embedded = subject.tokenizer.embed(image)
             given = subject.tokenizer.reconstruct(embedded, measured.num_kept)
-            recovered = subject.tokenizer.reconstruct(embedded, measured.num_kept, "recovered")
+            decoded = [given.image]
+            if subject.tokenizer.has_maps:
+                again = subject.tokenizer.reconstruct(embedded, measured.num_kept, "recovered")
+                decoded.append(again.image)
         original = image[0].cpu()
-        grid = merge_map(original, given.source.index[0].cpu(), given.encoded.grid_shape)
-        decoded = [to_pil(part[0].float().clamp(-1, 1)) for part in (given.image, recovered.image)]
-        rows.append([to_pil(original), grid, *decoded])
-        texts = [f"{extreme.psnr:.2f} dB", f"{extreme.psnr_recovered:.2f} dB"]
+        layout = given.encoded.layout
+        grid = None
+        if isinstance(layout, Source):
+            grid = merge_map(original, layout.index[0].cpu(), given.encoded.grid_shape)
+        pictures = [to_pil(part[0].float().clamp(-1, 1)) for part in decoded]
+        rows.append([to_pil(original), *([] if grid is None else [grid]), *pictures])
+        values = (extreme.psnr, extreme.psnr_recovered)
+        texts = [f"{value:.2f} dB" for value in values if value is not None]
         name = subject.images.name(extreme.position)
         name = name if len(name) <= 24 else f"..{name[-22:]}"
-        captions.append([name, f"{measured.num_kept} tokens", *texts])
+        kept = f"{measured.num_kept} tokens"
+        captions.append([name, *([] if grid is None else [kept]), *texts])
     for label, extremes in named:
         titles += [f"{label} {number}" for number in range(1, len(extremes) + 1)]
-    header = ("original", "merge map", "given source", "recovered source")
+    header = ["original", "merge map", "given source", "recovered source"]
+    if not subject.tokenizer.has_maps:
+        header = ["original", "blocks", "decoded"] if len(rows[0]) > 2 else ["original", "decoded"]
     return contact_sheet(rows, header, titles, captions=captions)

@@ -223,7 +223,7 @@ def measure_robustness(
                 if radius is not None:
                     codes = perturb(codes, flips[radius], num_replaced(num_kept, fraction))
                 with subject.autocast():
-                    decoded = tokenizer.decode(codes, encoded.source, encoded.grid_shape)
+                    decoded = tokenizer.decode(codes, encoded.layout, encoded.grid_shape)
                 comparison.update(original, decoded, batch.index)
                 progress.update(len(image))
     progress.close()

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from mergevq.nn.attention import attend
 from mergevq.nn.norm import LayerNorm
@@ -149,6 +150,45 @@ class GridBlock(nn.Module):
         """Attend and transform on a grid of (height, width) cells."""
         x = x + self.ls1(self.attn(self.norm1(x)).tokens)
         return x + self.ls2(self.mlp(self.norm2(x), grid_shape))
+
+
+class EncoderBlock(nn.Module):
+    """A pre-norm transformer block with gains on its branches."""
+
+    def __init__(self, dim: int, num_heads: int, layer_scale: float, norm_eps: float) -> None:
+        """Make the layers; `dim` must be a multiple of `num_heads`."""
+        super().__init__()
+        self.norm1 = LayerNorm(dim, eps=norm_eps)
+        self.attn = Attention(dim, num_heads)
+        self.ls1 = LayerScale(dim, layer_scale)
+        self.norm2 = LayerNorm(dim, eps=norm_eps)
+        self.mlp = Mlp(dim)
+        self.ls2 = LayerScale(dim, layer_scale)
+
+    def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        """Let the tokens look at each other."""
+        x = x + self.ls1(self.attn(self.norm1(x)).tokens)
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+def run_blocks(
+    blocks: nn.ModuleList,
+    x: Float[Tensor, "b n c"],
+    num_layers: int | None,
+    *,
+    recompute: bool,
+) -> Float[Tensor, "b n c"]:
+    """Run the first blocks of a stack, each of which takes tokens alone.
+
+    Args:
+        blocks: the stack.
+        x: tokens.
+        num_layers: blocks to run; None is all.
+        recompute: keep no activations for the backward pass, which computes them again.
+    """
+    for block in list(blocks)[:num_layers]:
+        x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+    return x
 
 
 class ContextBlock(nn.Module):

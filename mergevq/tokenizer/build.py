@@ -8,6 +8,7 @@ from mergevq.config import parts as settings
 from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.tokenizer.decoders.cnn import CnnDecoder
 from mergevq.tokenizer.decoders.patch import PatchDecoder
+from mergevq.tokenizer.expanders.mask_tokens import MaskTokens
 from mergevq.tokenizer.expanders.unmerge import Unmerge
 from mergevq.tokenizer.quantizers.bernoulli import Bernoulli
 from mergevq.tokenizer.quantizers.bsq import Bsq
@@ -15,6 +16,8 @@ from mergevq.tokenizer.quantizers.fsq import Fsq
 from mergevq.tokenizer.quantizers.grouped_lfq import GroupedLfq
 from mergevq.tokenizer.quantizers.lfq import Lfq
 from mergevq.tokenizer.reducers.merge import Merge
+from mergevq.tokenizer.reducers.pool import Pool
+from mergevq.tokenizer.reducers.queries import Queries
 from mergevq.tokenizer.stems import cnn_stem, patch_stem
 
 _LAYERS = ("num_layers", "num_res_blocks", "channel_mult", "blocks")
@@ -32,11 +35,15 @@ def build_stem(config: settings.Stem) -> nn.Module:
             assert_never(config)
 
 
-def build_reducer(config: settings.Reducer, dim: int) -> Merge:
+def build_reducer(config: settings.Reducer, dim: int) -> Merge | Pool | Queries:
     """Reducer of a kind on `dim` channels."""
     match config:
         case settings.Merge():
             return Merge(config, dim)
+        case settings.Pool():
+            return Pool(config, dim)
+        case settings.Queries():
+            return Queries(config, dim)
         case _:
             assert_never(config)
 
@@ -58,11 +65,15 @@ def build_quantizer(config: settings.Quantizer) -> Lfq | GroupedLfq | Bsq | Bern
             assert_never(config)
 
 
-def build_expander(config: TokenizerConfig) -> Unmerge:
+def build_expander(config: TokenizerConfig) -> Unmerge | MaskTokens:
     """Expander of a kind, for codes of the configuration's quantizer."""
     match config.expander:
         case settings.Unmerge():
             return Unmerge(config.expander, config.quantizer.dim)
+        case settings.MaskTokens():
+            reducer, most = config.reducer, config.num_tokens
+            num_slots = reducer.num_queries if isinstance(reducer, settings.Queries) else most
+            return MaskTokens(config.expander, config.quantizer.dim, num_slots)
         case _:
             assert_never(config.expander)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mergevq.config.base import RecoverySource, SizePolicy, check_choice
 from mergevq.config.tokenizer import TokenizerConfig
-from mergevq.data.layouts import Bits, Source
+from mergevq.data.layouts import Bits, Source, joined
 from mergevq.data.prepare import to_rgb, to_tensor
 from mergevq.metrics.image import psnr
 from mergevq.report.pictures import contact_sheet, merge_map, to_pil
@@ -79,15 +79,16 @@ class ImageReconstruction:
 
     original: Image.Image
     """As the tokenizer saw it: RGB, and resized if the policy said so."""
-    merge_map: Image.Image
-    """Each group of merged cells in its mean colour; enlarged by a whole factor."""
+    merge_map: Image.Image | None
+    """Each group of merged cells in its mean colour, enlarged by a whole factor; None of ordered
+    tokens, which are of no cell."""
     given: Image.Image
     """Decoded with the encoder's own source map."""
-    recovered: Image.Image
-    """Decoded with the source map inferred from the tokens alone."""
+    recovered: Image.Image | None
+    """Decoded with the source map inferred from the tokens alone; None where none is needed."""
     psnr_given: float
     """PSNR of `given`, in dB, between 8-bit pixels."""
-    psnr_recovered: float
+    psnr_recovered: float | None
     """PSNR of `recovered`, likewise."""
     num_kept: int
     """K, of each tile."""
@@ -216,18 +217,19 @@ def reconstruct_image(
     encoded, layout = encoded_image
     picture = image.picture
     original = to_tensor(picture)
-    given = _decode(tokenizer, encoded_image, "given")
-    recovered = _decode(tokenizer, encoded_image, "recovered")
-    tile_bits = encoded.source.bits(tokenizer.quantizer.spec.bits)
-    num_tiles = len(layout.corners)
+    given, recovered = _decode(tokenizer, encoded_image, "given"), None
+    if tokenizer.has_maps:
+        recovered = _decode(tokenizer, encoded_image, "recovered")
+    num_tiles, kept = len(layout.corners), encoded.layout.num_kept
+    tile_bits = tokenizer.bits(kept, encoded.grid_shape)
     return ImageReconstruction(
         original=picture,
         merge_map=_merge_map(original, encoded, layout),
         given=to_pil(given),
-        recovered=to_pil(recovered),
+        recovered=None if recovered is None else to_pil(recovered),
         psnr_given=float(psnr(original[None], given[None])),
-        psnr_recovered=float(psnr(original[None], recovered[None])),
-        num_kept=encoded.source.num_kept,
+        psnr_recovered=None if recovered is None else float(psnr(original[None], recovered[None])),
+        num_kept=kept,
         num_cells=math.prod(encoded.grid_shape),
         num_tiles=num_tiles,
         bits=Bits(num_tiles * tile_bits.tokens, num_tiles * tile_bits.source),
@@ -242,8 +244,11 @@ def full_pictures(results: Sequence[ImageReconstruction]) -> dict[str, Image.Ima
     """
     pictures: dict[str, Image.Image] = {}
     for result in results:
-        pictures[f"merge_map_{result.num_kept}.png"] = result.merge_map
+        if result.merge_map is not None:
+            pictures[f"merge_map_{result.num_kept}.png"] = result.merge_map
         for name, picture in (("given", result.given), ("recovered", result.recovered)):
+            if picture is None:
+                continue
             resized = picture
             if result.is_resized:
                 resized = picture.resize(result.given_size, Image.Resampling.BICUBIC)
@@ -253,21 +258,29 @@ def full_pictures(results: Sequence[ImageReconstruction]) -> dict[str, Image.Ima
 
 def reconstruction_figure(reconstructions: Sequence[ImageReconstruction]) -> Image.Image:
     """Reconstructions of one picture, a row each: original, merge map, given, recovered source."""
-    rows, captions = [], []
+    rows, captions, titles = [], [], []
     for result in reconstructions:
-        rows.append([result.original, result.merge_map, result.given, result.recovered])
         tiles = f"{result.num_tiles} tiles x " if result.num_tiles > 1 else ""
-        captions.append(
-            [
-                _size_in_words(result),
-                f"{tiles}{result.num_kept} of {result.num_cells} tokens\n"
-                f"{result.bits.total:.0f} bits, {result.bits_per_pixel:.3f} per pixel\n"
-                f"({result.bits.tokens:.0f} tokens + {result.bits.source:.0f} source)",
-                f"PSNR {result.psnr_given:.2f} dB",
-                f"PSNR {result.psnr_recovered:.2f} dB",
-            ]
+        kept = f"{tiles}{result.num_kept} of {result.num_cells} tokens"
+        price = (
+            f"{kept}\n{result.bits.total:.0f} bits, {result.bits_per_pixel:.3f} per pixel\n"
+            f"({result.bits.tokens:.0f} tokens + {result.bits.source:.0f} source)"
         )
-    titles = ("Original", "Merge map", "Given source", "Recovered source")
+        columns = [
+            ("Original", result.original, _size_in_words(result)),
+            ("Merge map", result.merge_map, price),
+            ("Given source", result.given, f"PSNR {result.psnr_given:.2f} dB"),
+            ("Recovered source", result.recovered, f"PSNR {result.psnr_recovered:.2f} dB")
+            if result.psnr_recovered is not None
+            else ("", None, ""),
+        ]
+        shown = [(title, picture, text) for title, picture, text in columns if picture is not None]
+        if result.merge_map is None:
+            # The price has no picture of its own.
+            shown[1] = ("Decoded", result.given, f"{price}\n{columns[2][2]}")
+        titles = [title for title, _, _ in shown]
+        rows.append([picture for _, picture, _ in shown])
+        captions.append([text for _, _, text in shown])
     return contact_sheet(rows, titles, captions=captions)
 
 
@@ -386,7 +399,7 @@ def _encode(tokenizer: Tokenizer, tiles: Sequence[Embedded], num_kept: int | Non
     return Encoded(
         codes=torch.cat([part.codes for part in parts]),
         indices=torch.cat([part.indices for part in parts]),
-        layout=Source(torch.cat([part.source.index for part in parts]), parts[0].source.num_kept),
+        layout=joined([part.layout for part in parts]),
         grid_shape=parts[0].grid_shape,
         class_token=torch.cat([part.class_token for part in parts]),
         latents=torch.cat([part.latents for part in parts]),
@@ -401,18 +414,23 @@ def _decode(
     encoded, parts = image.encoded, []
     for tile in range(0, len(encoded.indices), _TILES_AT_ONCE):
         indices = encoded.indices[tile : tile + _TILES_AT_ONCE]
-        used = encoded.source.rows(slice(tile, tile + _TILES_AT_ONCE))
+        used = encoded.layout.rows(slice(tile, tile + _TILES_AT_ONCE))
         if source == "recovered":
             used = tokenizer.recover(indices, encoded.grid_shape)
         parts.append(tokenizer.decode(indices, used, encoded.grid_shape).float().cpu())
     return blend(torch.cat(parts), image.layout)
 
 
-def _merge_map(original: Float[Tensor, "3 H W"], encoded: Encoded, layout: Layout) -> Image.Image:
+def _merge_map(
+    original: Float[Tensor, "3 H W"], encoded: Encoded, layout: Layout
+) -> Image.Image | None:
     """Merge maps of all tiles as one picture, cut in the middle of every overlap."""
+    source = encoded.layout
+    if not isinstance(source, Source):
+        return None
     maps = [
         merge_map(tile, index, encoded.grid_shape)
-        for tile, index in zip(cut(original, layout), encoded.source.index.cpu(), strict=True)
+        for tile, index in zip(cut(original, layout), source.index.cpu(), strict=True)
     ]
     scale = maps[0].width // layout.tile_width
     picture = Image.new("RGB", (scale * layout.width, scale * layout.height))

@@ -18,11 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Int64
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mergevq.config.base import MAX_PIXELS, Precision
 from mergevq.data.batches import Batch, eval_batches
 from mergevq.data.images import ImageDataset, open_images
+from mergevq.data.layouts import Source
 from mergevq.data.tokens.dataset import TokenDataset, open_tokens
 from mergevq.data.tokens.files import TokenRecord, TokenRows
 from mergevq.data.tokens.writing import claim, finish, missing_shards, write_shard
@@ -31,7 +34,7 @@ from mergevq.runtime.artefacts import resolve, tokens_hash
 from mergevq.runtime.device import deterministic, precision_name, resolve_device
 from mergevq.runtime.logs import Progress
 from mergevq.runtime.run import environment
-from mergevq.tokenizer.tokenizer import Tokenizer
+from mergevq.tokenizer.tokenizer import Encoded, Tokenizer
 
 logger = logging.getLogger("mergevq")
 
@@ -123,6 +126,7 @@ def token_record(
         class_names=identity.class_names,
         flip=flip,
         max_pixels=images.max_pixels,
+        layout=config.reducer.gives,
         precision=precision_name(tokenizer.computes_in()),
     )
 
@@ -244,7 +248,7 @@ def _encode_batch(
     for count in num_kept:
         encoded = [tokenizer.encode(view, count) for view in views]
         indices = torch.stack([view.indices for view in encoded], dim=1)
-        source = torch.stack([view.source.index for view in encoded], dim=1)
+        source = torch.stack([_map_of(view) for view in encoded], dim=1)
         rows[count] = TokenRows(
             indices=indices.flatten(0, 1).cpu(),
             source=source.flatten(0, 1).cpu(),
@@ -255,10 +259,17 @@ def _encode_batch(
     return rows
 
 
+def _map_of(encoded: Encoded) -> Int64[Tensor, "b l"]:
+    """The map of tokens; one of no cells where their layout has none."""
+    layout = encoded.layout
+    none = encoded.indices.new_empty(len(encoded.indices), 0)
+    return layout.index if isinstance(layout, Source) else none
+
+
 def _no_rows(record: TokenRecord, num_kept: int) -> TokenRows:
     """Rows that a shard begins with: none."""
     none = torch.empty(0, dtype=torch.int64)
-    return TokenRows(none.view(0, num_kept), none.view(0, record.num_tokens), none, none, none)
+    return TokenRows(none.view(0, num_kept), none.view(0, record.num_mapped), none, none, none)
 
 
 def _write(

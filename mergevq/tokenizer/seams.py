@@ -85,6 +85,12 @@ class Reducer(Protocol):
         """Run the first `num_layers` blocks (None: all) on the way to `num_kept` tokens."""
         ...
 
+    def implied(
+        self, grid_shape: tuple[int, int], num_kept: int, num_images: int, /
+    ) -> Layout | None:
+        """The layout that grid and K imply, for each of the images; None where images differ."""
+        ...
+
 
 class Quantizer(Protocol):
     """Latents to codes, in float32 under any autocast."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mergevq.config.base import Pool, Precision, RecoverySource, Stage, check_choice
 from mergevq.config.tokenizer import TokenizerConfig
-from mergevq.data.layouts import Layout, Source, require_source, unmerge
+from mergevq.data.layouts import Bits, Layout, Source, require_source, source_bits, unmerge
 from mergevq.nn.finite import require_finite
 from mergevq.runtime.artefacts import build_for, load_model, resolve, save_model
 from mergevq.runtime.device import autocast, lay_out, resolve_precision
@@ -290,17 +290,43 @@ class Tokenizer(nn.Module):
         tokens: Float[Tensor, "b k d"] | Int64[Tensor, "b k"],
         grid_shape: tuple[int, int] | None = None,
         anchors: Int64[Tensor, "b k"] | None = None,
-    ) -> Source:
-        """Infer the source from kept tokens alone; the grid is the trained one when not given.
+    ) -> Layout:
+        """The layout of kept tokens: inferred from them alone, where grid and K do not imply it.
 
-        Raises:
-            ValueError: tokens of this tokenizer have no source map.
+        Args:
+            tokens: codes, or indices.
+            grid_shape: (height, width) in cells; None is the trained one.
+            anchors: cell at which each token opens, when known; None is unknown.
         """
         if not tokens.is_floating_point():
             tokens = self.codes_of(tokens)
         shape = grid_shape or (self.config.grid_size, self.config.grid_size)
+        implied = self.encoder.reducer.implied(shape, tokens.shape[1], len(tokens))
+        if implied is not None:
+            return implied.to(tokens.device)
         with self._computing():
-            return require_source(self.expander.infer(tokens, shape, anchors), "recovery")
+            return self.expander.infer(tokens, shape, anchors)
+
+    def bits(self, num_kept: int, grid_shape: tuple[int, int] | None = None) -> Bits:
+        """Bits of one image: its K tokens, and its layout where the image decides it.
+
+        Args:
+            num_kept: K.
+            grid_shape: (height, width) in cells; None is the trained one.
+        """
+        shape = grid_shape or (self.config.grid_size, self.config.grid_size)
+        per_token = self.quantizer.spec.bits
+        implied = self.encoder.reducer.implied(shape, num_kept, 1)
+        if implied is not None:
+            return implied.bits(per_token)
+        return Bits(num_kept * per_token, source_bits(math.prod(shape), num_kept))
+
+    @property
+    def has_maps(self) -> bool:
+        """Whether each image has a layout of its own, which costs bits and may be recovered."""
+        cells = self.config.grid_size
+        shape = (cells, cells)
+        return self.encoder.reducer.implied(shape, self.config.num_kept, 1) is None
 
     def reconstruct(
         self,
@@ -442,7 +468,7 @@ class Tokenizer(nn.Module):
         view_class_token = None
         if view is not None:
             proportion = num_kept / math.prod(encoded.grid_shape)
-            view_kept = self._in_proportion(math.prod(self.grid_shape(view)), proportion)
+            view_kept = self._in_proportion(self.grid_shape(view), proportion)
             view_class_token = self.encoder(view, view_kept).class_token
         losses = {**self.quantizer.losses(encoded.latents), **expanded.losses}
         return TokenizerOutput(reconstruction, encoded, losses, view_class_token)
@@ -463,8 +489,8 @@ class Tokenizer(nn.Module):
         """K for a grid, checked against it and against the trained range."""
         config, num_tokens = self.config, math.prod(grid_shape)
         if num_kept is None:
-            return self._in_proportion(num_tokens, config.num_kept / config.num_tokens)
-        config.reducer.check_kept(num_tokens, num_kept)
+            return self._in_proportion(grid_shape, config.num_kept / config.num_tokens)
+        config.reducer.check_kept(grid_shape, num_kept)
         if config.kept_range is not None and num_tokens == config.num_tokens:
             low, high = config.kept_range
             if not low <= num_kept <= high:
@@ -475,9 +501,14 @@ class Tokenizer(nn.Module):
                 )
         return num_kept
 
-    def _in_proportion(self, num_tokens: int, proportion: float) -> int:
-        """K for a grid, rounded to one that the encoder gives."""
-        return self.config.reducer.nearest_kept(num_tokens, round(num_tokens * proportion))
+    def _in_proportion(self, grid_shape: tuple[int, int], proportion: float) -> int:
+        """K for a grid, rounded to one that the encoder gives.
+
+        Ordered tokens have no part of a grid each: there are as many of any grid.
+        """
+        reducer = self.config.reducer
+        cells = math.prod(grid_shape) if reducer.gives == "source" else self.config.num_tokens
+        return reducer.nearest_kept(grid_shape, round(cells * proportion))
 
     def computes_in(self) -> torch.dtype | None:
         """The dtype that calls are autocast to where the weights are; None is their own."""

@@ -78,7 +78,7 @@ class GeneratorLearner:
     def step(self, batch: TokenBatch) -> dict[str, Number]:
         """One optimizer step; returns what is worth logging."""
         run, state, sums = self.run, self.state, {}
-        num_kept = batch.source.num_kept
+        num_kept = batch.layout.num_kept
         rate = learning_rate(
             state.budget.place(state.step), run.optim, run.train.num_steps, run.train.batch_size
         )
@@ -178,6 +178,12 @@ def fitted_config(run: GeneratorRun, record: TokenRecord) -> GeneratorConfig:
         ValueError: the tokens have another grid, number of bits, K or number of classes.
     """
     model = run.resolved_model
+    if record.layout != "source":
+        raise ValueError(
+            f"the tokens of {run.tokens.path} are {record.layout}, without a place on the grid, "
+            f"and model.order.kind {model.order.kind} lays out cells or slots: take a tokenizer "
+            "whose model.reducer.kind is merge or pool"
+        )
     for name, wanted, found in (
         ("model.grid_size", model.grid_size, record.grid_shape),
         ("the product of model.head.sizes", model.num_codes, record.num_values),

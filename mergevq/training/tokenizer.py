@@ -20,6 +20,7 @@ from mergevq.config.training import TokenizerRun
 from mergevq.data.batches import Batch, eval_batches, open_train_val, train_batches
 from mergevq.data.cached import cached_batches
 from mergevq.data.images import ImageDataset
+from mergevq.data.layouts import Source
 from mergevq.evaluate.compare import measure
 from mergevq.report.pictures import contact_sheet, merge_map, to_pil
 from mergevq.report.plots import Panel
@@ -219,7 +220,7 @@ class TokenizerTask:
 
     @torch.no_grad()
     def picture(self, path: Path) -> None:
-        """Draw a grid: original, merge map, given source, recovered source."""
+        """Draw a grid: original, merge map, given source, recovered source, as far as there are."""
         if not distributed.is_main():
             return
         run, device = self.learner.run, self.learner.world.device
@@ -236,19 +237,19 @@ class TokenizerTask:
         with self.state.ema.swap(), self.learner.autocast():
             image = batch.image.to(device)
             given = tokenizer.reconstruct(image)
-            recovered = tokenizer.reconstruct(image, source="recovered")
+            columns = {"original": image, "given source": given.image}
+            if tokenizer.has_maps:
+                again = tokenizer.reconstruct(image, source="recovered")
+                columns["recovered source"] = again.image
         tokenizer.train()
-        shape = given.encoded.grid_shape
         rows = [
-            [
-                to_pil(image[i]),
-                merge_map(image[i], given.source.index[i], shape),
-                to_pil(given.image[i].float()),
-                to_pil(recovered.image[i].float()),
-            ]
-            for i in range(len(image))
+            [to_pil(images[i].float()) for images in columns.values()] for i in range(len(image))
         ]
-        titles = ["original", f"{run.model.num_kept} tokens", "given source", "recovered source"]
+        titles, layout = list(columns), given.encoded.layout
+        if isinstance(layout, Source):
+            titles.insert(1, f"{run.model.num_kept} tokens")
+            for i, row in enumerate(rows):
+                row.insert(1, merge_map(image[i], layout.index[i], given.encoded.grid_shape))
         path.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(rows, titles).save(path)
 

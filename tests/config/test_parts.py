@@ -172,19 +172,20 @@ def test_other_parts_that_cannot_be_built_are_refused(part, values, message):
 )
 def test_every_block_can_merge_half_of_its_tokens(num_layers, num_tokens, least):
     reducer = Merge(num_layers=num_layers)
-    assert reducer.least_kept(num_tokens) == least
-    reducer.check_kept(num_tokens, least)
+    grid = (1, num_tokens)
+    assert reducer.least_kept(grid) == least
+    reducer.check_kept(grid, least)
     if least > 1:
         with pytest.raises(ValueError, match=rf"num_kept \({least - 1}\) must be at least {least}"):
-            reducer.check_kept(num_tokens, least - 1)
+            reducer.check_kept(grid, least - 1)
     for num_kept in (0, num_tokens + 1):
         with pytest.raises(ValueError, match=rf"must be between 1 and the {num_tokens} tokens"):
-            reducer.check_kept(num_tokens, num_kept)
+            reducer.check_kept(grid, num_kept)
 
 
 def test_the_nearest_number_of_tokens_is_one_that_can_be_left():
     reducer = Merge(num_layers=2)
-    assert [reducer.nearest_kept(64, num_kept) for num_kept in (3, 16, 40)] == [16, 16, 40]
+    assert [reducer.nearest_kept((8, 8), num_kept) for num_kept in (3, 16, 40)] == [16, 16, 40]
 
 
 @pytest.mark.parametrize("part", [Lfq, Bsq, Bernoulli])

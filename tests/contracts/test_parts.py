@@ -88,7 +88,8 @@ def test_a_stem_gives_channels_for_each_cell(part, shape):
 @pytest.mark.parametrize("num_kept", [NUM_KEPT, 24, 64])
 def test_a_reducer_leaves_as_many_tokens_as_are_asked_for(part, num_kept):
     model = small(part)
-    model.config.reducer.check_kept(model.config.num_tokens, num_kept)
+    cells = model.config.grid_size
+    model.config.reducer.check_kept((cells, cells), num_kept)
     tokens, class_token, layout = model.encoder(images(model), num_kept)
     assert tokens.shape == (2, num_kept, model.config.dim)
     assert class_token.shape == (2, model.config.dim)
@@ -118,13 +119,30 @@ def test_a_reducer_can_stop_after_any_block_and_recompute_them(part):
 
 @of("reducer")
 def test_the_numbers_of_tokens_that_a_reducer_leaves_are_known_before(part):
-    reducer, num_tokens = small(part).config.reducer, 64
-    least = reducer.least_kept(num_tokens)
-    reducer.check_kept(num_tokens, least)
-    reducer.check_kept(num_tokens, reducer.nearest_kept(num_tokens, 1))
-    for num_kept in (0, num_tokens + 1, least - 1):
+    reducer, grid = small(part).config.reducer, (8, 8)
+    least = reducer.least_kept(grid)
+    reducer.check_kept(grid, least)
+    for num_kept in (1, 17, 64):
+        reducer.check_kept(grid, reducer.nearest_kept(grid, num_kept))
+    for num_kept in (0, 65, least - 1):
         with pytest.raises(ValueError, match=rf"num_kept \({num_kept}\) must be "):
-            reducer.check_kept(num_tokens, num_kept)
+            reducer.check_kept(grid, num_kept)
+
+
+@of("reducer")
+def test_a_layout_is_implied_where_images_do_not_decide_it(part):
+    model = small(part)
+    encoded = model.encode(images(model), NUM_KEPT)
+    implied = model.encoder.reducer.implied(encoded.grid_shape, NUM_KEPT, 2)
+    assert model.has_maps == (implied is None)
+    assert encoded.layout.bits(1.0) == model.bits(NUM_KEPT)._replace(tokens=float(NUM_KEPT))
+    recovered = model.recover(encoded.indices, encoded.grid_shape)
+    assert type(recovered) is type(encoded.layout)
+    if implied is not None:
+        assert model.bits(NUM_KEPT).source == 0
+        again = model.decode(encoded.indices, recovered, encoded.grid_shape)
+        given = model.decode(encoded.indices, encoded.layout, encoded.grid_shape)
+        assert torch.equal(given, again)
 
 
 @of("quantizer")

@@ -58,8 +58,18 @@ def value_at(instance, path):
     return instance
 
 
+COMPANIONS = {
+    ("reducer", "queries"): ("expander", "mask_tokens"),
+    ("expander", "mask_tokens"): ("reducer", "queries"),
+}
+"""Kinds that need another part to be of a kind."""
+
+
 def replaced(instance, changes):
-    """A copy with settings changed by dotted name, all at once; another kind is a small part."""
+    """A copy with settings changed by dotted name, all at once.
+
+    Another kind is a small part, and brings the kind that it cannot do without.
+    """
     inside, own, kinds = {}, {}, {}
     for path, value in changes.items():
         first, _, rest = path.partition(".")
@@ -72,6 +82,9 @@ def replaced(instance, changes):
             own[name] = value
         if kind:
             kinds[name] = kind
+    for needing, (name, kind) in COMPANIONS.items():
+        if needing in kinds.items() and hasattr(instance, name):
+            kinds.setdefault(name, kind)
     for name in {*inside, *kinds}:
         part = getattr(instance, name)
         if name in kinds and part.kind != kinds[name]:

@@ -8,9 +8,12 @@ from mergevq.config.parts import (
     CnnDecoder,
     CnnStem,
     Lfq,
+    MaskTokens,
     Merge,
     PatchDecoder,
     PatchStem,
+    Pool,
+    Queries,
     Unmerge,
 )
 from mergevq.config.tokenizer import TokenizerConfig
@@ -49,10 +52,13 @@ _SMALL = (
     CnnStem(channels=8, num_res_blocks=1),
     PatchStem(width=32, patch_size=4, num_groups=8),
     Merge(num_layers=3, num_heads=2, layer_scale=0.1),
+    Pool(num_layers=2, num_heads=2, layer_scale=0.1),
+    Queries(num_queries=64, num_layers=2, num_heads=2),
     Lfq(num_bits=8),
     Bsq(num_bits=8),
     Bernoulli(num_bits=8),
     Unmerge(dim=16, num_layers=1, num_heads=2),
+    MaskTokens(dim=16, num_layers=1, num_heads=2),
     CnnDecoder(channels=8, num_res_blocks=1, num_layers=1, num_heads=2, layer_scale=0.1),
     PatchDecoder(width=16, num_heads=2, blocks="ca"),
 )

@@ -3,36 +3,47 @@
 from dataclasses import replace
 
 from mergevq.config.generator import Several
-from mergevq.config.parts import PatchDecoder, PatchStem
+from mergevq.config.parts import (
+    CnnDecoder,
+    CnnStem,
+    MaskTokens,
+    Merge,
+    PatchDecoder,
+    PatchStem,
+    Pool,
+    Queries,
+    Unmerge,
+)
 from mergevq.config.training import GeneratorRun, TokenizerRun
-from tests.support.parts import changed
+
+_SIZES = {
+    CnnStem: {"channels": 8, "num_res_blocks": 1},
+    PatchStem: {"width": 32, "num_groups": 8},
+    Merge: {"num_layers": 3, "num_heads": 2},
+    Pool: {"num_layers": 3, "num_heads": 2},
+    Queries: {"num_queries": 64, "num_layers": 3, "num_heads": 2},
+    Unmerge: {"dim": 16, "num_layers": 1, "num_heads": 2},
+    MaskTokens: {"dim": 16, "num_layers": 1, "num_heads": 2},
+    CnnDecoder: {"channels": 8, "num_res_blocks": 1, "num_layers": 1, "num_heads": 2},
+    PatchDecoder: {"width": 16, "num_heads": 2},
+}
+"""Sizes of small parts; a kind that is not named stays as it is."""
 
 
 def shrink(run: TokenizerRun) -> TokenizerRun:
     """Cut a run down to seconds on a CPU, keeping its structure: for tests and first tries."""
     model = run.model
-    side = 8 * model.patch_size
-    wide = {"decoder_width": 16} if isinstance(model.decoder, PatchDecoder) else {}
-    # Components start in pairs of channels, beside a pair for each bit.
-    width = 128 if run.init_codes == "components" else 32
-    wide |= {"patch_dim": width} if isinstance(model.stem, PatchStem) else {}
+    parts = {
+        name: replace(part, **_SIZES.get(type(part), {}))
+        for name in ("stem", "reducer", "quantizer", "expander", "decoder")
+        for part in [getattr(model, name)]
+    }
+    if run.init_codes == "components":
+        # Components start in pairs of channels, beside a pair for each bit.
+        parts["stem"] = replace(parts["stem"], width=128)
     return replace(
         run,
-        model=changed(
-            model,
-            **wide,
-            image_size=side,
-            channels=8,
-            num_res_blocks=1,
-            num_layers=3,
-            num_heads=2,
-            num_kept=16,
-            num_decoder_layers=1,
-            num_decoder_heads=2,
-            source_dim=16,
-            num_source_layers=1,
-            num_source_heads=2,
-        ),
+        model=replace(model, **parts, image_size=8 * model.patch_size, num_kept=16),
         kept=replace(run.kept, candidates=(16, 24, 32)),
         teacher=replace(run.teacher, view_size=6 * model.patch_size, num_prototypes=16),
         train=replace(

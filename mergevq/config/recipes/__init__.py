@@ -18,6 +18,8 @@ from mergevq.config.recipes.digits import (
     digits32_fsq,
     digits32_gq32,
     digits32_maskgit,
+    digits32_pool,
+    digits32_queries,
 )
 from mergevq.config.recipes.imagenet256 import (
     imagenet256_g,
@@ -91,6 +93,8 @@ TOKENIZER_RECIPES: dict[str, Callable[[], TokenizerRun]] = {
         digits32_bsq,
         digits32_bernoulli,
         digits32_fsq,
+        digits32_pool,
+        digits32_queries,
         photos64,
         photos64_wide,
         tiny64_g,

@@ -21,8 +21,11 @@ from mergevq.config.parts import (
     Fsq,
     GroupedLfq,
     Lfq,
+    MaskTokens,
     Merge,
+    Pool,
     Quantizer,
+    Queries,
     Unmerge,
 )
 from mergevq.config.tokenizer import KeptConfig, TokenizerConfig
@@ -138,6 +141,45 @@ def _with_quantizer(
         loss=replace(run.loss, commitment_weight=commitment_weight, entropy_weight=entropy_weight),
         train=replace(run.train, eval_num_kept=(12, 20, 32, run.model.num_tokens)),
         out=f"runs/{name}",
+    )
+
+
+def digits32_pool() -> TokenizerRun:
+    """`digits32` with means of blocks of cells in the place of merged tokens, which need no map.
+
+    Hardware and time: not measured, 640 steps of 64 images. Expected: not measured.
+    """
+    run = digits32()
+    return replace(
+        run,
+        model=replace(
+            run.model, reducer=Pool(num_layers=4, num_heads=2, layer_scale=0.1), num_kept=16
+        ),
+        kept=KeptConfig(candidates=(4, 16, 64)),
+        loss=replace(run.loss, recovered_share=0.0),
+        train=replace(run.train, eval_num_kept=(4, 16, 64)),
+        out="runs/digits32_pool",
+    )
+
+
+def digits32_queries() -> TokenizerRun:
+    """`digits32` with learned queries and mask tokens, as TiTok; slow to start.
+
+    Hardware and time: not measured, 1,500 steps of 64 images. Expected: not measured.
+    """
+    run = digits32()
+    return replace(
+        run,
+        model=replace(
+            run.model,
+            reducer=Queries(num_queries=64, num_layers=4, num_heads=2),
+            expander=MaskTokens(dim=64, num_layers=2, num_heads=2),
+            num_kept=16,
+        ),
+        kept=KeptConfig(candidates=(16, 64)),
+        loss=replace(run.loss, recovered_share=0.0),
+        train=replace(run.train, num_steps=1500, eval_num_kept=(16, 64)),
+        out="runs/digits32_queries",
     )
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mergevq.data.layouts import Source
+from mergevq.data.layouts import Layout, Ordered, Source, require_source
 from mergevq.data.tokens.files import (
     AGAIN,
     Shard,
@@ -35,10 +35,15 @@ class TokenBatch(NamedTuple):
 
     indices: Int64[Tensor, "b k"]
     """In [0, 2**D), in canonical order."""
-    source: Source
-    """Which of them each cell of the grid copies."""
+    layout: Layout
+    """Their places: of a merging tokenizer the source map."""
     label: Int64[Tensor, "b"]
     """Class, -1 for none."""
+
+    @property
+    def source(self) -> Source:
+        """Which of them each cell of the grid copies; a ValueError without a source map."""
+        return require_source(self.layout, "a sequence of cells or of slots")
 
 
 class Origin(NamedTuple):
@@ -103,9 +108,12 @@ class TokenDataset:
             RuntimeError: a shard is missing or damaged.
         """
         chosen = self._resolve(num_kept)
+        layout: Layout = Ordered(chosen)
+        if self.record.layout == "source":
+            layout = Source(self._read("source", positions, chosen), chosen)
         return TokenBatch(
             indices=self._read("indices", positions, chosen),
-            source=Source(self._read("source", positions, chosen), chosen),
+            layout=layout,
             label=self._read("label", positions, chosen),
         )
 
@@ -144,7 +152,7 @@ class TokenDataset:
             ValueError: there is no such row.
         """
         rows = self._locate(positions)
-        width = {"indices": (num_kept,), "source": (self.record.num_tokens,)}.get(name, ())
+        width = {"indices": (num_kept,), "source": (self.record.num_mapped,)}.get(name, ())
         values = np.empty((len(rows), *width), dtype=np.int64)
         numbers = np.searchsorted(self._first_rows, rows, side="right") - 1
         for number in np.unique(numbers).tolist():

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mergevq.config.base import FORMAT_VERSION, MAX_PIXELS, Precision
 from mergevq.config.identity import Identity
-from mergevq.config.parts import bits_of
+from mergevq.config.parts import LayoutKind, bits_of
 from mergevq.runtime.files import (
     open_tensors,
     parse_json,
@@ -76,6 +76,8 @@ class TokenRecord:
     precision: Precision = "float32"
     """What the encoder computed in, by name and never `auto`; older records say nothing, and are of
     float32."""
+    layout: LayoutKind = "source"
+    """Layout of the tokens; `ordered` ones have no map."""
     shard_size: int = 1024
     """Images of a shard; the last may have fewer."""
 
@@ -123,6 +125,11 @@ class TokenRecord:
     def num_tokens(self) -> int:
         """L: cells of the grid."""
         return self.grid_shape[0] * self.grid_shape[1]
+
+    @property
+    def num_mapped(self) -> int:
+        """Cells of a row's source map: all, or 0 where tokens have none."""
+        return self.num_tokens if self.layout == "source" else 0
 
     @property
     def num_classes(self) -> int:
@@ -173,7 +180,7 @@ class TokenRows(NamedTuple):
     indices: Int64[Tensor, "n k"]
     """In [0, 2**D), in canonical order."""
     source: Int64[Tensor, "n l"]
-    """Kept token of each cell, in [0, K)."""
+    """Kept token of each cell, in [0, K); of ordered tokens there are no cells."""
     label: Int64[Tensor, "n"]
     """Class, -1 for none."""
     position: Int64[Tensor, "n"]
@@ -244,7 +251,7 @@ def check_rows(
         RuntimeError: another shape, or a number outside its range.
     """
     num_rows = len(arrays["label"].reshape(-1)) if num_rows is None else num_rows
-    widths = {"indices": (num_kept,), "source": (record.num_tokens,)}
+    widths = {"indices": (num_kept,), "source": (record.num_mapped,)}
     ranges = {
         "indices": (0, record.num_values - 1),
         "source": (0, num_kept - 1),

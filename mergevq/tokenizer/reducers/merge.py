@@ -102,6 +102,14 @@ class Merge(nn.Module):
         source, order = canonicalize(Source(state.index, x.shape[1] - 1))
         return TokenSet(take_rows(x[:, 1:], order), x[:, 0], source)
 
+    def implied(
+        self,
+        grid_shape: tuple[int, int],
+        num_kept: int,
+        num_images: int,
+    ) -> None:
+        """Nothing: which cells join depends on the image."""
+
 
 def _merge_all_but_first(
     x: Float[Tensor, "b n c"], keys: Float[Tensor, "b n d"], state: MergeState, num_merged: int

@@ -1,0 +1,61 @@
+"""Learned queries that read the grid, and are all that is kept of it.
+
+Source: Yu et al. 2024, "An Image is Worth 32 Tokens for Reconstruction and Generation", section 3.2
+(arXiv:2406.07550).
+
+Differs: the code of a token is a linear map of its own query's output. In the authors' published
+models it is one of several neighbouring queries, whose outputs are reshaped where they are to be
+transposed.
+
+Shape letters: B batch, K kept tokens, L grid tokens, C channels.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mergevq.config import parts as settings
+from mergevq.data.layouts import Ordered
+from mergevq.nn.blocks import EncoderBlock, run_blocks
+from mergevq.nn.positions import sincos_2d
+from mergevq.tokenizer.seams import TokenSet
+
+
+class Queries(nn.Module):
+    """Blocks of attention over class token, grid and queries, of which the first K are kept."""
+
+    def __init__(self, config: settings.Queries, dim: int) -> None:
+        """Make the blocks; the encoder initialises them after its projection."""
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(config.num_queries, dim) * dim**-0.5)
+        self.blocks = nn.ModuleList(
+            EncoderBlock(dim, config.num_heads, config.layer_scale, config.norm_eps)
+            for _ in range(config.num_layers)
+        )
+        self.checkpointing = False
+
+    def forward(
+        self,
+        grid: Float[Tensor, "b l c"],
+        class_token: Float[Tensor, "b 1 c"],
+        grid_shape: tuple[int, int],
+        num_kept: int,
+        *,
+        num_layers: int | None = None,
+    ) -> TokenSet:
+        """Run the first `num_layers` blocks (None: all) with the first `num_kept` queries."""
+        cells = grid + sincos_2d(grid_shape, grid.shape[-1], grid.device).to(grid.dtype)
+        queries = self.queries[:num_kept].to(grid.dtype).expand(len(grid), -1, -1)
+        recompute = self.checkpointing and self.training
+        x = torch.cat([class_token, cells, queries], dim=1)
+        x = run_blocks(self.blocks, x, num_layers, recompute=recompute)
+        return TokenSet(x[:, -num_kept:], x[:, 0], Ordered(num_kept))
+
+    def implied(
+        self,
+        grid_shape: tuple[int, int],  # noqa: ARG002 - as of other reducers
+        num_kept: int,
+        num_images: int,  # noqa: ARG002
+    ) -> Ordered:
+        """The layout of `num_kept` queries."""
+        return Ordered(num_kept)
