@@ -22,6 +22,7 @@ from mergevq.data.tokens.dataset import open_tokens
 from mergevq.generator.build import AnyGenerator, build_generator
 from mergevq.runtime import distributed
 from mergevq.runtime.device import resolve_device
+from mergevq.tokenizer.expanders.unmerge import Unmerge
 from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training import generator_step, tokenizer_step
 from mergevq.training.initial import find_start
@@ -177,11 +178,23 @@ def _tokenizer_passes(tokenizer: Tokenizer) -> dict[str, Callable[[], object]]:
         tokenizer.encoder(image, config.num_kept)
         tokenizer.encoder.latents(kept)
 
+    def expand() -> None:
+        expander = tokenizer.expander
+        if isinstance(expander, Unmerge):
+            expander.predictor(codes, grid_shape)
+        else:
+            expander(codes, layout, grid_shape)
+
     return {
         "encoder": encode,
         "decoder": lambda: tokenizer.decoder(given),
-        "source predictor": lambda: tokenizer.expander.predictor(codes, grid_shape),
+        _expander_name(tokenizer): expand,
     }
+
+
+def _expander_name(tokenizer: Tokenizer) -> str:
+    """The part that has an expander's weights, in words."""
+    return "source predictor" if isinstance(tokenizer.expander, Unmerge) else "expander"
 
 
 def _generator_passes(generator: AnyGenerator) -> dict[str, Callable[[], object]]:
@@ -290,7 +303,7 @@ def _estimate_tokenizer(run: TokenizerRun, world: distributed.World) -> Estimate
         parts = {
             "encoder": state.tokenizer.encoder,
             "decoder": state.tokenizer.decoder,
-            "source predictor": state.tokenizer.expander,
+            _expander_name(state.tokenizer): state.tokenizer.expander,
             "alignment head": state.teacher,
             "discriminator": state.discriminator if learner.has_adversary else None,
         }

@@ -46,7 +46,7 @@ from mergevq.runtime.optim import (
 from mergevq.runtime.random import step_generator
 from mergevq.runtime.run import environment
 from mergevq.runtime.settings import to_json
-from mergevq.tokenizer.expanders.unmerge import SourcePredictor
+from mergevq.tokenizer.expanders.unmerge import SourcePredictor, Unmerge
 from mergevq.tokenizer.losses.terms import source_loss
 
 logger = logging.getLogger("mergevq")
@@ -105,7 +105,7 @@ def finetune_source(run: SourceRun) -> Finetuned:
     train_set, val_set = split(dataset, run.val_fraction)
     pair.generator.requires_grad_(requires_grad=False)
     pair.tokenizer.requires_grad_(requires_grad=False)
-    predictor = pair.tokenizer.expander.predictor.requires_grad_(requires_grad=True)
+    predictor = _predictor(pair).requires_grad_(requires_grad=True)
     ema = Ema(predictor, run.optim.ema_decay)
     before = evaluate(run, pair, val_set, counts)
     _learn(run, pair, train_set, counts, ema)
@@ -177,13 +177,28 @@ def evaluate(
     return found
 
 
+def _predictor(pair: Pair) -> SourcePredictor:
+    """The source predictor of a pair's tokenizer.
+
+    Raises:
+        ValueError: it has none.
+    """
+    expander = pair.tokenizer.expander
+    if isinstance(expander, Unmerge):
+        return expander.predictor
+    raise ValueError(
+        "there is no source predictor to train: model.expander.kind of the tokenizer is "
+        f"{pair.tokenizer.config.expander.kind} and must be unmerge"
+    )
+
+
 @torch.no_grad()
 def _recovery(pair: Pair, indices: Int64[Tensor, "b k"], source: Source) -> Recovery:
     """Recovery of one batch, in float32."""
     device = pair.generator.device
     codes = pair.tokenizer.codes_of(indices.to(device)).float()
     own = Source(source.index.to(device), source.num_kept)
-    predictor, shape = pair.tokenizer.expander.predictor, pair.generator.config.grid_size
+    predictor, shape = _predictor(pair), pair.generator.config.grid_size
     loss = source_loss(predictor(codes, shape), own)
     right = predictor.predict(codes, shape).index == own.index
     return Recovery(float(loss), float(right.float().mean()))
@@ -193,7 +208,7 @@ def _learn(
     run: SourceRun, pair: Pair, dataset: TokenDataset, counts: tuple[int, ...], ema: Ema
 ) -> None:
     """Train the predictor in place."""
-    predictor: SourcePredictor = pair.tokenizer.expander.predictor
+    predictor = _predictor(pair)
     device, shape = pair.generator.device, pair.generator.config.grid_size
     dtype = resolve_precision(run.precision, device)
     optimizer = build_optimizer([predictor], run.optim, run.batch_size)
