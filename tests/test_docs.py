@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from mergevq.cli.main import COMMANDS, GROUPS
-from mergevq.config import parts
 from mergevq.config.generator import GENERATOR_SIZES
 from mergevq.config.kinds import unions
+from mergevq.config.parts import quantizers
 from mergevq.config.recipes import RECIPES
 from mergevq.config.training import GeneratorRun, TokenizerRun
 from mergevq.data.codes import check_values
@@ -144,12 +144,12 @@ def test_the_part_that_is_added_as_an_example_works():
     of_settings, of_module = map(
         textwrap.dedent, re.findall(r"(?s)```python\n(.*?)```", read("adding-a-part.md"))
     )
-    settings = dict(vars(parts))
+    settings = dict(vars(quantizers))
     exec(of_settings, settings)
     names = {**vars(lfq), "settings": SimpleNamespace(**settings), "check_values": check_values}
     exec(of_module, names)
     quantizer = names["Ternary"](settings["Ternary"](dim=5))
-    assert settings["Quantizer"] == parts.Quantizer | settings["Ternary"]
+    assert settings["Quantizer"] == quantizers.Quantizer | settings["Ternary"]
     latents = torch.tensor([[-2.0, -0.1, 0.0, 0.3, 3.0]], requires_grad=True)
     codes, of_token = quantizer(latents)
     assert codes.tolist() == [[-1, 0, 0, 0, 1]]

@@ -52,7 +52,11 @@ def _object_problems(value, declared, where):
     """Of an object with fixed keys."""
     if not isinstance(value, dict):
         return [f"{where} is {value!r}"]
-    hints = typing.get_type_hints(declared, include_extras=True)
+    hints = {
+        name: kind
+        for name, kind in typing.get_type_hints(declared, include_extras=True).items()
+        if get_origin(kind) is not typing.ClassVar
+    }
     return [
         *(f"{where}.{name} is missing" for name in hints if name not in value),
         *(f"{where}.{name} is not declared" for name in value if name not in hints),

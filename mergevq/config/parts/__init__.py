@@ -1,0 +1,49 @@
+"""Settings of a tokenizer's parts, a tagged union for each seam; no torch.
+
+Adding a part is a class in one of these files, a module, and a line in `mergevq.tokenizer.build`:
+see docs/adding-a-part.md.
+"""
+
+from mergevq.config.parts.checks import LayoutKind, require_heads
+from mergevq.config.parts.decoders import CnnDecoder, Decoder, PatchDecoder
+from mergevq.config.parts.expanders import Expander, MaskTokens, Unmerge
+from mergevq.config.parts.quantizers import (
+    Bernoulli,
+    Bsq,
+    Fsq,
+    GroupedLfq,
+    Lfq,
+    Quantizer,
+    bits_of,
+    weights_of,
+)
+from mergevq.config.parts.reducers import NUM_KEYS, Merge, MergeShape, Pool, Queries, Reducer
+from mergevq.config.parts.stems import CnnStem, PatchStem, Stem
+
+__all__ = [
+    "NUM_KEYS",
+    "Bernoulli",
+    "Bsq",
+    "CnnDecoder",
+    "CnnStem",
+    "Decoder",
+    "Expander",
+    "Fsq",
+    "GroupedLfq",
+    "LayoutKind",
+    "Lfq",
+    "MaskTokens",
+    "Merge",
+    "MergeShape",
+    "PatchDecoder",
+    "PatchStem",
+    "Pool",
+    "Quantizer",
+    "Queries",
+    "Reducer",
+    "Stem",
+    "Unmerge",
+    "bits_of",
+    "require_heads",
+    "weights_of",
+]

@@ -1,0 +1,172 @@
+"""Settings of quantizers, a tagged union; no torch.
+
+A term of the loss that one kind alone has is weighted by its own setting NAME_weight.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from mergevq.config.base import require
+from mergevq.config.ranges import RANGES, check_numbers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lfq:
+    """Signs of D channels as one index; no codebook is stored, entropies are exact."""
+
+    kind: Literal["lfq"] = "lfq"
+    num_bits: int = 18
+    """D: bits of a token; the codebook has 2**D entries."""
+    entropy_temperature: float = 0.01
+    """Temperature of the soft assignment in both entropies."""
+
+    def __post_init__(self) -> None:
+        """Reject tokens that no index can hold."""
+        check_numbers(self)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Values of each part of a token."""
+        return (2**self.num_bits,)
+
+    @property
+    def dim(self) -> int:
+        """Channels of latents and of codes."""
+        return self.num_bits
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupedLfq:
+    """Signs of D channels, each group of bits a part of the token with entropies of its own."""
+
+    kind: Literal["grouped_lfq"] = "grouped_lfq"
+    num_bits: int = 32
+    """D: bits of a token."""
+    group_bits: int = 8
+    """Bits of a part, which divide D; training takes memory for 2**group_bits codes of each."""
+    codebook_entropy: Literal["sum", "pooled"] = "sum"
+    """Over the groups. `pooled` is WeTok's code, the entropy of what all groups together use beside
+    the mean of their token entropies: constant groups count as diverse if they differ."""
+    entropy_temperature: float = 0.01
+    """Temperature of the soft assignment in both entropies."""
+
+    def __post_init__(self) -> None:
+        """Reject groups that are not equal."""
+        check_numbers(self)
+        require(
+            self.num_bits % self.group_bits == 0,
+            f"num_bits ({self.num_bits}) must be a multiple of group_bits ({self.group_bits})",
+        )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Values of each part of a token, one for each group."""
+        return (2**self.group_bits,) * (self.num_bits // self.group_bits)
+
+    @property
+    def dim(self) -> int:
+        """Channels of latents and of codes."""
+        return self.num_bits
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bsq:
+    """Signs of D channels of a vector on the sphere, whose distance to its code is bounded."""
+
+    kind: Literal["bsq"] = "bsq"
+    num_bits: int = 18
+    """D: bits of a token; the codebook has 2**D entries."""
+    entropy_temperature: float = 1.0
+    """Temperature of the soft assignment in both entropies; 1 over the authors' inverse one."""
+
+    def __post_init__(self) -> None:
+        """Reject tokens that no index can hold."""
+        check_numbers(self)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Values of each part of a token."""
+        return (2**self.num_bits,)
+
+    @property
+    def dim(self) -> int:
+        """Channels of latents and of codes."""
+        return self.num_bits
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bernoulli:
+    """D bits, drawn with a latent's probabilities in training and rounded in evaluation."""
+
+    kind: Literal["bernoulli"] = "bernoulli"
+    num_bits: int = 18
+    """D: bits of a token; the codebook has 2**D entries."""
+    sample_temperature: float = 1.0
+    """Training draws a bit of latent z with probability sigmoid(z / temperature). The gradient is
+    that of sigmoid(z), which at 1 is of the same probability."""
+    confidence_weight: float = 0.1
+    """Weight of the loss `confidence`, the mean of p (1 - p) for p = sigmoid(z): 0.25 undecided."""
+
+    def __post_init__(self) -> None:
+        """Reject tokens that no index can hold."""
+        check_numbers(self)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Values of each part of a token."""
+        return (2**self.num_bits,)
+
+    @property
+    def dim(self) -> int:
+        """Channels of latents and of codes."""
+        return self.num_bits
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fsq:
+    """Channels rounded to a few levels each; no codebook is stored, and there is no loss."""
+
+    kind: Literal["fsq"] = "fsq"
+    levels: tuple[int, ...] = (8, 5, 5, 5)
+    """Levels of each channel, each a part of the token; tokens are as many as their product."""
+
+    def __post_init__(self) -> None:
+        """Reject channels that are better signs, and tokens that no index can hold."""
+        require(
+            2 not in self.levels,
+            f"levels {self.levels}: a channel of 2 would be -1 and 0, and no sign, for which use "
+            f"quantizer.kind lfq; levels must all be {RANGES['levels']}",
+        )
+        check_numbers(self)
+        count = math.prod(self.levels)
+        require(
+            len(self.levels) > 0 and count < 2**63,
+            f"levels {self.levels} make {count} tokens and must make fewer than 2**63, of at least "
+            "one channel",
+        )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Values of each part of a token, one for each channel."""
+        return self.levels
+
+    @property
+    def dim(self) -> int:
+        """Channels of latents and of codes."""
+        return len(self.levels)
+
+
+Quantizer = Lfq | GroupedLfq | Bsq | Bernoulli | Fsq
+
+
+def weights_of(part: object) -> dict[str, float]:
+    """Weights of losses by the loss's name: the settings that are called `NAME_weight`."""
+    names = [field.name for field in fields(part)]  # pyright: ignore[reportArgumentType]
+    weights = [name for name in names if name.endswith("_weight")]
+    return {name.removesuffix("_weight"): getattr(part, name) for name in weights}
+
+
+def bits_of(sizes: tuple[int, ...]) -> float:
+    """Bits of a token whose parts have so many values."""
+    return math.fsum(math.log2(size) for size in sizes)

@@ -1,0 +1,179 @@
+"""Settings of reducers: grid tokens to kept tokens; no torch."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from mergevq.config.base import require
+from mergevq.config.parts.checks import LayoutKind
+from mergevq.config.ranges import check_numbers
+
+MergeShape = Literal["linear", "square", "constant"]
+NUM_KEYS = 8
+"""Leading components of patches that merging compares, where codes are analytic."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Merge:
+    """Transformer blocks that merge similar tokens; the source map tells where cells went."""
+
+    kind: Literal["merge"] = "merge"
+    num_layers: int = 12
+    """Merging transformer blocks."""
+    num_heads: int = 8
+    """Attention heads."""
+    layer_scale: float = 1e-5
+    """Initial gain of residual branches; 1e-5 suits long runs, short ones want 0.1 or more."""
+    norm_eps: float = 1e-6
+    """Added to the variance in layer norms; the authors' code has 1e-5."""
+    shape: MergeShape = "linear"
+    """How merging is spread over blocks: `linear` is the authors' code, `square` the paper's."""
+
+    gives: ClassVar[LayoutKind] = "source"
+    """Layout of the tokens that are left."""
+
+    def __post_init__(self) -> None:
+        """Reject counts and constants that cannot be."""
+        check_numbers(self)
+
+    def least_kept(self, grid_shape: tuple[int, int]) -> int:
+        """Fewest tokens that can be left of a grid's: every block merges half of its own."""
+        return -(-math.prod(grid_shape) >> self.num_layers)  # rounded up
+
+    def nearest_kept(self, grid_shape: tuple[int, int], num_kept: int) -> int:
+        """Number of tokens next to this one that can be left of a grid's."""
+        return max(self.least_kept(grid_shape), num_kept)
+
+    def check_kept(self, grid_shape: tuple[int, int], num_kept: int) -> None:
+        """Raise `ValueError` where as many tokens cannot be left of a grid's."""
+        _require_at_most_cells(grid_shape, num_kept)
+        least, num_tokens = self.least_kept(grid_shape), math.prod(grid_shape)
+        require(
+            num_kept >= least,
+            f"num_kept ({num_kept}) must be at least {least}: each of reducer.num_layers "
+            f"({self.num_layers}) can merge at most half of its tokens and the first has "
+            f"{num_tokens}; keep more tokens or use more layers",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pool:
+    """Transformer blocks on the whole grid, then means of its blocks of cells; no map is stored."""
+
+    kind: Literal["pool"] = "pool"
+    num_layers: int = 12
+    """Transformer blocks."""
+    num_heads: int = 8
+    """Attention heads."""
+    layer_scale: float = 1e-5
+    """Initial gain of residual branches; 1e-5 suits long runs, short ones want 0.1 or more."""
+    norm_eps: float = 1e-6
+    """Added to the variance in layer norms."""
+
+    gives: ClassVar[LayoutKind] = "source"
+
+    def __post_init__(self) -> None:
+        """Reject counts and constants that cannot be."""
+        check_numbers(self)
+
+    def counts(self, grid_shape: tuple[int, int], num_kept: int) -> tuple[int, int] | None:
+        """Blocks along both directions of a grid, the most square ones; None where there are none.
+
+        Args:
+            grid_shape: (height, width) in cells.
+            num_kept: K: all blocks.
+        """
+        height, width = grid_shape
+        pairs = [
+            (rows, num_kept // rows)
+            for rows in range(1, min(height, num_kept) + 1)
+            if num_kept % rows == 0 and num_kept // rows <= width
+        ]
+        # Height over width of a block, or the other way round, whichever is above 1.
+        return min(
+            pairs,
+            key=lambda pair: abs(math.log(height * pair[1] / (width * pair[0]))),
+            default=None,
+        )
+
+    def least_kept(self, grid_shape: tuple[int, int]) -> int:  # noqa: ARG002 - as of merging
+        """Fewest tokens that can be left of a grid's: one block."""
+        return 1
+
+    def nearest_kept(self, grid_shape: tuple[int, int], num_kept: int) -> int:
+        """Number of tokens next to this one that can be left of a grid's."""
+        return min(self._both_sides(grid_shape, num_kept), key=lambda near: abs(near - num_kept))
+
+    def check_kept(self, grid_shape: tuple[int, int], num_kept: int) -> None:
+        """Raise `ValueError` where a grid cannot be cut into as many blocks."""
+        _require_at_most_cells(grid_shape, num_kept)
+        if self.counts(grid_shape, num_kept) is None:
+            below, above = self._both_sides(grid_shape, num_kept)
+            raise ValueError(
+                f"num_kept ({num_kept}) must be rows times columns of blocks of the "
+                f"{grid_shape[0]} x {grid_shape[1]} cells, such as {below} or {above}"
+            )
+
+    def _both_sides(self, grid_shape: tuple[int, int], num_kept: int) -> tuple[int, int]:
+        """The next legal numbers at or below this one, and at or above it."""
+        num_tokens = math.prod(grid_shape)
+        start = min(max(num_kept, 1), num_tokens)
+        below = next(k for k in range(start, 0, -1) if self.counts(grid_shape, k))
+        above = next(k for k in range(start, num_tokens + 1) if self.counts(grid_shape, k))
+        return below, above
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Queries:
+    """Learned queries behind the grid tokens; they alone are kept, in their order (TiTok)."""
+
+    kind: Literal["queries"] = "queries"
+    num_queries: int = 144
+    """Queries: the most tokens that can be kept; fewer keep the first of them."""
+    num_layers: int = 12
+    """Transformer blocks."""
+    num_heads: int = 8
+    """Attention heads."""
+    layer_scale: float = 1.0
+    """Initial gain of residual branches: all that a query becomes comes through them."""
+    norm_eps: float = 1e-6
+    """Added to the variance in layer norms."""
+
+    gives: ClassVar[LayoutKind] = "ordered"
+
+    def __post_init__(self) -> None:
+        """Reject counts and constants that cannot be."""
+        check_numbers(self)
+
+    def least_kept(self, grid_shape: tuple[int, int]) -> int:  # noqa: ARG002 - as of merging
+        """Fewest tokens that can be kept: one query."""
+        return 1
+
+    def nearest_kept(
+        self,
+        grid_shape: tuple[int, int],  # noqa: ARG002 - as of merging
+        num_kept: int,
+    ) -> int:
+        """Number of tokens next to this one that can be kept."""
+        return min(max(num_kept, 1), self.num_queries)
+
+    def check_kept(self, grid_shape: tuple[int, int], num_kept: int) -> None:
+        """Raise `ValueError` where there are not as many queries."""
+        _require_at_most_cells(grid_shape, num_kept)
+        require(
+            num_kept <= self.num_queries,
+            f"num_kept ({num_kept}) must be at most {self.num_queries}, the queries "
+            "(reducer.num_queries)",
+        )
+
+
+def _require_at_most_cells(grid_shape: tuple[int, int], num_kept: int) -> None:
+    """Raise `ValueError` unless tokens are from 1 to as many as a grid has cells."""
+    num_tokens = math.prod(grid_shape)
+    require(
+        1 <= num_kept <= num_tokens,
+        f"num_kept ({num_kept}) must be between 1 and the {num_tokens} tokens of the grid",
+    )
+
+
+Reducer = Merge | Pool | Queries
