@@ -52,7 +52,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Float[Tensor, "*shape i"]) -> Float[Tensor, "*shape o"]:
         """Multiply."""
         if torch.compiler.is_compiling():
-            return _outside_of_graphs(x, self.packed)
+            return _outside_of_graphs(x, self.packed)  # pyright: ignore[reportCallIssue]
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
 
 
