@@ -247,6 +247,7 @@ def test_a_finished_quickstart_is_only_reported_on_again(finished, tmp_path, cap
     assert "only the report is made again" in caplog.text
 
 
+@pytest.mark.slow
 def test_without_matplotlib_the_report_has_all_but_its_plots(
     finished, tmp_path, monkeypatch, caplog
 ):
@@ -264,6 +265,7 @@ def test_without_matplotlib_the_report_has_all_but_its_plots(
     assert sum("needs matplotlib" in message for message in caplog.messages) == 1
 
 
+@pytest.mark.slow
 def test_an_interrupted_quickstart_goes_on(finished, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(finished, out)
@@ -293,6 +295,7 @@ def test_an_interruption_says_how_to_go_on(tmp_path):
     assert not (tmp_path / "out" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_the_generator_is_trained_when_it_is_missing(finished, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(finished, out)

@@ -517,6 +517,7 @@ def test_any_number_of_ranks_shares_out_the_validation_images(num_images, world_
     assert sum(counts) == num_images
 
 
+@pytest.mark.slow
 def test_training_says_what_a_step_consists_of_and_draws_its_log(tmp_path, capsys):
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
