@@ -82,22 +82,76 @@ def release(model: Path, out: Path, kind: str, made_by: dict[str, str]) -> None:
         raise SystemExit(f"{out} has {size:,} bytes and must have at most {LARGEST_FILE:,}")
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+def evaluations(options: argparse.Namespace, out: Path) -> list[tuple[str, list[str]]]:
+    """Commands that measure the tokenizer, and each generator where there is an extractor."""
+    if options.val is None:
+        return []
+    shared = ["--num-workers", options.num_workers]
+    lpips = [] if options.lpips is None else ["--lpips", options.lpips, "--lpips-trunk", "squeeze"]
+    seen = [] if options.extractor is None else ["--extractor", options.extractor]
+    tokenizer = str(out / "models" / "tokenizer")
+    steps = [
+        (
+            "reconstruction",
+            [
+                *("evaluate", "reconstruction", "--model", tokenizer, "--data", options.val),
+                *("--num-kept", options.num_kept, "--max-images", options.num_images),
+                *(*lpips, *seen, *shared, "--out", str(out / "reconstruction")),
+            ],
+        )
+    ]
+    if not seen:
+        return steps
+    side = from_json(TokenizerConfig, load_model(Path(tokenizer), "tokenizer").record["config"])
+    reference = str(out / "reference.npz")
+    steps.append(
+        (
+            "reference",
+            [
+                *("evaluate", "reference", "--data", options.val, "--out", reference, *seen),
+                *("--kind", "generation", "--image-size", str(side.image_size), *shared),
+            ],
+        )
+    )
+    for name in options.generators:
+        steps.append(
+            (
+                f"generation-{name}",
+                [
+                    *("evaluate", "generation", "--reference", reference, *seen),
+                    *("--generator", str(out / "models" / name), "--tokenizer", tokenizer),
+                    *("--num-images", options.num_images, "--out", str(out / f"samples-{name}")),
+                ],
+            )
+        )
+    return steps
+
+
+def parser() -> argparse.ArgumentParser:
+    """Options of the script."""
+    found = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("data", help="pictures, as --data of mergevq encode takes them")
-    parser.add_argument("--minutes", type=float, required=True, help="for all of it")
-    parser.add_argument("--out", type=Path, default=Path("runs/photographs"))
-    parser.add_argument("--tokenizer", default="photos64_wide", help="recipe")
-    parser.add_argument(
+    found.add_argument("data", help="pictures, as --data of mergevq encode takes them")
+    found.add_argument("--minutes", type=float, required=True, help="for all but evaluation")
+    found.add_argument("--out", type=Path, default=Path("runs/photographs"))
+    found.add_argument("--tokenizer", default="photos64_wide", help="recipe")
+    found.add_argument(
         "--generators", nargs="*", default=["photos64_wide_mergear", "photos64_wide_randar"]
     )
-    parser.add_argument("--num-kept", default="144", help="K of the generators' tokens")
-    parser.add_argument("--tokenizer-options", default="", help="of mergevq train, quoted")
-    parser.add_argument("--generator-options", default="", help="of mergevq train, quoted")
-    parser.add_argument("--num-workers", default="2", help="processes that decode pictures")
-    options = parser.parse_args(argv)
+    found.add_argument("--num-kept", default="144", help="K of the generators' tokens")
+    found.add_argument("--tokenizer-options", default="", help="of mergevq train, quoted")
+    found.add_argument("--generator-options", default="", help="of mergevq train, quoted")
+    found.add_argument("--num-workers", default="2", help="processes that decode pictures")
+    found.add_argument("--val", help="held-out pictures to evaluate on; none are not evaluated")
+    found.add_argument("--lpips", help="weights of LPIPS, for the evaluation")
+    found.add_argument("--extractor", help="TorchScript file, for Frechet distances")
+    found.add_argument("--num-images", default="512", help="pictures and samples evaluated")
+    return found
+
+
+def main(argv: list[str]) -> int:
+    options = parser().parse_args(argv)
     end = time.monotonic() + 60 * options.minutes
     out = options.out
     out.mkdir(parents=True)
@@ -119,6 +173,11 @@ def main(argv: list[str]) -> int:
     ]
     seconds["encode"] = finish(out, start(out, "encode", command))
     left = end - _ENDING_SECONDS - time.monotonic()
+    if options.generators and left <= 0:
+        raise SystemExit(
+            f"{options.minutes:g} minutes leave none for the generators after tokenizer and "
+            f"tokens, with {_ENDING_SECONDS} s for the end: give more --minutes"
+        )
     steps = []
     for recipe in options.generators:
         command = [
@@ -130,6 +189,8 @@ def main(argv: list[str]) -> int:
     for step in steps:
         seconds[step.name] = finish(out, step)
         release(out / step.name / "model", out / "models" / step.name, "generator", made_by)
+    for name, command in evaluations(options, out):
+        seconds[name] = finish(out, start(out, name, command))
     record = {"seconds": seconds, "tokens_hash": tokens_hash(tokenizer), **made_by}
     (out / "photographs.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
