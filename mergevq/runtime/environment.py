@@ -65,6 +65,7 @@ def let_products_repeat() -> None:
 
 
 EXTRAS = {
+    "codec": ("constriction",),
     "data": ("pyarrow",),
     "demo": ("gradio>=6", "scikit-learn"),
     "eval": ("matplotlib",),

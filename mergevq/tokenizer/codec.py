@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from PIL import Image
 from torch import Tensor
 
@@ -198,6 +198,31 @@ def decode_image(
     """
     check_choice("source", source, RecoverySource)
     return to_pil(_decode(tokenizer, image, source))
+
+
+@torch.no_grad()
+def decode_tiles(
+    tokenizer: Tokenizer,
+    indices: Int64[Tensor, "T K"],
+    source: Source | None,
+    grid_shape: tuple[int, int],
+    layout: Layout,
+) -> Float[Tensor, "3 H W"]:
+    """Decode all tiles of a picture, a few at a time, and blend them, in float32 on the CPU.
+
+    Args:
+        tokenizer: the one that encoded.
+        indices: tokens of all tiles in raster order.
+        source: their source maps; None infers them from the tokens.
+        grid_shape: (height, width) of a tile in cells.
+        layout: places of the tiles.
+    """
+    parts = []
+    for tile in range(0, len(indices), _TILES_AT_ONCE):
+        tokens, rows = indices[tile : tile + _TILES_AT_ONCE], slice(tile, tile + _TILES_AT_ONCE)
+        used = tokenizer.recover(tokens, grid_shape) if source is None else source.rows(rows)
+        parts.append(tokenizer.decode(tokens, used, grid_shape).float().cpu())
+    return blend(torch.cat(parts), layout)
 
 
 def reconstruct_image(
@@ -406,19 +431,13 @@ def _encode(tokenizer: Tokenizer, tiles: Sequence[Embedded], num_kept: int | Non
     )
 
 
-@torch.no_grad()
 def _decode(
     tokenizer: Tokenizer, image: EncodedImage, source: RecoverySource
 ) -> Float[Tensor, "3 H W"]:
-    """Decode all tiles, a few at a time, and blend them, in float32 on the CPU."""
-    encoded, parts = image.encoded, []
-    for tile in range(0, len(encoded.indices), _TILES_AT_ONCE):
-        indices = encoded.indices[tile : tile + _TILES_AT_ONCE]
-        used = encoded.layout.rows(slice(tile, tile + _TILES_AT_ONCE))
-        if source == "recovered":
-            used = tokenizer.recover(indices, encoded.grid_shape)
-        parts.append(tokenizer.decode(indices, used, encoded.grid_shape).float().cpu())
-    return blend(torch.cat(parts), image.layout)
+    """Decode all tiles and blend them, in float32 on the CPU."""
+    encoded = image.encoded
+    used = encoded.layout if source == "given" else None
+    return decode_tiles(tokenizer, encoded.indices, used, encoded.grid_shape, image.layout)
 
 
 def _merge_map(
