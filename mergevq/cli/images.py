@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mergevq.tokenizer.codec import ImageReconstruction
 
 
+RECONSTRUCT = "mergevq reconstruct IMAGE.. --model DIR"
 _LARGE = 8
 """Times the trained number of pixels from which a picture passed whole gets a warning."""
 
@@ -58,7 +59,8 @@ def reconstruct(
     Raises:
         ValueError: an image could not be done; all others are.
     """
-    outputs, num_kepts = _output_paths(images, out), whole_numbers("num_kept", num_kept)
+    outputs = output_paths(images, out, ending=".png", usage=RECONSTRUCT)
+    num_kepts = whole_numbers("num_kept", num_kept)
     prepare_to_compute()
     from mergevq.data.prepare import load_picture
     from mergevq.runtime.device import resolve_device
@@ -78,7 +80,7 @@ def reconstruct(
             picture = load_picture(path)
             if size_policy == "error":
                 _warn_if_large(path, picture.size, tokenizer.config)
-            with _naming(path):
+            with naming(path):
                 embedded = embed_image(tokenizer, picture, size_policy=size_policy)
                 results = [
                     reconstruct_image(tokenizer, embedded, count) for count in num_kepts or (None,)
@@ -95,11 +97,7 @@ def reconstruct(
         for result in results:
             print(f"{path}: {_result_line(result)}")
         print(f"{path}: -> {output}, full size in {folder}")
-    if len(images) == 1 and failed:
-        raise failed[0]
-    if failed:
-        problems = "; ".join(map(str, failed))
-        raise ValueError(f"{len(failed)} of {len(images)} images could not be done: {problems}")
+    raise_failed(failed, len(images), "images")
 
 
 def encode(  # noqa: PLR0913 - each is an option
@@ -285,23 +283,47 @@ def _result_line(result: "ImageReconstruction") -> str:
     )
 
 
-def _output_paths(images: Sequence[Path], out: Path) -> list[Path]:
-    """OUT/NAME.png for every image, numbered where names are equal.
+def output_paths(paths: Sequence[Path], out: Path, *, ending: str, usage: str) -> list[Path]:
+    """OUT/NAME and an ending for every file, numbered where names are equal.
+
+    Args:
+        paths: files that are read.
+        out: folder that is written to.
+        ending: of the names of what is written.
+        usage: the command, for the message where there are no files.
 
     Raises:
-        ValueError: there are no images, or one would be overwritten.
+        ValueError: there are no files, or one would be overwritten.
     """
-    if not images:
-        raise ValueError("name at least one image: mergevq reconstruct IMAGE.. --model DIR")
+    if not paths:
+        raise ValueError(f"name at least one file: {usage}")
     outputs: list[Path] = []
-    for image in images:
-        candidates = [out / f"{image.stem}.png"]
-        candidates += [out / f"{image.stem}-{number}.png" for number in range(2, len(images) + 1)]
-        outputs.append(next(path for path in candidates if path not in outputs))
-    overwritten = {path.resolve() for path in images} & {path.resolve() for path in outputs}
+    for path in paths:
+        candidates = [out / f"{path.stem}{ending}"]
+        candidates += [out / f"{path.stem}-{number}{ending}" for number in range(2, len(paths) + 1)]
+        outputs.append(next(each for each in candidates if each not in outputs))
+    overwritten = {path.resolve() for path in paths} & {path.resolve() for path in outputs}
     if overwritten:
         raise ValueError(f"out ({out}) would overwrite {overwritten.pop()}; choose another folder")
     return outputs
+
+
+def raise_failed(failed: Sequence[ValueError], num_files: int, noun: str) -> None:
+    """End a command with what went wrong with some of its files, if anything did.
+
+    Args:
+        failed: an error for each that failed.
+        num_files: how many there were.
+        noun: what they are, for the message.
+
+    Raises:
+        ValueError: a file could not be done.
+    """
+    if num_files == 1 and failed:
+        raise failed[0]
+    if failed:
+        problems = "; ".join(map(str, failed))
+        raise ValueError(f"{len(failed)} of {num_files} {noun} could not be done: {problems}")
 
 
 def _warn_if_large(path: Path, size: tuple[int, int], config: "TokenizerConfig") -> None:
@@ -330,7 +352,7 @@ def _unused(path: Path) -> Path:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Put the file that an error is about before its message.
 
     Raises:

@@ -20,6 +20,7 @@ from mergevq.cli import bench as cli_bench
 from mergevq.cli import evaluate as cli_evaluate
 from mergevq.cli import probe as cli_probe
 from mergevq.cli import train as cli_source
+from mergevq.cli.compress import compress, decompress
 from mergevq.cli.doctor import doctor
 from mergevq.cli.errors import command_line, options_of_command, options_of_settings, problem
 from mergevq.cli.errors import speaks_for_itself as _speaks_for_itself
@@ -179,6 +180,8 @@ COMMANDS: dict[str, Callable[..., object]] = {
         recipes,
         parts,
         reconstruct,
+        compress,
+        decompress,
         encode,
         sample,
         convert,
@@ -195,6 +198,8 @@ GROUPS = {
 """Commands of two words."""
 ALONE: set[Callable[..., object]] = {
     reconstruct,
+    compress,
+    decompress,
     sample,
     cli_evaluate.selftest,
     *cli_probe.COMMANDS.values(),

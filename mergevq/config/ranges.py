@@ -76,6 +76,9 @@ RANGES = {
     "layer_scale": Range(0, 1000),
     "norm_eps": _EPS,
     "num_kept": _TOKENS,
+    "Quality.psnr": Range(0, 200, above=True),
+    "Quality.lpips": Range(0, 10, above=True),
+    "Quality.bits_per_pixel": Range(0, 1000, above=True),
     "TokenizerConfig.num_kept": _INT64,  # It has a range of its own: the cells of the grid.
     "kept_range": _TOKENS,
     "num_bits": Range(1, 63),

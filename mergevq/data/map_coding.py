@@ -125,7 +125,8 @@ class MapCoder:
                 opens = False
             else:
                 near = [opened[each] for each in context.cells[: context.num_near]]
-                opens = self._opens(coder, near, to_open, num_left, index[cell] == num_open)
+                given = int(index[cell] == num_open)
+                opens = self._opens(coder, near, to_open, num_left, given)
             if opens:
                 token = num_open
                 sizes.append(0)
@@ -139,19 +140,21 @@ class MapCoder:
         return found
 
     def _opens(
-        self, coder: Coder, near: Sequence[bool], to_open: int, num_left: int, opens: bool
+        self, coder: Coder, near: Sequence[bool], to_open: int, num_left: int, given: int
     ) -> bool:
         """Whether a cell opens the next token.
 
         The context is the share of neighbours that did, in quarters; before any was seen in it, the
         share of cells that must.
         """
-        counts = self._copied[-1 if not near else (4 * sum(near) * 2 + len(near)) // (2 * len(near))]
+        counts = self._copied[
+            -1 if not near else (4 * sum(near) * 2 + len(near)) // (2 * len(near))
+        ]
         frequencies = [
             counts[0] * num_left + _PRIOR * (num_left - to_open),
             counts[1] * num_left + _PRIOR * to_open,
         ]
-        symbol = coder.code(frequencies, int(opens))
+        symbol = coder.code(frequencies, given)
         counts[symbol] += 1
         return bool(symbol)
 
@@ -180,7 +183,9 @@ class MapCoder:
         symbol = tokens.index(token) if token in candidates else len(tokens)
         symbol = coder.code(frequencies, symbol)
         if symbol < len(tokens):
-            same = [d for d, t in zip(context.directions, beside, strict=True) if t == tokens[symbol]]
+            same = [
+                d for d, t in zip(context.directions, beside, strict=True) if t == tokens[symbol]
+            ]
             for direction in same:
                 weights[direction] += _STEP // len(same)
             return tokens[symbol]
@@ -286,7 +291,10 @@ def map_bits(source: Source, grid_shape: tuple[int, int] | None = None) -> list[
     """
     side = math.isqrt(source.index.shape[1])
     shape = grid_shape or (side, side)
-    return [8 * len(write_maps(source.rows(slice(i, i + 1)), shape)[1]) for i in range(len(source.index))]
+    return [
+        8 * len(write_maps(source.rows(slice(i, i + 1)), shape)[1])
+        for i in range(len(source.index))
+    ]
 
 
 def write_maps(source: Source, grid_shape: tuple[int, int]) -> tuple[MapModel, bytes]:

@@ -10,7 +10,7 @@ message"; Bamler 2022, "Understanding Entropy Coding With Asymmetric Numeral Sys
 
 import itertools
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -48,8 +48,7 @@ class Writer:
 
     def __init__(self) -> None:
         """Begin an empty stream."""
-        with needing("codec", _PURPOSE):
-            from constriction import stream
+        stream = _library()
         self._models = stream.model
         self._encoder = stream.queue.RangeEncoder()
         # Symbols of alphabets of one size go to the library in one call, which is much faster.
@@ -100,8 +99,7 @@ class Reader:
             raise ValueError(
                 f"a stream of {len(data)} bytes is not a whole number of words of {WORD_BYTES}"
             )
-        with needing("codec", _PURPOSE):
-            from constriction import stream
+        stream = _library()
         self._models = stream.model
         self._decoder = stream.queue.RangeDecoder(np.frombuffer(data, _WORD).astype(np.uint32))
 
@@ -158,6 +156,13 @@ def shares(frequencies: Frequencies) -> list[int]:
     parts = [1 + free * each // total for each in frequencies]
     parts[parts.index(max(parts))] += TOTAL - sum(parts)
     return parts
+
+
+def _library() -> Any:  # noqa: ANN401 - compiled, without types
+    """Streams of the library, or a RuntimeError that names the extra."""
+    with needing("codec", _PURPOSE):
+        import constriction
+    return constriction.stream  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _require_uniform(size: int) -> None:

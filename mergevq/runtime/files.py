@@ -258,9 +258,13 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - anything JSON can hold
     """Write a JSON file atomically; non-finite numbers are a ValueError."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically."""
     partial = sibling(path, "partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(data)
     _sync(partial)
     partial.replace(path)
     _sync(path.parent)
