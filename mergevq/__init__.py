@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mergevq.config.compression import Quality
+    from mergevq.config.evaluation import Quality
     from mergevq.config.generator import GeneratorConfig
     from mergevq.config.recipes import recipe
     from mergevq.config.tokenizer import TokenizerConfig
@@ -49,7 +49,7 @@ _MODULES = {
     "Generator": "generator.seams",
     "GeneratorConfig": "config.generator",
     "PictureCodec": "tokenizer.compressed",
-    "Quality": "config.compression",
+    "Quality": "config.evaluation",
     "Source": "data.layouts",
     "Tokenizer": "tokenizer.tokenizer",
     "TokenizerConfig": "config.tokenizer",

@@ -12,8 +12,7 @@ import tyro
 from mergevq.cli.images import naming, output_paths, raise_failed
 from mergevq.cli.options import MAY_BE_EMPTY, as_text
 from mergevq.config.base import MAX_PIXELS, Device, Precision, RecoverySource, SizePolicy
-from mergevq.config.compression import Quality
-from mergevq.config.evaluation import TrunkName
+from mergevq.config.evaluation import Quality, TrunkName
 from mergevq.runtime.environment import prepare_to_compute
 
 if TYPE_CHECKING:

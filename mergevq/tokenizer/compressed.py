@@ -7,10 +7,9 @@ A `.mvq` file is a header, one stream of a range coder, and a checksum of all be
 | 4 | magic: 0x89 and `MVQ` |
 | 1 | version of the format |
 | 8 | first bytes of `runtime.artefacts.tokens_hash` |
-| 1 | source map: 0 none, 1 `context`, 2 `uniform` (`data.map_coding.MapModel`) |
+| 1 | source map: 0 none, 1 `context`, 2 `uniform` (`data.coding.maps.MapModel`) |
 | 1 | precision it was encoded in: number in `PRECISIONS` |
-| 1 to 5 each | the whole numbers of `Header.numbers`: 7 bits a byte, lowest first, the highest bit \
-set on all but the last |
+| 1 to 5 each | `Header.numbers`: 7 bits a byte, lowest first, the highest bit on all but the last |
 | 4 n | source maps of all tiles in raster order, then their tokens |
 | 4 | CRC-32, lowest byte first |
 
@@ -32,12 +31,12 @@ from PIL import Image
 from torch import Tensor
 
 from mergevq.config.base import MAX_PIXELS, Precision, RecoverySource, SizePolicy, check_choice
-from mergevq.config.compression import Quality
+from mergevq.config.evaluation import Quality
+from mergevq.data.coding.maps import MapModel, code_maps, map_models
+from mergevq.data.coding.streams import Reader, Writer
+from mergevq.data.coding.tokens import code_tokens, least_bits
 from mergevq.data.layouts import Source
-from mergevq.data.map_coding import MapModel, code_maps, map_models
 from mergevq.data.prepare import to_tensor
-from mergevq.data.range_coding import Reader, Writer
-from mergevq.data.token_coding import code_tokens, least_bits
 from mergevq.metrics.image import psnr
 from mergevq.metrics.lpips import Perceptual
 from mergevq.report.pictures import to_pil

@@ -54,6 +54,20 @@ LIBRARY = {
         "tokenizer.codec.full_pictures": {},
         "tokenizer.codec.reconstruction_figure": None,
     },
+    "compress": {
+        "tokenizer.compressed.PictureCodec.from_pretrained": "a codec",
+        "runtime.device.resolve_device": None,
+        "metrics.lpips.load_perceptual": None,
+        "data.prepare.load_picture": None,
+        "tokenizer.compressed.compress_image": None,
+        "runtime.files.write_bytes": None,
+    },
+    "decompress": {
+        "tokenizer.compressed.PictureCodec.from_pretrained": "a codec",
+        "runtime.device.resolve_device": None,
+        "data.prepare.read_bounded": b"a file",
+        "tokenizer.compressed.decompress_image": None,
+    },
     "encode": {"tokenizer.encode.encode": STOP},
     "sample": {
         "generator.generation.make_again": lambda _, images: (
@@ -101,6 +115,7 @@ LIBRARY = {
 """Functions that do a command's work, and what they return instead; None is anything."""
 SILENT = {
     "reconstruct": ("cli.images._result_line",),
+    "compress": ("cli.compress._compressed_line",),
     "demo": ("cli.main.signal.signal",),
     "bench tokenizer": ("training.bench.tokenizer.conditions", "training.bench.tokenizer.record"),
     "bench generator": ("generator.bench.record",),
@@ -108,6 +123,8 @@ SILENT = {
 """Functions that only write down what was asked for, which is not yet doing it."""
 GIVEN = {
     "reconstruct": {"images": (Path("a.png"),)},
+    "compress": {"images": (Path("a.png"),)},
+    "decompress": {"files": (Path("a.mvq"),)},
     "sample": {"generator": "a-generator", "tokenizer": "a-tokenizer"},
     "convert": {"checkpoint": Path("a.ckpt"), "image_size": 8, "num_kept": 3, "num_heads": 2},
     "evaluate generation": {"generator": "a-generator", "tokenizer": "a-tokenizer"},
@@ -129,6 +146,7 @@ NEEDS = {
     ("sample", "keep_from"): {"keep_from": Path("a.png"), "mask": Path("b.png")},
     ("sample", "mask"): {"keep_from": Path("a.png"), "mask": Path("b.png")},
     ("sample", "images"): {"again": Path("samples.json")},
+    **{("compress", name): {"lpips": 0.25} for name in ("lpips_weights", "lpips_trunk")},
     **{
         (command, name): {"steps": 4} for command in SAMPLING for name in ("schedule", "confidence")
     },
@@ -142,6 +160,8 @@ VALUES = {
     ("evaluate guidance", "step"): ("0.25", 0.25),
     ("evaluate robustness", "fractions"): (("0.25", "0.75"), (0.25, 0.75)),
     ("reconstruct", "out"): (Path("other"), "other/a.png"),
+    ("compress", "out"): (Path("other"), "other/a.mvq"),
+    ("decompress", "out"): (Path("other"), "other/a.png"),
     ("sample", "classes"): ("2,1", (2, 1)),
     ("finetune-source", "precision"): ("float32", "float32"),
     ("finetune-source", "device"): ("cpu", "cpu"),
@@ -164,7 +184,7 @@ CALLED = {
     "neighbours": "num_looked_up",
     "npz": "write_array",
     "lpips": {"bench tokenizer": "perceptual_path"},
-    "lpips_trunk": {"evaluate selftest": "trunk"},
+    "lpips_trunk": {"evaluate selftest": "trunk", "compress": "trunk"},
     "k": "num_neighbours",
     "data": {
         "probe linear": "path",
@@ -176,7 +196,8 @@ CALLED = {
     "image_batch_size": "batch_size",
     "linear_epochs": "num_epochs",
     "images": {"bench tokenizer": "batch_size", "sample": "image_ids"},
-    "model": {"reconstruct": "path"},
+    "model": {"reconstruct": "path", "compress": "path", "decompress": "path"},
+    "lpips_weights": "path",
     "checkpoint": "path",
     "generator": {
         "sample": "model",
@@ -187,15 +208,26 @@ CALLED = {
     "out": {
         "convert": "0",
         "reconstruct": "0",
+        "compress": "path",
+        "decompress": "0",
         "bench tokenizer": "path",
         "bench generator": "path",
     },
     "reference": {"bench generator": "path", "bench gpu": "path"},
-    "device": {"bench generator": "name", "reconstruct": "name"},
+    "device": {
+        "bench generator": "name",
+        "reconstruct": "name",
+        "compress": "name",
+        "decompress": "name",
+    },
 }
 """Settings of the library that are not called as the option is, with or without `num_`."""
 MORE = {
     ("reconstruct", "images"): "pictures are called after them",
+    ("compress", "images"): "files are called after them",
+    ("decompress", "files"): "pictures are called after them",
+    ("decompress", "max_pixels"): "so many bytes are read of a file",
+    ("compress", "lpips"): "its weights are read",
     ("reconstruct", "num_kept"): "a picture has a row for each",
     ("sample", "again"): "it says all but which, so another function makes the images",
     ("evaluate generation", "samples"): "they stand instead of what samples",

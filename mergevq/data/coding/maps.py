@@ -28,8 +28,8 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from mergevq.config.base import check_choice
+from mergevq.data.coding.streams import TOTAL, Coder, Writer
 from mergevq.data.layouts import Source
-from mergevq.data.range_coding import TOTAL, Coder, Writer
 
 MapModel = Literal["context", "uniform"]
 """Model of a source map: neighbours that predict, or all maps equally likely."""
@@ -100,7 +100,7 @@ class MapCoder:
         """
         self.height, self.width = grid_shape
         self.num_kept = num_kept
-        self._copied: dict[int, list[int]] = defaultdict(lambda: [0, 0])
+        self._seen: dict[int, list[int]] = defaultdict(lambda: [0, 0])
         self._weights: dict[int, list[int]] = defaultdict(lambda: [*_FIRST])
         self._escape: dict[int, int] = defaultdict(lambda: _FIRST_ESCAPE)
 
@@ -147,9 +147,7 @@ class MapCoder:
         The context is the share of neighbours that did, in quarters; before any was seen in it, the
         share of cells that must.
         """
-        counts = self._copied[
-            -1 if not near else (4 * sum(near) * 2 + len(near)) // (2 * len(near))
-        ]
+        counts = self._seen[-1 if not near else (4 * sum(near) * 2 + len(near)) // (2 * len(near))]
         frequencies = [
             counts[0] * num_left + _PRIOR * (num_left - to_open),
             counts[1] * num_left + _PRIOR * to_open,

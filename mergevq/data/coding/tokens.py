@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from mergevq.data.coding.streams import TOTAL, Coder
 from mergevq.data.layouts import Source
-from mergevq.data.range_coding import TOTAL, Coder
 
 _LEAST = TOTAL // 16
 """Least share of either value of a bit."""

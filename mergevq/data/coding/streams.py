@@ -10,7 +10,7 @@ message"; Bamler 2022, "Understanding Entropy Coding With Asymmetric Numeral Sys
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -29,18 +29,6 @@ _PURPOSE = "coding tokens and source maps"
 
 Frequencies = Sequence[int]
 """Positive weights of the symbols 0, 1, 2, .."""
-
-
-class Coder(Protocol):
-    """A writer or a reader: a model that calls it is written once for both."""
-
-    def code(self, frequencies: Frequencies, symbol: int) -> int:
-        """Write `symbol`, or read one and ignore the argument; returns the symbol."""
-        ...
-
-    def uniform(self, size: int, symbol: int) -> int:
-        """The same for `size` equally likely symbols; of one symbol nothing is written."""
-        ...
 
 
 class Writer:
@@ -133,6 +121,10 @@ class Reader:
             return int(self._decoder.decode(model))
         except AssertionError as error:
             raise ValueError("the stream has a symbol that does not exist") from error
+
+
+Coder = Writer | Reader
+"""Where symbols go to or come from: a model that calls it is written once for both."""
 
 
 def shares(frequencies: Frequencies) -> list[int]:
