@@ -225,8 +225,8 @@ def test_a_target_is_met_and_measured():
         quality = Quality(bits_per_pixel=done.bits_per_pixel)
         found = compress_image(codec, picture(), quality=quality)
         assert found.bits_per_pixel <= done.bits_per_pixel
-        # A stream is whole words, so a few K more may take as many bytes, or fewer.
-        assert abs(found.header.num_kept - num_kept) <= 8
+        # A map of more tokens may be the shorter one.
+        assert found.header.num_kept >= num_kept
         assert found.reached is None
     good = compress_image(codec, picture(), quality=Quality(psnr=table[60][1]))
     assert good.reached == table[good.header.num_kept][1] >= table[60][1]
