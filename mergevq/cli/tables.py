@@ -52,6 +52,10 @@ def reconstruction_table(record: ReconstructionRecord) -> str:
         rows.append(["rarer value of a bit, mean", *mean])
     for name in ("tokens", "source", "total"):
         rows.append([f"bits, {name}", *(f"{r['bits'][name]:.1f}" for r in results)])
+    # Evaluations of earlier versions have none.
+    coded = [result["bits"].get("source_coded") for result in results]
+    if any(each is not None for each in coded):
+        rows.append(["bits, source as coded", *("" if b is None else f"{b:.1f}" for b in coded)])
     prices = {"given": "per_pixel", "recovered": "per_pixel_recovered"}
     for source, name in prices.items() if has_maps else [("given", "per_pixel")]:
         rows.append([f"bits per pixel, {source}", *(f"{r['bits'][name]:.4f}" for r in results)])

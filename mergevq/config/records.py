@@ -191,7 +191,12 @@ class BitsRecord(TypedDict):
 
     tokens: float
     source: float
+    """The bound: log2 of the number of maps there are."""
+    source_coded: float | None
+    """The map as `mergevq compress` writes it, mean over the images that JPEG compresses too; null
+    where there are none, or no `codec` extra. Evaluations before it have none."""
     total: float
+    """Tokens and the bound of the map."""
     per_pixel: float
     """With the given source: tokens and map."""
     per_pixel_recovered: float

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from mergevq.config.evaluation import Protocol
 from mergevq.data.batches import Batch
-from mergevq.data.layouts import Bits, require_source
+from mergevq.data.coding.maps import map_bits
+from mergevq.data.layouts import Bits, Source, require_source
 from mergevq.metrics.codes import CodebookStatistics, codebook_statistics, source_accuracy
 from mergevq.metrics.extractor import FeatureExtractor
 from mergevq.metrics.frechet import FrechetStatistics, Gaussian, frechet_distance
@@ -174,6 +175,8 @@ class Outcome(NamedTuple):
     codebook: CodebookStatistics
     bits: Bits
     """Bits of one image."""
+    map_bits: float | None
+    """Bits of a source map as it is written, by itself: mean over some images; None over none."""
     num_pixels: int
     """Pixels of one image."""
     num_images: int
@@ -191,6 +194,7 @@ class Evaluation:
         extractor: network for feature cosine and Frechet distance; None leaves them out.
         autocast: precision of encoder and decoder; metrics are always float32.
         protocol: how images are compared.
+        coded: positions of the images whose source maps are written, to know their bits.
     """
 
     def __init__(
@@ -202,6 +206,7 @@ class Evaluation:
         extractor: FeatureExtractor | None,
         autocast: torch.autocast,
         protocol: Protocol,
+        coded: frozenset[int],
     ) -> None:
         self.tokenizer, self.num_kept, self.autocast = tokenizer, num_kept, autocast
         self.given, recovered = (
@@ -211,6 +216,8 @@ class Evaluation:
         self.recovered = recovered if tokenizer.has_maps else None
         """None where grid and K imply the layout, so that nothing is to recover."""
         self.accuracy = Mean("source_accuracy")
+        self.coded = coded if tokenizer.has_maps else frozenset()
+        self.map_bits = Mean("map_bits")
         self.bits = Bits(0.0, 0.0)
         """Bits of one image; a rank that got none does not count."""
         self.tokens: list[Int64[Tensor, "_"]] = []
@@ -250,6 +257,10 @@ class Evaluation:
             recovered = self.tokenizer.decode(encoded.codes, layout, encoded.grid_shape)
         source = require_source(layout, "the recovered source")
         self.accuracy.update(source_accuracy(source.index, given.source.index))
+        chosen = [i for i, position in enumerate(positions.tolist()) if position in self.coded]
+        if chosen:
+            maps = Source(given.source.index[chosen].cpu(), given.source.num_kept)
+            self.map_bits.update(torch.tensor(map_bits(maps, encoded.grid_shape)).double())
         self.recovered.update(original, recovered, positions)
 
     def compute(self, reference: Gaussian | None = None) -> Outcome:
@@ -270,6 +281,7 @@ class Evaluation:
             source_accuracy=None if self.recovered is None else self.accuracy.compute().mean,
             codebook=codebook_statistics(distributed.gather(tokens), self.tokenizer.quantizer.spec),
             bits=Bits(*bits),
+            map_bits=self.map_bits.compute().mean if self.coded else None,
             num_pixels=round(height * width),
             num_images=int(distributed.sum(num_images)),
             images_per_second=float(distributed.sum(num_images / max(self.seconds, 1e-9))),
@@ -286,6 +298,7 @@ class Evaluations:
         extractor: network for feature cosine and Frechet distance; None leaves them out.
         autocast: precision of encoder and decoder; metrics are always float32.
         protocol: how images are compared.
+        coded: positions of the images whose source maps are written, to know their bits.
     """
 
     def __init__(
@@ -297,6 +310,7 @@ class Evaluations:
         extractor: FeatureExtractor | None = None,
         autocast: torch.autocast,
         protocol: Protocol = "own",
+        coded: Iterable[int] = (),
     ) -> None:
         self.tokenizer, self.autocast = tokenizer, autocast
         self.originals = Originals(perceptual, extractor)
@@ -308,6 +322,7 @@ class Evaluations:
                 extractor=extractor,
                 autocast=autocast,
                 protocol=protocol,
+                coded=frozenset(coded),
             )
             for count in dict.fromkeys(num_kept)
         ]

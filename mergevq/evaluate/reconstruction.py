@@ -48,6 +48,7 @@ from mergevq.report.pictures import contact_sheet, merge_map, to_pil
 from mergevq.report.plots import Curve, Panel, has_plots, line_plot
 from mergevq.runtime import distributed
 from mergevq.runtime.device import deterministic
+from mergevq.runtime.environment import missing
 from mergevq.runtime.files import write_json
 from mergevq.runtime.logs import Progress
 from mergevq.runtime.settings import to_json
@@ -152,6 +153,7 @@ def measure_reconstructions(
     share = -(-subject.num_images // world.world_size)
     for count in num_kept:
         tokenizer.num_tokens(blank, count)
+    compressed = _evenly(subject.positions, num_baseline_images)
     evaluations = Evaluations(
         tokenizer,
         num_kept,
@@ -159,8 +161,8 @@ def measure_reconstructions(
         extractor=extractor,
         autocast=subject.autocast(),
         protocol=subject.subject.protocol,
+        coded=() if missing("codec") else compressed,
     )
-    compressed = _evenly(subject.positions, num_baseline_images)
     budgets = [_num_bytes(tokenizer, evaluation.num_kept) for evaluation in evaluations.each]
     baselines, hashes = Baselines(budgets, compressed), ImageHashes()
     progress = Progress(len(evaluations.each) * share, unit="reconstruction")
@@ -283,6 +285,7 @@ def _result(images: ImageDataset, measured: Measured) -> ReconstructionResult:
         "bits": {
             "tokens": outcome.bits.tokens,
             "source": outcome.bits.source,
+            "source_coded": outcome.map_bits,
             "total": outcome.bits.total,
             "per_pixel": outcome.bits.total / outcome.num_pixels,
             "per_pixel_recovered": outcome.bits.tokens / outcome.num_pixels,

@@ -84,6 +84,8 @@ def reconstruct(images, model, tmp_path, *options):
         ["parts"],
         ["parts", "quantizer"],
         ["reconstruct", "--help"],
+        ["compress", "--help"],
+        ["decompress", "--help"],
         ["encode", "--help"],
     ],
     ids=" ".join,
@@ -231,7 +233,10 @@ def test_an_interrupt_ends_with_the_code_of_one(monkeypatch):
 
 @pytest.mark.parametrize(
     "words",
-    ["reconstruct", "sample", "finetune-source", "probe linear", "probe knn", "probe finetune"],
+    [
+        *("reconstruct", "compress", "decompress", "sample", "finetune-source"),
+        *("probe linear", "probe knn", "probe finetune"),
+    ],
 )
 def test_what_one_process_does_is_not_done_by_several(words, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")

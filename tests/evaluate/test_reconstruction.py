@@ -14,6 +14,7 @@ from PIL import Image
 
 from mergevq.config.evaluation import ReconstructionSettings, Subject
 from mergevq.config.records import ReconstructionRecord
+from mergevq.data.coding.maps import map_bits
 from mergevq.evaluate.reconstruction import (
     evaluate_reconstruction,
     measure_reconstructions,
@@ -22,6 +23,7 @@ from mergevq.evaluate.reconstruction import (
 from mergevq.metrics.image import authors_ssim, psnr, to_uint8
 from mergevq.metrics.lpips import Perceptual
 from mergevq.metrics.references import make_reference
+from mergevq.runtime.environment import EXTRAS
 from mergevq.runtime.run import environment
 from mergevq.tokenizer.tokenizer import Tokenizer
 from tests.support.evaluations import CONFIG, subject_of, write_images
@@ -111,6 +113,21 @@ def test_every_token_is_counted_and_every_bit(folder):
     assert found.outcome.codebook.num_tokens == 7 * 8
     assert len(found.outcome.codebook.bit_probs) == 4
     assert found.outcome.bits.tokens == 8 * 4
+
+
+def test_maps_cost_what_is_written_of_them(folder, monkeypatch):
+    subject = subject_of(Tokenizer.from_pretrained(folder / "model"), folder / "images")
+    image = torch.cat([batch.image for batch in subject.batches()])
+    with torch.no_grad():
+        bits = map_bits(subject.tokenizer.encode(image, 8).source)
+    for count, chosen in ((7, bits), (2, [bits[0], bits[3]])):
+        (found,) = measure_reconstructions(subject, [8], num_baseline_images=count).measured
+        assert found.outcome.map_bits == pytest.approx(sum(chosen) / count)
+    (found,) = measure_reconstructions(subject, [8]).measured
+    assert found.outcome.map_bits is None
+    monkeypatch.setitem(EXTRAS, "codec", ("no-such-package",))
+    (found,) = measure_reconstructions(subject, [8], num_baseline_images=2).measured
+    assert found.outcome.map_bits is None
 
 
 def test_merging_can_be_off(folder):

@@ -221,12 +221,10 @@ def test_a_target_is_met_and_measured():
         done = compress_image(codec, picture(), quality=Quality(num_kept=num_kept))
         result = to_tensor(decompress_image(codec, done.data))
         table[num_kept] = done, float(psnr(to_tensor(picture())[None], result[None]))
-    for num_kept, (done, _) in table.items():
+    for done, _ in table.values():
         quality = Quality(bits_per_pixel=done.bits_per_pixel)
         found = compress_image(codec, picture(), quality=quality)
         assert found.bits_per_pixel <= done.bits_per_pixel
-        # A map of more tokens may be the shorter one.
-        assert found.header.num_kept >= num_kept
         assert found.reached is None
     good = compress_image(codec, picture(), quality=Quality(psnr=table[60][1]))
     assert good.reached == table[good.header.num_kept][1] >= table[60][1]
