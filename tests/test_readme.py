@@ -63,7 +63,7 @@ def photos(tmp_path, monkeypatch):
 
 
 def test_the_readme_has_the_blocks_that_are_tested():
-    assert [words[0] for words in commands()] == ["make"] * 2 + ["pip"] + ["mergevq"] * 8
+    assert [words[0] for words in commands()] == ["make"] * 2 + ["pip"] + ["mergevq"] * 10
     assert len(blocks("python")) == 1
 
 
@@ -99,6 +99,8 @@ def test_commands_and_python_run_one_after_the_other(monkeypatch):
             assert image.size == (32, 32)
     with Image.open("reconstructions/0.png") as image:
         assert image.width > 4 * 40
+    with Image.open("again/0.png") as again, Image.open("photos/cats/0.jpg") as given:
+        assert again.size == given.size
     assert len(list(Path("samples").glob("0*.png"))) == 16
     assert Path("runs/photos/evaluation/rate_distortion.png").is_file()
 

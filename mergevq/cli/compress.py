@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from mergevq.cli.images import naming, output_paths, raise_failed
+from mergevq.cli.images import naming, output_paths, raise_failed, unused
 from mergevq.cli.options import MAY_BE_EMPTY, as_text
 from mergevq.config.base import MAX_PIXELS, Device, Precision, RecoverySource, SizePolicy
 from mergevq.config.evaluation import Quality, TrunkName
@@ -110,7 +110,7 @@ def decompress(
 ) -> None:
     """Turn files that `mergevq compress` wrote back into images.
 
-    Writes OUT/NAME.png.
+    Writes OUT/NAME.png; one that is there already is kept, and is an error.
 
     Args:
         files: what `mergevq compress` wrote.
@@ -136,6 +136,7 @@ def decompress(
     for path, output in zip(files, outputs, strict=True):
         try:
             with naming(path):
+                unused(output)
                 data = read_bounded(path, most_bytes(max_pixels))
                 picture = decompress_image(codec, data, max_pixels=max_pixels)
         except ValueError as error:

@@ -192,7 +192,7 @@ def sample(  # noqa: PLR0913 - each is an option
     if again is not None:
         out.mkdir(parents=True, exist_ok=True)
         for number, picture in zip(images, make_again(again, images), strict=True):
-            path = _unused(out / f"{number:06d}.png")
+            path = unused(out / f"{number:06d}.png")
             picture.save(path)
             print(f"image: {path}")
         return
@@ -340,7 +340,7 @@ def _warn_if_large(path: Path, size: tuple[int, int], config: "TokenizerConfig")
         )
 
 
-def _unused(path: Path) -> Path:
+def unused(path: Path) -> Path:
     """A path where nothing is.
 
     Raises:

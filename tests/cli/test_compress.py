@@ -177,7 +177,10 @@ def test_without_files_the_usage_is_said(command, model, capsys):
 
 
 def test_a_picture_is_not_overwritten(model, tmp_path, capsys):
+    before = (tmp_path / "0.png").read_bytes()
     assert compress(model, "0.png", "-o", ".") == 0
-    assert decompress(model, "0.mvq", "-o", ".") == 0
+    assert decompress(model, "0.mvq", "-o", ".") == 1
+    assert "0.png is there already; choose another folder with --out" in one_line(capsys)
+    assert (tmp_path / "0.png").read_bytes() == before
     assert decompress(model, "0.png", "-o", ".") == 1
     assert "would overwrite" in one_line(capsys)
