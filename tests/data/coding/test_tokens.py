@@ -96,3 +96,16 @@ def test_a_part_of_one_value_costs_nothing():
     assert written(torch.zeros(1, 9, 1, dtype=torch.int64), (1,), None, (3, 3)) == b""
     assert least_bits((1,)) == 0
     assert least_bits((4, 5)) == pytest.approx(3 * LEAST_BITS)
+
+
+@pytest.mark.parametrize("bit", [0, 1])
+def test_no_bit_is_held_for_more_likely_than_15_of_16(bit):
+    recorder = Recorder()
+    TokenCoder([2]).code(recorder, [[bit]] * 60, [[]] * 60)
+    assert recorder.said[-1][0][bit] == TOTAL - TOTAL // 16
+
+
+def test_the_bytes_are_these_on_every_machine():
+    parts = torch.arange(27).view(1, 9, 3) % torch.tensor([8, 5, 3])
+    source = random_maps((4, 5), 9, count=1)
+    assert written(parts, (8, 5, 3), source, (4, 5)).hex() == "c9e3310744d0242e"
