@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mergevq.config.base import RecoverySource, SizePolicy, check_choice
 from mergevq.config.tokenizer import TokenizerConfig
-from mergevq.data.layouts import Bits, Source, joined
+from mergevq.data.layouts import Bits, Ordered, Source, joined
 from mergevq.data.prepare import to_rgb, to_tensor
 from mergevq.metrics.image import psnr
 from mergevq.report.pictures import contact_sheet, merge_map, to_pil
@@ -204,7 +204,7 @@ def decode_image(
 def decode_tiles(
     tokenizer: Tokenizer,
     indices: Int64[Tensor, "T K"],
-    source: Source | None,
+    source: Source | Ordered | None,
     grid_shape: tuple[int, int],
     layout: Layout,
 ) -> Float[Tensor, "3 H W"]:
@@ -213,7 +213,7 @@ def decode_tiles(
     Args:
         tokenizer: the one that encoded.
         indices: tokens of all tiles in raster order.
-        source: their source maps; None infers them from the tokens.
+        source: their source maps, or their order; None infers it from the tokens.
         grid_shape: (height, width) of a tile in cells.
         layout: places of the tiles.
     """

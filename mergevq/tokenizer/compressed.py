@@ -35,7 +35,7 @@ from mergevq.config.evaluation import Quality
 from mergevq.data.coding.maps import MapModel, code_maps, map_models
 from mergevq.data.coding.streams import Reader, Writer
 from mergevq.data.coding.tokens import code_tokens, least_bits
-from mergevq.data.layouts import Source
+from mergevq.data.layouts import Source, require_source
 from mergevq.data.prepare import to_tensor
 from mergevq.metrics.image import psnr
 from mergevq.metrics.lpips import Perceptual
@@ -65,6 +65,9 @@ _CHECKSUM_BYTES = 4
 _FIXED = len(MAGIC) + 1 + _ID_BYTES + 2
 _LEAST_BYTES = _FIXED + 9 + _CHECKSUM_BYTES
 _NUMBER_BYTES = 5
+_MOST_TIMES = 64
+"""Most times the trained pixels that a picture passed whole may have: a file of a few bytes cannot
+ask for more, however few tokens it has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,6 +189,7 @@ def compress_image(
     check_choice("source", source, RecoverySource)
     quality = quality or Quality()
     embedded = embed_image(codec.tokenizer, image, size_policy=size_policy)
+    _require_small_tiles(codec.tokenizer, embedded.layout)
     trial = _Trial(codec, embedded, quality, source, perceptual)
     if quality.bits_per_pixel is not None:
         return _most_that_fit(trial, quality.bits_per_pixel)
@@ -213,7 +217,8 @@ def decompress_image(
     header, stream = read_header(data)
     layout = _checked(codec, header, len(stream), max_pixels)
     precision = precision_name(codec.tokenizer.computes_in())
-    if header.map_model is None and header.precision != precision:
+    infers = header.map_model is None and codec.tokenizer.has_maps
+    if infers and header.precision != precision:
         warnings.warn(
             f"the source map is inferred in {precision}, and the picture was compressed in "
             f"{header.precision}: quality may differ; take precision {header.precision}",
@@ -236,8 +241,9 @@ class _Trial(NamedTuple):
         """Compress, and measure what the target is about."""
         tokenizer = self.codec.tokenizer
         encoded, layout = encode_image(tokenizer, self.embedded, num_kept)
-        source = encoded.source if self.source == "given" else None
-        count, (grid_height, grid_width) = encoded.source.num_kept, encoded.grid_shape
+        has_map = self.source == "given" and tokenizer.has_maps
+        source = require_source(encoded.layout, "a file") if has_map else None
+        count, (grid_height, grid_width) = encoded.layout.num_kept, encoded.grid_shape
         parts = tokenizer.quantizer.spec.split(encoded.indices).cpu()
         maps = None if source is None else source.to("cpu")
         sizes = tokenizer.quantizer.spec.sizes
@@ -281,14 +287,14 @@ class _Trial(NamedTuple):
             return float(self.perceptual(*(each.to(device) for each in pair)))
 
     @property
-    def num_kepts(self) -> range:
+    def num_kepts(self) -> list[int]:
         """K that there are for a tile: those trained with, if the grid is the trained one."""
-        config = self.codec.tokenizer.config
-        num_cells = math.prod(self.embedded.parts[0].grid_shape)
-        low, high = config.reducer.least_kept(num_cells), num_cells
-        if config.kept_range is not None and num_cells == config.num_tokens:
+        config, shape = self.codec.tokenizer.config, self.embedded.parts[0].grid_shape
+        low, high = config.reducer.least_kept(shape), math.prod(shape)
+        if config.kept_range is not None and high == config.num_tokens:
             low, high = max(low, config.kept_range[0]), min(high, config.kept_range[1])
-        return range(low, high + 1)
+        every = range(low, high + 1)
+        return [count for count in every if config.reducer.nearest_kept(shape, count) == count]
 
 
 def _fewest_that_reach(trial: _Trial, name: str, target: float) -> Compressed:
@@ -328,7 +334,7 @@ def _most_that_fit(trial: _Trial, target: float) -> Compressed:
 
 
 def _first(
-    trial: _Trial, num_kepts: range, is_met: Callable[[Compressed], bool]
+    trial: _Trial, num_kepts: list[int], is_met: Callable[[Compressed], bool]
 ) -> tuple[Compressed | None, Compressed]:
     """The first K in order that meets a condition, which all after it are taken to meet.
 
@@ -509,12 +515,14 @@ def _checked(codec: PictureCodec, header: Header, num_bytes: int, max_pixels: in
             f"({', '.join(map(str, found))}), must be those that this tokenizer has for its "
             f"picture ({', '.join(map(str, expected))}); compress the picture again"
         )
+    _require_small_tiles(codec.tokenizer, layout)
     num_cells = math.prod(header.grid_shape)
-    config.reducer.check_kept(num_cells, header.num_kept)
-    if header.map_model not in {None, *map_models(num_cells, header.num_kept)}:
+    config.reducer.check_kept(header.grid_shape, header.num_kept)
+    known = map_models(num_cells, header.num_kept) if codec.tokenizer.has_maps else ()
+    if header.map_model not in {None, *known}:
         raise ValueError(
             f"its maps of {num_cells} cells and {header.num_kept} tokens are {header.map_model}, "
-            "which is not written of so many; compress the picture again"
+            "which this tokenizer never writes of so many; compress the picture again"
         )
     least = math.floor(header.num_tiles * header.num_kept * least_bits(spec.sizes) / 8)
     if num_bytes < least:
@@ -523,6 +531,16 @@ def _checked(codec: PictureCodec, header: Header, num_bytes: int, max_pixels: in
             f"tokens, which take at least {least:,}; compress the picture again"
         )
     return layout
+
+
+def _require_small_tiles(tokenizer: Tokenizer, layout: Layout) -> None:
+    """Raise `ValueError` where a picture passed whole would take far more than a trained one."""
+    pixels, trained = layout.tile_height * layout.tile_width, tokenizer.config.image_size**2
+    if pixels > _MOST_TIMES * trained:
+        raise ValueError(
+            f"a tile of {pixels:,} pixels is more than {_MOST_TIMES} times the {trained:,} that "
+            "the tokenizer was trained on; take size_policy tile"
+        )
 
 
 def _read_tokens(

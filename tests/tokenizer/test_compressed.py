@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from mergevq.config.evaluation import Quality
-from mergevq.data.codes import CodeSpec
+from mergevq.config.parts import Fsq, GroupedLfq, MaskTokens, Pool, Queries
 from mergevq.data.prepare import to_tensor
 from mergevq.metrics.image import psnr
 from mergevq.metrics.lpips import Perceptual
@@ -25,7 +25,6 @@ from mergevq.tokenizer.compressed import (
     read_header,
     write_file,
 )
-from mergevq.tokenizer.seams import Quantized
 from mergevq.tokenizer.tokenizer import Tokenizer
 from tests.support.parts import tokenizer_config
 
@@ -126,28 +125,19 @@ def test_a_picture_of_any_mode_passes_and_alpha_is_on_white(codec, mode):
     assert (result.mode, result.size) == ("RGB", (16, 16))
 
 
-class InParts(torch.nn.Module):
-    """A quantizer whose tokens of 6 bits have parts of 2."""
-
-    def __init__(self, whole):
-        super().__init__()
-        self.whole, self.spec = whole, CodeSpec(sizes=(4, 4, 4), dim=6)
-
-    def forward(self, latents):
-        codes, parts = self.whole(latents)
-        return Quantized(codes, self.spec.split(self.whole.spec.join(parts)))
-
-    def decode(self, parts):
-        return self.whole.decode(self.whole.spec.split(self.spec.join(parts)))
-
-
-def test_tokens_in_parts_pass(codec):
-    tokenizer = make_tokenizer()
-    tokenizer.quantizer = InParts(tokenizer.quantizer)
-    parts = PictureCodec(tokenizer=tokenizer, identity=IDENTITY)
-    done = compress_image(parts, picture())
-    expected = decompress_image(codec, compress_image(codec, picture()).data)
-    assert pixels(decompress_image(parts, done.data)) == pixels(expected)
+@pytest.mark.parametrize(
+    ("quantizer", "sizes"),
+    [(GroupedLfq(num_bits=6, group_bits=2), (4, 4, 4)), (Fsq(levels=(5, 3, 4)), (5, 3, 4))],
+)
+def test_tokens_in_parts_pass(quantizer, sizes):
+    config = dataclasses.replace(make_tokenizer().config, quantizer=quantizer)
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(config).eval()
+    assert tokenizer.quantizer.spec.sizes == sizes
+    codec = PictureCodec(tokenizer=tokenizer, identity=IDENTITY)
+    tokens = encode_image(tokenizer, picture(), size_policy="tile")
+    result = decompress_image(codec, compress_image(codec, picture()).data)
+    assert pixels(result) == pixels(decode_image(tokenizer, tokens))
 
 
 def test_the_same_bytes_come_out_again(codec):
@@ -353,6 +343,32 @@ def test_numbers_are_compared_before_anything_is_made(codec, small, fields, mess
     monkeypatch.setattr("mergevq.tokenizer.compressed._read_tokens", None)
     with pytest.raises(ValueError, match=message):
         decompress_image(codec, changed(small, **fields))
+
+
+def test_a_picture_passed_whole_has_a_limit_on_either_side(codec, small):
+    message = r"16,640 pixels is more than 64 times the 256 that"
+    with pytest.raises(ValueError, match=message):
+        compress_image(codec, picture(130, 128), size_policy="error")
+    sides = {"width": 130, "height": 128, "tile_width": 130, "tile_height": 128}
+    with pytest.raises(ValueError, match=message):
+        decompress_image(codec, changed(small, **sides, grid_width=65, grid_height=64))
+
+
+ORDERED = {"reducer": Queries(num_layers=1, num_heads=2), "expander": MaskTokens(num_layers=1)}
+
+
+@pytest.mark.parametrize("parts", [{"reducer": Pool(num_layers=1, num_heads=2)}, ORDERED])
+def test_tokens_without_maps_of_their_own_pass(parts):
+    config = dataclasses.replace(make_tokenizer().config, num_kept=16, **parts)
+    torch.manual_seed(0)
+    codec = PictureCodec(tokenizer=Tokenizer(config).eval(), identity=IDENTITY)
+    tokens = encode_image(codec.tokenizer, picture(20, 16), size_policy="tile")
+    done = compress_image(codec, picture(20, 16))
+    assert done.header.map_model is None
+    expected = pixels(decode_image(codec.tokenizer, tokens))
+    assert pixels(decompress_image(codec, done.data)) == expected
+    with pytest.raises(ValueError, match=r"psnr \(99\) cannot be reached"):
+        compress_image(codec, picture(20, 16), quality=Quality(psnr=99.0))
 
 
 def test_a_picture_above_the_limit_is_refused(codec, small):
