@@ -324,7 +324,7 @@ def test_an_image_is_never_overwritten(images, model, capsys):
 
 def test_reconstruct_wants_an_image(model, capsys):
     assert main(["reconstruct", "--model", str(model)]) == 1
-    assert "at least one image" in capsys.readouterr().err
+    assert "at least one file" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("default")

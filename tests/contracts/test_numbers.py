@@ -8,7 +8,12 @@ from functools import partial
 
 import pytest
 
-from mergevq.config.evaluation import GenerationSettings, ReconstructionSettings, RobustnessSettings
+from mergevq.config.evaluation import (
+    GenerationSettings,
+    Quality,
+    ReconstructionSettings,
+    RobustnessSettings,
+)
 from mergevq.config.generator import SampleRun, SamplingSettings
 from mergevq.config.kinds import unions
 from mergevq.config.probing import FinetuneConfig, KnnConfig, LinearConfig, ProbeRun
@@ -20,7 +25,7 @@ from tests.contracts.test_settings import example
 RUNS = [
     *(TokenizerRun, GeneratorRun, SampleRun, SamplingSettings, ProbeRun, SourceRun),
     *(ReconstructionSettings, RobustnessSettings, GenerationSettings, GuidanceSettings),
-    *(LinearConfig, KnnConfig, FinetuneConfig),
+    *(LinearConfig, KnnConfig, FinetuneConfig, Quality),
 ]
 MEMBERS = sorted(
     {
