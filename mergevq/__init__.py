@@ -9,7 +9,6 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mergevq.config.evaluation import Quality
     from mergevq.config.generator import GeneratorConfig
     from mergevq.config.recipes import recipe
     from mergevq.config.tokenizer import TokenizerConfig
@@ -20,21 +19,16 @@ if TYPE_CHECKING:
     from mergevq.generator.generation import generate, load_pair
     from mergevq.generator.seams import Generator
     from mergevq.tokenizer.codec import decode_image, encode_image, reconstruct_image
-    from mergevq.tokenizer.compressed import PictureCodec, compress_image, decompress_image
     from mergevq.tokenizer.tokenizer import Tokenizer
     from mergevq.training.train import train
 
 __all__ = [
     "Generator",
     "GeneratorConfig",
-    "PictureCodec",
-    "Quality",
     "Source",
     "Tokenizer",
     "TokenizerConfig",
-    "compress_image",
     "decode_image",
-    "decompress_image",
     "encode_image",
     "evaluate_reconstruction",
     "generate",
@@ -48,14 +42,10 @@ __all__ = [
 _MODULES = {
     "Generator": "generator.seams",
     "GeneratorConfig": "config.generator",
-    "PictureCodec": "tokenizer.compressed",
-    "Quality": "config.evaluation",
     "Source": "data.layouts",
     "Tokenizer": "tokenizer.tokenizer",
     "TokenizerConfig": "config.tokenizer",
-    "compress_image": "tokenizer.compressed",
     "decode_image": "tokenizer.codec",
-    "decompress_image": "tokenizer.compressed",
     "encode_image": "tokenizer.codec",
     "evaluate_reconstruction": "evaluate.reconstruction",
     "generate": "generator.generation",

@@ -27,11 +27,11 @@ def test_a_name_is_the_one_of_its_module(name):
     assert name in dir(mergevq)
 
 
-def test_there_are_nineteen_names_and_a_star_gives_them():
+def test_there_are_fifteen_names_and_a_star_gives_them():
     names = {}
     exec("from mergevq import *", names)
     assert {name for name in names if not name.startswith("__")} == set(mergevq.__all__)
-    assert len(mergevq.__all__) == 19
+    assert len(mergevq.__all__) == 15
 
 
 def test_a_settings_name_does_not_load_torch():

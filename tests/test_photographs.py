@@ -16,7 +16,7 @@ def test_its_recipes_exist_and_are_written_for_each_other():
         generator = RECIPES[name]()
         assert generator.kept.candidates == (int(options.num_kept),)
         assert generator.resolved_model.num_tokens == tokenizer.model.num_tokens
-        assert generator.model.num_codes == 2 ** tokenizer.model.quantizer.num_bits
+        assert generator.model.num_codes == 2**tokenizer.model.quantizer.num_bits
 
 
 @pytest.mark.slow

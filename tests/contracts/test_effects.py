@@ -313,6 +313,7 @@ TOO_FEW = 44 * 36 - 1
 """Pixels, for the pictures below."""
 VALUES = {
     "tokenizer": {
+        "train.precision": "bf16",
         "model.image_size": 24,
         "optim.ema_decay": 0.05,
         "train.num_eval_images": 2,
@@ -341,6 +342,7 @@ VALUES = {
         "train.max_minutes": 1e-6,
     },
     "generator": {
+        "train.precision": "bf16",
         "model.num_kept": 24,
         "model.head[subindices].sizes": (4, 64),
         "optim.ema_decay": 0.05,
@@ -359,6 +361,7 @@ VALUES = {
         "train.max_minutes": 1e-6,
     },
     "source": {
+        "precision": "bf16",
         "tokenizer": "@tokenizer-2",
         "tokens": "@tokens-2",
         "generator": "@random-2",
@@ -380,6 +383,8 @@ PROBE_VALUES = {
     "features.layers": (1, 2),
     "max_images": 8,
     "features.pixel_side": 8,
+    "precision": "bf16",
+    "method.precision": "bf16",
     "method.held_out_fraction": 0.5,
     "method.linear.held_out_fraction": 0.5,
     "method.linear.batch_size": None,
@@ -387,6 +392,7 @@ PROBE_VALUES = {
     "method.erasing": 1.0,
 }
 SUBJECT_VALUES = {
+    "subject.precision": "bf16",
     "subject.model": "@tokenizer-2",
     "subject.data": "@others",
     "subject.max_pixels": TOO_FEW,
@@ -642,7 +648,7 @@ def outcome(kind, settings, out):
             returned = str(error)
         except RuntimeError as error:
             # A refusal that training comes to; any other is a fault of the run, not an effect.
-            if "steps in a row were not finite" not in str(error):
+            if "not finite" not in str(error):
                 raise
             returned = str(error)
     files = {
