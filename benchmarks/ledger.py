@@ -80,6 +80,17 @@ def short(train):
     )
 
 
+def without_a_file(teacher):
+    """An average of the encoder in the place of a frozen model, as either commit writes it."""
+    if teacher.kind not in {"dinov2", "huggingface"}:
+        return teacher
+    if hasattr(teacher, "momentum"):
+        return replace(teacher, kind="self")
+    itself = find("SelfDistillation", "mergevq.config.objective")
+    size, layers = teacher.view_size, teacher.num_head_layers
+    return itself(view_size=size, num_head_layers=layers, num_prototypes=16)
+
+
 def tokenizer_run(run, out):
     """A recipe as a run of three steps on digits, in which every loss that needs no file counts."""
     run = find("shrink", *SMALL)(run)
@@ -91,10 +102,9 @@ def tokenizer_run(run, out):
         adversarial_start_step=1 if adversarial else run.loss.adversarial_start_step,
         discriminator_channels=8,
     )
-    needs_a_file = run.teacher.kind in {"dinov2", "huggingface"}
     return replace(
         run,
-        teacher=replace(run.teacher, kind="self") if needs_a_file else run.teacher,
+        teacher=without_a_file(run.teacher),
         init_vit=None,
         loss=loss,
         data=replace(run.data, path="digits", val_path=None, num_workers=0),

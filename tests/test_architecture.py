@@ -90,7 +90,6 @@ TESTED_WITH = {
     "config/recipes/digits": "config/recipes",
     "config/recipes/images128": "config/recipes",
     "config/recipes/photos": "config/recipes",
-    "config/recipes/teachers": "config/recipes",
     "config/recipes/tiny64": "config/recipes",
     "config/parts/checks": "config/parts",
     "config/parts/decoders": "config/parts",

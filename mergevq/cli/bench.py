@@ -15,6 +15,7 @@ import tyro
 from mergevq.cli.tables import print_table
 from mergevq.config.base import Device
 from mergevq.config.generator import Weights
+from mergevq.config.objective import NoTeacher
 from mergevq.config.recipes import GENERATOR_RECIPES, TOKENIZER_RECIPES
 from mergevq.config.training import TokenizerRun
 
@@ -236,9 +237,9 @@ def _bench_run(recipe: str, images: int, lpips: str | None, device: Device) -> T
         names = ", ".join(TOKENIZER_RECIPES)
         raise ValueError(f"recipe ({recipe}) must be a recipe for a tokenizer: {names}")
     run = TOKENIZER_RECIPES[recipe]()
-    if run.teacher.kind in ("dinov2", "huggingface"):
+    if "teacher" in run.teacher.views:
         print(f"teacher {run.teacher.kind}, which is not this code, is left out")
-        run = replace(run, teacher=replace(run.teacher, kind="none"))
+        run = replace(run, teacher=NoTeacher())
     return replace(
         run,
         init_vit=None,

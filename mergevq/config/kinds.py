@@ -53,8 +53,11 @@ def unions(cls: type, where: str = "") -> Iterator[Union]:
             yield from unions(members[0], f"{where}{name}.")
         elif kinds := {kind: item for item in members if (kind := kind_of(item))}:
             yield Union(f"{where}{name}", kinds)
-            for member in members:
-                yield from unions(member, f"{where}{name}.")
+            # Several members may have a part of one name.
+            inside: dict[str, dict[str, type]] = {}
+            for union in (each for item in members for each in unions(item, f"{where}{name}.")):
+                inside[union.name] = inside.get(union.name, {}) | union.members
+            yield from (Union(*item) for item in inside.items())
 
 
 def members_of(expected: Any) -> list[type]:  # noqa: ANN401 - any annotation
@@ -79,7 +82,7 @@ def with_kinds(settings: Settings, arguments: Sequence[str]) -> tuple[Settings, 
     Raises:
         ValueError: a kind does not exist, or an option is of another kind than the one chosen.
     """
-    known = _by_name(type(settings))
+    known = {union.name: union.members for union in unions(type(settings))}
     chosen: dict[str, str] = {}
     left: list[str] = []
     given = iter(arguments)
@@ -105,14 +108,6 @@ def with_kinds(settings: Settings, arguments: Sequence[str]) -> tuple[Settings, 
     for argument in left:
         _check_kind(settings, argument.partition("=")[0], known)
     return settings, left
-
-
-def _by_name(cls: type) -> dict[str, dict[str, type]]:
-    """Members by kind of each union by its dotted name, parts inside of parts among them."""
-    found: dict[str, dict[str, type]] = {}
-    for union in unions(cls):
-        found[union.name] = found.get(union.name, {}) | union.members
-    return found
 
 
 def _path(option: str) -> str:

@@ -1,7 +1,7 @@
-"""Settings of the tokenizer's losses and of its teacher; no torch."""
+"""Settings of the tokenizer's losses, and a tagged union of teachers; no torch."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 from mergevq.config.base import require
 from mergevq.config.ranges import check_numbers
@@ -63,41 +63,167 @@ class LossConfig:
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TeacherConfig:
-    """Alignment of the class token with a teacher."""
+View = Literal["student", "teacher"]
+"""A view of an image beside the one that is reconstructed: an augmented square for the student, a
+random square for the teacher."""
+DINOV2_BASE = "facebook/dinov2-base@f9e44c814b77203eaa57a6bdbbd535f21ede1415"
+"""DINOv2 ViT-B, Apache-2.0: the authors' teacher, and their encoder's first weights."""
 
-    kind: Literal["none", "labels", "self", "dinov2", "huggingface"] = "self"
-    """`dinov2` and `huggingface` are frozen vision models, `self` is an EMA of the encoder,
-    `labels` the data's classes."""
-    path: str | None = None
-    """Local folder, or owner/name@revision on Hugging Face; None is DINOv2 ViT-B for `dinov2`."""
-    loss: Literal["kl", "dino", "cosine"] = "kl"
-    """Against a frozen model: `kl` at `temperature` over its features (authors' code), `dino` the
-    cross-entropy of the paper's equation 10, `cosine` one minus the cosine."""
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kl:
+    """KL divergence of softened features (authors' code)."""
+
+    kind: Literal["kl"] = "kl"
     temperature: float = 4.0
-    """Temperature of `kl`."""
+    """Temperature of both distributions."""
+
+    def __post_init__(self) -> None:
+        """Reject a temperature that is not positive."""
+        check_numbers(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dino:
+    """Cross-entropy of the paper's equation 10 (DINO)."""
+
+    kind: Literal["dino"] = "dino"
+    student_temperature: float = 0.1
+    """Temperature of the student."""
+    teacher_temperature: float = 0.04
+    """Temperature of the teacher; sharpens it."""
+
+    def __post_init__(self) -> None:
+        """Reject temperatures that are not positive."""
+        check_numbers(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cosine:
+    """One minus the cosine of the angle between features."""
+
+    kind: Literal["cosine"] = "cosine"
+
+
+FeatureLoss = Kl | Dino | Cosine
+"""Loss between a head's output and the features of a frozen model."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoTeacher:
+    """The class token is aligned with nothing."""
+
+    kind: Literal["none"] = "none"
+
+    views: ClassVar[frozenset[View]] = frozenset()
+    """Views that training loads."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Labels:
+    """The data's classes: cross-entropy against the label."""
+
+    kind: Literal["labels"] = "labels"
+    num_head_layers: Literal[2, 3] = 3
+    """Linear layers of the alignment head (2 in G, 3 in G+R and R)."""
+    label_smoothing: float = 0.1
+    """Share of each label that is spread over all classes."""
+
+    views: ClassVar[frozenset[View]] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Reject a share that leaves nothing of the label."""
+        check_numbers(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelfDistillation:
+    """A moving average of the encoder, which sees another view of the image (DINO)."""
+
+    kind: Literal["self"] = "self"
+    view_size: int | None = None
+    """Side of the augmented view the student sees, in pixels; None is the tokenizer's size."""
+    num_head_layers: Literal[2, 3] = 3
+    """Linear layers of each head before the prototypes."""
+    num_prototypes: int = 1024
+    """Output dimension of both heads."""
+    momentum: float = 0.996
+    """Share of the average that a step leaves as it was."""
+    student_temperature: float = 0.1
+    """Temperature of the student."""
+    teacher_temperature: float = 0.04
+    """Temperature of the teacher; sharpens it."""
+
+    views: ClassVar[frozenset[View]] = frozenset({"student"})
+
+    def __post_init__(self) -> None:
+        """Reject temperatures that are not positive, and impossible counts."""
+        check_numbers(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HuggingFace:
+    """A frozen vision model from Hugging Face; DINOv2 ViT-B by default."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    path: str = DINOV2_BASE
+    """Local folder, or owner/name@revision on Hugging Face."""
+    loss: FeatureLoss = field(default_factory=Kl)
+    """Loss between the head's output and the model's features."""
     view_size: int | None = None
     """Side of the augmented view the student sees, in pixels; None is the tokenizer's size."""
     teacher_size: int = 224
-    """Side of the view a frozen model sees, in pixels."""
+    """Side of the view the model sees, in pixels."""
     num_head_layers: Literal[2, 3] = 3
     """Linear layers of the alignment head (2 in G, 3 in G+R and R)."""
-    num_prototypes: int = 1024
-    """Output dimension of the heads of `self`."""
-    momentum: float = 0.996
-    """EMA of the `self` teacher per step."""
-    student_temperature: float = 0.1
-    """Temperature of the student in `self` and `dino`."""
-    teacher_temperature: float = 0.04
-    """Temperature of the teacher in `self` and `dino`; sharpens it."""
-    label_smoothing: float = 0.1
-    """Label smoothing of `labels`."""
+
+    views: ClassVar[frozenset[View]] = frozenset({"student", "teacher"})
 
     def __post_init__(self) -> None:
-        """Reject a frozen model without a name and temperatures that are not positive."""
+        """Reject impossible sizes."""
         check_numbers(self)
-        require(
-            self.kind != "huggingface" or self.path is not None,
-            "teacher kind 'huggingface' needs path: a local folder, or owner/name@revision",
-        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TorchScript:
+    """A frozen feature extractor from a TorchScript file, as evaluations have it."""
+
+    kind: Literal["torchscript"] = "torchscript"
+    path: str = "extractor.pt"
+    """File whose `forward(images, return_features)` takes pixels in 0..255 and normalises them
+    itself. It is code that runs here: use files you trust."""
+    loss: FeatureLoss = field(default_factory=Kl)
+    """Loss between the head's output and the extractor's features."""
+    view_size: int | None = None
+    """Side of the augmented view the student sees, in pixels; None is the tokenizer's size."""
+    teacher_size: int = 224
+    """Side of the view the extractor sees, in pixels."""
+    num_head_layers: Literal[2, 3] = 3
+    """Linear layers of the alignment head (2 in G, 3 in G+R and R)."""
+
+    views: ClassVar[frozenset[View]] = frozenset({"student", "teacher"})
+
+    def __post_init__(self) -> None:
+        """Reject impossible sizes."""
+        check_numbers(self)
+
+
+Teacher = NoTeacher | Labels | SelfDistillation | HuggingFace | TorchScript
+"""What the class token is aligned with."""
+
+
+def view_sizes(teacher: Teacher, image_size: int) -> dict[View, int]:
+    """Side in pixels of each of a teacher's `views`.
+
+    Args:
+        teacher: its settings.
+        image_size: the tokenizer's.
+    """
+    match teacher:
+        case NoTeacher() | Labels():
+            return {}
+        case SelfDistillation():
+            return {"student": teacher.view_size or image_size}
+        case HuggingFace() | TorchScript():
+            student = teacher.view_size or image_size
+            return {"student": student, "teacher": teacher.teacher_size}

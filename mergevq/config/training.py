@@ -14,7 +14,7 @@ from typing import Literal
 
 from mergevq.config.base import MAX_PIXELS, Device, Precision, require
 from mergevq.config.generator import GeneratorConfig, SamplingSettings, check_passes
-from mergevq.config.objective import LossConfig, TeacherConfig
+from mergevq.config.objective import LossConfig, SelfDistillation, Teacher
 from mergevq.config.parts import NUM_KEYS, Merge, PatchStem
 from mergevq.config.ranges import check_numbers
 from mergevq.config.tokenizer import KeptConfig, TokenizerConfig
@@ -47,7 +47,7 @@ class DataConfig:
     cache: Literal["none", "memory", "device"] = "none"
     """Decode training images once, and keep their bytes in memory or on the device, where they are
     cropped and mirrored: the same pixels as without. Not for teachers that see a view of their
-    own (`self`, `dinov2`, `huggingface`)."""
+    own (`self`, `huggingface`, `torchscript`)."""
     num_workers: int = 2
     """Loader processes; 0 loads in the training process."""
 
@@ -156,7 +156,7 @@ class TokenizerRun:
     """Images."""
     loss: LossConfig = field(default_factory=LossConfig)
     """Loss weights."""
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teacher: Teacher = field(default_factory=SelfDistillation)
     """Alignment."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer."""
@@ -186,7 +186,7 @@ class TokenizerRun:
             f"init_from ({self.init_from}) would replace init_vit ({self.init_vit}): leave one out",
         )
         require(
-            self.data.cache == "none" or self.teacher.kind in {"labels", "none"},
+            self.data.cache == "none" or not self.teacher.views,
             f"data.cache ({self.data.cache}) must be none with teacher.kind ({self.teacher.kind}), "
             "which sees a view of the whole picture; or set teacher.kind to labels or none",
         )

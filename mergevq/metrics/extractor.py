@@ -83,6 +83,12 @@ class FeatureExtractor:
         self.dim = self.features(probe).shape[1]
         """D: channels of the features."""
 
+    def to(self, device: torch.device) -> None:
+        """Go on on another device."""
+        if self.device != device:
+            self.device = device
+            self._network = self._network.to(device)
+
     def metric_name(self, kind: MetricKind) -> str:
         """Name that a metric over this extractor's outputs may have, `fid` or `frechet_NAME`."""
         return metric_name(kind, self.name, self.sha256)

@@ -1,7 +1,7 @@
 """Records of format 1, read as the format of today.
 
 Format 1 had one flat class of settings for a tokenizer, one for a generator and one for sampling,
-and other names for some weights.
+and other names for some weights. Runs of the beginning of format 2 had one class for all teachers.
 Nothing here builds a class of settings: records go in and come out as JSON.
 """
 
@@ -64,6 +64,22 @@ _ORDERS: dict[str, dict[str, str]] = {
 }
 """Orders of format 1, and the settings of each by their names then and now."""
 _OF_ORDERS = ("window", "merge_groups", "flex_attention", "rotate_instruction")
+_TEACHERS = {
+    "none": (),
+    "labels": ("num_head_layers", "label_smoothing"),
+    "self": (
+        *("view_size", "num_head_layers", "num_prototypes", "momentum"),
+        *("student_temperature", "teacher_temperature"),
+    ),
+    "huggingface": ("view_size", "teacher_size", "num_head_layers"),
+}
+"""Kinds of teachers from before they were a union, and the settings that each had use for."""
+_FEATURE_LOSSES = {
+    "kl": ("temperature",),
+    "dino": ("student_temperature", "teacher_temperature"),
+    "cosine": (),
+}
+"""Losses against frozen models then, and the settings of each."""
 _AFTER_THE_TOKENS = (
     "num_kept",
     "kept_range",
@@ -188,6 +204,20 @@ def migrate_sampling(old: Mapping[str, Any]) -> dict[str, Any]:
     if num_steps is not None:
         passes = {"kind": "several", "num_steps": num_steps}
     return {**values, "passes": passes}
+
+
+def migrate_teacher(old: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a teacher from the time when one class had those of every kind."""
+    kind = "huggingface" if old["kind"] == "dinov2" else old["kind"]
+    if not {"momentum", "label_smoothing"} <= old.keys() or kind not in _TEACHERS:
+        return dict(old)
+    new = {name: old[name] for name in _TEACHERS[kind] if name in old}
+    if kind == "huggingface":
+        loss = str(old.get("loss", "kl"))
+        settings = {name: old[name] for name in _FEATURE_LOSSES.get(loss, ()) if name in old}
+        new |= {"loss": {"kind": loss, **settings}}
+        new |= {"path": old["path"]} if old.get("path") else {}
+    return {"kind": kind, **new}
 
 
 def migrate_samples(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from mergevq.config.base import FORMAT_VERSION
 from mergevq.config.identity import Identity, require_same_classes
 from mergevq.runtime import distributed
 from mergevq.runtime.files import read_json, require_entries, write_json
+from mergevq.runtime.migrate import migrate_teacher
 from mergevq.runtime.settings import changed_settings, from_json, to_json
 
 logger = logging.getLogger("mergevq")
@@ -250,7 +251,10 @@ def read_run_record(path: Path) -> dict[str, Any]:
 
 
 def _with_present_names(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a run in which every kind of run had both of `_MOVED` in its section `train`."""
+    """Settings of a run from when teachers were one class, and both of `_MOVED` were in `train`."""
+    teacher = run.get("teacher")
+    if isinstance(teacher, Mapping) and isinstance(teacher.get("kind"), str):
+        run = {**run, "teacher": migrate_teacher(teacher)}
     train = run.get("train")
     if not isinstance(train, Mapping):
         return dict(run)

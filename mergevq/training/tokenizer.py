@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 
 from mergevq.config.identity import Identity
+from mergevq.config.objective import Labels, view_sizes
 from mergevq.config.parts import weights_of
 from mergevq.config.training import TokenizerRun
 from mergevq.data.batches import Batch, eval_batches, open_train_val, train_batches
@@ -80,7 +81,7 @@ def _train(run: TokenizerRun, world: distributed.World, *, resume: bool, brief: 
     train_set, val_set = open_train_val(run.data)
     start = find_start(run, train_set)
     learner = build(run, world, num_classes=train_set.num_classes, start=start)
-    if run.teacher.kind == "labels":
+    if isinstance(run.teacher, Labels):
         # Refused before a step meets an image without one.
         require_labels(train_set.num_unlabelled, len(train_set))
     with RunDirectory(run.out) as directory:
@@ -93,7 +94,7 @@ def _train(run: TokenizerRun, world: distributed.World, *, resume: bool, brief: 
             device=world.device,
             resume=resume,
             made_from=made_from,
-            learns_labels=run.teacher.kind == "labels",
+            learns_labels=isinstance(run.teacher, Labels),
             fixed=_FIXED,
         )
         nominal = run.model.num_kept if brief else None
@@ -105,8 +106,7 @@ def run_batches(
     run: TokenizerRun, world: distributed.World, dataset: ImageDataset, start_step: int
 ) -> Iterator[Batch]:
     """This rank's batches, with the views its teacher needs."""
-    learns_from_view = run.teacher.kind in ("self", "dinov2", "huggingface")
-    frozen = run.teacher.kind in ("dinov2", "huggingface")
+    sizes = view_sizes(run.teacher, run.model.image_size)
     if run.data.cache != "none":
         return cached_batches(
             dataset,
@@ -131,8 +131,8 @@ def run_batches(
         seed=run.train.seed,
         rank=world.rank,
         world_size=world.world_size,
-        student_size=(run.teacher.view_size or run.model.image_size) if learns_from_view else None,
-        teacher_size=run.teacher.teacher_size if frozen else None,
+        student_size=sizes.get("student"),
+        teacher_size=sizes.get("teacher"),
         num_workers=run.data.num_workers,
         device=world.device,
     )

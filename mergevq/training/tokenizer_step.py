@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from mergevq.config.objective import SelfDistillation
 from mergevq.config.parts import weights_of
 from mergevq.config.training import TokenizerRun
 from mergevq.data.batches import Batch
@@ -221,7 +222,8 @@ class TokenizerLearner:
         if state.guard.check(state.step, sums | {"grad_norm": norm}):
             state.scaler.step(state.optimizer)
             state.ema.update()
-            _update_teacher(state, run.teacher.momentum)
+            if isinstance(run.teacher, SelfDistillation):
+                _update_teacher(state, run.teacher.momentum)
         else:
             images = [part.index.tolist() for part in parts]
             logger.warning("step %d is not finite and is skipped; images %s", state.step, images)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mergevq.config.objective import Labels
 from mergevq.config.recipes import GENERATOR_RECIPES, RECIPES, recipe
 from mergevq.config.recipes import TOKENIZER_RECIPES as TOKENIZER_RUNS
 from mergevq.tokenizer.reducers.matching import merge_schedule
@@ -195,13 +196,13 @@ def test_versions_that_generate_start_from_a_dinov2_that_is_wide_enough(name, vi
 
 def short(run, tmp_path):
     """A shrunk run on a few digits that needs nothing from outside."""
-    teacher = "labels" if run.teacher.kind in ("labels", "dinov2") else run.teacher.kind
+    teacher = Labels() if "teacher" in run.teacher.views else run.teacher
     run = shrink(run)
     return replace(
         run,
         data=replace(run.data, path="digits", val_path=None, max_images=12, num_workers=0),
         loss=replace(run.loss, perceptual_weight=0.0),
-        teacher=replace(run.teacher, kind=teacher),
+        teacher=teacher,
         init_vit=None,
         out=str(tmp_path / "run"),
     )

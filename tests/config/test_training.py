@@ -11,7 +11,7 @@ import pytest
 from mergevq.config import generator, objective, parts, tokenizer, training
 from mergevq.config.generator import GeneratorConfig
 from mergevq.config.kinds import kind_of
-from mergevq.config.objective import LossConfig, TeacherConfig
+from mergevq.config.objective import Dino, Kl, LossConfig
 from mergevq.config.parts import Fsq, GroupedLfq
 from mergevq.config.tokenizer import KeptConfig
 from mergevq.config.training import (
@@ -111,9 +111,8 @@ def test_a_run_refuses_a_number_of_tokens_that_its_images_have_not(run):
             {"discriminator_start_step": 9, "adversarial_start_step": 8},
             "discriminator_start_step (9) must not be after adversarial_start_step (8)",
         ),
-        (TeacherConfig, {"kind": "huggingface"}, "teacher kind 'huggingface' needs path"),
-        (TeacherConfig, {"temperature": 0.0}, "temperature (0.0) must be above 0"),
-        (TeacherConfig, {"teacher_temperature": -1.0}, "teacher_temperature (-1.0) must be above"),
+        (Kl, {"temperature": 0.0}, "temperature (0.0) must be above 0"),
+        (Dino, {"teacher_temperature": -1.0}, "teacher_temperature (-1.0) must be above"),
         (OptimConfig, {"lr": 0.0}, "lr (0.0) must be above 0"),
         (OptimConfig, {"ema_decay": 1.0}, "ema_decay (1.0) must be at least 0 and below 1"),
         (OptimConfig, {"clip_norm": 0.0}, "clip_norm (0.0) must be above 0 and at most"),

@@ -25,6 +25,7 @@ from mergevq.config.evaluation import (
     Subject,
 )
 from mergevq.config.generator import SampleRun, SamplingSettings
+from mergevq.config.objective import SelfDistillation
 from mergevq.config.probing import FeatureConfig, FinetuneConfig, KnnConfig, LinearConfig, ProbeRun
 from mergevq.config.recipes.digits import digits32, digits32_ar
 from mergevq.config.records import GuidanceSettings
@@ -77,7 +78,7 @@ def tokenizer_run(folder):
             adversarial_ramp_steps=1,
             discriminator_channels=8,
         ),
-        teacher=replace(small.teacher, kind="self"),
+        teacher=SelfDistillation(view_size=24, num_head_layers=2, num_prototypes=16),
         optim=replace(small.optim, warmup_steps=1),
         train=replace(small.train, **TRAIN),
     )
@@ -232,7 +233,14 @@ KINDS = {
 
 PLAIN = {"model.stem[patch].norm": False, "model.stem[patch].width": 96}
 GAUSSIAN = {"kept.distribution": "gaussian"}
-FROZEN = {"teacher.kind": "huggingface", "teacher.path": "@dinov2", "teacher.teacher_size": 28}
+HUB = {"teacher[huggingface].path": "@dinov2", "teacher[huggingface].teacher_size": 28}
+SCRIPT = {"teacher[torchscript].path": "@colours.pt", "teacher[torchscript].teacher_size": 28}
+FROZEN = {
+    leaf: needs
+    for kind, needs in (("huggingface", HUB), ("torchscript", SCRIPT))
+    for leaf in leaf_kinds(TokenizerRun)
+    if leaf.startswith(f"teacher[{kind}].")
+}
 PERCEPTUAL = {
     "loss.perceptual_weight": 1.0,
     "loss.perceptual_trunk": "squeeze",
@@ -267,11 +275,7 @@ NEEDS = {
         "model.stem[patch].norm_eps": {"model.stem[patch].position_embedding": True},
         "init_codes": PLAIN,
         "loss.recovered_start_step": {"loss.recovered_share": 0.5},
-        "teacher.label_smoothing": {"teacher.kind": "labels"},
-        "teacher.path": FROZEN,
-        "teacher.loss": FROZEN,
-        "teacher.temperature": FROZEN,
-        "teacher.teacher_size": FROZEN,
+        **FROZEN,
         "loss.perceptual_weight": PERCEPTUAL,
         "loss.perceptual_trunk": PERCEPTUAL,
         "loss.perceptual_path": PERCEPTUAL,
@@ -333,8 +337,10 @@ VALUES = {
         "data.val_path": "@others",
         "data.max_pixels": TOO_FEW,
         "loss.perceptual_path": "@lpips-2",
-        "teacher.path": "@dinov2-2",
-        "teacher.teacher_size": 42,
+        "teacher[huggingface].path": "@dinov2-2",
+        "teacher[huggingface].teacher_size": 42,
+        "teacher[torchscript].path": "@colours-2.pt",
+        "teacher[torchscript].loss[dino].teacher_temperature": 90.0,
         "init_from": "@tokenizer",
         "init_vit": "@dinov2",
         "optim.milestones": (0.5, 0.75),

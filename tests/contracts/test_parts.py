@@ -29,6 +29,7 @@ NUM_KEPT = 16
 KINDS = {
     union.name.rpartition(".")[2]: [f"{union.name}.kind={kind}" for kind in union.members]
     for union in unions(TokenizerRun)
+    if union.name.startswith("model.")
 }
 
 

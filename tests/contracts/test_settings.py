@@ -12,6 +12,7 @@ import pytest
 from mergevq.config import evaluation, generator, objective, parts, probing, tokenizer, training
 from mergevq.config.generator import SampleRun, SamplingSettings
 from mergevq.config.kinds import unions
+from mergevq.config.objective import HuggingFace
 from mergevq.config.probing import FinetuneConfig, KnnConfig, LinearConfig, ProbeRun
 from mergevq.config.recipes import RECIPES
 from mergevq.config.training import GeneratorRun, TokenizerRun
@@ -27,7 +28,11 @@ CLASSES = sorted(
     },
     key=lambda item: item.__name__,
 )
-RUNS = {"tokenizer": RECIPES["digits32"](), "generator": RECIPES["digits32_ar"]()}
+RUNS = {
+    # With a teacher that has a part of its own.
+    "tokenizer": replace(RECIPES["digits32"](), teacher=HuggingFace()),
+    "generator": RECIPES["digits32_ar"](),
+}
 UNIONS = [(model, union) for model, run in RUNS.items() for union in unions(type(run))]
 MEMBERS = [(model, union.name, kind) for model, union in UNIONS for kind in union.members]
 EXAMPLES = {bool: [True, False], int: [1, 2, 8], float: [0.5, 0.25], str: ["a name"]}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mergevq.config.objective import TeacherConfig
+from mergevq.config.objective import NoTeacher, SelfDistillation
 from mergevq.config.tokenizer import KeptConfig
 from mergevq.config.training import DataConfig, TokenizerRun
 from mergevq.data import cached
@@ -178,7 +178,7 @@ def test_no_readable_picture_is_an_error(dataset):
 
 
 def test_a_run_takes_its_images_from_where_it_keeps_them(dataset):
-    run = TokenizerRun(teacher=TeacherConfig(kind="none"))
+    run = TokenizerRun(teacher=NoTeacher())
     run = replace(
         run,
         model=replace(run.model, image_size=32, num_kept=32),
@@ -192,6 +192,6 @@ def test_a_run_takes_its_images_from_where_it_keeps_them(dataset):
 
 
 def test_a_teacher_with_its_own_view_needs_the_whole_picture():
-    run = TokenizerRun(teacher=TeacherConfig(kind="none"), data=DataConfig(cache="memory"))
+    run = TokenizerRun(teacher=NoTeacher(), data=DataConfig(cache="memory"))
     with pytest.raises(ValueError, match=r"data\.cache \(memory\) must be none with teacher"):
-        replace(run, teacher=TeacherConfig(kind="self"))
+        replace(run, teacher=SelfDistillation())

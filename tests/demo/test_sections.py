@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
+from mergevq.config.objective import SelfDistillation
 from mergevq.config.recipes.digits import digits32, digits32_ar
 from mergevq.demo.sections import (
     duration,
@@ -67,7 +68,7 @@ def test_probes_say_what_the_tokens_were_trained_with():
     supervised = probe_section(TRIAL)
     assert supervised.tables[0].rows == [["raw pixels", "256", "95.0 %", "98.8 %"]]
     assert "trained with the labels" in supervised.text
-    alone = replace(RUN, teacher=replace(RUN.teacher, kind="self"))
+    alone = replace(RUN, teacher=SelfDistillation())
     assert "trained with the labels" not in probe_section(TRIAL._replace(run=alone)).text
 
 

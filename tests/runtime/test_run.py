@@ -14,6 +14,15 @@ import torch
 
 from mergevq.config.base import FORMAT_VERSION
 from mergevq.config.identity import Identity
+from mergevq.config.objective import (
+    Cosine,
+    Dino,
+    HuggingFace,
+    Kl,
+    Labels,
+    NoTeacher,
+    SelfDistillation,
+)
 from mergevq.config.training import GeneratorRun, OptimConfig, TokenizerRun, TokenizerTrainConfig
 from mergevq.runtime import run as runtime_run
 from mergevq.runtime.run import (
@@ -142,6 +151,64 @@ def test_settings_that_moved_out_of_the_loops_are_read_where_they_were(
     assert read_run_record(directory.record)["run"] == json.loads(json.dumps(to_json(run)))
     directory.open(run, device=CPU, resume=True)
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "others", "teacher"),
+    [
+        ("none", {}, NoTeacher()),
+        ("labels", {"label_smoothing": 0.25}, Labels(label_smoothing=0.25)),
+        (
+            "self",
+            {"momentum": 0.5, "teacher_temperature": 0.5},
+            SelfDistillation(momentum=0.5, teacher_temperature=0.5),
+        ),
+        ("dinov2", {"teacher_size": 98}, HuggingFace(teacher_size=98)),
+        (
+            "huggingface",
+            {"path": "a folder", "loss": "dino", "student_temperature": 0.5},
+            HuggingFace(path="a folder", loss=Dino(student_temperature=0.5)),
+        ),
+        ("huggingface", {"loss": "kl", "temperature": 2.0}, HuggingFace(loss=Kl(temperature=2.0))),
+        ("huggingface", {"loss": "cosine"}, HuggingFace(loss=Cosine())),
+    ],
+)
+def test_a_teacher_from_before_there_was_a_class_for_each_is_read(
+    tmp_path, caplog, kind, others, teacher
+):
+    flat = {
+        "kind": kind,
+        "path": None,
+        "loss": "kl",
+        "temperature": 4.0,
+        "view_size": None,
+        "teacher_size": 224,
+        "num_head_layers": 3,
+        "num_prototypes": 1024,
+        "momentum": 0.996,
+        "student_temperature": 0.1,
+        "teacher_temperature": 0.04,
+        "label_smoothing": 0.1,
+    }
+    run = replace(RUN, teacher=teacher)
+    directory = RunDirectory(tmp_path)
+    directory.open(run, device=CPU, resume=False)
+    record = json.loads(directory.record.read_text())
+    record["run"]["teacher"] = flat | others
+    directory.record.write_text(json.dumps(record))
+    directory.open(run, device=CPU, resume=True)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("teacher", [3, {}, {"kind": 3}, {"kind": "owl", "momentum": 1}])
+def test_a_teacher_that_never_was_is_refused_where_its_run_is_resumed(tmp_path, teacher):
+    directory = RunDirectory(tmp_path)
+    directory.open(RUN, device=CPU, resume=False)
+    record = json.loads(directory.record.read_text())
+    record["run"]["teacher"] = teacher
+    directory.record.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="teacher"):
+        directory.open(RUN, device=CPU, resume=True)
 
 
 def test_a_run_of_another_recipe_is_refused_in_one_line(tmp_path):

@@ -65,8 +65,14 @@ def test_a_whole_number_is_a_valid_float_and_becomes_one():
         ({"model": {"kept_range": [1, 2, 3]}}, r"kept_range \(.*\) must have 2 values, not 3"),
         ({"model": {"kept_range": 5}}, r"model\.kept_range \(5\) must be a list"),
         ({"kept": {"candidates": [36, "9"]}}, r"kept\.candidates\[1\] \('9'\) must be of type int"),
-        ({"teacher": {"num_head_layers": 4}}, r"num_head_layers \(4\) must be one of 2, 3"),
-        ({"teacher": {"num_head_layers": 2.0}}, r"num_head_layers \(2\.0\) must be one of 2, 3"),
+        (
+            {"teacher": {"kind": "self", "num_head_layers": 4}},
+            r"num_head_layers \(4\) must be one of 2, 3",
+        ),
+        (
+            {"teacher": {"kind": "self", "num_head_layers": 2.0}},
+            r"num_head_layers \(2\.0\) must be one of 2, 3",
+        ),
         ({"data": 3}, r"data \(3\) must be an object with fields path,"),
         ({"optim": {"clip_norm": 0}}, r"clip_norm \(0\.0\) must be above 0"),
     ],

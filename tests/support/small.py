@@ -3,6 +3,14 @@
 from dataclasses import replace
 
 from mergevq.config.generator import Several
+from mergevq.config.objective import (
+    HuggingFace,
+    Labels,
+    NoTeacher,
+    SelfDistillation,
+    Teacher,
+    TorchScript,
+)
 from mergevq.config.parts import (
     CnnDecoder,
     CnnStem,
@@ -30,6 +38,17 @@ _SIZES = {
 """Sizes of small parts; a kind that is not named stays as it is."""
 
 
+def _small_teacher(teacher: Teacher, view_size: int) -> Teacher:
+    """A teacher of a small view, and of few prototypes where it has some."""
+    match teacher:
+        case SelfDistillation():
+            return replace(teacher, view_size=view_size, num_prototypes=16)
+        case HuggingFace() | TorchScript():
+            return replace(teacher, view_size=view_size)
+        case NoTeacher() | Labels():
+            return teacher
+
+
 def shrink(run: TokenizerRun) -> TokenizerRun:
     """Cut a run down to seconds on a CPU, keeping its structure: for tests and first tries."""
     model = run.model
@@ -45,7 +64,7 @@ def shrink(run: TokenizerRun) -> TokenizerRun:
         run,
         model=replace(model, **parts, image_size=8 * model.patch_size, num_kept=16),
         kept=replace(run.kept, candidates=(16, 24, 32)),
-        teacher=replace(run.teacher, view_size=6 * model.patch_size, num_prototypes=16),
+        teacher=_small_teacher(run.teacher, view_size=6 * model.patch_size),
         train=replace(
             run.train,
             num_steps=2,

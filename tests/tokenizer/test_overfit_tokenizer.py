@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mergevq.config.objective import TeacherConfig
+from mergevq.config.objective import NoTeacher
 from mergevq.config.recipes.digits import digits32
 from mergevq.config.tokenizer import KeptConfig
 from mergevq.training.tokenizer import train
@@ -47,7 +47,7 @@ def run_of(tmp_path, *, num_images, **train_settings):
         model=replace(run.model, num_kept=32),
         kept=KeptConfig(candidates=(32,)),
         data=replace(run.data, path=path, val_path=path),
-        teacher=TeacherConfig(kind="none"),
+        teacher=NoTeacher(),
         loss=replace(run.loss, source_gradient=0.0, recovered_share=0.0, alignment_weight=0.0),
         train=replace(
             run.train,

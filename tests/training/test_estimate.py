@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 from mergevq.config.generator import GeneratorConfig, Raster, Subindices
-from mergevq.config.objective import LossConfig, TeacherConfig
+from mergevq.config.objective import Labels, LossConfig
 from mergevq.config.recipes import TOKENIZER_RECIPES
 from mergevq.config.tokenizer import KeptConfig
 from mergevq.config.training import DataConfig, TokenizerRun, TokenizerTrainConfig
@@ -61,7 +61,7 @@ def run(tmp_path_factory):
         kept=KeptConfig(candidates=(20, 40)),
         data=DataConfig(path=str(tmp_path / "data"), val_fraction=0.2),
         loss=LossConfig(perceptual_weight=0.0, adversarial_weight=0.0),
-        teacher=TeacherConfig(kind="labels"),
+        teacher=Labels(),
         train=TokenizerTrainConfig(batch_size=16, precision="float32", device="cpu"),
         out=str(tmp_path / "run"),
     )

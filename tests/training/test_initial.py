@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mergevq.config.objective import NoTeacher
 from mergevq.config.parts import PatchDecoder
 from mergevq.config.recipes.tiny64 import tiny64_gr
 from mergevq.config.training import DataConfig, TokenizerRun
@@ -96,7 +97,7 @@ def analytic_run(pictures, **values) -> TokenizerRun:
         model=model,
         init_codes="components",
         data=DataConfig(path=str(pictures), val_fraction=0.2, num_workers=0),
-        teacher=replace(run.teacher, kind="none"),
+        teacher=NoTeacher(),
         loss=replace(run.loss, adversarial_weight=0.0, perceptual_weight=0.0),
         train=replace(run.train, precision="float32", device="cpu"),
         **values,

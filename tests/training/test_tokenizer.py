@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from mergevq.config.objective import Labels
 from mergevq.config.parts import Bernoulli
 from mergevq.config.recipes.digits import digits32
 from mergevq.config.recipes.tiny64 import tiny64_gr
@@ -34,6 +35,7 @@ from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training.fit import put_state, state_of
 from mergevq.training.tokenizer import TokenizerTask, train
 from mergevq.training.tokenizer_step import TokenizerLearner, build, recovering
+from tests.support.leaves import replaced
 from tests.support.parts import changed
 from tests.support.small import shrink
 
@@ -53,7 +55,6 @@ def small(**train_settings: object) -> TokenizerRun:
             adversarial_start_step=0,
             adversarial_ramp_steps=2,
         ),
-        teacher=replace(run.teacher, kind="self"),
         train=replace(run.train, precision="float32", **train_settings),
     )
 
@@ -169,14 +170,14 @@ def test_every_parameter_of_the_tokenizer_gets_a_gradient():
     assert without == []
 
 
-@pytest.mark.parametrize("teacher", ["none", "self"])
-def test_accumulation_equals_the_whole_batch_but_for_entropy(teacher):
+@pytest.mark.parametrize("kind", ["none", "self"])
+def test_accumulation_equals_the_whole_batch_but_for_entropy(kind):
     # The codebook entropy is of each part; see docs/deviations.md.
     gradients = []
     for accumulation in (1, 2, 4):
         run = small(accumulation=accumulation)
         loss = replace(run.loss, entropy_weight=0.0)
-        run = replace(run, loss=loss, teacher=replace(run.teacher, kind=teacher))
+        run = replaced(replace(run, loss=loss), {"teacher.kind": kind})
         learner = build(run, WORLD, num_classes=0)
         torch.manual_seed(0)
         whole = batch(4)
@@ -592,7 +593,7 @@ def test_images_without_labels_are_refused_before_they_teach(tmp_path):
     run = replace(
         run,
         data=replace(run.data, path=str(path), val_path=str(path), max_images=None),
-        teacher=replace(run.teacher, kind="labels"),
+        teacher=Labels(),
         out=str(tmp_path / "run"),
     )
     with pytest.raises(ValueError, match=r"2 of 8 images have no label.*'self' or 'none'"):
@@ -611,7 +612,7 @@ def test_a_class_folder_that_is_renamed_does_not_move_the_labels_of_a_run(tmp_pa
     run = replace(
         run,
         data=replace(run.data, path=str(tmp_path / "data"), max_images=None),
-        teacher=replace(run.teacher, kind="labels"),
+        teacher=Labels(),
         out=str(tmp_path / "run"),
     )
     model = train(run)

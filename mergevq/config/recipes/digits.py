@@ -12,7 +12,7 @@ from mergevq.config.generator import (
 from mergevq.config.generator import (
     Merge as MergeOrder,
 )
-from mergevq.config.objective import LossConfig, TeacherConfig
+from mergevq.config.objective import Labels, LossConfig
 from mergevq.config.parts import (
     Bernoulli,
     Bsq,
@@ -70,7 +70,7 @@ def digits32() -> TokenizerRun:
             source_gradient=0.1,
             recovered_share=0.5,
         ),
-        teacher=TeacherConfig(kind="labels", num_head_layers=2),
+        teacher=Labels(num_head_layers=2),
         optim=OptimConfig(
             lr=2e-3, betas=(0.9, 0.95), warmup_steps=50, schedule="cosine", ema_decay=0.99
         ),

@@ -13,9 +13,8 @@ from mergevq.config.generator import (
 from mergevq.config.generator import (
     Merge as MergeOrder,
 )
-from mergevq.config.objective import LossConfig, TeacherConfig
+from mergevq.config.objective import DINOV2_BASE, HuggingFace, LossConfig
 from mergevq.config.parts import CnnDecoder, CnnStem, PatchStem
-from mergevq.config.recipes.teachers import DINOV2_BASE, DINOV2_SMALL
 from mergevq.config.tokenizer import KeptConfig, TokenizerConfig, with_cnn
 from mergevq.config.training import (
     DataConfig,
@@ -27,6 +26,9 @@ from mergevq.config.training import (
     TokensConfig,
     TrainConfig,
 )
+
+DINOV2_SMALL = "facebook/dinov2-small@ed25f3a31f01632728cabb09d1542f84ab7b0056"
+"""Encoders start from DINOv2 by weight selection; d32 is as wide as its ViT-S."""
 
 
 def imagenet256_gr_mergear() -> GeneratorRun:
@@ -182,7 +184,7 @@ def imagenet256_gr() -> TokenizerRun:
         ),
         data=DataConfig(path="imagenet/train", val_path="imagenet/val", crop="random"),
         loss=LossConfig(adversarial_start_step=5000, adversarial_ramp_steps=5000),
-        teacher=TeacherConfig(kind="dinov2", view_size=224),
+        teacher=HuggingFace(view_size=224),
         init_vit=DINOV2_BASE,
         optim=OptimConfig(lr=1e-4, schedule="step", milestones=(0.85, 0.95)),
         # 270 epochs of 1,281,167 images at batch 256.

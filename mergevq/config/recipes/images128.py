@@ -77,7 +77,7 @@ def imagenet128_g() -> TokenizerRun:
     return replace(
         run,
         loss=full.loss,
-        teacher=replace(run.teacher, num_head_layers=full.teacher.num_head_layers),
+        teacher=replace(run.teacher, num_head_layers=2),
         out="runs/imagenet128_g",
     )
 

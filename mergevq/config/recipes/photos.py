@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from mergevq.config.generator import Random, Several
+from mergevq.config.objective import NoTeacher
 from mergevq.config.parts import PatchDecoder, PatchStem, Unmerge
 from mergevq.config.recipes.tiny64 import tiny64_gr, tiny64_mergear
 from mergevq.config.tokenizer import KeptConfig
@@ -45,7 +46,7 @@ def photos64() -> TokenizerRun:
             recovered_start_step=500,
             source_gradient=0.1,
         ),
-        teacher=replace(run.teacher, kind="none"),
+        teacher=NoTeacher(),
         optim=replace(run.optim, lr=1e-3, warmup_steps=100, schedule="step", ema_decay=0.999),
         train=TokenizerTrainConfig(
             num_steps=1000,

@@ -14,7 +14,7 @@ from mergevq.config.generator import (
 from mergevq.config.generator import (
     Merge as MergeOrder,
 )
-from mergevq.config.objective import LossConfig, TeacherConfig
+from mergevq.config.objective import LossConfig, SelfDistillation
 from mergevq.config.parts import CnnDecoder, CnnStem, Merge, PatchStem, Unmerge
 from mergevq.config.tokenizer import KeptConfig, TokenizerConfig, with_cnn
 from mergevq.config.training import (
@@ -61,7 +61,7 @@ def tiny64_gr() -> TokenizerRun:
             discriminator_start_step=2000,
             adversarial_start_step=3000,
         ),
-        teacher=TeacherConfig(kind="self", view_size=32, num_prototypes=256),
+        teacher=SelfDistillation(view_size=32, num_prototypes=256),
         optim=OptimConfig(
             lr=5e-4, betas=(0.9, 0.95), warmup_steps=200, schedule="cosine", ema_decay=0.995
         ),

@@ -1,4 +1,4 @@
-"""Frozen vision models as teachers.
+"""Frozen vision models as teachers: from Hugging Face, or an extractor from a TorchScript file.
 
 Source: Li et al. 2025, "MergeVQ", section 3 and equation 10 (arXiv:2504.00999).
 
@@ -13,12 +13,11 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor
 
+from mergevq.metrics.extractor import FeatureExtractor
 from mergevq.runtime.artefacts import HUB_FORM, hub_id
 from mergevq.runtime.environment import needing
 from mergevq.runtime.files import broken_weights
 
-DINOV2 = "facebook/dinov2-base@f9e44c814b77203eaa57a6bdbbd535f21ede1415"
-"""Model of teacher kind `dinov2` without a path: the authors' teacher, Apache-2.0."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Channel means, of values in [0, 1], for a model that comes without a preprocessor file."""
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -84,6 +83,44 @@ class HuggingFaceTeacher:
         return output["last_hidden_state"][:, 0].float()
 
 
+class TorchScriptTeacher:
+    """A frozen feature extractor from a TorchScript file; see `FeatureExtractor` for its calls.
+
+    No `nn.Module` on purpose: a module that holds it does not register it. It follows the images to
+    their device, and computes in float32 under any autocast.
+
+    Args:
+        path: of the file. TorchScript is code that runs here: use files you trust.
+
+    Raises:
+        ValueError: there is no such file, or its `forward` is another one.
+        RuntimeError: the file is not TorchScript.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.extractor = FeatureExtractor(path)
+        self.out_dim: int = self.extractor.dim
+
+    def features(self, view: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b f"]:
+        """Features of a view.
+
+        Args:
+            view: values in [-1, 1].
+
+        Raises:
+            ValueError: the features are of another shape.
+        """
+        self.extractor.to(view.device)
+        with torch.autocast(view.device.type, enabled=False):
+            features = self.extractor.features((view.float() + 1) * 127.5)
+        # A copy: what was made in inference mode cannot take part in a loss.
+        return features.clone()
+
+
+FrozenModel = HuggingFaceTeacher | TorchScriptTeacher
+
+
 def _load_vision_model(path: str) -> tuple[Any, bool]:
     """A frozen float32 model, and whether its pooled output was trained.
 
@@ -94,7 +131,7 @@ def _load_vision_model(path: str) -> tuple[Any, bool]:
         RuntimeError: `transformers` or the model is missing, or weights are or are broken.
     """
     name, where = _located(path)
-    purpose = "a frozen teacher (unlike teacher kind 'self', 'labels' or 'none')"
+    purpose = "a frozen teacher (unlike teacher kind 'self', 'labels', 'torchscript' or 'none')"
     with needing("teacher", purpose):
         from transformers import AutoModel
     try:

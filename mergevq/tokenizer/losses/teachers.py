@@ -12,7 +12,7 @@ float32 under any autocast.
 
 Differs: DINO subtracts a running mean of the teacher's logits, the self-teacher here the mean of
 its features over the batch, before they are compared with prototypes. The class tokens of a young
-encoder are nearly the same for all images; only so are they told apart from the first step on.
+encoder are nearly the same for all images; subtracting the mean separates them from the first step.
 
 Shape letters: B batch, C channels of the class token, F features, prototypes or classes, H and W
 pixels.
@@ -21,17 +21,17 @@ pixels.
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Literal, assert_never
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mergevq.config.objective import TeacherConfig
+from mergevq.config import objective as settings
 from mergevq.nn.norm import LayerNorm
 from mergevq.runtime import distributed
-from mergevq.tokenizer.losses.frozen import DINOV2, HuggingFaceTeacher
+from mergevq.tokenizer.losses.frozen import FrozenModel, HuggingFaceTeacher, TorchScriptTeacher
 
 Alignment = Callable[[Tensor, Tensor], Tensor]
 """A loss of the student's output and the teacher's, both (B, F)."""
@@ -209,9 +209,9 @@ class SelfTeacher(nn.Module):
     """An average of the student's own past teaches it, from another view of the image.
 
     The averaged encoder belongs to the training loop, which brings its class tokens; the averaged
-    head is here. What it says of an image is said of its difference from the others: the mean of
-    the teacher's features over all images of the step is subtracted, which keeps them from choosing
-    the same prototype, and the rest is compared with the prototypes.
+    head is here. The target is computed from the deviation of an image's features from their mean
+    over all images of the step, which keeps images from choosing the same prototype: deviations are
+    compared with the prototypes.
 
     Args:
         head: the student's; the teacher's starts as its copy.
@@ -282,9 +282,7 @@ class FeatureTeacher(nn.Module):
         alignment: loss of the head's output, then the model's features, as `kl_alignment`.
     """
 
-    def __init__(
-        self, head: AlignmentHead, model: HuggingFaceTeacher, alignment: Alignment
-    ) -> None:
+    def __init__(self, head: AlignmentHead, model: FrozenModel, alignment: Alignment) -> None:
         super().__init__()
         self.head = head
         self.model = model
@@ -311,7 +309,7 @@ class FeatureTeacher(nn.Module):
 Teacher = LabelTeacher | SelfTeacher | FeatureTeacher
 
 
-def build_teacher(config: TeacherConfig, *, dim: int, num_classes: int) -> Teacher | None:
+def build_teacher(config: settings.Teacher, *, dim: int, num_classes: int) -> Teacher | None:
     """Make the teacher a configuration asks for.
 
     Args:
@@ -325,36 +323,60 @@ def build_teacher(config: TeacherConfig, *, dim: int, num_classes: int) -> Teach
     Raises:
         ValueError: kind `labels` without labels.
     """
-    if config.kind == "none":
-        return None
-    layers = config.num_head_layers
-    if config.kind == "labels":
-        if num_classes < 1:
-            raise ValueError(
-                f"num_classes ({num_classes}) must be at least 1 for teacher kind 'labels'; give "
-                "the data class folders or a label column, or choose teacher kind 'self' or 'none'"
+    match config:
+        case settings.NoTeacher():
+            return None
+        case settings.Labels():
+            return _label_teacher(config, dim, num_classes)
+        case settings.SelfDistillation():
+            return SelfTeacher(
+                PrototypeHead(dim, config.num_prototypes, config.num_head_layers),
+                student_temperature=config.student_temperature,
+                teacher_temperature=config.teacher_temperature,
             )
-        return LabelTeacher(
-            AlignmentHead(dim, num_classes, layers), smoothing=config.label_smoothing
-        )
-    if config.kind == "self":
-        return SelfTeacher(
-            PrototypeHead(dim, config.num_prototypes, layers),
-            student_temperature=config.student_temperature,
-            teacher_temperature=config.teacher_temperature,
-        )
-    model = HuggingFaceTeacher(config.path or DINOV2)
-    return FeatureTeacher(AlignmentHead(dim, model.out_dim, layers), model, _alignment(config))
+        case settings.HuggingFace():
+            return _feature_teacher(config, HuggingFaceTeacher(config.path), dim)
+        case settings.TorchScript():
+            return _feature_teacher(config, TorchScriptTeacher(config.path), dim)
+        case _:
+            assert_never(config)
 
 
-def _alignment(config: TeacherConfig) -> Alignment:
+def _label_teacher(config: settings.Labels, dim: int, num_classes: int) -> LabelTeacher:
+    """The data's classes as a teacher.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if num_classes < 1:
+        raise ValueError(
+            f"num_classes ({num_classes}) must be at least 1 for teacher kind 'labels'; give the "
+            "data class folders or a label column, or choose teacher kind 'self' or 'none'"
+        )
+    head = AlignmentHead(dim, num_classes, config.num_head_layers)
+    return LabelTeacher(head, smoothing=config.label_smoothing)
+
+
+def _feature_teacher(
+    config: settings.HuggingFace | settings.TorchScript, model: FrozenModel, dim: int
+) -> FeatureTeacher:
+    """A frozen model as a teacher."""
+    head = AlignmentHead(dim, model.out_dim, config.num_head_layers)
+    return FeatureTeacher(head, model, _alignment(config.loss))
+
+
+def _alignment(loss: settings.FeatureLoss) -> Alignment:
     """The loss against a frozen model."""
-    if config.loss == "kl":
-        return partial(kl_alignment, temperature=config.temperature)
-    if config.loss == "cosine":
-        return cosine_alignment
-    return partial(
-        dino_alignment,
-        student_temperature=config.student_temperature,
-        teacher_temperature=config.teacher_temperature,
-    )
+    match loss:
+        case settings.Kl():
+            return partial(kl_alignment, temperature=loss.temperature)
+        case settings.Dino():
+            return partial(
+                dino_alignment,
+                student_temperature=loss.student_temperature,
+                teacher_temperature=loss.teacher_temperature,
+            )
+        case settings.Cosine():
+            return cosine_alignment
+        case _:
+            assert_never(loss)

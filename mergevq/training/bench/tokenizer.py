@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mergevq.config.objective import LossConfig
+from mergevq.config.objective import LossConfig, view_sizes
 from mergevq.config.parts import Lfq
 from mergevq.config.tokenizer import KeptConfig
 from mergevq.config.training import TokenizerRun
@@ -242,14 +242,15 @@ def _noise(run: TokenizerRun, device: torch.device) -> Batch:
     def images(size: int) -> Float[Tensor, "b 3 s s"]:
         return (2 * torch.rand(num_images, 3, size, size, generator=generator) - 1).to(device)
 
-    frozen = run.teacher.kind in ("dinov2", "huggingface")
-    sees_view = frozen or run.teacher.kind == "self"
+    image = images(run.model.image_size)
+    sizes = view_sizes(run.teacher, run.model.image_size)
+    views = {view: images(size) for view, size in sizes.items()}
     indices = torch.arange(num_images, device=device)
     return Batch(
-        image=images(run.model.image_size),
+        image=image,
         label=indices % 10,
-        student_view=images(run.teacher.view_size or run.model.image_size) if sees_view else None,
-        teacher_view=images(run.teacher.teacher_size) if frozen else None,
+        student_view=views.get("student"),
+        teacher_view=views.get("teacher"),
         index=indices,
     )
 

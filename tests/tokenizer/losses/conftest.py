@@ -1,7 +1,10 @@
 """Fixtures that several test files of this folder share."""
 
+import warnings
+
 import pytest
 import torch
+from torch import Tensor, nn
 
 
 @pytest.fixture(scope="module")
@@ -19,3 +22,21 @@ def dinov2_folder(tmp_path_factory):
         torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
     return folder
+
+
+class Colours(nn.Module):
+    """Mean and largest value of each colour as features, their softmax as classes."""
+
+    def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
+        features = torch.cat([images.mean([2, 3]), images.amax([2, 3])], 1)
+        return features if return_features else features.softmax(-1)
+
+
+@pytest.fixture(scope="module")
+def extractor_file(tmp_path_factory):
+    """A tiny feature extractor as a TorchScript file."""
+    path = tmp_path_factory.mktemp("extractor") / "colours.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(Colours()).save(path)
+    return str(path)

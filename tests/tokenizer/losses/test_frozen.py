@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergevq.tokenizer.losses.frozen import DINOV2, HuggingFaceTeacher
+from mergevq.config.objective import DINOV2_BASE
+from mergevq.tokenizer.losses.frozen import HuggingFaceTeacher, TorchScriptTeacher
 
 
 @pytest.fixture
@@ -184,7 +185,42 @@ def test_a_model_whose_weights_are_none_is_refused(dinov2_folder, tmp_path, cont
         HuggingFaceTeacher(str(tmp_path))
 
 
+# --------------------------------------------------------------------------------- torchscript
+
+
+def test_an_extractor_sees_pixels_of_0_to_255_at_any_size(extractor_file, generator):
+    teacher = TorchScriptTeacher(extractor_file)
+    view = 2 * torch.rand(2, 3, 12, 20, generator=generator) - 1
+    pixels = 255 * (view + 1) / 2
+    expected = torch.cat([pixels.mean((2, 3)), pixels.amax((2, 3))], 1)
+    assert teacher.out_dim == 6
+    torch.testing.assert_close(teacher.features(view), expected)
+    edges = torch.tensor([-1.0, 0.0, 1.0])[None, :, None, None].expand(1, 3, 4, 4)
+    assert teacher.features(edges).tolist() == [[0.0, 127.5, 255.0] * 2]
+
+
+def test_an_extractor_computes_in_float32_under_any_autocast(extractor_file, generator):
+    teacher = TorchScriptTeacher(extractor_file)
+    view = 2 * torch.rand(2, 3, 8, 8, generator=generator) - 1
+    expected = teacher.features(view)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = teacher.features(view)
+    assert features.dtype == torch.float32
+    assert torch.equal(features, expected)
+
+
+def test_features_of_an_extractor_can_be_the_target_of_a_loss(extractor_file):
+    features = TorchScriptTeacher(extractor_file).features(torch.zeros(1, 3, 8, 8))
+    assert not features.requires_grad
+    assert not features.is_inference()
+
+
+def test_a_file_that_is_not_there_is_refused_by_its_name(tmp_path):
+    with pytest.raises(ValueError, match=r"no extractor at .*none\.pt; give the path of a Torch"):
+        TorchScriptTeacher(str(tmp_path / "none.pt"))
+
+
 def test_the_default_model_is_dinov2():
-    name, _, commit = DINOV2.partition("@")
+    name, _, commit = DINOV2_BASE.partition("@")
     assert name == "facebook/dinov2-base"
     assert len(bytes.fromhex(commit)) == 20

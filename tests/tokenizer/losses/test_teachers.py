@@ -7,13 +7,25 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from mergevq.config.objective import TeacherConfig
+from mergevq.config.objective import (
+    Cosine,
+    Dino,
+    HuggingFace,
+    Kl,
+    Labels,
+    NoTeacher,
+    SelfDistillation,
+    Teacher,
+    TorchScript,
+    view_sizes,
+)
 from mergevq.runtime import distributed
 from mergevq.tokenizer.losses.teachers import (
     AlignmentHead,
@@ -28,6 +40,7 @@ from mergevq.tokenizer.losses.teachers import (
     label_alignment,
 )
 
+MEMBERS = [member() for member in get_args(Teacher)]
 DINO = {"student_temperature": 0.1, "teacher_temperature": 0.04}
 LOSSES = {
     "kl": lambda student, target: kl_alignment(student, target, temperature=4.0),
@@ -171,15 +184,15 @@ def test_heads_are_in_float32_under_autocast(dtype, generator):
 def test_without_transformers_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(RuntimeError, match="pip install transformers"):
-        build_teacher(TeacherConfig(kind="dinov2"), dim=8, num_classes=0)
+        build_teacher(HuggingFace(), dim=8, num_classes=0)
 
 
 # ---------------------------------------------------------------------------------- each kind
 
 
-@pytest.mark.parametrize("loss", ["kl", "dino", "cosine"])
+@pytest.mark.parametrize("loss", [Kl(), Dino(), Cosine()], ids=lambda loss: loss.kind)
 def test_a_frozen_model_teaches_with_the_loss_asked_for(loss, dinov2_folder, generator):
-    config = TeacherConfig(kind="huggingface", path=str(dinov2_folder), loss=loss)
+    config = HuggingFace(path=str(dinov2_folder), loss=loss)
     teacher = build_teacher(config, dim=8, num_classes=0)
     assert isinstance(teacher, FeatureTeacher)
     token = torch.randn(2, 8, generator=generator, requires_grad=True)
@@ -189,7 +202,7 @@ def test_a_frozen_model_teaches_with_the_loss_asked_for(loss, dinov2_folder, gen
         "kl": lambda: kl_alignment(student, target, temperature=4.0),
         "dino": lambda: dino_alignment(student, target, **DINO),
         "cosine": lambda: cosine_alignment(student, target),
-    }[loss]()
+    }[loss.kind]()
     measured = teacher.loss(token, None, view, None)
     measured.backward()
     assert torch.equal(measured, expected)
@@ -198,12 +211,17 @@ def test_a_frozen_model_teaches_with_the_loss_asked_for(loss, dinov2_folder, gen
 
 @pytest.mark.parametrize(
     ("loss", "setting"),
-    [("kl", "temperature"), ("dino", "student_temperature"), ("dino", "teacher_temperature")],
+    [
+        (Kl(), "temperature"),
+        (Dino(), "student_temperature"),
+        (Dino(), "teacher_temperature"),
+    ],
 )
 def test_temperatures_of_the_configuration_are_used(loss, setting, dinov2_folder, generator):
-    config = TeacherConfig(kind="dinov2", path=str(dinov2_folder), loss=loss)
+    config = HuggingFace(path=str(dinov2_folder), loss=loss)
     teacher = build_teacher(config, dim=8, num_classes=0)
-    changed = build_teacher(replace(config, **{setting: 2.5}), dim=8, num_classes=0)
+    other = replace(config, loss=replace(loss, **{setting: 2.5}))
+    changed = build_teacher(other, dim=8, num_classes=0)
     changed.load_state_dict(teacher.state_dict())
     token = torch.randn(2, 8, generator=generator)
     view = torch.rand(2, 3, 28, 28, generator=generator)
@@ -211,7 +229,7 @@ def test_temperatures_of_the_configuration_are_used(loss, setting, dinov2_folder
 
 
 def test_a_frozen_model_is_neither_saved_nor_trained_nor_moved_with_its_teacher(dinov2_folder):
-    config = TeacherConfig(kind="dinov2", path=str(dinov2_folder), num_head_layers=2)
+    config = HuggingFace(path=str(dinov2_folder), num_head_layers=2)
     teacher = build_teacher(config, dim=8, num_classes=0)
     assert set(teacher.state_dict()) == {
         f"head.layers.{i}.{name}" for i in (0, 2, 3) for name in ("weight", "bias")
@@ -222,8 +240,34 @@ def test_a_frozen_model_is_neither_saved_nor_trained_nor_moved_with_its_teacher(
     assert teacher.model.model.dtype == torch.float32
 
 
+def test_an_extractor_from_a_file_teaches_with_the_loss_asked_for(extractor_file, generator):
+    config = TorchScript(path=extractor_file, loss=Cosine(), num_head_layers=2)
+    teacher = build_teacher(config, dim=8, num_classes=0)
+    token = torch.randn(2, 8, generator=generator, requires_grad=True)
+    view = torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1
+    measured = teacher.loss(token, None, view, None)
+    measured.backward()
+    expected = cosine_alignment(teacher.head(token), teacher.model.features(view))
+    assert torch.equal(measured, expected)
+    assert token.grad.abs().sum() > 0
+    assert {name.split(".")[0] for name in teacher.state_dict()} == {"head"}
+
+
+@pytest.mark.parametrize("teacher", MEMBERS, ids=lambda teacher: teacher.kind)
+def test_each_view_of_a_teacher_has_a_size(teacher):
+    assert view_sizes(teacher, 48).keys() == teacher.views
+
+
+def test_views_are_as_large_as_the_tokenizers_images_or_as_they_are_set():
+    assert view_sizes(SelfDistillation(), 48) == {"student": 48}
+    assert view_sizes(SelfDistillation(view_size=32), 48) == {"student": 32}
+    set_both = TorchScript(view_size=32, teacher_size=40)
+    assert view_sizes(set_both, 48) == {"student": 32, "teacher": 40}
+    assert view_sizes(HuggingFace(), 48) == {"student": 48, "teacher": 224}
+
+
 def test_labels_teach_by_cross_entropy(generator):
-    config = TeacherConfig(kind="labels", label_smoothing=0.2)
+    config = Labels(label_smoothing=0.2)
     teacher = build_teacher(config, dim=8, num_classes=5)
     assert isinstance(teacher, LabelTeacher)
     token, label = torch.randn(3, 8, generator=generator), torch.tensor([0, 4, 2])
@@ -239,18 +283,18 @@ def test_images_without_a_label_are_counted_and_refused(generator):
 
 def test_labels_that_the_data_does_not_have_are_an_error():
     with pytest.raises(ValueError, match=r"num_classes \(0\) must be at least 1 .* kind 'self'"):
-        build_teacher(TeacherConfig(kind="labels"), dim=8, num_classes=0)
+        build_teacher(Labels(), dim=8, num_classes=0)
 
 
 def test_no_teacher_is_none():
-    assert build_teacher(TeacherConfig(kind="none"), dim=8, num_classes=5) is None
+    assert build_teacher(NoTeacher(), dim=8, num_classes=5) is None
 
 
 def test_what_a_teacher_needs_and_does_not_get_is_an_error(dinov2_folder):
     token = torch.zeros(1, 8)
-    by_label = build_teacher(TeacherConfig(kind="labels"), dim=8, num_classes=2)
-    by_itself = build_teacher(TeacherConfig(kind="self"), dim=8, num_classes=0)
-    config = TeacherConfig(kind="dinov2", path=str(dinov2_folder))
+    by_label = build_teacher(Labels(), dim=8, num_classes=2)
+    by_itself = build_teacher(SelfDistillation(), dim=8, num_classes=0)
+    config = HuggingFace(path=str(dinov2_folder))
     by_model = build_teacher(config, dim=8, num_classes=0)
     with pytest.raises(ValueError, match="label of every image"):
         by_label.loss(token, None, None, token)
@@ -264,9 +308,7 @@ def test_what_a_teacher_needs_and_does_not_get_is_an_error(dinov2_folder):
 
 
 def test_the_self_teacher_is_built_from_its_configuration():
-    config = TeacherConfig(
-        kind="self", num_prototypes=7, student_temperature=0.2, teacher_temperature=0.3
-    )
+    config = SelfDistillation(num_prototypes=7, student_temperature=0.2, teacher_temperature=0.3)
     teacher = build_teacher(config, dim=8, num_classes=0)
     assert isinstance(teacher, SelfTeacher)
     assert teacher.head.prototypes.shape == (7, 256)

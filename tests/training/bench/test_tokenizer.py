@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mergevq.cli.main import main
-from mergevq.config.objective import LossConfig, TeacherConfig
+from mergevq.config.objective import LossConfig, SelfDistillation
 from mergevq.config.tokenizer import KeptConfig
 from mergevq.config.training import TokenizerRun, TokenizerTrainConfig
 from mergevq.training.bench import tokenizer as bench
@@ -40,7 +40,7 @@ RUN = TokenizerRun(
         adversarial_start_step=0,
         adversarial_ramp_steps=1,
     ),
-    teacher=TeacherConfig(kind="self", num_prototypes=8),
+    teacher=SelfDistillation(num_prototypes=8),
     train=TokenizerTrainConfig(num_steps=2, batch_size=2, precision="float32", device="cpu"),
 )
 
