@@ -116,6 +116,13 @@ TESTED_WITH = {
     "training/tokenizer_step": "training/tokenizer",
 }
 MAX_LINES = 600
+MAX_FUNCTION_LINES = 60
+"""Without its docstring."""
+SCRIPTS = sorted(
+    path.relative_to(REPOSITORY).as_posix()
+    for folder in ("mergevq", "benchmarks", "docs")
+    for path in (REPOSITORY / folder).glob("**/*.py")
+)
 
 
 def present(names):
@@ -194,6 +201,31 @@ def test_source_is_ascii(path):
 def test_a_module_can_be_read_in_one_sitting(module):
     lines = (PACKAGE / f"{module}.py").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= MAX_LINES
+
+
+def lines_without_docstring(function):
+    count = function.end_lineno - function.lineno + 1
+    if ast.get_docstring(function) is None:
+        return count
+    text = function.body[0]
+    return count - (text.end_lineno - text.lineno + 1)
+
+
+@pytest.mark.parametrize("path", SCRIPTS)
+def test_a_function_fits_on_a_screen(path):
+    tree = ast.parse((REPOSITORY / path).read_text(encoding="utf-8"))
+    functions = [
+        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    counts = [(each.name, lines_without_docstring(each)) for each in functions]
+    assert [(name, count) for name, count in counts if count > MAX_FUNCTION_LINES] == []
+
+
+def test_a_docstring_is_not_counted_as_a_part_of_its_function():
+    (bare, told) = ast.parse(
+        'def bare():\n    pass\n\ndef told():\n    """One.\n\n    Two.\n    """\n    pass\n'
+    ).body
+    assert (lines_without_docstring(bare), lines_without_docstring(told)) == (2, 2)
 
 
 @pytest.mark.parametrize("module", MODULES)

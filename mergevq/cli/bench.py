@@ -5,7 +5,7 @@ heavy is imported inside.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -56,9 +56,8 @@ def generator(  # noqa: PLR0913 - each is an option
     Raises:
         ValueError: there is no such recipe or size, or nothing to time.
     """
-    if recipe is not None and recipe not in GENERATOR_RECIPES:
-        names = ", ".join(GENERATOR_RECIPES)
-        raise ValueError(f"recipe ({recipe}) must be a recipe for a generator: {names}")
+    if recipe is not None:
+        _require_recipe(recipe, GENERATOR_RECIPES, "generator")
     grids, batches = _numbers("grid_tokens", grid_tokens), _numbers("batch_sizes", batch_sizes)
     from mergevq.generator import bench as benchmark
     from mergevq.runtime.device import resolve_device
@@ -75,11 +74,7 @@ def generator(  # noqa: PLR0913 - each is an option
     plain = load_reference(reference) if reference.is_file() else None
     if plain is None:
         print(f"no {reference} here: measuring without comparison")
-    print(
-        "every step is timed"
-        if max_steps is None
-        else f"{max_steps} steps of a sequence are timed, in runs that are evenly spread over it"
-    )
+    print(_timed_steps(max_steps))
     speeds = []
     for config in configs:
         for speed in benchmark.bench_generator(
@@ -227,15 +222,30 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
+def _timed_steps(max_steps: int | None) -> str:
+    """Steps of each sequence that are timed, in words."""
+    if max_steps is None:
+        return "every step is timed"
+    return f"{max_steps} steps of a sequence are timed, in runs that are evenly spread over it"
+
+
+def _require_recipe(recipe: str, known: Collection[str], model: str) -> None:
+    """Check that a recipe is one for this kind of model.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if recipe not in known:
+        raise ValueError(f"recipe ({recipe}) must be a recipe for a {model}: {', '.join(known)}")
+
+
 def _bench_run(recipe: str, images: int, lpips: str | None, device: Device) -> TokenizerRun:
     """A recipe's run, with nothing that needs data or another code's networks.
 
     Raises:
         ValueError: there is no such recipe.
     """
-    if recipe not in TOKENIZER_RECIPES:
-        names = ", ".join(TOKENIZER_RECIPES)
-        raise ValueError(f"recipe ({recipe}) must be a recipe for a tokenizer: {names}")
+    _require_recipe(recipe, TOKENIZER_RECIPES, "tokenizer")
     run = TOKENIZER_RECIPES[recipe]()
     if "teacher" in run.teacher.views:
         print(f"teacher {run.teacher.kind}, which is not this code, is left out")

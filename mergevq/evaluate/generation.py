@@ -88,74 +88,95 @@ def evaluate_generation(settings: GenerationSettings) -> GenerationRecord | None
     require_fresh(out)
     world = distributed.init(resolve_device(settings.device))
     try:
-        extractor = FeatureExtractor(settings.extractor, world.device)
-        pair, logit_error = None, None
-        if settings.run is not None:
-            pair, logit_error = load_run(settings.run, world.device)
-        size = sample_size(settings, pair)
-        # Before any sampling, which may take days: an unfit reference is not worth them.
-        reference = open_reference(
-            Path(settings.reference), "generation", extractor=extractor, image_size=size
-        )
-        _require_same_classes(settings, pair, reference)
-        classifier = _classifier(settings, pair, world.device)
-        unscored = _without_probabilities(extractor)
-        if distributed.is_main():
-            _warn(settings, pair, unscored)
-        if settings.run is not None and pair is not None:
-            sample_missing(pair, settings.run, out, world)
-        distributed.barrier()
-        samples = open_samples(settings, out)
-        if settings.write_array and distributed.is_main():
-            out.mkdir(parents=True, exist_ok=True)
-            write_array(samples, out / ARRAY, settings.batch_size)
-        labels = None
-        if settings.run is not None and pair is not None and classifier is not None:
-            numbers = range(samples.num_images)
-            labels = class_labels(settings.run, pair.generator.config.num_classes, numbers)
-        scores = measure_generation(
-            samples,
-            world,
-            extractor=extractor,
-            reference=reference.statistics,
-            reference_features=_reference_features(settings, extractor),
-            unscored=unscored,
-            classifier=classifier,
-            labels=labels,
-            batch_size=settings.batch_size,
-        )
-        neighbours = _look_up(settings, scores, extractor, size, world)
-        if not distributed.is_main():
-            return None
-        out.mkdir(parents=True, exist_ok=True)
-        if neighbours is not None and settings.data is not None:
-            images = open_images(settings.data, max_pixels=settings.max_pixels)
-            picture = neighbour_picture(samples, images, neighbours, size)
-            picture.save(out / "nearest_neighbours.png")
-        record: GenerationRecord = {
-            "kind": "generation evaluation",
-            "settings": to_json(settings),
-            **evaluation_record(world),
-            "generator": None if pair is None else pair.generator_hash,
-            "tokenizer": None if pair is None else pair.tokenizer_hash,
-            "logit_error": logit_error,
-            "samples": {
-                "num_images": samples.num_images,
-                "size": list(samples.size),
-                "pixels_sha256": scores.pixels_sha256,
-                "array": str(out / ARRAY) if settings.write_array else None,
-            },
-            "extractor": extractor_record(extractor),
-            "classifier": None if classifier is None else extractor_record(classifier),
-            "reference": reference_record(settings.reference, reference),
-            **json_numbers(scores.numbers),
-            "left_out": scores.left_out,
-            "nearest_distances": None if neighbours is None else neighbours.distance.tolist(),
-        }
-        write_json(out / RECORD, record)
-        return record
+        return _evaluate(settings, out, world)
     finally:
         distributed.shutdown()
+
+
+def _evaluate(
+    settings: GenerationSettings, out: Path, world: distributed.World
+) -> GenerationRecord | None:
+    """The whole evaluation on one rank; see `evaluate_generation`."""
+    extractor = FeatureExtractor(settings.extractor, world.device)
+    pair, logit_error = None, None
+    if settings.run is not None:
+        pair, logit_error = load_run(settings.run, world.device)
+    size = sample_size(settings, pair)
+    # Before any sampling, which may take days: an unfit reference is not worth them.
+    reference = open_reference(
+        Path(settings.reference), "generation", extractor=extractor, image_size=size
+    )
+    _require_same_classes(settings, pair, reference)
+    classifier = _classifier(settings, pair, world.device)
+    unscored = _without_probabilities(extractor)
+    if distributed.is_main():
+        _warn(settings, pair, unscored)
+    samples = _samples(settings, pair, out, world)
+    scores = measure_generation(
+        samples,
+        world,
+        extractor=extractor,
+        reference=reference.statistics,
+        reference_features=_reference_features(settings, extractor),
+        unscored=unscored,
+        classifier=classifier,
+        labels=None if classifier is None else _labels(settings, pair, samples),
+        batch_size=settings.batch_size,
+    )
+    neighbours = _look_up(settings, scores, extractor, size, world)
+    if not distributed.is_main():
+        return None
+    out.mkdir(parents=True, exist_ok=True)
+    if neighbours is not None and settings.data is not None:
+        images = open_images(settings.data, max_pixels=settings.max_pixels)
+        picture = neighbour_picture(samples, images, neighbours, size)
+        picture.save(out / "nearest_neighbours.png")
+    record: GenerationRecord = {
+        "kind": "generation evaluation",
+        "settings": to_json(settings),
+        **evaluation_record(world),
+        "generator": None if pair is None else pair.generator_hash,
+        "tokenizer": None if pair is None else pair.tokenizer_hash,
+        "logit_error": logit_error,
+        "samples": {
+            "num_images": samples.num_images,
+            "size": list(samples.size),
+            "pixels_sha256": scores.pixels_sha256,
+            "array": str(out / ARRAY) if settings.write_array else None,
+        },
+        "extractor": extractor_record(extractor),
+        "classifier": None if classifier is None else extractor_record(classifier),
+        "reference": reference_record(settings.reference, reference),
+        **json_numbers(scores.numbers),
+        "left_out": scores.left_out,
+        "nearest_distances": None if neighbours is None else neighbours.distance.tolist(),
+    }
+    write_json(out / RECORD, record)
+    return record
+
+
+def _labels(
+    settings: GenerationSettings, pair: Pair | None, samples: Samples
+) -> Int64[Tensor, "n"] | None:
+    """Class that each sample was asked for; None where samples were not made here."""
+    if settings.run is None or pair is None:
+        return None
+    numbers = range(samples.num_images)
+    return class_labels(settings.run, pair.generator.config.num_classes, numbers)
+
+
+def _samples(
+    settings: GenerationSettings, pair: Pair | None, out: Path, world: distributed.World
+) -> Samples:
+    """All samples, of which those that are missing are made, and written as an array if asked."""
+    if settings.run is not None and pair is not None:
+        sample_missing(pair, settings.run, out, world)
+    distributed.barrier()
+    samples = open_samples(settings, out)
+    if settings.write_array and distributed.is_main():
+        out.mkdir(parents=True, exist_ok=True)
+        write_array(samples, out / ARRAY, settings.batch_size)
+    return samples
 
 
 def _require_same_classes(

@@ -303,12 +303,7 @@ def finetune(
     device = model.weight.device
     batch_size = min(config.batch_size, len(train))
     total = num_steps(len(train), config)
-    schedule = OptimConfig(
-        lr=config.rate,
-        base_batch_size=512,
-        schedule="cosine",
-        warmup_steps=int(config.warmup_fraction * total),
-    )
+    schedule = _schedule(config, total)
     groups = layer_decay_groups(model, config.weight_decay, config.layer_decay)
     optimizer = torch.optim.AdamW(groups)
     check_coverage([model], [optimizer])
@@ -356,6 +351,16 @@ def finetune(
 def num_steps(num_images: int, config: FinetuneConfig) -> int:
     """Optimizer steps of the whole training."""
     return config.num_epochs * math.ceil(num_images / config.batch_size)
+
+
+def _schedule(config: FinetuneConfig, total: int) -> OptimConfig:
+    """Course of the rate over `total` steps."""
+    return OptimConfig(
+        lr=config.rate,
+        base_batch_size=512,
+        schedule="cosine",
+        warmup_steps=int(config.warmup_fraction * total),
+    )
 
 
 def _batches(
