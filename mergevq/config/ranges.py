@@ -89,6 +89,12 @@ RANGES = {
     "CnnDecoder.num_layers": Range(0, 2**12),
     "width": _WIDTH,
     "bit_components": Range(0, 2**16),
+    # Regularizers
+    "image_share": _SHARE,
+    "token_share": _SHARE,
+    "num_near": Range(1, 4095),
+    "fall": _SHARE,
+    "final_ratio": _SHARE,
     # Distribution of K
     "candidates": _TOKENS,
     "KeptConfig.rate": Range(0, 1000),

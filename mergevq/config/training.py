@@ -15,7 +15,7 @@ from typing import Literal
 from mergevq.config.base import MAX_PIXELS, Device, Precision, require
 from mergevq.config.generator import GeneratorConfig, SamplingSettings, check_passes
 from mergevq.config.objective import LossConfig, SelfDistillation, Teacher
-from mergevq.config.parts import NUM_KEYS, Merge, PatchStem
+from mergevq.config.parts import NUM_KEYS, Merge, NoRegularizer, PatchStem, Regularizer
 from mergevq.config.ranges import check_numbers
 from mergevq.config.tokenizer import KeptConfig, TokenizerConfig
 
@@ -156,6 +156,8 @@ class TokenizerRun:
     """Images."""
     loss: LossConfig = field(default_factory=LossConfig)
     """Loss weights."""
+    regularizer: Regularizer = field(default_factory=NoRegularizer)
+    """Change of codes on their way to the expander."""
     teacher: Teacher = field(default_factory=SelfDistillation)
     """Alignment."""
     optim: OptimConfig = field(default_factory=OptimConfig)

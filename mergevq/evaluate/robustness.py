@@ -45,13 +45,13 @@ from mergevq.runtime.files import write_json
 from mergevq.runtime.logs import Progress
 from mergevq.runtime.random import step_generator
 from mergevq.runtime.settings import to_json
+from mergevq.tokenizer.near import ball_share, choose_bits, radius_of
 from mergevq.tokenizer.tokenizer import Tokenizer
 
 AVERAGED_FRACTIONS = (0.5, 0.6, 0.7, 0.8, 0.9)
 """Shares of wrong tokens that the paper's pFID is the mean over."""
 NEIGHBOURS = (200, 280, 360)
-"""Nearest codes of `_CODES` that replace one: the mean is over these too."""
-_CODES = 4096
+"""Nearest codes of 4,096 that replace one: the mean is over these too."""
 
 
 class Point(NamedTuple):
@@ -267,8 +267,8 @@ def draw_flips(
         generator = step_generator(seed, "robustness", image_id)
         ranks.append(torch.randperm(num_kept, generator=generator).argsort())
         counts = 1 + torch.multinomial(ways, num_kept, replacement=True, generator=generator)
-        places = torch.rand(num_kept, num_bits, generator=generator).argsort(-1).argsort(-1)
-        flips.append(places < counts[:, None])
+        numbers = torch.rand(num_kept, num_bits, generator=generator)
+        flips.append(choose_bits(numbers, counts))
     return Flips(torch.stack(ranks).float(), torch.stack(flips))
 
 
@@ -296,28 +296,6 @@ def require_bits(tokenizer: Tokenizer) -> int:
         f"codes of {spec.dim} channels with {spec.sizes} values have no bits to flip; robustness "
         "is measured for quantizers of bits, such as model.quantizer.kind lfq"
     )
-
-
-def ball_share(num_bits: int, radius: int) -> float:
-    """Share of the codebook that lies within a radius of a code, without the code itself.
-
-    Raises:
-        ValueError: the radius is below 1 or above the number of bits.
-    """
-    if not 1 <= radius <= num_bits:
-        raise ValueError(f"radius ({radius}) must be between 1 and the {num_bits} bits of a token")
-    return sum(math.comb(num_bits, d) for d in range(1, radius + 1)) / 2**num_bits
-
-
-def radius_of(num_bits: int, num_neighbours: int) -> int:
-    """The smallest radius whose ball is at least so many of 4,096 codes, as a share.
-
-    Example:
-        >>> radius_of(18, 200), radius_of(12, 200)
-        (6, 3)
-    """
-    radii = range(1, num_bits + 1)
-    return next(r for r in radii if ball_share(num_bits, r) >= num_neighbours / _CODES)
 
 
 def default_radii(num_bits: int) -> list[int]:

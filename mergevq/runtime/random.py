@@ -83,5 +83,21 @@ class BatchNumbers:
 
     def uniform(self, purpose: str, *shape: int) -> Float[Tensor, "b *shape"]:
         """Uniform numbers in [0, 1) on the CPU, which depend on seed, purpose and step alone."""
-        numbers = step_generator(self.seed, f"{self.prefix}{purpose}", self.step)
-        return torch.rand(self.num_rows, *shape, generator=numbers)[self.rows]
+        return torch.rand(self.num_rows, *shape, generator=self._generator(purpose))[self.rows]
+
+    def even(self, purpose: str) -> Float[Tensor, "b"]:
+        """Numbers in [0, 1), of which all rows have equal distances, in random order, on the CPU.
+
+        For each row a number is uniform; as many of all rows are below a share as it is of them,
+        rounded up or down.
+        """
+        generator = self._generator(purpose)
+        order = torch.randperm(self.num_rows, generator=generator)
+        offset = torch.rand((), generator=generator, dtype=torch.float64)
+        numbers = ((order + offset) / self.num_rows).float()
+        # The largest may round up to 1.
+        return numbers.clamp(max=1 - 2**-24)[self.rows]
+
+    def _generator(self, purpose: str) -> torch.Generator:
+        """Random numbers of a purpose in this step."""
+        return step_generator(self.seed, f"{self.prefix}{purpose}", self.step)

@@ -18,6 +18,7 @@ from mergevq.tokenizer.quantizers.lfq import Lfq
 from mergevq.tokenizer.reducers.merge import Merge
 from mergevq.tokenizer.reducers.pool import Pool
 from mergevq.tokenizer.reducers.queries import Queries
+from mergevq.tokenizer.regularizers.perturb import Perturb
 from mergevq.tokenizer.stems import cnn_stem, patch_stem
 
 _LAYERS = ("num_layers", "num_res_blocks", "channel_mult", "blocks")
@@ -61,6 +62,17 @@ def build_quantizer(config: settings.Quantizer) -> Lfq | GroupedLfq | Bsq | Bern
             return Bernoulli(config)
         case settings.Fsq():
             return Fsq(config)
+        case _:
+            assert_never(config)
+
+
+def build_regularizer(config: settings.Regularizer) -> Perturb | None:
+    """Regularizer of a kind, which training uses; None leaves codes as they are."""
+    match config:
+        case settings.NoRegularizer():
+            return None
+        case settings.Perturb():
+            return Perturb(config)
         case _:
             assert_never(config)
 

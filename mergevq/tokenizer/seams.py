@@ -119,11 +119,65 @@ class Quantizer(Protocol):
         """Codes of tokens in float32; a part that does not exist is a ValueError."""
         ...
 
+    def near(
+        self,
+        parts: Int64[Tensor, "*b p"],
+        uniforms: Float[Tensor, "*b n"],
+        num_near: Float[Tensor, ""],
+        /,
+    ) -> Int64[Tensor, "*b p"]:
+        """Another token for each, drawn from those near it: never the token itself.
+
+        Args:
+            parts: tokens.
+            uniforms: D + 1 numbers in [0, 1) for each token.
+            num_near: size of the neighbourhood, in entries of a codebook of 4,096; a kind whose
+                neighbours are a few all the same takes those.
+        """
+        ...
+
     def losses(self, latents: Float[Tensor, "b k d"], /) -> Mapping[str, Float[Tensor, ""]]:
         """Unweighted terms by name.
 
         The weight of `commitment` and `entropy` is in `LossConfig`, that of a term which only this
         kind has in its settings, as `NAME_weight`.
+        """
+        ...
+
+
+class StepDraws(NamedTuple):
+    """Numbers that a regularizer goes by in a step of training, for the images at hand.
+
+    All are tensors, so that a compiled graph serves every step.
+    """
+
+    images: Float[Tensor, "b"]
+    """A number in [0, 1) for each image, spread evenly over the whole batch."""
+    tokens: Float[Tensor, "b k n"]
+    """Numbers in [0, 1) for each token, `Regularizer.num_draws` of them."""
+    progress: Float[Tensor, ""]
+    """Share of the run that is over."""
+
+
+class Regularizer(Protocol):
+    """Codes to those that an expander is given, in training alone.
+
+    Losses of the quantizer and use of the codebook are those of the codes before it.
+    """
+
+    def num_draws(self, spec: CodeSpec, /) -> int:
+        """Numbers that it takes for each token."""
+        ...
+
+    def __call__(
+        self, quantized: Quantized, /, *, quantizer: Quantizer, draws: StepDraws
+    ) -> Float[Tensor, "b k d"]:
+        """Codes for the expander; gradients pass to the latents.
+
+        Args:
+            quantized: tokens of the images.
+            quantizer: theirs.
+            draws: of the step.
         """
         ...
 

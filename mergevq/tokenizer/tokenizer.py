@@ -13,7 +13,7 @@ Shape letters: B batch, L grid tokens, K kept tokens, C channels, D bits, H and 
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +36,7 @@ from mergevq.tokenizer.build import (
     count_layers,
 )
 from mergevq.tokenizer.encoder import Embedded, Encoder
-from mergevq.tokenizer.seams import TokenSet
+from mergevq.tokenizer.seams import Quantized, TokenSet
 
 
 class Encoded(NamedTuple):
@@ -232,7 +232,7 @@ class Tokenizer(nn.Module):
                 out = self.encoder.reduce(image, num_kept)
             else:
                 out = self.encoder(image, num_kept)
-            encoded = self._tokens(out, grid_shape)
+            encoded, _ = self._tokens(out, grid_shape)
         require_finite("latents", encoded.latents)
         return encoded._replace(
             codes=self._finished(encoded.codes),
@@ -442,6 +442,7 @@ class Tokenizer(nn.Module):
         source_gradient: float = 0.0,
         recovers: Bool[Tensor, "b"] | None = None,
         uniforms: Float[Tensor, "b k d"] | None = None,
+        regularize: Callable[[Quantized], Float[Tensor, "b k d"]] | None = None,
     ) -> TokenizerOutput:
         """One training pass, without checks: every parameter takes part in it.
 
@@ -455,12 +456,16 @@ class Tokenizer(nn.Module):
                 none.
             uniforms: numbers in [0, 1) of the tokens, for a quantizer that draws in training; None
                 draws nothing.
+            regularize: gives the codes that the expander is given, of those that there are; the
+                losses, and the tokens returned, are without it. None leaves them as they are.
         """
-        encoded = self._tokens(self.encoder(image, num_kept), self.grid_shape(image), uniforms)
-        fixed = encoded.codes.detach()
-        seen = fixed + source_gradient * (encoded.codes - fixed)
+        out = self.encoder(image, num_kept)
+        encoded, quantization = self._tokens(out, self.grid_shape(image), uniforms)
+        codes = encoded.codes if regularize is None else regularize(quantization)
+        fixed = codes.detach()
+        seen = fixed + source_gradient * (codes - fixed)
         # Until quantization starts, bounded latents keep the decoder's input on the codes' scale.
-        tokens = encoded.codes if quantized else encoded.latents.tanh()
+        tokens = codes if quantized else encoded.latents.tanh()
         expanded = self.expander.train_pass(
             tokens, seen, encoded.layout, encoded.grid_shape, inferred=recovers
         )
@@ -478,12 +483,13 @@ class Tokenizer(nn.Module):
         out: TokenSet,
         grid_shape: tuple[int, int],
         uniforms: Float[Tensor, "b k d"] | None = None,
-    ) -> Encoded:
-        """Tokens of what the encoder gave."""
+    ) -> tuple[Encoded, Quantized]:
+        """Tokens of what the encoder gave, and the same as the quantizer has them."""
         latents = self.encoder.latents(out.tokens)
-        codes, parts = self.quantizer(latents, uniforms)
+        codes, parts = quantized = self.quantizer(latents, uniforms)
         indices = self.quantizer.spec.join(parts)
-        return Encoded(codes, indices, out.layout, grid_shape, out.class_token, latents)
+        encoded = Encoded(codes, indices, out.layout, grid_shape, out.class_token, latents)
+        return encoded, quantized
 
     def _resolve_num_kept(self, grid_shape: tuple[int, int], num_kept: int | None) -> int:
         """K for a grid, checked against it and against the trained range."""

@@ -4,6 +4,7 @@ Source: Li et al. 2025, "MergeVQ", section 3 and appendix A.1 (arXiv:2504.00999)
 """
 
 import copy
+import functools
 import logging
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -33,6 +34,7 @@ from mergevq.runtime.optim import (
     set_learning_rate,
 )
 from mergevq.runtime.random import BatchNumbers, draw_num_kept
+from mergevq.tokenizer.build import build_regularizer
 from mergevq.tokenizer.losses.adversarial import (
     Discriminator,
     LeCam,
@@ -49,6 +51,7 @@ from mergevq.tokenizer.losses.terms import (
     term_weights,
     total,
 )
+from mergevq.tokenizer.seams import Regularizer, StepDraws
 from mergevq.tokenizer.tokenizer import Tokenizer, TokenizerOutput
 from mergevq.training.fit import Number, cut
 from mergevq.training.initial import Start, initial_tokenizer
@@ -71,11 +74,17 @@ class Pass(NamedTuple):
 class Objective(nn.Module):
     """Tokenizer and alignment head as one module, so that data parallelism wraps them once."""
 
-    def __init__(self, tokenizer: Tokenizer, teacher: Teacher | None) -> None:
-        """Hold both."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        teacher: Teacher | None,
+        regularizer: Regularizer | None = None,
+    ) -> None:
+        """Hold them."""
         super().__init__()
         self.tokenizer = tokenizer
         self.teacher = teacher
+        self.regularizer = regularizer
 
     def forward(
         self,
@@ -87,11 +96,17 @@ class Objective(nn.Module):
         source_gradient: float,
         recovers: Bool[Tensor, "b"] | None,
         uniforms: Float[Tensor, "b k d"] | None,
+        draws: StepDraws | None,
     ) -> Pass:
         """Run the tokenizer on the image, and its encoder on the student's view if there is one.
 
-        `target` is that of `SelfTeacher.target`.
+        `target` is that of `SelfTeacher.target`; without `draws` there is no regularizer.
         """
+        regularize = None
+        if self.regularizer is not None and draws is not None:
+            regularize = functools.partial(
+                self.regularizer, quantizer=self.tokenizer.quantizer, draws=draws
+            )
         output = self.tokenizer(
             batch.image,
             num_kept,
@@ -100,6 +115,7 @@ class Objective(nn.Module):
             source_gradient=source_gradient,
             recovers=recovers,
             uniforms=uniforms,
+            regularize=regularize,
         )
         if self.teacher is None:
             return Pass(output, output.reconstruction.new_zeros((), dtype=torch.float32))
@@ -152,6 +168,8 @@ class TokenizerLearner:
     state: State
     objective: nn.Module
     """The tokenizer's side, wrapped for several ranks."""
+    regularizer: Regularizer | None
+    """The one of the objective; None leaves codes as they are."""
     judge: nn.Module
     """The discriminator, wrapped for several ranks."""
     perceptual: Perceptual | None
@@ -198,10 +216,16 @@ class TokenizerLearner:
             place = self.world.rank * len(parts) + position
             recovers = recovering(run.loss.recovered_share_at(state.place), place, part.image)
             uniforms = self._uniforms(place, len(parts), part, num_kept)
+            draws = self._draws(place, len(parts), part, num_kept)
             with distributed.no_sync(self.objective, active=not syncs):
                 with self.autocast():
                     losses, output = self.losses(
-                        part, num_kept, recovers=recovers, target=target, uniforms=uniforms
+                        part,
+                        num_kept,
+                        recovers=recovers,
+                        target=target,
+                        uniforms=uniforms,
+                        draws=draws,
                     )
                 loss = total(losses, self._weights())
                 state.scaler.scale(loss / len(parts)).backward()
@@ -244,16 +268,34 @@ class TokenizerLearner:
             part: the part.
             num_kept: K.
         """
-        quantizer, count = self.state.tokenizer.quantizer, len(part.image)
+        quantizer = self.state.tokenizer.quantizer
         if not quantizer.is_random:
             return None
-        numbers = BatchNumbers(
+        numbers = self._numbers(place, num_parts, part)
+        return numbers.uniform("quantizer", num_kept, quantizer.spec.dim).to(part.image.device)
+
+    def _draws(self, place: int, num_parts: int, part: Batch, num_kept: int) -> StepDraws | None:
+        """Numbers that the regularizer goes by; None without one. Arguments as `_uniforms`."""
+        if self.regularizer is None:
+            return None
+        numbers = self._numbers(place, num_parts, part)
+        num_draws = self.regularizer.num_draws(self.state.tokenizer.quantizer.spec)
+        device = part.image.device
+        return StepDraws(
+            images=send(numbers.even("regularizer images"), device),
+            tokens=send(numbers.uniform("regularizer", num_kept, num_draws), device),
+            progress=send(torch.tensor(self.state.place / self.run.train.num_steps), device),
+        )
+
+    def _numbers(self, place: int, num_parts: int, part: Batch) -> BatchNumbers:
+        """Random numbers of a part's images; arguments as `_uniforms`."""
+        count = len(part.image)
+        return BatchNumbers(
             seed=self.run.train.seed,
             step=self.state.step,
             num_rows=count * num_parts * self.world.world_size,
             rows=slice(place * count, (place + 1) * count),
         )
-        return numbers.uniform("quantizer", num_kept, quantizer.spec.dim).to(part.image.device)
 
     def _weights(self) -> dict[str, float]:
         """Weight of every term at this step."""
@@ -284,6 +326,7 @@ class TokenizerLearner:
         recovers: Bool[Tensor, "b"] | None = None,
         target: Float[Tensor, "b f"] | None = None,
         uniforms: Float[Tensor, "b k d"] | None = None,
+        draws: StepDraws | None = None,
     ) -> tuple[TokenizerLosses, TokenizerOutput]:
         """Every term for one part of a batch.
 
@@ -294,6 +337,7 @@ class TokenizerLearner:
             target: of the self-teacher for this part (`self_targets`); None makes it of this part
                 alone.
             uniforms: numbers that the part's tokens are drawn by; None draws nothing.
+            draws: numbers of the regularizer; None leaves it out.
         """
         run, state = self.run, self.state
         if target is None:
@@ -306,6 +350,7 @@ class TokenizerLearner:
             source_gradient=run.loss.source_gradient,
             recovers=recovers,
             uniforms=uniforms,
+            draws=draws,
         )
         zero = torch.zeros((), device=batch.image.device)
         perceptual, adversarial = zero, zero
@@ -392,7 +437,8 @@ def build(
         teacher = teacher.to(device).train()
     if isinstance(teacher, SelfTeacher):
         teacher_encoder = copy.deepcopy(tokenizer.encoder).requires_grad_(requires_grad=False)
-    objective = Objective(tokenizer, teacher)
+    regularizer = build_regularizer(run.regularizer)
+    objective = Objective(tokenizer, teacher, regularizer)
     ratios: dict[nn.Module, float] = {tokenizer.encoder: run.encoder_lr_ratio}
     optimizer = build_optimizer([objective], run.optim, run.train.batch_size, ratios)
     discriminator_optimizer = build_optimizer([discriminator], run.optim, run.train.batch_size)
@@ -423,6 +469,7 @@ def build(
         world=world,
         state=state,
         objective=distributed.wrap(objective),
+        regularizer=regularizer,
         judge=distributed.wrap(discriminator),
         perceptual=perceptual,
         dtype=dtype,

@@ -18,6 +18,7 @@ from mergevq.config.parts.quantizers import (
     weights_of,
 )
 from mergevq.config.parts.reducers import NUM_KEYS, Merge, MergeShape, Pool, Queries, Reducer
+from mergevq.config.parts.regularizers import NoRegularizer, Perturb, Regularizer
 from mergevq.config.parts.stems import CnnStem, PatchStem, Stem
 
 __all__ = [
@@ -35,12 +36,15 @@ __all__ = [
     "MaskTokens",
     "Merge",
     "MergeShape",
+    "NoRegularizer",
     "PatchDecoder",
     "PatchStem",
+    "Perturb",
     "Pool",
     "Quantizer",
     "Queries",
     "Reducer",
+    "Regularizer",
     "Stem",
     "Unmerge",
     "bits_of",

@@ -18,6 +18,7 @@ from mergevq.config.recipes.digits import (
     digits32_fsq,
     digits32_gq32,
     digits32_maskgit,
+    digits32_perturb,
     digits32_pool,
     digits32_queries,
 )
@@ -93,6 +94,7 @@ TOKENIZER_RECIPES: dict[str, Callable[[], TokenizerRun]] = {
         digits32_bsq,
         digits32_bernoulli,
         digits32_fsq,
+        digits32_perturb,
         digits32_pool,
         digits32_queries,
         photos64,

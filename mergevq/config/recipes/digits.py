@@ -23,6 +23,7 @@ from mergevq.config.parts import (
     Lfq,
     MaskTokens,
     Merge,
+    Perturb,
     Pool,
     Quantizer,
     Queries,
@@ -142,6 +143,15 @@ def _with_quantizer(
         train=replace(run.train, eval_num_kept=(12, 20, 32, run.model.num_tokens)),
         out=f"runs/{name}",
     )
+
+
+def digits32_perturb() -> TokenizerRun:
+    """`digits32` with wrong tokens in a tenth of the images that are decoded.
+
+    Source: RobustTok (arXiv:2503.08354). Hardware and time: not measured, 640 steps of 64 images.
+    Expected: not measured.
+    """
+    return replace(digits32(), regularizer=Perturb(), out="runs/digits32_perturb")
 
 
 def digits32_pool() -> TokenizerRun:

@@ -28,6 +28,7 @@ from mergevq.tokenizer.bits import (
     signs_of,
     token_entropy,
 )
+from mergevq.tokenizer.near import near_bits
 from mergevq.tokenizer.seams import Quantized
 
 _OWN_TEMPERATURE = 4.0
@@ -66,6 +67,15 @@ class Bernoulli(nn.Module):
     def decode(self, parts: Int64[Tensor, "*b 1"]) -> Float[Tensor, "*b d"]:
         """Signs of indices."""
         return indices_to_codes(parts[..., 0], self.spec.dim)
+
+    def near(
+        self,
+        parts: Int64[Tensor, "*b 1"],
+        uniforms: Float[Tensor, "*b n"],
+        num_near: Float[Tensor, ""],
+    ) -> Int64[Tensor, "*b 1"]:
+        """Change a few bits of each token, uniformly in the ball of `num_near`."""
+        return near_bits(parts, self.spec.dim, uniforms, num_near)
 
     def losses(self, latents: Float[Tensor, "b k d"]) -> dict[str, Float[Tensor, ""]]:
         """Token entropy minus codebook entropy, of the drawn bits at T = 1, and confidence."""

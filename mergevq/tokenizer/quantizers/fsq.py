@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mergevq.config import parts as settings
 from mergevq.data.codes import CodeSpec, check_values
+from mergevq.tokenizer.near import near_level
 from mergevq.tokenizer.seams import Quantized
 
 _MARGIN = 1e-3
@@ -56,6 +57,15 @@ class Fsq(nn.Module):
             check_values(part, size)
         half = torch.tensor(self.spec.sizes, device=parts.device) // 2
         return (parts - half).float() / half
+
+    def near(
+        self,
+        parts: Int64[Tensor, "*b d"],
+        uniforms: Float[Tensor, "*b n"],
+        _num_near: Float[Tensor, ""],
+    ) -> Int64[Tensor, "*b d"]:
+        """Move one channel of each token by one level, however many codes are to be near."""
+        return near_level(parts, uniforms[..., 0], self.spec.sizes)
 
     def losses(self, _latents: Float[Tensor, "b k d"]) -> dict[str, Float[Tensor, ""]]:
         """None: levels are all used without one."""

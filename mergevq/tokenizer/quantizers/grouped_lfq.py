@@ -29,6 +29,7 @@ from mergevq.tokenizer.bits import (
     signs_of,
     token_entropy,
 )
+from mergevq.tokenizer.near import near_bits
 from mergevq.tokenizer.seams import Quantized
 
 
@@ -54,6 +55,15 @@ class GroupedLfq(nn.Module):
     def decode(self, parts: Int64[Tensor, "*b g"]) -> Float[Tensor, "*b d"]:
         """Signs of the groups' indices."""
         return indices_to_codes(parts, self.config.group_bits).flatten(-2)
+
+    def near(
+        self,
+        parts: Int64[Tensor, "*b g"],
+        uniforms: Float[Tensor, "*b n"],
+        num_near: Float[Tensor, ""],
+    ) -> Int64[Tensor, "*b g"]:
+        """Change a few bits of each token, uniformly in the ball of `num_near` over all groups."""
+        return near_bits(parts, self.spec.dim, uniforms, num_near)
 
     def losses(self, latents: Float[Tensor, "b k d"]) -> dict[str, Float[Tensor, ""]]:
         """Commitment, and token entropy minus codebook entropy."""

@@ -1,0 +1,1 @@
+"""Ways to change codes between quantizer and expander, in training alone."""
