@@ -36,7 +36,7 @@ def ball_share(num_bits: int, radius: int) -> float:
     return sum(math.comb(num_bits, d) for d in range(1, radius + 1)) / 2**num_bits
 
 
-def radius_of(num_bits: int, num_near: float) -> int:
+def radius_of(num_bits: int, num_near: int) -> int:
     """The smallest radius whose ball is at least so many of 4,096 codes, as a share.
 
     It is D where no ball is as large.

@@ -8,7 +8,7 @@ the encoder, D channels of codes, E channels that a decoder is given, P parts of
 """
 
 from collections.abc import Mapping
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
@@ -92,6 +92,7 @@ class Reducer(Protocol):
         ...
 
 
+@runtime_checkable
 class Quantizer(Protocol):
     """Latents to codes, in float32 under any autocast."""
 
@@ -159,6 +160,7 @@ class StepDraws(NamedTuple):
     """Share of the run that is over."""
 
 
+@runtime_checkable
 class Regularizer(Protocol):
     """Codes to those that an expander is given, in training alone.
 

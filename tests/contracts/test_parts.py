@@ -18,7 +18,9 @@ from mergevq.config.recipes.digits import digits32, digits32_ar
 from mergevq.config.training import TokenizerRun
 from mergevq.evaluate.reconstruction import evaluate_reconstruction
 from mergevq.generator.build import load_generator
+from mergevq.tokenizer.build import build_regularizer
 from mergevq.tokenizer.encode import encode
+from mergevq.tokenizer.seams import StepDraws
 from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training.generator import train as train_generator
 from mergevq.training.tokenizer import train
@@ -31,6 +33,7 @@ KINDS = {
     for union in unions(TokenizerRun)
     if union.name.startswith("model.")
 }
+PARTS = [part for kinds in KINDS.values() for part in kinds]
 
 
 def of(seam):
@@ -206,6 +209,34 @@ def test_tokens_depend_on_numbers_only_where_a_quantizer_draws(part):
 
 
 @of("quantizer")
+@pytest.mark.parametrize("num_near", [1.0, 100.0, 4095.0])
+def test_a_near_token_exists_and_is_another_one(part, num_near):
+    quantizer = small(part).quantizer
+    parts = quantizer(latents_of(small(part))).parts
+    shape = (2, NUM_KEPT, quantizer.spec.dim + 1)
+    uniforms = torch.rand(shape, generator=torch.Generator().manual_seed(3))
+    near = quantizer.near(parts, uniforms, torch.tensor(num_near))
+    assert near.shape == parts.shape
+    quantizer.decode(near)
+    assert bool((near != parts).any(-1).all())
+    assert torch.equal(near, quantizer.near(parts, uniforms, torch.tensor(num_near)))
+    # Numbers at both ends are no exception.
+    for end in (0.0, 1 - 2**-24):
+        quantizer.decode(near := quantizer.near(parts, 0 * uniforms + end, torch.tensor(num_near)))
+        assert bool((near != parts).any(-1).all())
+
+
+@of("quantizer")
+def test_the_nearest_tokens_differ_in_one_channel(part):
+    quantizer = small(part).quantizer
+    codes, parts = quantizer(latents_of(small(part)))
+    shape = (2, NUM_KEPT, quantizer.spec.dim + 1)
+    uniforms = torch.rand(shape, generator=torch.Generator().manual_seed(3))
+    near = quantizer.decode(quantizer.near(parts, uniforms, torch.tensor(1e-9)))
+    assert (near != codes).sum(-1).unique().tolist() == [1]
+
+
+@of("quantizer")
 def test_tokens_do_not_depend_on_autocast(part):
     model = small(part)
     latents = latents_of(model)
@@ -216,6 +247,36 @@ def test_tokens_do_not_depend_on_autocast(part):
     assert torch.equal(plain.parts, cast.parts)
     assert torch.equal(plain.codes, cast.codes)
     assert again.dtype == torch.float32
+
+
+@of("quantizer")
+@pytest.mark.parametrize("kind", [part.partition("=")[2] for part in KINDS["regularizer"]])
+def test_a_regularizer_changes_codes_and_no_gradient(part, kind):
+    model = small(part)
+    regularizer = build_regularizer(replaced(digits32(), {"regularizer.kind": kind}).regularizer)
+    if regularizer is None:
+        return  # Nothing is built, and there is nothing to change codes.
+    num_draws = regularizer.num_draws(model.quantizer.spec)
+    latents = latents_of(model).requires_grad_()
+    quantized = model.quantizer(latents)
+    numbers = torch.Generator().manual_seed(3)
+    draws = StepDraws(
+        images=torch.tensor([0.0, 0.99]),
+        tokens=torch.rand(2, NUM_KEPT, num_draws, generator=numbers),
+        progress=torch.tensor(0.5),
+    )
+    codes = regularizer(quantized, quantizer=model.quantizer, draws=draws)
+    assert codes.shape == quantized.codes.shape
+    assert codes.dtype == quantized.codes.dtype
+    assert not torch.equal(codes, quantized.codes)
+    again = regularizer(quantized, quantizer=model.quantizer, draws=draws)
+    assert torch.equal(codes, again)
+    assert not list(regularizer.parameters())
+    found, expected = (
+        torch.autograd.grad(value.sum(), latents, retain_graph=True)[0]
+        for value in (codes, quantized.codes)
+    )
+    assert torch.equal(found, expected)
 
 
 @of("expander")
@@ -279,7 +340,7 @@ def test_a_decoder_makes_pixels_of_every_cell(part, shape):
 # ------------------------------------------------------------------------- in a whole tokenizer
 
 
-@pytest.mark.parametrize("part", [part for kinds in KINDS.values() for part in kinds])
+@pytest.mark.parametrize("part", [part for part in PARTS if part.startswith("model.")])
 def test_a_tokenizer_with_the_part_is_the_same_after_it_was_saved(part, tmp_path):
     model = small(part).eval()
     try:
@@ -297,14 +358,15 @@ def test_a_tokenizer_with_the_part_is_the_same_after_it_was_saved(part, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", [part for kinds in KINDS.values() for part in kinds])
+@pytest.mark.parametrize("part", PARTS)
 def test_a_tokenizer_with_the_part_trains_and_is_validated(part, tmp_path):
     pytest.importorskip("sklearn")
     name, _, kind = part.partition("=")
     run = replaced(shrink(digits32()), {name: kind})
     data = replace(run.data, max_images=12, num_workers=0)
     model = train(replace(run, data=data, out=str(tmp_path / "run")))
-    assert value_at(Tokenizer.from_pretrained(model).config, name.removeprefix("model.")) == kind
+    trained = replace(run, model=Tokenizer.from_pretrained(model).config)
+    assert value_at(trained, name) == kind
 
 
 @pytest.mark.slow

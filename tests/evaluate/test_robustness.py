@@ -11,7 +11,6 @@ from mergevq.config.records import RobustnessRecord
 from mergevq.evaluate.reconstruction import measure_reconstructions
 from mergevq.evaluate.robustness import (
     Point,
-    ball_share,
     default_radii,
     draw_flips,
     evaluate_robustness,
@@ -97,9 +96,7 @@ def test_so_many_tokens_are_replaced_and_fewer_are_among_more():
     assert not (changed[1] & ~changed[2]).any()
 
 
-def test_the_ball_is_a_share_of_the_codebook():
-    assert ball_share(4, 2) == 10 / 16
-    assert ball_share(4, 4) == 15 / 16
+def test_the_balls_are_those_of_the_papers_numbers():
     # 12,615 of 262,144 codes differ in up to 5 of 18 bits: less than 200 of 4,096.
     assert default_radii(18) == [6, 6, 6]
     # Of 12 bits, 298 codes differ in up to 3, and 200/4096 and 280/4096 of all are fewer.

@@ -1,5 +1,6 @@
 """A run's directory, log, device, random numbers and end, as the loops use them."""
 
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from mergevq.config.recipes.tiny64 import tiny64_gr
 from mergevq.runtime.random import (
+    BatchNumbers,
     DataPurpose,
     data_seed,
     draw_num_kept,
@@ -93,3 +95,21 @@ def test_k_is_drawn_from_the_distribution_and_again_after_a_resume():
     share = draws.count(144) / len(draws)
     assert share == pytest.approx(run.kept.probabilities[1], abs=0.03)
     assert set(draws) == set(run.kept.candidates)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 10])
+def test_even_numbers_have_equal_distances_and_are_cut_to_the_rows(num_rows):
+    found = []
+    for step in range(200):
+        numbers = BatchNumbers(seed=1, step=step, num_rows=num_rows, rows=slice(None))
+        whole = numbers.even("here")
+        spaced = whole.sort().values - whole.min()
+        torch.testing.assert_close(spaced, torch.arange(num_rows) / num_rows)
+        assert 0 <= whole.min() < 1 / num_rows
+        parts = [replace(numbers, rows=slice(row, row + 1)).even("here") for row in range(num_rows)]
+        assert torch.equal(torch.cat(parts), whole)
+        # As many as 35 % of the rows, rounded up or down.
+        assert int((whole < 0.35).sum()) in {int(0.35 * num_rows), int(0.35 * num_rows) + 1}
+        found.append(whole[0].item())
+    # One row by itself is uniform: five standard deviations of 200 draws.
+    assert sum(found) / len(found) == pytest.approx(0.5, abs=5 * 0.29 / 200**0.5)

@@ -749,6 +749,7 @@ def test_a_failing_step_says_on_which_rank_and_at_which_step(tmp_path, monkeypat
 COMPILED = """
 import sys, warnings, torch
 from dataclasses import replace
+from mergevq.config.parts import Perturb
 from mergevq.config.recipes import TOKENIZER_RECIPES
 from mergevq.config.tokenizer import KeptConfig
 from mergevq.runtime import distributed
@@ -762,7 +763,10 @@ run = replace(
     run, kept=KeptConfig(candidates=(16, 32)),
     loss=replace(run.loss, perceptual_weight=0.0, discriminator_start_step=0,
                  adversarial_start_step=0),
-    train=replace(run.train, batch_size=2, accumulation=1, device="cpu", precision=sys.argv[2]))
+    # Its share and its ball differ in every step.
+    regularizer=Perturb(image_share=0.5, fall=(0.0, 1.0)),
+    train=replace(run.train, num_steps=6, batch_size=2, accumulation=1, device="cpu",
+                  precision=sys.argv[2]))
 world = distributed.World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 logs = []
 for compiled in (False, True):
