@@ -268,10 +268,16 @@ KEPT = {
     "kept.std": GAUSSIAN,
     "kept.floor": GAUSSIAN,
 }
+PERTURB = {"regularizer[perturb].image_share": 1.0}
 NEEDS = {
     "tokenizer": {
         **OPTIM,
         **KEPT,
+        # Of a few images a tenth may be none; of 8 bits 100 and 108 near codes are one radius.
+        **{
+            f"regularizer[perturb].{name}": PERTURB
+            for name in ("token_share", "num_near", "fall", "final_ratio")
+        },
         "model.stem[patch].norm_eps": {"model.stem[patch].position_embedding": True},
         "init_codes": PLAIN,
         "loss.recovered_start_step": {"loss.recovered_share": 0.5},
@@ -329,6 +335,8 @@ VALUES = {
         "model.quantizer[grouped_lfq].group_bits": 4,
         "model.decoder[patch].blocks": "ac",
         "model.decoder[patch].bit_components": (0, 1, 2, 3) * 2,
+        "regularizer[perturb].image_share": 1.0,
+        "regularizer[perturb].num_near": 400,
         "kept.rate": 0.01,
         "kept.mean": 9.0,
         "kept.std": 90.0,
