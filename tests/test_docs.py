@@ -157,7 +157,7 @@ def test_the_part_that_is_added_as_an_example_works():
     assert codes.tolist() == [[-1, 0, 0, 0, 1]]
     assert of_token.tolist() == [[0, 1, 1, 1, 2]]
     assert torch.equal(quantizer.decode(of_token), codes)
-    moved = quantizer.near(of_token, torch.tensor([0.95]), torch.tensor(1.0))
+    moved = quantizer.near(of_token, torch.full((1, 6), 0.95), torch.tensor(1.0))
     assert moved.tolist() == [[0, 1, 1, 1, 1]]
     quantizer.losses(latents[None])["commitment"].backward()
     assert latents.grad.count_nonzero() == 4

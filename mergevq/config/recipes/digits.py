@@ -151,7 +151,13 @@ def digits32_perturb() -> TokenizerRun:
     Source: RobustTok (arXiv:2503.08354). Hardware and time: not measured, 640 steps of 64 images.
     Expected: not measured.
     """
-    return replace(digits32(), regularizer=Perturb(), out="runs/digits32_perturb")
+    run = digits32()
+    return replace(
+        run,
+        regularizer=Perturb(),
+        train=replace(run.train, eval_num_kept=(12, 20, 32, run.model.num_tokens)),
+        out="runs/digits32_perturb",
+    )
 
 
 def digits32_pool() -> TokenizerRun:
