@@ -75,8 +75,8 @@ def near_bits(
     device = parts.device
     shares = torch.tensor([ball_share(num_bits, r) for r in range(1, num_bits + 1)], device=device)
     radius = 1 + (shares[:-1] < num_near / _CODES).sum()
-    # Not `shares[radius - 1]`, which waits for the number and breaks a compiled graph.
-    drawn = uniforms[..., 0] * shares.take(radius - 1)
+    # Not `shares[radius - 1]`: an index waits for its value, which breaks a compiled graph.
+    drawn = uniforms[..., 0] * shares.gather(0, radius[None] - 1)
     # A product that rounds up must not leave the ball.
     counts = (1 + torch.bucketize(drawn, shares, right=True)).minimum(radius)
     changed = choose_bits(uniforms[..., 1:], counts).unflatten(-1, (parts.shape[-1], -1))
