@@ -96,6 +96,7 @@ TESTED_WITH = {
     "config/parts/expanders": "config/parts",
     "config/parts/quantizers": "config/parts",
     "config/parts/reducers": "config/parts",
+    "config/parts/regularizers": "config/parts",
     "config/parts/stems": "config/parts",
     "config/records": "config/evaluation",
     "generator/network": "generator/autoregressive",

@@ -12,7 +12,7 @@ from mergevq.config.recipes.tiny64 import tiny64_gr
 from mergevq.config.training import DataConfig, TokenizerRun
 from mergevq.data.images import open_images
 from mergevq.runtime import distributed
-from mergevq.tokenizer.components import encode_analytic, fit_components
+from mergevq.tokenizer.analytic.components import encode_analytic, fit_components
 from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training.initial import find_start, initial_tokenizer, initialize_from
 from mergevq.training.tokenizer import run_batches, train

@@ -5,18 +5,18 @@ import torch
 
 from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.data.layouts import unmerge
-from mergevq.tokenizer.analytic_start import (
-    start_decoder_from_components,
-    start_from_components,
-    waves,
-)
-from mergevq.tokenizer.components import (
+from mergevq.tokenizer.analytic.components import (
     Components,
     encode_analytic,
     fit_components,
     from_patches,
     group_means,
     to_patches,
+)
+from mergevq.tokenizer.analytic.start import (
+    start_decoder_from_components,
+    start_from_components,
+    waves,
 )
 from mergevq.tokenizer.seams import Given
 from mergevq.tokenizer.tokenizer import Tokenizer

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mergevq.config.parts import NUM_KEYS
-from mergevq.tokenizer.components import KEY_OFFSET, Components
+from mergevq.tokenizer.analytic.components import KEY_OFFSET, Components
 from mergevq.tokenizer.decoders.patch import PatchDecoder
 from mergevq.tokenizer.encoder import Encoder
 from mergevq.tokenizer.reducers.merge import MergeBlock

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mergevq.data.layouts import Source, unmerge
-from mergevq.tokenizer.components import (
+from mergevq.tokenizer.analytic.components import (
     allot_bits,
     encode_analytic,
     fit_components,

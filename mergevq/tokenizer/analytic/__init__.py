@@ -1,0 +1,1 @@
+"""First weights that are computed, not drawn: principal components of patches."""
