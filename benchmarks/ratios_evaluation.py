@@ -8,9 +8,9 @@ from torch import Tensor
 from benchmarks.entry import Entry, Pair
 from benchmarks.ratios_images import images
 from mergevq.config.recipes import TOKENIZER_RECIPES
-from mergevq.evaluate.compare import Comparison, Original, Originals
 from mergevq.generator.generation import decode_sampled
 from mergevq.generator.seams import Sampled
+from mergevq.metrics.comparison import Original, Originals, comparison
 from mergevq.metrics.lpips import Perceptual, TrunkName
 from mergevq.tokenizer.tokenizer import Encoded, Tokenizer
 
@@ -102,9 +102,9 @@ def compare_pair(count: int, side: int, num_comparisons: int) -> Pair:
     def compare(originals: list[Original]) -> list[Tensor]:
         means = []
         for original in originals:
-            comparison = Comparison(perceptual=network)
-            comparison.update(original, other, positions)
-            means.append(torch.tensor(comparison.means["lpips"].compute().mean))
+            compared = comparison(network)
+            compared.update(original, other, positions)
+            means.append(torch.tensor(compared.compute()["lpips"]))
         return means
 
     def plain() -> list[Tensor]:

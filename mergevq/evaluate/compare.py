@@ -21,146 +21,14 @@ from mergevq.data.batches import Batch
 from mergevq.data.coding.maps import map_bits
 from mergevq.data.layouts import Bits, Source, require_source
 from mergevq.metrics.codes import CodebookStatistics, codebook_statistics, source_accuracy
+from mergevq.metrics.comparison import Original, Originals, comparison
 from mergevq.metrics.extractor import FeatureExtractor
-from mergevq.metrics.frechet import FrechetStatistics, Gaussian, frechet_distance
-from mergevq.metrics.image import (
-    Mean,
-    authors_ssim,
-    feature_cosine,
-    psnr,
-    ssim,
-    to_pixels,
-    to_uint8,
-)
+from mergevq.metrics.frechet import Gaussian
+from mergevq.metrics.image import Mean
 from mergevq.metrics.lpips import Perceptual
-from mergevq.metrics.sets import Rows
 from mergevq.runtime import distributed
 from mergevq.tokenizer.encoder import Embedded
 from mergevq.tokenizer.tokenizer import Tokenizer
-
-
-class Original(NamedTuple):
-    """Images that reconstructions are compared with, and what is computed of them once."""
-
-    image: Float[Tensor, "b 3 h w"]
-    """In [-1, 1]."""
-    features: Float[Tensor, "b f"] | None
-    """Of the extractor; None without one."""
-    taps: list[Float[Tensor, "b _ _ _"]] | None
-    """Of the network of LPIPS; None without one."""
-
-
-class Originals:
-    """Original images, batch by batch: the networks see each once, however often it is compared.
-
-    Args:
-        perceptual: network for LPIPS; None leaves it out.
-        extractor: network for feature cosine and Frechet distance; None leaves them out.
-    """
-
-    def __init__(self, perceptual: Perceptual | None, extractor: FeatureExtractor | None) -> None:
-        self.perceptual, self.extractor = perceptual, extractor
-        self.statistics = None if extractor is None else FrechetStatistics(extractor.dim)
-
-    @torch.no_grad()
-    def update(self, image: Float[Tensor, "b 3 h w"]) -> Original:
-        """Add images in [-1, 1]."""
-        features = None
-        if self.extractor is not None and self.statistics is not None:
-            features = self.extractor.features(to_uint8(image))
-            self.statistics.update(features)
-        taps = None if self.perceptual is None else self.perceptual.taps(image)
-        return Original(image, features, taps)
-
-    def compute(self) -> Gaussian | None:
-        """Statistics over all ranks, or None; every rank must call."""
-        return None if self.statistics is None else self.statistics.compute()
-
-
-class Comparison:
-    """How like their originals decoded images are, over images that arrive in batches.
-
-    Args:
-        perceptual: network for LPIPS; None leaves it out.
-        extractor: network for feature cosine and Frechet distance; None leaves them out.
-        protocol: how images are compared.
-    """
-
-    def __init__(
-        self,
-        *,
-        perceptual: Perceptual | None = None,
-        extractor: FeatureExtractor | None = None,
-        protocol: Protocol = "own",
-    ) -> None:
-        self.perceptual, self.extractor = perceptual, extractor
-        self.is_authors = protocol == "authors"
-        names = ["psnr", "ssim", "l1"]
-        names += [] if perceptual is None else ["lpips"]
-        names += [] if extractor is None else [cosine_name(extractor)]
-        # All from the start: a rank that gets no image takes part in every sum.
-        self.means = {name: Mean(name, infinite=name == "psnr") for name in names}
-        self.psnr = Rows("psnr", infinite=True)
-        """PSNR of each image, one column."""
-        self.statistics = None if extractor is None else FrechetStatistics(extractor.dim)
-        """Statistics of the decoded images' features."""
-
-    @torch.no_grad()
-    def update(
-        self,
-        original: Original,
-        decoded: Float[Tensor, "b 3 h w"],
-        positions: Int64[Tensor, "b"],
-    ) -> None:
-        """Add a batch; a value that is not finite is a ValueError.
-
-        Args:
-            original: images, as `Originals` with the same networks gave them.
-            decoded: what came back; clipped to [-1, 1].
-            positions: of the images among all images.
-        """
-        image, shown = original.image, decoded.float().clamp(-1, 1)
-        per_image = psnr(image, shown, truncated=self.is_authors)
-        similarity = authors_ssim if self.is_authors else ssim
-        values = {"psnr": per_image, "ssim": similarity(image, shown)}
-        values["l1"] = (image - shown).abs().mean((1, 2, 3))
-        if self.perceptual is not None and original.taps is not None:
-            values["lpips"] = self.perceptual.between(original.taps, self.perceptual.taps(shown))
-        features = original.features
-        if self.extractor is not None and self.statistics is not None and features is not None:
-            pixels = to_pixels(shown) if self.is_authors else to_uint8(shown)
-            found = self.extractor.features(pixels)
-            values[cosine_name(self.extractor)] = feature_cosine(features, found)
-            self.statistics.update(found)
-        for name, value in values.items():
-            self.means[name].update(value)
-        self.psnr.update(per_image[:, None], positions)
-
-    @property
-    def num_images(self) -> Float[Tensor, "1"]:
-        """Images of this rank so far."""
-        return self.means["l1"].state[1:2]
-
-    def compute(self, reference: Gaussian | None = None) -> dict[str, float]:
-        """Every mean, and with an extractor the Frechet distance to a reference.
-
-        PSNR is infinite as soon as one image came back exactly; `num_exact` counts those, and where
-        there are any, `psnr_finite` is the mean of the others.
-        """
-        numbers = {name: mean.compute().mean for name, mean in self.means.items()}
-        average = self.means["psnr"].compute()
-        numbers["num_exact"] = float(average.num_infinite)
-        if 0 < average.num_infinite < average.num_items:
-            numbers["psnr_finite"] = average.finite_mean
-        if self.extractor is not None and self.statistics is not None and reference is not None:
-            found = self.statistics.compute()
-            numbers[self.extractor.metric_name("frechet")] = frechet_distance(reference, found)
-        return numbers
-
-
-def cosine_name(extractor: FeatureExtractor) -> str:
-    """Name of the mean cosine between an extractor's features."""
-    return f"feature_cosine_{extractor.name}"
 
 
 class Outcome(NamedTuple):
@@ -209,10 +77,7 @@ class Evaluation:
         coded: frozenset[int],
     ) -> None:
         self.tokenizer, self.num_kept, self.autocast = tokenizer, num_kept, autocast
-        self.given, recovered = (
-            Comparison(perceptual=perceptual, extractor=extractor, protocol=protocol)
-            for _ in range(2)
-        )
+        self.given, recovered = (comparison(perceptual, extractor, protocol) for _ in range(2))
         self.recovered = recovered if tokenizer.has_maps else None
         """None where grid and K imply the layout, so that nothing is to recover."""
         self.accuracy = Mean("source_accuracy")

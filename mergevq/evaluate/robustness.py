@@ -26,7 +26,6 @@ from torch import Tensor
 
 from mergevq.config.evaluation import RobustnessSettings
 from mergevq.config.records import RobustnessRecord
-from mergevq.evaluate.compare import Comparison, Originals
 from mergevq.evaluate.subject import (
     RECORD,
     Opened,
@@ -36,6 +35,7 @@ from mergevq.evaluate.subject import (
     require_fresh,
     subject_record,
 )
+from mergevq.metrics.comparison import Originals, comparison
 from mergevq.metrics.image import to_uint8
 from mergevq.metrics.references import ImageHashes
 from mergevq.report.plots import Curve, Panel, has_plots, line_plot
@@ -198,10 +198,8 @@ def measure_robustness(
         ball_share(num_bits, radius)
     tokenizer.num_tokens(torch.empty(1, 3, config.image_size, config.image_size), num_kept)
     comparisons = {
-        (fraction, radius): Comparison(
-            perceptual=subject.perceptual,
-            extractor=subject.extractor,
-            protocol=subject.subject.protocol,
+        (fraction, radius): comparison(
+            subject.perceptual, subject.extractor, subject.subject.protocol
         )
         for fraction in sorted(set(fractions))
         for radius in (balls if fraction else [None])
@@ -218,21 +216,21 @@ def measure_robustness(
                 encoded = tokenizer.encode(image, num_kept)
             ids = batch.index.tolist()
             flips = {r: draw_flips(num_kept, num_bits, r, seed, ids) for r in balls}
-            for (fraction, radius), comparison in comparisons.items():
+            for (fraction, radius), compared in comparisons.items():
                 codes = encoded.codes
                 if radius is not None:
                     codes = perturb(codes, flips[radius], num_replaced(num_kept, fraction))
                 with subject.autocast():
                     decoded = tokenizer.decode(codes, encoded.layout, encoded.grid_shape)
-                comparison.update(original, decoded, batch.index)
+                compared.update(original, decoded, batch.index)
                 progress.update(len(image))
     progress.close()
     statistics = originals.compute()
     points = [
-        Point(fraction, radius, num_replaced(num_kept, fraction), comparison.compute(statistics))
-        for (fraction, radius), comparison in comparisons.items()
+        Point(fraction, radius, num_replaced(num_kept, fraction), compared.compute(statistics))
+        for (fraction, radius), compared in comparisons.items()
     ]
-    num_images = next(iter(comparisons.values())).means["psnr"].compute().num_items
+    num_images = int(distributed.sum(next(iter(comparisons.values())).num_images))
     return Curves(points=points, pixels_sha256=hashes.compute(), num_images=num_images)
 
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 
 from mergevq.config.evaluation import TrunkName
-from mergevq.evaluate.compare import Comparison, Originals
 from mergevq.evaluate.subject import json_numbers
+from mergevq.metrics.comparison import Originals, comparison
 from mergevq.metrics.extractor import FeatureExtractor
 from mergevq.metrics.frechet import MIN_SAMPLES, FrechetStatistics, Gaussian, frechet_distance
 from mergevq.metrics.lpips import load_perceptual
@@ -51,11 +51,11 @@ def check_metrics(
     coarse = 2 * torch.rand(32, 3, 8, 8, generator=step_generator(0, "images", 0)) - 1
     image = torch.nn.functional.interpolate(coarse, size=64, mode="bilinear").to(place)
     originals = Originals(perceptual, network)
-    comparison = Comparison(perceptual=perceptual, extractor=network)
-    comparison.update(originals.update(image), image, torch.arange(len(image)))
+    compared = comparison(perceptual, network)
+    compared.update(originals.update(image), image, torch.arange(len(image)))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="a Frechet distance of")
-        numbers = comparison.compute(originals.compute())
+        numbers = compared.compute(originals.compute())
     written = json_numbers(numbers)
     checks = [
         Check(
