@@ -128,10 +128,13 @@ from tests.support.generators import tiny_generator
 for weights in ("float32", "bf16", "int8"):
     model = as_weights(tiny_generator("raster"), weights)
     dtype = torch.float32 if weights == "float32" else torch.bfloat16
+    torch.manual_seed(0)
     x = torch.randn(2, 1, model.config.dim).to(dtype)
     with torch.no_grad():
         compiled = torch.compile(model.blocks[0], backend=sys.argv[1])(x)
-        torch.testing.assert_close(compiled, model.blocks[0](x), rtol=2e-2, atol=2e-2)
+        # A rounding of bf16, of values of a few units, where kernels are fused.
+        size = 1e-4 if weights == "float32" else 4e-2
+        torch.testing.assert_close(compiled, model.blocks[0](x), rtol=size, atol=size)
 """
 
 
