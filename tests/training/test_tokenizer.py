@@ -784,7 +784,9 @@ assert {numbers["num_kept"] for numbers in logs[0]} == {16, 32}
 graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
 assert graphs == 6, graphs
 assert not torch._dynamo.utils.counters["graph_break"], torch._dynamo.utils.counters
-for plain, other in zip(*logs, strict=True):
+# Roundings of bf16 that differ make other weights, and these another training.
+num_compared = 6 if sys.argv[2] == "float32" else 1
+for plain, other in list(zip(*logs, strict=True))[:num_compared]:
     for name, value in plain.items():
         same = sys.argv[1] == "aot_eager" and sys.argv[2] == "float32"
         near = abs(value - other[name]) <= (0 if same else 0.05) * max(1, abs(value))
