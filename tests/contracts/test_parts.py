@@ -31,9 +31,10 @@ NUM_KEPT = 16
 KINDS = {
     union.name.rpartition(".")[2]: [f"{union.name}.kind={kind}" for kind in union.members]
     for union in unions(TokenizerRun)
-    if union.name.startswith("model.")
+    if union.name.startswith(("model.", "regularizer"))
 }
-PARTS = [part for kinds in KINDS.values() for part in kinds]
+PARTS = [part for kinds in KINDS.values() for part in kinds if part.startswith("model.")]
+"""Parts that a saved model has."""
 
 
 def of(seam):

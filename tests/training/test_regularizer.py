@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mergevq.config.objective import NoTeacher
 from mergevq.config.parts import NoRegularizer, Perturb
 from mergevq.config.recipes.tiny64 import tiny64_gr
 from mergevq.data.batches import Batch
@@ -23,7 +24,7 @@ def learner_of(regularizer, world=WORLD):
         run,
         regularizer=regularizer,
         loss=replace(run.loss, perceptual_weight=0.0, adversarial_weight=0.0, source_gradient=0.5),
-        teacher=replace(run.teacher, kind="none"),
+        teacher=NoTeacher(),
         train=replace(run.train, precision="float32", num_steps=10),
     )
     return build(run, world, num_classes=0)
