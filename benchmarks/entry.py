@@ -1,4 +1,4 @@
-"""What is compared, and how: two ways to the same result, in turns, by CPU time."""
+"""Comparisons: two ways to the same result, in turns, by CPU time."""
 
 import statistics
 import time
@@ -21,7 +21,7 @@ class Entry:
     """A row of the table."""
 
     name: str
-    """What is computed, and of what size."""
+    """Computation and its size."""
     make: Callable[[], Pair]
     """Makes the inputs."""
 

@@ -46,7 +46,7 @@ ENCODE = ("mergevq.tokenizer.encode", "mergevq.encode")
 
 
 def entry(out):
-    """What a run logged, and a digest of its weights that does not depend on their names."""
+    """Log of a run, and a digest of its weights that does not depend on their names."""
     import torch
     from safetensors.torch import load_file
 

@@ -1,4 +1,4 @@
-"""What the paper's definitions cost when they are written down as they stand.
+"""The paper's definitions written down as they stand, to be timed.
 
 Source: Li et al. 2025, "MergeVQ", sections 3.2 and 3.3, equations 5, 6 and 11 (arXiv:2504.00999);
 Bolya et al. 2023, "Token Merging", section 3 (arXiv:2210.09461).

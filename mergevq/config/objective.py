@@ -209,7 +209,7 @@ class TorchScript:
 
 
 Teacher = NoTeacher | Labels | SelfDistillation | HuggingFace | TorchScript
-"""What the class token is aligned with."""
+"""Target that the class token is aligned with."""
 
 
 def view_sizes(teacher: Teacher, image_size: int) -> dict[View, int]:

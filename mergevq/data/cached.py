@@ -49,7 +49,7 @@ class Pictures(NamedTuple):
     """Every image of a data set, resized."""
 
     pixels: UInt8[Tensor, "p 3"]
-    """Of one picture after the other, row by row."""
+    """Pixels of one picture after the other, row by row."""
     starts: list[int]
     """First pixel of each picture."""
     sizes: list[tuple[int, int]]
@@ -226,7 +226,7 @@ class _Decoded(NamedTuple):
 
     positions: list[int]
     pixels: UInt8[Tensor, "p 3"]
-    """Of these pictures, one after the other: of many tensors each would take an open file."""
+    """Pixels of all of them: of many tensors each would take an open file."""
     broken: dict[str, str]
     """Error by name of the others."""
 

@@ -37,9 +37,9 @@ class Original(NamedTuple):
     image: Float[Tensor, "b 3 h w"]
     """In [-1, 1]."""
     features: Float[Tensor, "b f"] | None
-    """Of the extractor; None without one."""
+    """Features of the extractor; None without one."""
     taps: list[Float[Tensor, "b _ _ _"]] | None
-    """Of the network of LPIPS; None without one."""
+    """Activations of the network of LPIPS; None without one."""
 
 
 class Originals:

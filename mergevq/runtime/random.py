@@ -71,7 +71,7 @@ class BatchNumbers:
     """Random numbers of some rows of a batch: those that one process would draw for all rows."""
 
     seed: int
-    """Of the run."""
+    """Seed of the run."""
     step: int
     """Number of the batch."""
     num_rows: int

@@ -100,7 +100,7 @@ class PictureCodec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Header:
-    """What a file says before its stream."""
+    """Header of a file, before its stream."""
 
     identity: bytes
     """First bytes of the hash of the tokenizer that encoded."""
@@ -148,7 +148,7 @@ class Compressed(NamedTuple):
     data: bytes
     """Content of the file."""
     header: Header
-    """What it begins with."""
+    """Beginning of a file."""
     reached: float | None
     """PSNR or LPIPS of what it decompresses to, where that was the target."""
 

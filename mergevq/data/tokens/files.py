@@ -74,7 +74,7 @@ class TokenRecord:
     max_pixels: int = MAX_PIXELS
     """Largest picture that was read, as width times height."""
     precision: Precision = "float32"
-    """What the encoder computed in, by name and never `auto`; older records say nothing, and are of
+    """Precision of the encoder, by name and never `auto`; older records say nothing, and are of
     float32."""
     layout: LayoutKind = "source"
     """Layout of the tokens; `ordered` ones have no map."""
