@@ -54,7 +54,7 @@ class Bowl:
     """A bowl, which is too small for much rice."""
 
     food: Noodles | Rice = field(default_factory=Noodles)
-    """What is in it."""
+    """Content of the bowl."""
     most_grains: int = 10
     """Room for rice."""
 
@@ -73,7 +73,7 @@ class Table:
     spare: Bowl | None = None
     """Another, or none."""
     name: str = ""
-    """Of the table."""
+    """Length of the table."""
     style: Literal["plain"] = "plain"
     """A text with one value, which is no part."""
 

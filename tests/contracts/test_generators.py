@@ -1,4 +1,4 @@
-"""What every order and every head of a generator must keep; a new member enters by existing."""
+"""Every order and every head of a generator keeps these; a new member enters by existing."""
 
 import dataclasses
 import json

@@ -23,7 +23,7 @@ SEQUENTIAL = ("raster", "merge", "anchor")
 
 @torch.no_grad()
 def decoded_logits(model, cache, given):
-    """What `Autoregressive.logits` returns, one token at a time through a cache."""
+    """Result of `Autoregressive.logits`, one token at a time through a cache."""
     network, sequence = model.network, model.parts(given)
     states = prefill(network, cache, given.class_label, given.num_kept)
     steps = []
@@ -64,7 +64,7 @@ def decoded_slots(model, given, counts, cache=None):
 
 @torch.no_grad()
 def decoded_slot_logits(model, given, cache=None):
-    """What `Autoregressive.logits` returns, one slot at a time through a cache."""
+    """Result of `Autoregressive.logits`, one slot at a time through a cache."""
     order = given.slots
     states = decoded_slots(model, given, [1] * order.shape[1], cache)
     parts = model.parts(given)

@@ -86,7 +86,7 @@ def test_a_bit_is_predicted_as_by_hand():
 
 
 def test_branches_that_no_value_has_cost_nothing():
-    """Of five values 4 is one bit, the others three."""
+    """One bit for the value 4 of five, three for each other."""
     recorder = Recorder()
     TokenCoder([5]).code(recorder, [[4], [3], [0]], [[], [], []])
     assert [symbol for _, symbol in recorder.said] == [1, 0, 1, 1, 0, 0, 0]
