@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from hatchling.builders.wheel import WheelBuilder
 
+from mergevq.runtime.environment import bundled_models
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "mergevq"
 MODULES = sorted(
@@ -173,7 +175,9 @@ def torch_loads(module):
 
 
 def test_the_package_has_twelve_rooms():
-    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir()} - {"__pycache__"}
+    # `bundled` holds models and no code.
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    folders -= {"__pycache__", "bundled"}
     assert folders == ROOMS
 
 
@@ -303,12 +307,12 @@ def test_the_wheel_contains_every_module_and_nothing_else(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         files = {Path(name) for name in archive.namelist()}
     modules = {file for file in files if ".dist-info" not in file.parts[0]}
-    toys = {
-        Path("mergevq", "demo", "toy", kind, name)
-        for kind in ("tokenizer", "generator")
-        for name in ("config.json", "model.safetensors")
-    } | {Path("mergevq", "demo", "toy", "README.md")}
-    assert modules == {Path("mergevq", f"{module}.py") for module in MODULES} | toys | {
+    models = {
+        Path("mergevq", "bundled", each.name, name)
+        for each in bundled_models()
+        for name in ("config.json", "model.safetensors", "README.md")
+    }
+    assert modules == {Path("mergevq", f"{module}.py") for module in MODULES} | models | {
         Path("mergevq", "py.typed")
     }
     assert {"LICENSE", "THIRD_PARTY.md"} <= {file.name for file in files - modules}

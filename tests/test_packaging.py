@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from mergevq.config.base import BUNDLED_GENERATOR, BUNDLED_TOKENIZER
+from mergevq.runtime.environment import bundled_models
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -62,18 +65,18 @@ def test_the_citation_carries_the_version_of_the_package():
 
 
 def card_of(weights):
-    """The nearest README.md above a file of weights, inside the package."""
-    folders = [folder for folder in weights.parents if folder.is_relative_to(PACKAGE)]
-    cards = [folder / "README.md" for folder in folders if (folder / "README.md").is_file()]
-    assert cards, f"{weights} has no card"
-    return cards[0].read_text(encoding="utf-8")
+    """Text of the card beside a file of weights."""
+    return (weights.parent / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_weights_of_the_package_are_the_two_of_the_demo():
-    assert [path.relative_to(PACKAGE).as_posix() for path in WEIGHTS] == [
-        "demo/toy/generator/model.safetensors",
-        "demo/toy/tokenizer/model.safetensors",
+def test_the_weights_of_the_package_are_its_named_models():
+    assert [path.parent.relative_to(PACKAGE).as_posix() for path in WEIGHTS] == [
+        f"bundled/{each.name}" for each in bundled_models()
     ]
+
+
+def test_a_model_without_a_name_is_one_of_them():
+    assert {BUNDLED_TOKENIZER, BUNDLED_GENERATOR} <= {each.name for each in bundled_models()}
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=lambda path: path.parent.name)
@@ -92,7 +95,7 @@ def test_a_card_is_of_the_weights_that_are_there(weights):
 
 @pytest.mark.parametrize("document", ["THIRD_PARTY.md", "CONTRIBUTING.md"])
 def test_what_is_said_of_weights_leads_to_those_that_are_shipped(document):
-    assert "mergevq/demo/toy/" in (REPOSITORY / document).read_text(encoding="utf-8")
+    assert "mergevq/bundled/" in (REPOSITORY / document).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["LPIPS", "VGG-16", "Inception-2015", "DINOv2"])

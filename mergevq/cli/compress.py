@@ -11,7 +11,14 @@ import tyro
 
 from mergevq.cli.images import naming, output_paths, raise_failed, unused
 from mergevq.cli.options import MAY_BE_EMPTY, as_text
-from mergevq.config.base import MAX_PIXELS, Device, Precision, RecoverySource, SizePolicy
+from mergevq.config.base import (
+    BUNDLED_TOKENIZER,
+    MAX_PIXELS,
+    Device,
+    Precision,
+    RecoverySource,
+    SizePolicy,
+)
 from mergevq.config.evaluation import Quality, TrunkName
 from mergevq.runtime.environment import prepare_to_compute
 
@@ -25,7 +32,7 @@ Folder = Annotated[Path, tyro.conf.arg(aliases=("-o",))]
 def compress(  # noqa: PLR0913 - each is an option
     images: Annotated[tyro.conf.Positional[tuple[Path, ...]], MAY_BE_EMPTY],
     *,
-    model: str,
+    model: str = BUNDLED_TOKENIZER,
     out: Folder = Path("compressed"),
     num_kept: int | None = None,
     psnr: float | None = None,
@@ -45,7 +52,8 @@ def compress(  # noqa: PLR0913 - each is an option
 
     Args:
         images: files of any format, mode and size that Pillow reads.
-        model: directory of a tokenizer, or owner/name@revision on Hugging Face.
+        model: directory of a tokenizer, a name of `mergevq models`, or owner/name@revision on
+            Hugging Face.
         out: where the files go.
         num_kept: K, of each tile; the tokenizer's own by default.
         psnr: least PSNR in dB; the smallest K that reaches it.
@@ -63,7 +71,7 @@ def compress(  # noqa: PLR0913 - each is an option
     Raises:
         ValueError: an image could not be done; all others are.
     """
-    usage = "mergevq compress IMAGE.. --model DIR"
+    usage = "mergevq compress IMAGE.."
     outputs = output_paths(images, out, ending=".mvq", usage=usage)
     quality = Quality(num_kept=num_kept, psnr=psnr, lpips=lpips, bits_per_pixel=bits_per_pixel)
     prepare_to_compute()
@@ -102,7 +110,7 @@ def compress(  # noqa: PLR0913 - each is an option
 def decompress(
     files: Annotated[tyro.conf.Positional[tuple[Path, ...]], MAY_BE_EMPTY],
     *,
-    model: str,
+    model: str = BUNDLED_TOKENIZER,
     out: Folder = Path("decompressed"),
     max_pixels: int = MAX_PIXELS,
     device: Device = "auto",
@@ -114,7 +122,8 @@ def decompress(
 
     Args:
         files: what `mergevq compress` wrote.
-        model: the tokenizer that compressed: its directory, or owner/name@revision on Hugging Face.
+        model: the tokenizer that compressed: its directory, its name in `mergevq models`, or
+            owner/name@revision on Hugging Face.
         out: where the images go.
         max_pixels: largest image that is decoded, as width times height.
         device: where to compute.
@@ -123,7 +132,7 @@ def decompress(
     Raises:
         ValueError: a file could not be done; all others are.
     """
-    usage = "mergevq decompress FILE.. --model DIR"
+    usage = "mergevq decompress FILE.."
     outputs = output_paths(files, out, ending=".png", usage=usage)
     prepare_to_compute()
     from mergevq.data.prepare import most_bytes, read_bounded

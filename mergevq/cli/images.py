@@ -15,7 +15,7 @@ import tyro
 
 from mergevq.cli.options import MAY_BE_EMPTY, Counts, Sampling, whole_numbers
 from mergevq.cli.tables import logit_error_line
-from mergevq.config.base import MAX_PIXELS, Device, Precision, SizePolicy
+from mergevq.config.base import BUNDLED_TOKENIZER, MAX_PIXELS, Device, Precision, SizePolicy
 from mergevq.config.parts import bits_of
 from mergevq.runtime.environment import let_products_repeat, prepare_to_compute
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mergevq.tokenizer.codec import ImageReconstruction
 
 
-RECONSTRUCT = "mergevq reconstruct IMAGE.. --model DIR"
+RECONSTRUCT = "mergevq reconstruct IMAGE.."
 _LARGE = 8
 """Times the trained number of pixels from which a picture passed whole gets a warning."""
 
@@ -32,7 +32,7 @@ _LARGE = 8
 def reconstruct(
     images: Annotated[tyro.conf.Positional[tuple[Path, ...]], MAY_BE_EMPTY],
     *,
-    model: str,
+    model: str = BUNDLED_TOKENIZER,
     num_kept: Counts = (),
     out: Path = Path("reconstructions"),
     size_policy: SizePolicy = "error",
@@ -47,7 +47,8 @@ def reconstruct(
 
     Args:
         images: files of any format and mode that Pillow reads.
-        model: directory of a tokenizer, or owner/name@revision on Hugging Face.
+        model: directory of a tokenizer, a name of `mergevq models`, or owner/name@revision on
+            Hugging Face.
         num_kept: K, one or several (16,20); the tokenizer's own if there are none.
         out: where the pictures go.
         size_policy: for images of another size than trained: `error` takes multiples of the patch
@@ -102,7 +103,7 @@ def reconstruct(
 
 def encode(  # noqa: PLR0913 - each is an option
     *,
-    model: str,
+    model: str = BUNDLED_TOKENIZER,
     data: str,
     out: Path,
     num_kept: Counts = (),
@@ -119,7 +120,8 @@ def encode(  # noqa: PLR0913 - each is an option
     processes share the work.
 
     Args:
-        model: directory of a tokenizer, or owner/name@revision on Hugging Face.
+        model: directory of a tokenizer, a name of `mergevq models`, or owner/name@revision on
+            Hugging Face.
         data: a folder of images, parquet files, WebDataset shards, or `digits`.
         out: folder of the tokens.
         num_kept: K, one or several (16,20); the tokenizer's own if there are none.

@@ -25,7 +25,7 @@ from mergevq.cli.doctor import doctor
 from mergevq.cli.errors import command_line, options_of_command, options_of_settings, problem
 from mergevq.cli.errors import speaks_for_itself as _speaks_for_itself
 from mergevq.cli.images import convert, encode, reconstruct, sample
-from mergevq.cli.parts import parts
+from mergevq.cli.parts import models, parts
 from mergevq.cli.tables import summary
 from mergevq.cli.train import recipes, train
 from mergevq.config.base import MAX_PIXELS, Device, Precision, nearest
@@ -44,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 when done, 1 for an error whose message says what to do, 2 for an unknown command or
         recipe, 130 when interrupted.
     """
-    given = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    given = sys.argv[1:] if argv is None else argv
+    if not given:
+        print(_first_steps())
+        return 0
     name, *arguments = map(_at_home, given)
     if name == "--version":
         print(f"mergevq {installed_version('mergevq') or 'not installed'}")
@@ -144,11 +147,10 @@ def demo(
     """Serve a web page to try a model on: reconstruct pictures, draw samples, find neighbours.
 
     Args:
-        model: a tokenizer's directory, or owner/name@revision on Hugging Face; without one,
-            the tokenizer and the generator of handwritten digits that come with the package.
+        model: a tokenizer's directory, a name of `mergevq models`, or owner/name@revision on
+            Hugging Face; without one, the tokenizer and the generator that come with the package.
         generator: a generator trained on its tokens; samples are left out without.
-        data: images to find neighbours among, in any form that training reads; the digits when
-            there is no model.
+        data: images to find neighbours among, in any form that training reads.
         max_pixels: largest of these images that is read, as width times height.
         port: of this machine, where the page is; nobody else can reach it.
         device: where to compute.
@@ -178,6 +180,7 @@ COMMANDS: dict[str, Callable[..., object]] = {
         quickstart,
         train,
         recipes,
+        models,
         parts,
         reconstruct,
         compress,
@@ -209,6 +212,33 @@ ALONE: set[Callable[..., object]] = {
 
 
 # -------------------------------------------------------------------------------- what is said
+
+
+_FIRST_STEPS = {
+    "see a picture as tokens": "reconstruct PICTURE --size-policy resize",
+    "make pictures": "sample --out samples",
+    "try a model on a web page": "demo",
+    "keep a picture in a few hundred bytes": "compress PICTURE --out compressed",
+    "train on your own pictures": "train photos64 --data.path FOLDER",
+    "measure a model": "evaluate reconstruction --data FOLDER",
+}
+"""The six things that people do, with a command for each."""
+
+
+def _first_steps() -> str:
+    """The six things that people do, one example each."""
+    width = max(map(len, _FIRST_STEPS))
+    lines = [f"  {purpose:<{width}}  mergevq {line}" for purpose, line in _FIRST_STEPS.items()]
+    return "\n".join(
+        [
+            "mergevq: images as a few discrete tokens, and images of new tokens",
+            "",
+            *lines,
+            "",
+            "Without --model these use models that come with the package (`mergevq models`).",
+            "`mergevq --help` lists all commands, `mergevq COMMAND --help` the options of one.",
+        ]
+    )
 
 
 def _usage() -> str:

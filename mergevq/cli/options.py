@@ -8,7 +8,7 @@ from typing import Annotated, Literal, TypeVar
 
 import tyro
 
-from mergevq.config.base import Device, Precision
+from mergevq.config.base import BUNDLED_GENERATOR, Device, Precision
 from mergevq.config.generator import (
     GuidanceSchedule,
     OneByOne,
@@ -44,10 +44,11 @@ class SamplingOptions:
     """Sampling: options of `mergevq sample` and of `mergevq evaluate generation`."""
 
     generator: str = ""
-    """directory of the generator, or owner/name@revision on Hugging Face."""
+    """directory of the generator, its name in `mergevq models`, or owner/name@revision on Hugging
+    Face; by default one that comes with the package."""
     tokenizer: str = ""
-    """directory of the tokenizer of its tokens, or owner/name@revision on Hugging Face; by default
-    where it was when the generator was trained."""
+    """the same of the tokenizer of its tokens; by default where it was when the generator was
+    trained."""
     num_kept: int | None = None
     """K, one of those trained on; the generator's own by default."""
     guidance: float = _PLAIN.guidance_scale
@@ -88,21 +89,19 @@ class SamplingOptions:
         """The run that these options ask for.
 
         Raises:
-            ValueError: there is no generator, its tokenizer is not known, or a setting is wrong.
+            ValueError: the generator's tokenizer is not known, or a setting is wrong.
         """
-        if not self.generator:
-            raise ValueError("--generator is missing: the directory of the generator")
         from mergevq.runtime.device import precision_name, resolve_device, resolve_precision
 
         # By its name, so that the same images can be made again elsewhere.
         dtype = resolve_precision(self.precision, resolve_device(self.device))
-        tokenizer = self.tokenizer
+        model, tokenizer = self.generator or BUNDLED_GENERATOR, self.tokenizer
         if not tokenizer:
             from mergevq.generator.generation import known_tokenizer
 
-            tokenizer = known_tokenizer(self.generator)
+            tokenizer = known_tokenizer(model)
         return SampleRun(
-            model=self.generator,
+            model=model,
             tokenizer=tokenizer,
             num_images=num_images,
             num_kept=self.num_kept,

@@ -1,4 +1,4 @@
-"""Command `mergevq parts`: every kind of part that the settings of a training can name.
+"""Commands that list: kinds of parts that a training can name, and models of the package.
 
 As in `mergevq.cli.main`, a signature is the options and a docstring is the help; no torch.
 """
@@ -14,13 +14,15 @@ from typing import Any
 
 import tyro
 
-from mergevq.config.base import nearest
+from mergevq.config.base import BUNDLED_GENERATOR, BUNDLED_TOKENIZER, nearest
 from mergevq.config.kinds import Union, kind_of, members_of, unions
 from mergevq.config.training import GeneratorRun, TokenizerRun
+from mergevq.runtime.environment import bundled_models
 
 _RUNS = {"tokenizer": TokenizerRun, "generator": GeneratorRun}
 _WIDTH = 100
 """Columns of the text."""
+_DEFAULTS = {BUNDLED_TOKENIZER, BUNDLED_GENERATOR}
 
 
 def parts(seam: tyro.conf.Positional[str] = "", kind: tyro.conf.Positional[str] = "") -> None:
@@ -58,6 +60,21 @@ def parts(seam: tyro.conf.Positional[str] = "", kind: tyro.conf.Positional[str] 
         if kind in {"", name}
     ]
     print("\n\n".join(described))
+
+
+def models() -> None:
+    """List the trained models that come with the package.
+
+    Their names are taken wherever a command or `from_pretrained` takes the directory of a model.
+    """
+    found = bundled_models()
+    width = max(len(each.name) for each in found)
+    for each in found:
+        chosen = "*" if each.name in _DEFAULTS else " "
+        size = f"{each.num_bytes / 1e6:.1f} MB"
+        print(f"{chosen} {each.name:<{width}}  {size:>8}  {each.summary}")
+    print("\n* taken where a command names no model. Cards with data, licence and numbers:")
+    print(found[0].directory.parent)
 
 
 def _place(union: Union) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import tyro
 
 from mergevq.cli.options import MAY_BE_EMPTY, shown_default
-from mergevq.config.base import MAX_PIXELS, Device, ImagePool, Precision, Stage
+from mergevq.config.base import BUNDLED_TOKENIZER, MAX_PIXELS, Device, ImagePool, Precision, Stage
 from mergevq.config.probing import FeatureConfig, FinetuneConfig, KnnConfig, LinearConfig, ProbeRun
 from mergevq.config.training import DataConfig
 
@@ -27,8 +27,9 @@ _FEATURES = FeatureConfig()
 class SubjectOptions:
     """Model and images of a probe: options of every one."""
 
-    model: str
-    """directory of a tokenizer, or owner/name@revision on Hugging Face."""
+    model: str = BUNDLED_TOKENIZER
+    """directory of a tokenizer, a name of `mergevq models`, or owner/name@revision on Hugging
+    Face."""
     data: str
     """labelled images: a folder with a sub-folder per class, parquet files, WebDataset shards, or
     `digits`."""

@@ -10,6 +10,11 @@ FORMAT_VERSION = 2
 MAX_PIXELS = 89_478_485
 """Largest picture that is read by default, as width times height: 256 MiB in 8-bit RGB."""
 
+BUNDLED_TOKENIZER = "digits32"
+"""Name of the tokenizer that commands take when none is named; it comes with the package."""
+BUNDLED_GENERATOR = "digits32_ar"
+"""Name of a generator of its tokens."""
+
 Precision = Literal["auto", "bf16", "float32", "float16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 SizePolicy = Literal["error", "resize", "tile"]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from mergevq.config.base import MAX_PIXELS, Device, Precision, require
+from mergevq.config.base import BUNDLED_TOKENIZER, MAX_PIXELS, Device, Precision, require
 from mergevq.config.generator import SampleRun
 from mergevq.config.ranges import check_numbers
 
@@ -27,8 +27,9 @@ FRACTIONS = (0.0, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 class Subject:
     """A tokenizer, images, and the networks that compare them."""
 
-    model: str
-    """Directory of a tokenizer, or owner/name@revision on Hugging Face."""
+    model: str = BUNDLED_TOKENIZER
+    """Directory of a tokenizer, a name of `mergevq models`, or owner/name@revision on Hugging
+    Face."""
     data: str
     """A folder of images, a parquet file, WebDataset shards, or `digits`."""
     lpips: str | None = None

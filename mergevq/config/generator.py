@@ -397,9 +397,10 @@ class SampleRun:
     """One run of `mergevq sample`: all that its images depend on."""
 
     model: str = "runs/generator/model"
-    """Directory of the generator, or owner/name@revision on Hugging Face."""
+    """Directory of the generator, its name in `mergevq models`, or owner/name@revision on Hugging
+    Face."""
     tokenizer: str = "runs/tokenizer/model"
-    """Directory of the tokenizer of its tokens, or owner/name@revision on Hugging Face."""
+    """Directory of the tokenizer of its tokens, a name, or owner/name@revision likewise."""
     classes: tuple[int, ...] = ()
     """Class ids, one for each image in turn; none is every class there is."""
     num_images: int = 16

@@ -139,7 +139,8 @@ class ProbeRun:
     """One probe: of which model, on which images, how."""
 
     model: str
-    """Directory of a tokenizer, or owner/name@revision on Hugging Face."""
+    """Directory of a tokenizer, a name of `mergevq models`, or owner/name@revision on Hugging
+    Face."""
     out: str
     """Directory of the record and the pictures."""
     method: LinearConfig | KnnConfig | FinetuneConfig

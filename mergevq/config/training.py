@@ -248,7 +248,8 @@ class TokensConfig:
     path: str = "runs/tokens"
     """Folder that `mergevq encode` wrote, with tokens for every K of `kept`."""
     tokenizer: str = "runs/tokenizer/model"
-    """Directory of the tokens' own tokenizer, or owner/name@revision on Hugging Face."""
+    """Directory of the tokens' own tokenizer, its name in `mergevq models`, or owner/name@revision
+    on Hugging Face."""
     val_fraction: float = 0.05
     """Share of the images held out for validation, mirror images with them; always the same."""
 
@@ -320,7 +321,8 @@ class SourceRun:
     """One run of `mergevq finetune-source`: all that its result depends on."""
 
     tokenizer: str = "runs/tokenizer/model"
-    """Directory of the tokenizer, or owner/name@revision on Hugging Face."""
+    """Directory of the tokenizer, its name in `mergevq models`, or owner/name@revision on Hugging
+    Face."""
     tokens: str = "runs/tokens"
     """Folder of its tokens, with their source maps."""
     generator: str = "runs/generator/model"

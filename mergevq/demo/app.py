@@ -22,7 +22,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from mergevq.config.base import MAX_PIXELS, Precision
+from mergevq.config.base import BUNDLED_GENERATOR, BUNDLED_TOKENIZER, MAX_PIXELS, Precision
 from mergevq.config.generator import SampleRun, SamplingSettings
 from mergevq.config.parts import bits_of
 from mergevq.data.batches import eval_batches
@@ -38,10 +38,6 @@ from mergevq.tokenizer.tokenizer import Tokenizer
 
 logger = logging.getLogger("mergevq")
 
-TOY = Path(__file__).parent / "toy"
-"""Models that `make quickstart` trained: a tokenizer of handwritten digits and its generator."""
-TOY_DATA = "digits"
-"""Data they were trained on, which scikit-learn brings: nothing is fetched."""
 _BATCH_SIZE = 64
 """Images whose features are computed at once."""
 _MIN_SHOWN = 256
@@ -278,11 +274,10 @@ def build_page(
     """The page, not yet served.
 
     Args:
-        model: a tokenizer's directory, or owner/name@revision on Hugging Face; None is the
-            quickstart's, which comes with the package, its generator and its digits.
+        model: a tokenizer's directory, its name in the package, or owner/name@revision on Hugging
+            Face; None is the one that commands take by default, with its generator.
         generator: the same of a generator trained on its tokens; None leaves that tab out.
-        data: images to find neighbours among; None leaves that tab out. The quickstart's digits
-            are left out, and a warning says so, where scikit-learn is not installed.
+        data: images to find neighbours among; None leaves that tab out.
         device: where to compute.
         folder: where the pictures lie that it shows.
         max_pixels: largest image of the data that is read, as width times height.
@@ -297,8 +292,7 @@ def build_page(
     place = resolve_device(device)
     dataset = None if data is None else open_images(data, max_pixels=max_pixels)
     if model is None:
-        model, generator = TOY / "tokenizer", generator or TOY / "generator"
-        dataset = _toy_dataset() if dataset is None else dataset
+        model, generator = BUNDLED_TOKENIZER, generator or BUNDLED_GENERATOR
     tokenizer = Tokenizer.from_pretrained(model, precision=precision, device=place)
     pair = None if generator is None else load_pair(generator, model, place, precision=precision)
     neighbours = None if dataset is None else index(tokenizer, dataset)
@@ -478,15 +472,6 @@ def _only_these_settings(settings: dict[str, str]) -> Iterator[None]:
         for name in settings:
             del os.environ[name]
         os.environ.update(before)
-
-
-def _toy_dataset() -> ImageDataset | None:
-    """The digits that the models of the package know; None without scikit-learn."""
-    try:
-        return open_images(TOY_DATA)
-    except RuntimeError as error:
-        logger.warning("the page has no neighbours: %s", error)
-        return None
 
 
 def _opened(file: str | None) -> Image.Image:

@@ -110,7 +110,8 @@ def known_tokenizer(model: str | Path) -> str:
     """Where the tokenizer of a generator's tokens is, as training wrote it down.
 
     Args:
-        model: directory of the generator, or owner/name@revision on Hugging Face.
+        model: directory of the generator, its name in the package, or owner/name@revision on
+            Hugging Face.
 
     Raises:
         ValueError: there is no generator, training wrote nothing, or the tokenizer is not there, or
@@ -146,7 +147,8 @@ def load_pair(
     """Load a generator, with float32 weights, and its tokenizer.
 
     Args:
-        model: directory of the generator, or owner/name@revision on Hugging Face.
+        model: directory of the generator, its name in the package, or owner/name@revision on
+            Hugging Face.
         tokenizer: the same of the tokenizer of its tokens.
         device: where to compute.
         precision: of the tokenizer's calls; see `Tokenizer.from_pretrained`.

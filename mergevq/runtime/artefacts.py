@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mergevq.config.base import FORMAT_VERSION
-from mergevq.runtime.environment import needing
+from mergevq.runtime.environment import bundled_model, bundled_names, needing
 from mergevq.runtime.files import (
     atomic_directory,
     broken_weights,
@@ -266,24 +266,31 @@ def compare_states(
 
 
 def resolve(path_or_id: str | Path) -> Path:
-    """The local directory of a model given by path or by Hugging Face id.
+    """The local directory of a model given by path, by name or by Hugging Face id.
 
-    An existing directory is used as it is, without touching the network. An id names its revision,
+    The directory of a model is used as it is, without touching the network. Without one, a name of
+    `mergevq models` is the model of that name in the package. An id names its revision,
     `owner/name@revision`, so that a mistyped path is never asked for on the hub, and a model that
     is changed there is not fetched unseen.
 
     Raises:
-        ValueError: neither a directory nor an id.
+        ValueError: neither a directory nor a name nor an id.
         RuntimeError: an id, and the `hub` extra is not installed.
     """
     path = readable(Path(path_or_id))
+    if (path / CONFIG).is_file():
+        return path
+    bundled = bundled_model(str(path_or_id))
+    if bundled is not None:
+        return bundled
     if path.is_dir():
         return path
     known = hub_id(path_or_id)
     if known is None:
         raise ValueError(
             f"no directory {path.absolute()}; give the directory of a model ({WEIGHTS} and "
-            f"{CONFIG}), or {HUB_FORM}"
+            f"{CONFIG}), the name of one that comes with the package "
+            f"({bundled_names(str(path_or_id))}), or {HUB_FORM}"
         )
     purpose = f"no directory {path.absolute()}, and fetching {path_or_id} from Hugging Face"
     with needing("hub", purpose):

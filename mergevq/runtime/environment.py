@@ -1,4 +1,4 @@
-"""This process: its threads and memory, and the optional packages that it can import."""
+"""This process: its threads and memory, its optional packages, the models of the package."""
 
 import ctypes
 import importlib.util
@@ -8,10 +8,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+from mergevq.config.base import nearest
 
 # Of glibc's malloc.h, with the largest values that it takes.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _MOST_TRIM, _MOST_MMAP = 2**31 - 1, 2**25
+_BUNDLED = Path(__file__).parents[1] / "bundled"
 
 
 def prepare_to_compute() -> None:
@@ -143,3 +148,44 @@ def _numbers(version: str) -> list[int]:
 def _quoted(word: str) -> str:
     """A word as every shell takes it."""
     return word if re.fullmatch(r"[\w./\\:+-]+", word) else f'"{word}"'
+
+
+class Bundled(NamedTuple):
+    """A trained model of the package, found by its name; nothing is fetched."""
+
+    name: str
+    """That of its recipe."""
+    directory: Path
+    """Holds its weights, its settings and its card."""
+
+    @property
+    def summary(self) -> str:
+        """The title of its card."""
+        card = (self.directory / "README.md").read_text(encoding="utf-8")
+        return card.partition("\n")[0].removeprefix("# ")
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its weights."""
+        return (self.directory / "model.safetensors").stat().st_size
+
+
+def bundled_models() -> list[Bundled]:
+    """All models of the package, by name."""
+    found = sorted(path.parent for path in _BUNDLED.glob("*/model.safetensors"))
+    return [Bundled(path.name, path) for path in found]
+
+
+def bundled_model(name: str) -> Path | None:
+    """The directory of a model of the package; None where none has this name."""
+    return next((each.directory for each in bundled_models() if each.name == name), None)
+
+
+def bundled_names(near: str) -> str:
+    """The names there are, for a message about another one.
+
+    Args:
+        near: the other name; one that is like it is suggested.
+    """
+    names = [each.name for each in bundled_models()]
+    return f"{', '.join(names)}{nearest(near, names)}"

@@ -55,7 +55,8 @@ def encode(  # noqa: PLR0913 - each is an option of the command
     """Write the tokens of all images of a data set; on every rank, under `torchrun`.
 
     Args:
-        model: directory of a tokenizer, or owner/name@revision on Hugging Face.
+        model: directory of a tokenizer, a name of `mergevq models`, or owner/name@revision on
+            Hugging Face.
         data: see `DataConfig.path`.
         out: folder of tokens; one that was begun is gone on with.
         num_kept: each K to encode with; none is the tokenizer's own.

@@ -205,7 +205,8 @@ def initialize_generator_from(
 
     Args:
         generator: gets the weights.
-        path: directory of the trained one, or owner/name@revision on Hugging Face.
+        path: directory of the trained one, its name in the package, or owner/name@revision on
+            Hugging Face.
         made_from: what `generator` will be trained on; None compares numbers of classes alone.
 
     Raises:

@@ -169,11 +169,6 @@ def test_what_is_no_number_is_said(folder, options, message):
         run(options[0], *subject(folder, *options[1:]))
 
 
-def test_a_tokenizer_needs_its_generator():
-    with pytest.raises(ValueError, match="--generator is missing"):
-        run("generation", "--tokenizer", "somewhere", "--reference", "r.npz", "--extractor", "e.pt")
-
-
 def test_options_of_sampling_reach_the_run(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(evaluate_generation, "evaluate_generation", seen.append)

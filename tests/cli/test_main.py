@@ -12,7 +12,7 @@ from PIL import Image
 
 from mergevq.cli.main import COMMANDS, GROUPS, main
 from mergevq.config.recipes import RECIPES
-from mergevq.runtime.environment import EXTRAS
+from mergevq.runtime.environment import EXTRAS, bundled_models
 from mergevq.tokenizer.tokenizer import Tokenizer
 from tests.support.parts import tokenizer_config
 
@@ -101,7 +101,28 @@ def test_nothing_waits_for_torch_that_does_not_compute(arguments):
     assert finished.returncode == 0
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_nothing_shows_six_commands_that_there_are(capsys):
+    assert main([]) == 0
+    shown = [
+        line.split("  mergevq ")[1]
+        for line in capsys.readouterr().out.splitlines()
+        if "  mergevq " in line
+    ]
+    assert len(shown) == 6
+    for line in shown:
+        name, *rest = line.split()
+        assert name in COMMANDS or rest[0] in GROUPS[name]
+
+
+def test_models_of_the_package_are_listed_by_name(capsys):
+    assert main(["models"]) == 0
+    printed = capsys.readouterr().out
+    for each in bundled_models():
+        assert f" {each.name} " in printed
+    assert printed.count("\n* ") + printed.startswith("* ") == 3
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"]])
 def test_help_lists_the_commands(arguments, capsys):
     assert main(arguments) == 0
     printed = capsys.readouterr().out

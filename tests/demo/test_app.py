@@ -135,8 +135,8 @@ def test_samples_depend_on_class_and_seed(folder):
     assert first == again != other
 
 
-def test_the_models_of_the_package_belong_together_and_draw_digits():
-    pair = load_pair(app.TOY / "generator", app.TOY / "tokenizer", CPU)
+def test_the_digits_of_the_package_belong_together_and_are_drawn():
+    pair = load_pair("digits32_ar", "digits32", CPU)
     assert app.class_choices(pair) == list("0123456789")
     zero, one = (app.draw(pair, name, 2.0, 1, 0)[0].convert("L") for name in ("0", "1"))
     # A nought is dark in the middle, where a one is light.
@@ -458,7 +458,7 @@ def test_sliders_offer_what_is_legal(served):
 def test_the_page_of_the_package_has_every_tab_and_knows_its_digits(tmp_path):
     pytest.importorskip("sklearn")
     open_images("digits").read(0).save(tmp_path / "digit.png")
-    with serving(None) as (_, client):
+    with serving("digits32", generator="digits32_ar", data="digits") as (_, client):
         found = client.predict(uploaded(tmp_path / "digit.png"), 8, api_name="/neighbours")
         assert found[0]["caption"] == "0 1.000"
         assert {entry["caption"].split()[0] for entry in found} == {"0"}
@@ -468,15 +468,11 @@ def test_the_page_of_the_package_has_every_tab_and_knows_its_digits(tmp_path):
 
 
 @PAGE
-def test_without_scikit_learn_the_page_of_the_package_has_no_neighbours(
-    tmp_path, monkeypatch, caplog
-):
+def test_without_a_model_the_page_has_those_of_the_package(tmp_path):
     pytest.importorskip("gradio", reason="the web page needs the demo extra")
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     page = app.build_page(None, generator=None, data=None, device="cpu", folder=tmp_path)
     tabs = [block.label for block in page.blocks.values() if type(block).__name__ == "Tab"]
     assert tabs == ["Reconstruct", "Sample"]
-    assert "pip install matplotlib scikit-learn" in caplog.text
 
 
 def test_a_port_that_cannot_be_had_is_said_before_anything_is_loaded(folder):

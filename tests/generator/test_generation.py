@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from mergevq.cli.main import main
+from mergevq.config.base import BUNDLED_GENERATOR, BUNDLED_TOKENIZER
 from mergevq.config.generator import (
     GeneratorConfig,
     OneByOne,
@@ -33,6 +34,7 @@ from mergevq.generator.generation import (
 )
 from mergevq.generator.sampling import Sampled
 from mergevq.runtime.artefacts import load_model, model_hash, save_model, tokens_hash
+from mergevq.runtime.environment import bundled_models
 from mergevq.tokenizer.seams import Given
 from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training.generator import train
@@ -489,9 +491,17 @@ def test_training_leaves_word_of_the_tokenizer(tmp_path):
     assert known_tokenizer(model) == str(tmp_path / "tokenizer")
 
 
-def test_sampling_needs_a_generator(tmp_path, capsys):
-    assert main(["sample", "--out", str(tmp_path / "out")]) == 1
-    assert "--generator is missing" in capsys.readouterr().err
+@pytest.mark.parametrize("name", [each.name for each in bundled_models() if "_" in each.name])
+def test_a_generator_of_the_package_finds_its_tokenizer_there(name):
+    assert known_tokenizer(name) == name.partition("_")[0]
+
+
+def test_sampling_needs_no_model_of_ones_own(tmp_path, capsys):
+    assert main(["sample", "--num", "1", "--out", str(tmp_path / "out")]) == 0
+    record = json.loads((tmp_path / "out/samples.json").read_text())
+    assert record["run"]["model"] == BUNDLED_GENERATOR
+    assert record["run"]["tokenizer"] == BUNDLED_TOKENIZER
+    assert "1 images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("names", [3, [1] * 10, ["one"], {"a": 1}])

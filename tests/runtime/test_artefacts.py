@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import resource
+import shutil
 import socket
 import sys
 
@@ -329,6 +330,24 @@ def test_an_existing_directory_is_used_without_the_network(tmp_path, monkeypatch
     (tmp_path / "owner/name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert resolve("owner/name").samefile(tmp_path / "owner/name")
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_name_of_the_package_is_its_model_unless_a_model_lies_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bundled = resolve("digits32")
+    # A folder of pictures may have the name; only a model is meant before the package's.
+    (tmp_path / "digits32").mkdir()
+    assert resolve("digits32") == bundled
+    shutil.copytree(bundled, tmp_path / "digits32", dirs_exist_ok=True)
+    assert resolve("digits32").samefile(tmp_path / "digits32")
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_mistyped_name_is_told_the_names_there_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"digits32, digits32_ar.*did you mean 'digits32'"):
+        resolve("digit32")
 
 
 @pytest.mark.usefixtures("no_network")
