@@ -1,4 +1,4 @@
-"""What every test shares: one thread, a seeded generator, and the optional real data."""
+"""Common ground of all tests: one thread, a seeded generator, and the optional real data."""
 
 import os
 from pathlib import Path

@@ -1,6 +1,7 @@
 """Rules that hold for the package as a whole, read from its source."""
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -19,7 +20,7 @@ MODULES = sorted(
 )
 PYTHON_FILES = sorted(
     path.relative_to(REPOSITORY).as_posix()
-    for folder in ("mergevq", "tests", "benchmarks")
+    for folder in ("mergevq", "tests", "benchmarks", "docs")
     for path in (REPOSITORY / folder).glob("**/*.py")
 )
 
@@ -118,6 +119,8 @@ TESTED_WITH = {
     "training/generator_step": "training/generator",
     "training/tokenizer_step": "training/tokenizer",
 }
+NO_NOUN = re.compile(r'^\s*r?"""(Of|What|Whatever|Whoever)\b', re.MULTILINE)
+"""Beginnings of docstrings that leave their noun to the reader."""
 MAX_LINES = 600
 MAX_FUNCTION_LINES = 60
 """Without its docstring."""
@@ -195,6 +198,19 @@ def test_a_room_has_at_most_twelve_files(room):
 def test_every_module_has_its_tests(module):
     path = Path(TESTED_WITH.get(module, module))
     assert (REPOSITORY / "tests" / path.parent / f"test_{path.name}.py").is_file()
+
+
+def test_a_docstring_begins_with_its_noun_or_a_verb():
+    source = {path: (REPOSITORY / path).read_text(encoding="utf-8") for path in PYTHON_FILES}
+    found = {path: NO_NOUN.findall(text) for path, text in source.items()}
+    assert {path: words for path, words in found.items() if words} == {}
+
+
+def test_a_docstring_without_its_noun_is_found_wherever_it_stands():
+    source = '"""{} is here."""\nx = 1\n"""{}\nx."""\ndef f():\n    r"""{} f.\n\n    {} f."""\n'
+    begun = ["What", "Of", "Whoever"]
+    assert NO_NOUN.findall(source.format(*begun, "Of")) == begun
+    assert NO_NOUN.findall(source.format("Whatnot", "Offers", "A", "Of")) == []
 
 
 @pytest.mark.parametrize("path", PYTHON_FILES)

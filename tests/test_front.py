@@ -1,4 +1,4 @@
-"""What `import mergevq` gives, and what it costs."""
+"""Names that `import mergevq` gives, and its cost."""
 
 import importlib
 import subprocess

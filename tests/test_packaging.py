@@ -1,4 +1,4 @@
-"""What the project asks of a user's machine."""
+"""Requirements of the project on a user's machine."""
 
 import hashlib
 import re

@@ -251,7 +251,7 @@ def root(tmp_path):
 
 
 def table(root, words):
-    """What a marker becomes, without its two comments."""
+    """Lines that take a marker's place, without its two comments."""
     text = f"<!-- table: {words} -->\n<!-- end -->\n"
     return "\n".join(tables.rewritten(text, root / "docs" / "results").splitlines()[2:-2])
 
@@ -417,7 +417,7 @@ def test_pixels_have_one_row_for_all_models(root):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """What the commands wrote about models with random weights, and where."""
+    """Records that the commands wrote about models with random weights, and their folder."""
     folder = tmp_path_factory.mktemp("results")
     write_tokenizer(folder / "tokenizer")
     write_images(folder / "images", 6)

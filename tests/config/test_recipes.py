@@ -72,7 +72,7 @@ LEARNS_FROM = {
 
 
 def statement(name, heading):
-    """What a recipe's docstring says after a heading, up to the next one."""
+    """Text of a recipe's docstring after a heading, up to the next one."""
     text = " ".join((RECIPES[name].__doc__ or "").split())
     said = re.search(rf"{heading}: (.*?)(?= Expected: |$)", text)
     assert said, f"{name} does not say {heading!r}"

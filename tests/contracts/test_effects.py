@@ -623,7 +623,7 @@ def without_plots(patch):
 
 
 def numbers_of(value):
-    """What a record says, without what it repeats and without how long it took."""
+    """A record without the settings that it repeats, and without its times."""
     if isinstance(value, dict):
         return {
             name: numbers_of(part)
@@ -636,7 +636,7 @@ def numbers_of(value):
 
 
 def contents(path):
-    """What a file says."""
+    """Numbers of a log, or a digest of any other file."""
     if path.name == "metrics.jsonl":
         return [numbers_of(json.loads(line)) for line in path.read_text().splitlines()]
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -38,7 +38,7 @@ ALL = {(name,): command for name, command in COMMANDS.items() if name != "train"
     (group, name): command for group, members in GROUPS.items() for name, command in members.items()
 }
 STOP = object()
-"""Of a function that does all: the command ends there."""
+"""Result of a function that does all: the command ends there."""
 TOKENIZER = SimpleNamespace(config=SimpleNamespace(image_size=8, patch_size=2, grid_size=4))
 TOKENIZER.to = lambda _: TOKENIZER
 PRINTED = {("parts",)}
@@ -173,7 +173,7 @@ VALUES = {
     ("bench gpu", "recipes"): ("digits32", "digits32"),
     ("bench gpu", "batch_sizes"): ("3,5", (3, 5)),
 }
-"""What is given, and what reaches the library, where the type of an option does not say."""
+"""Values on the command line, and in the library, where an option's type is not enough."""
 CALLED = {
     "guidance": "guidance_scale",
     "confidence": "confidence_temperature",
@@ -412,7 +412,7 @@ def differences(first, second):
 
 
 def names_in_library(command, name):
-    """What a setting may be called that the option sets."""
+    """Names that the option's setting may have in the library."""
     called = CALLED.get(name, name)
     if isinstance(called, dict):
         called = called.get(command, name)
@@ -530,7 +530,7 @@ TRAIN_CASES = [(recipe, leaf) for recipe, (cls, _) in TRAIN.items() for leaf in 
 
 
 def trained(monkeypatch, target, arguments):
-    """What training is called with."""
+    """Arguments that training is called with."""
     seen = []
 
     def noted(*args, **kwargs):

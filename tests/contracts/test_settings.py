@@ -97,7 +97,7 @@ def variants(instance):
 
 
 def kept(instance):
-    """What comes back of a value that was written as JSON."""
+    """A value as it comes back from JSON."""
     return from_json(type(instance), json.loads(json.dumps(to_json(instance), allow_nan=False)))
 
 

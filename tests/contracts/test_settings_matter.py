@@ -57,7 +57,7 @@ BASES = {
     "optim.final_lr_ratio": {"optim.schedule": "cosine"},
     "train.num_steps": {"optim.schedule": "cosine"},
 }
-"""What else has to be set for a setting to mean something."""
+"""Other settings without which a setting has no meaning."""
 ELSEWHERE = {
     "data.path": "the images themselves",
     "data.val_path": "validation: test_data",

@@ -1,4 +1,4 @@
-"""What the report says about numbers that are given; test_quickstart.py has the whole."""
+"""Sections of the report for given numbers; test_quickstart.py has the whole."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What is measured is what it says, and a short last batch is weighted right."""
+"""Measured numbers fit their names, and a short last batch is weighted right."""
 
 import math
 

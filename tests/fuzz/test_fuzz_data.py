@@ -372,7 +372,7 @@ def attempt(material: Path, scratch: Path, number: int) -> str | None:
 
 
 def failures(material: Path, scratch: Path, numbers: range) -> list[str]:
-    """What was wrong with each of some mutations."""
+    """Faults that some of these mutations brought to light."""
     found = (attempt(material, scratch, number) for number in numbers)
     return [problem for problem in found if problem is not None]
 

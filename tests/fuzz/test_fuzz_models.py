@@ -175,7 +175,7 @@ def material(tmp_path_factory) -> Path:
 
 
 def convert(file: Path) -> None:
-    """What `mergevq convert` does before it writes."""
+    """Read and load a checkpoint as `mergevq convert` does before it writes."""
     state = read_official(file)
     config = official_config(state, image_size=16, num_kept=20, num_heads=2, num_decoder_heads=2)
     load_official(state, config)
@@ -453,7 +453,7 @@ def attempt(material: Path, scratch: Path, number: int) -> str | None:
 
 
 def failures(material: Path, scratch: Path, numbers: range) -> list[str]:
-    """What was wrong with each of some mutations."""
+    """Faults that some of these mutations brought to light."""
     found = (attempt(material, scratch, number) for number in numbers)
     return [problem for problem in found if problem is not None]
 

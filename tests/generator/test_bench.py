@@ -17,7 +17,7 @@ PLAIN = load_reference(REFERENCE)
 
 
 def greedy_tokens(model, way, labels, order, num_steps=None):
-    """What a plain loop decodes, all steps."""
+    """Tokens that a plain loop decodes, in all steps."""
     config = model.config
     state = model.network.state_dict() | {
         name.removeprefix("order."): weight

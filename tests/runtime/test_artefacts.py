@@ -1,4 +1,4 @@
-"""What is written comes back bit for bit, whole or not at all, and nothing is guessed."""
+"""Artefacts come back bit for bit, whole or not at all, and nothing is guessed."""
 
 import hashlib
 import json

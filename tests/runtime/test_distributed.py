@@ -76,7 +76,7 @@ def data_parallel(rank: int) -> dict[str, object]:
 
 
 def second_group(rank: int) -> Tensor:
-    """What a second group computes, when one rank is there long before the other."""
+    """Result of a second group, when one rank is there long before the other."""
     time.sleep(1.0 * rank)
     distributed.init(CPU, timeout_seconds=15)
     total = distributed.sum(torch.tensor([rank + 1]))
@@ -108,7 +108,7 @@ def run_rank(rank: int, port: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
-    """What each of two processes computed."""
+    """Results of each of two processes."""
     folder = tmp_path_factory.mktemp("ranks")
     # As torchrun does: the store that ranks meet in is there before and after any group.
     store = torch.distributed.TCPStore(

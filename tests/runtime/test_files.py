@@ -1,4 +1,4 @@
-"""What anybody may have written is read within bounds, or refused in one line that names it."""
+"""Files that anybody may have written are read within bounds, or refused in one line by name."""
 
 import os
 

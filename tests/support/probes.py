@@ -1,4 +1,4 @@
-"""What the tests of probes share: a tiny tokenizer and folders of images by class."""
+"""Material of the tests of probes: a tiny tokenizer and folders of images by class."""
 
 import numpy as np
 from PIL import Image

@@ -17,7 +17,7 @@ def assert_declared(record, declared):
 
 
 def problems(value, declared, where="record"):
-    """What differs: keys that are missing or are not declared, and values of another type.
+    """Differences: keys that are missing or are not declared, and values of another type.
 
     A dataclass stands for what `runtime.settings.to_json` makes of it.
     """
@@ -49,7 +49,7 @@ def problems(value, declared, where="record"):
 
 
 def _object_problems(value, declared, where):
-    """Of an object with fixed keys."""
+    """Differences of an object with fixed keys."""
     if not isinstance(value, dict):
         return [f"{where} is {value!r}"]
     hints = {

@@ -305,7 +305,7 @@ def test_a_file_cut_off_anywhere_is_refused(codec, small):
 
 
 def test_a_changed_byte_whose_checksum_fits_is_a_picture_or_an_error(codec, small):
-    """Whoever makes a file can make its checksum: whatever it holds ends soon, and in no crash."""
+    """A file with a checksum of its own may hold anything: reading it ends soon, in no crash."""
     num_pictures = 0
     for position in range(len(MAGIC) + 9, len(small.data) - 4):
         for change in (1, 2, 128, 255):

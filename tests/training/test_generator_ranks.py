@@ -33,7 +33,7 @@ def sharded(folder: Path, name: str, num_steps: int, **settings: object) -> Gene
 
 
 def on_each_rank(folder: Path) -> None:
-    """What both processes run, in one process group after the other."""
+    """Runs of both processes, in one process group after the other."""
     train(sharded(folder, "whole", 4))
     train(sharded(folder, "cut", 2))
     train(sharded(folder, "cut", 4), resume=True)

@@ -399,7 +399,7 @@ def test_what_all_images_share_does_not_hide_their_differences(generator):
 
 
 def targets(teacher, teacher_token):
-    """What the teacher says: probabilities of prototypes."""
+    """Probabilities of prototypes by the teacher."""
     features = teacher.teacher_head.bottleneck(teacher_token)
     cosines = teacher.teacher_head.compare(features - features.mean(0))
     return (cosines / teacher.teacher_temperature).softmax(-1)
