@@ -9,8 +9,11 @@ import signal
 import sys
 import threading
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from PIL import Image
@@ -25,7 +28,7 @@ from mergevq.demo import quickstart as quickstart_module
 from mergevq.demo import trial as trial_module
 from mergevq.demo.quickstart import quickstart, run_and_report
 from mergevq.demo.sections import generator_sections, numbers_section
-from mergevq.demo.trial import examine, examine_generator
+from mergevq.demo.trial import GeneratorTrial, Trial, examine, examine_generator
 from mergevq.tokenizer.tokenizer import Tokenizer
 from tests.support.small import shrink, shrink_generator
 
@@ -67,32 +70,74 @@ def _short_measurements():
         yield
 
 
+class Done(NamedTuple):
+    """One quickstart by its command, for all tests of this file."""
+
+    out: Path
+    printed: str
+    told: str
+    """Lines of the standard error."""
+    report: Path
+    trial: Trial
+    generator_trial: GeneratorTrial
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Directory of a finished quickstart; tests that change it take a copy."""
+def done(tmp_path_factory):
     out = tmp_path_factory.mktemp("quickstart") / "out"
-    assert run_and_report(RUN, GENERATOR, out).report == out / "report.html"
-    return out
+    printed, told, found = StringIO(), StringIO(), {}
+
+    def noted(name, function):
+        def call(*args):
+            found[name] = function(*args)
+            return found[name]
+
+        return call
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(printed),
+        redirect_stderr(told),
+    ):
+        whole = noted("finished", lambda _: run_and_report(RUN, GENERATOR, out))
+        patch.setattr(quickstart_module, "run_and_report", lambda *_: whole(None))
+        patch.setattr(quickstart_module, "examine", noted("trial", examine))
+        patch.setattr(
+            quickstart_module, "examine_generator", noted("generator_trial", examine_generator)
+        )
+        assert main(["quickstart", "--out", str(out)]) == 0
+    return Done(
+        out,
+        printed.getvalue(),
+        told.getvalue(),
+        found["finished"].report,
+        found["trial"],
+        found["generator_trial"],
+    )
 
 
 @pytest.fixture(scope="module")
-def trial(finished):
-    return examine(replace(RUN, out=str(finished / "tokenizer")))
+def finished(done):
+    """Directory of a finished quickstart; tests that change it take a copy."""
+    return done.out
 
 
 @pytest.fixture(scope="module")
-def generator_trial(finished):
-    places = {"path": str(finished / "tokens"), "tokenizer": str(finished / "tokenizer" / "model")}
-    tokens = replace(GENERATOR.tokens, **places)
-    run = replace(GENERATOR, tokens=tokens, out=str(finished / "generator"))
-    return examine_generator(run, RUN)
+def trial(done):
+    return done.trial
+
+
+@pytest.fixture(scope="module")
+def generator_trial(done):
+    return done.generator_trial
 
 
 # -------------------------------------------------------------------------------- what it makes
 
 
-def test_a_quickstart_leaves_a_report_pictures_and_a_tokenizer(finished):
-    page = (finished / "report.html").read_text(encoding="utf-8")
+def test_a_quickstart_leaves_a_report_pictures_and_a_tokenizer(done, finished):
+    page = done.report.read_text(encoding="utf-8")
+    assert done.report == finished / "report.html"
     for title in ("Reconstructions", "Numbers", "Training", "Codes", "This run"):
         assert f"<h2>{title}</h2>" in page
     assert {path.stem for path in finished.glob("*.png")} == PICTURES
@@ -191,17 +236,9 @@ def test_the_nearest_training_image_is_one(generator_trial):
 # ------------------------------------------------------------------------------- what is printed
 
 
-def test_a_quickstart_prints_little_and_ends_with_numbers_and_what_is_next(
-    tmp_path, capsys, monkeypatch
-):
-    whole = quickstart_module.run_and_report
-    monkeypatch.setattr(
-        quickstart_module, "run_and_report", lambda *_: whole(RUN, GENERATOR, tmp_path / "out")
-    )
-    assert main(["quickstart", "--out", str(tmp_path / "out")]) == 0
-    printed = capsys.readouterr()
+def test_a_quickstart_prints_little_and_ends_with_numbers_and_what_is_next(done):
     noise = ("image ", "sequence ", "row ", "step")  # Bars without a terminal are lines.
-    lines = [line for line in printed.err.splitlines() if line.strip()]
+    lines = [line for line in done.told.splitlines() if line.strip()]
     validations = [line for line in lines if line.startswith("step")]
     assert [line.split()[2::2] for line in validations] == [
         ["psnr@16", "psnr_recovered@16"],
@@ -209,7 +246,7 @@ def test_a_quickstart_prints_little_and_ends_with_numbers_and_what_is_next(
     ]
     assert len([line for line in lines if not line.startswith(noise)]) <= 10
     assert max(map(len, lines)) < 200
-    told = printed.out.splitlines()
+    told = done.printed.splitlines()
     assert told[0] == "reached:"
     assert any("dB" in line and "PSNR, recovered source" in line for line in told)
     assert any("training time" in line for line in told)
@@ -235,7 +272,11 @@ def test_what_is_next_after_a_quickstart_can_be_done(finished, tmp_path, monkeyp
 # --------------------------------------------------------------------------------- second calls
 
 
-def test_a_finished_quickstart_is_only_reported_on_again(finished, tmp_path, caplog):
+def test_a_finished_quickstart_is_only_reported_on_again(done, tmp_path, monkeypatch, caplog):
+    # The same measurements: only what is done with them is new.
+    monkeypatch.setattr(quickstart_module, "examine", lambda _: done.trial)
+    monkeypatch.setattr(quickstart_module, "examine_generator", lambda *_: done.generator_trial)
+    finished = done.out
     # Moved, to show that a run may be.
     out = tmp_path / "moved"
     shutil.copytree(finished, out)
