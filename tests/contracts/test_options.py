@@ -390,6 +390,18 @@ class Library:
         return {key: plain(values) for key, values in found.items()}
 
 
+KNOWN = {}
+"""Outcomes of command lines by command and words: most options start from the same one."""
+
+
+def reached_once(monkeypatch, command, arguments):
+    """All that a command gives to the library, as an earlier test found it."""
+    key = (command, *arguments)
+    if key not in KNOWN:
+        KNOWN[key] = reached(monkeypatch, command, arguments)
+    return KNOWN[key]
+
+
 def reached(monkeypatch, command, arguments):
     """All that a command gives to the library."""
     library = Library(command)
@@ -447,7 +459,7 @@ def test_an_option_reaches_the_library_and_changes_nothing_else(command, name, m
     }
     base |= GIVEN.get(command, {}) | NEEDS.get((command, name), {})
     value, wanted = another(command, name, options[name], base)
-    before = reached(monkeypatch, command, typed(base, options))
+    before = reached_once(monkeypatch, command, typed(base, options))
     left_out = WITHOUT.get((command, name), ())
     given = {each: old for each, old in base.items() if each not in left_out} | {name: value}
     after = reached(monkeypatch, command, typed(given, options))
@@ -526,7 +538,6 @@ TRAIN_VALUES = {
     ("digits32_ar", "train.eval_num_kept"): {"train.eval_num_kept": (16, 24)},
 }
 """Changes that a recipe bears, where the first ones that come to mind are refused."""
-TRAIN_CASES = [(recipe, leaf) for recipe, (cls, _) in TRAIN.items() for leaf in leaf_kinds(cls)]
 
 
 def trained(monkeypatch, target, arguments):
@@ -544,22 +555,61 @@ def trained(monkeypatch, target, arguments):
     return seen[0]
 
 
-@pytest.mark.parametrize(("recipe", "leaf"), TRAIN_CASES, ids=[" ".join(c) for c in TRAIN_CASES])
-def test_a_setting_of_a_recipe_reaches_training_and_changes_nothing_else(recipe, leaf, monkeypatch):
+def together(recipe):
+    """Runs of a recipe with settings changed, as many at once as go together: each with its names.
+
+    No two settings of a run have the same new value, unless it is a flag, so that settings that
+    were mixed up differ.
+    """
+    kinds, run = leaf_kinds(TRAIN[recipe][0]), RECIPES[recipe]()
+    found = []
+    for leaf, kind in kinds.items():
+        for group in found:
+            if grown := with_one_more(recipe, run, *group, leaf, kind):
+                found[found.index(group)] = grown
+                break
+        else:
+            alone = with_one_more(recipe, run, run, {}, leaf, kind)
+            assert alone, f"{leaf} has no other value that {recipe} bears: name one"
+            found.append(alone)
+    return found
+
+
+def with_one_more(recipe, run, changed_run, values, leaf, kind):
+    """The changed run and its settings with another one; None if they do not go together."""
+    try:
+        if (recipe, leaf) in TRAIN_VALUES:
+            new = replaced(changed_run, TRAIN_VALUES[recipe, leaf])
+        else:
+            new = changed(with_parts_of(changed_run, leaf), leaf, kind)
+    except (ValueError, AssertionError):
+        return None
+    value = value_at(new, leaf)
+    if value in {ABSENT, value_at(run, leaf)}:
+        return None
+    if any(value_at(new, name) != old for name, old in values.items()):
+        return None
+    if not isinstance(value, bool) and value in values.values():
+        return None
+    return new, values | {leaf: value}
+
+
+@pytest.mark.parametrize("recipe", TRAIN)
+def test_each_setting_of_a_recipe_reaches_training_and_changes_nothing_else(recipe, monkeypatch):
     cls, target = TRAIN[recipe]
     kinds, run = leaf_kinds(cls), RECIPES[recipe]()
-    if (recipe, leaf) in TRAIN_VALUES:
-        wanted = replaced(run, TRAIN_VALUES[recipe, leaf])
-    else:
-        wanted = changed(with_parts_of(run, leaf), leaf, kinds[leaf])
-    changes = {
-        name: value
-        for name in kinds
-        if (value := value_at(wanted, name)) not in {ABSENT, value_at(run, name)}
-    }
-    arguments = [w for name, value in changes.items() for w in words(name, kinds[name], value)]
-    assert leaf in changes
-    assert trained(monkeypatch, target, [recipe, *arguments]) == ((wanted,), {"resume": False})
+    groups = together(recipe)
+    assert {leaf for _, values in groups for leaf in values} == set(kinds)
+    for wanted, _ in groups:
+        changes = {
+            name: value
+            for name in kinds
+            if (value := value_at(wanted, name)) not in {ABSENT, value_at(run, name)}
+        }
+        arguments = [w for name, value in changes.items() for w in words(name, kinds[name], value)]
+        (found,), options = trained(monkeypatch, target, [recipe, *arguments])
+        wrong = [name for name in kinds if value_at(found, name) != value_at(wanted, name)]
+        assert (wrong, found, options) == ([], wanted, {"resume": False})
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
