@@ -1,42 +1,17 @@
 """Fixtures that several test files of this folder share."""
 
-import warnings
-
 import pytest
-import torch
-from torch import Tensor, nn
+
+from tests.support.frozen import write_dinov2, write_extractor
 
 
 @pytest.fixture(scope="module")
 def dinov2_folder(tmp_path_factory):
     """A tiny random DINOv2 in the format of the real one."""
-    from transformers import Dinov2Config, Dinov2Model
-
-    folder = tmp_path_factory.mktemp("dinov2")
-    config = Dinov2Config(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    torch.manual_seed(0)
-    model = Dinov2Model(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder)
-    return folder
-
-
-class Colours(nn.Module):
-    """Mean and largest value of each colour as features, their softmax as classes."""
-
-    def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
-        features = torch.cat([images.mean([2, 3]), images.amax([2, 3])], 1)
-        return features if return_features else features.softmax(-1)
+    return write_dinov2(tmp_path_factory.mktemp("dinov2"))
 
 
 @pytest.fixture(scope="module")
 def extractor_file(tmp_path_factory):
     """A tiny feature extractor as a TorchScript file."""
-    path = tmp_path_factory.mktemp("extractor") / "colours.pt"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.jit.script(Colours()).save(path)
-    return str(path)
+    return write_extractor(tmp_path_factory.mktemp("extractor") / "colours.pt")
