@@ -34,7 +34,7 @@ CHANGED = {
     "kept.floor": 50.0,
     "data.val_fraction": 0.5,
     "data.max_images": 3,
-    "loss.discriminator_channels": 64,
+    "loss.discriminator_channels": 16,
     "loss.lecam_weight": 0.5,
     "loss.adversarial_start_step": 2,
     "teacher.kind": "none",

@@ -64,6 +64,7 @@ def shrink(run: TokenizerRun) -> TokenizerRun:
         run,
         model=replace(model, **parts, image_size=8 * model.patch_size, num_kept=16),
         kept=replace(run.kept, candidates=(16, 24, 32)),
+        loss=replace(run.loss, discriminator_channels=8),
         teacher=_small_teacher(run.teacher, view_size=6 * model.patch_size),
         train=replace(
             run.train,
