@@ -519,6 +519,7 @@ def test_any_number_of_ranks_shares_out_the_validation_images(num_images, world_
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("curves")
 def test_training_says_what_a_step_consists_of_and_draws_its_log(tmp_path, capsys):
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
@@ -536,6 +537,7 @@ def test_training_says_what_a_step_consists_of_and_draws_its_log(tmp_path, capsy
     assert (tmp_path / "run/curves.png").read_bytes() != first
 
 
+@pytest.mark.usefixtures("curves")
 def test_without_matplotlib_training_goes_on_and_says_so_once(tmp_path, monkeypatch, caplog):
     pytest.importorskip("sklearn")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
