@@ -85,7 +85,6 @@ TORCH_FREE = {"__init__", "__main__", "cli", "config", "runtime/environment"}
 UNPICKLERS = {"tokenizer/interop"}
 # Modules whose tests are among those of another: pieces that only work inside it.
 TESTED_WITH = {
-    "cli/doctor": "cli/main",
     "cli/images": "cli/main",
     "cli/options": "cli/evaluate",
     "config/base": "config/training",

@@ -20,12 +20,12 @@ from mergevq.cli import bench as cli_bench
 from mergevq.cli import evaluate as cli_evaluate
 from mergevq.cli import probe as cli_probe
 from mergevq.cli import train as cli_source
+from mergevq.cli.about import doctor, models, parts
+from mergevq.cli.completion import COMPLETE, candidates, completion
 from mergevq.cli.compress import compress, decompress
-from mergevq.cli.doctor import doctor
 from mergevq.cli.errors import command_line, options_of_command, options_of_settings, problem
 from mergevq.cli.errors import speaks_for_itself as _speaks_for_itself
 from mergevq.cli.images import convert, encode, reconstruct, sample
-from mergevq.cli.parts import models, parts
 from mergevq.cli.tables import summary
 from mergevq.cli.train import recipes, train
 from mergevq.config.base import MAX_PIXELS, Device, Precision, nearest
@@ -45,15 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe, 130 when interrupted.
     """
     given = sys.argv[1:] if argv is None else argv
-    if not given:
-        print(_first_steps())
+    if given and given[0] == COMPLETE:
+        print("\n".join(candidates(given[1:], COMMANDS, GROUPS)))
         return 0
-    name, *arguments = map(_at_home, given)
-    if name == "--version":
-        print(f"mergevq {installed_version('mergevq') or 'not installed'}")
-        return 0
-    if name in {"-h", "--help"}:
-        print(_usage())
+    name, *arguments = map(_at_home, given or [""])
+    if name in _ABOUT:
+        print(_ABOUT[name]())
         return 0
     prog, commands = "mergevq", COMMANDS
     if name in GROUPS:
@@ -190,6 +187,7 @@ COMMANDS: dict[str, Callable[..., object]] = {
         convert,
         demo,
         doctor,
+        completion,
     )
 }
 COMMANDS |= cli_source.COMMANDS
@@ -241,6 +239,11 @@ def _first_steps() -> str:
     )
 
 
+def _version() -> str:
+    """Name and version."""
+    return f"mergevq {installed_version('mergevq') or 'not installed'}"
+
+
 def _usage() -> str:
     """The commands, one line each."""
     commands = COMMANDS | {
@@ -249,6 +252,10 @@ def _usage() -> str:
         for name, command in members.items()
     }
     return _listed("mergevq", commands)
+
+
+_ABOUT = {"": _first_steps, "--version": _version, "-h": _usage, "--help": _usage}
+"""Texts to print where no command is named."""
 
 
 def _listed(prog: str, commands: Mapping[str, Callable[..., object]]) -> str:

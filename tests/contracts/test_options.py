@@ -41,7 +41,7 @@ STOP = object()
 """Result of a function that does all: the command ends there."""
 TOKENIZER = SimpleNamespace(config=SimpleNamespace(image_size=8, patch_size=2, grid_size=4))
 TOKENIZER.to = lambda _: TOKENIZER
-PRINTED = {("parts",)}
+PRINTED = {("parts",), ("completion",)}
 """Commands that only print what is known without the library: their own tests have them."""
 LIBRARY = {
     "quickstart": {"demo.quickstart.quickstart": STOP},
@@ -482,7 +482,7 @@ def test_no_entry_outlives_its_option(table):
 
 
 def test_every_command_is_one_of_these():
-    without_options = {("recipes",), ("doctor",)}
+    without_options = {("recipes",), ("doctor",), ("models",)}
     assert {name for name, command in ALL.items() if not options_of(command)} == without_options
     assert {" ".join(name) for name in set(ALL) - without_options - PRINTED} == set(LIBRARY)
 

@@ -34,7 +34,7 @@ def test_every_kind_of_every_part_is_a_line(capsys):
 
 
 def test_a_model_without_a_choice_of_parts_is_left_out(capsys, monkeypatch):
-    monkeypatch.setattr("mergevq.cli.parts._RUNS", {"a": TokenizerRun, "b": PatchStem})
+    monkeypatch.setattr("mergevq.cli.about._RUNS", {"a": TokenizerRun, "b": PatchStem})
     assert "parts of a b" not in printed(capsys)
 
 
