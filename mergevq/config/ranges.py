@@ -82,6 +82,7 @@ RANGES = {
     "TokenizerConfig.num_kept": _INT64,  # It has a range of its own: the cells of the grid.
     "kept_range": _TOKENS,
     "num_bits": Range(1, 63),
+    "GroupedLfq.num_bits": Range(1, 256),
     "group_bits": Range(1, 16),
     "levels": Range(3, 1000),  # Of more, the bound of a channel would round to one level more.
     "sample_temperature": _TEMPERATURE,
@@ -186,7 +187,7 @@ RANGES = {
     "num_shown": Range(0, 2**16),
     "num_baseline_images": Range(0, 2**32),
     "fractions": _SHARE,
-    "radius": Range(0, 63),
+    "radius": Range(0, 256),
     "num_looked_up": Range(1, 2**16),
     "stop": Range(0, MAX_GUIDANCE),
     "step": Range(1e-3, MAX_GUIDANCE),  # A smaller one changes no score.

@@ -48,6 +48,11 @@ class CodeSpec:
         return bits_of(self.sizes)
 
     @property
+    def has_index(self) -> bool:
+        """Whether a token's parts are also one index: their values are at most 2**63."""
+        return has_index(self.sizes)
+
+    @property
     def is_binary(self) -> bool:
         """Whether parts are bits alone, so that tokens can differ in a number of bits."""
         return all(size & (size - 1) == 0 for size in self.sizes)
@@ -58,11 +63,7 @@ class CodeSpec:
         Raises:
             ValueError: there are more tokens than indices.
         """
-        self._require_index()
-        if len(self.sizes) == 1:
-            return parts[..., 0]
-        places = list(itertools.accumulate(self.sizes[:-1], lambda a, b: a * b, initial=1))
-        return (parts * torch.tensor(places, device=parts.device)).sum(-1)
+        return join(parts, self.sizes)
 
     def split(self, indices: Int64[Tensor, "*b"]) -> Int64[Tensor, "*b p"]:
         """Parts of each index; inverse of `join`.
@@ -70,21 +71,63 @@ class CodeSpec:
         Raises:
             ValueError: an index is outside the codebook, or there are more tokens than indices.
         """
-        self._require_index()
-        check_values(indices, self.num_values)
-        parts = []
-        for size in self.sizes[:-1]:
-            parts.append(indices % size)
-            indices = indices // size
-        return torch.stack([*parts, indices], -1)
+        return split(indices, self.sizes)
 
-    def _require_index(self) -> None:
-        """Raise `ValueError` where tokens have no index."""
-        if self.num_values > _MAX_VALUES:
+    def check(self, parts: Int64[Tensor, "*b p"]) -> None:
+        """Raise `ValueError` where there are other parts, or a part has no such value."""
+        if parts.shape[-1] != len(self.sizes):
             raise ValueError(
-                f"a token has {self.num_values} values, above the {_MAX_VALUES} that one index "
-                "can tell apart; use its parts"
+                f"tokens of {parts.shape[-1]} parts must have {len(self.sizes)}; these are tokens "
+                "of another tokenizer"
             )
+        for part, size in zip(parts.unbind(-1), self.sizes, strict=True):
+            check_values(part, size)
+
+
+def has_index(sizes: tuple[int, ...]) -> bool:
+    """Whether the parts of a token are also one index: their values are at most 2**63."""
+    return math.prod(sizes) <= _MAX_VALUES
+
+
+def join(parts: Int64[Tensor, "*b p"], sizes: tuple[int, ...]) -> Int64[Tensor, "*b"]:
+    """Index of each token, of whose parts the first is the lowest digit.
+
+    Args:
+        parts: of the tokens.
+        sizes: values of each part.
+
+    Raises:
+        ValueError: there are more tokens than indices.
+    """
+    _require_index(sizes)
+    if len(sizes) == 1:
+        return parts[..., 0]
+    places = list(itertools.accumulate(sizes[:-1], lambda a, b: a * b, initial=1))
+    return (parts * torch.tensor(places, device=parts.device)).sum(-1)
+
+
+def split(indices: Int64[Tensor, "*b"], sizes: tuple[int, ...]) -> Int64[Tensor, "*b p"]:
+    """Parts of each index; inverse of `join`.
+
+    Raises:
+        ValueError: an index is outside the codebook, or there are more tokens than indices.
+    """
+    _require_index(sizes)
+    check_values(indices, math.prod(sizes))
+    parts = []
+    for size in sizes[:-1]:
+        parts.append(indices % size)
+        indices = indices // size
+    return torch.stack([*parts, indices], -1)
+
+
+def _require_index(sizes: tuple[int, ...]) -> None:
+    """Raise `ValueError` where tokens have no index."""
+    if not has_index(sizes):
+        raise ValueError(
+            f"a token has {bits_of(sizes):.5g} bits, and an index has 63: use `parts`, "
+            f"{len(sizes)} numbers for each token"
+        )
 
 
 def indices_to_subindices(

@@ -177,7 +177,7 @@ def _batches(run: TokenizerRun, dataset: ImageDataset) -> Sequence[Batch]:
 def _count_codes(tokenizer: Tokenizer, batches: Sequence[Batch]) -> CodebookStatistics:
     """How all tokens at the nominal K use the codebook."""
     device = next(tokenizer.parameters()).device
-    tokens = [tokenizer.encode(batch.image.to(device)).indices.flatten() for batch in batches]
+    tokens = [tokenizer.encode(batch.image.to(device)).parts.flatten(0, 1) for batch in batches]
     return codebook_statistics(torch.cat(tokens), tokenizer.quantizer.spec)
 
 

@@ -112,7 +112,7 @@ class Evaluation:
         self.seconds += seconds + clock.seconds
         encoded = given.encoded
         self.bits = encoded.layout.bits(self.tokenizer.quantizer.spec.bits)
-        self.tokens.append(encoded.indices.flatten().cpu())
+        self.tokens.append(encoded.parts.flatten(0, 1).cpu())
         self.given.update(original, given.image, positions)
         self.image_size = (image.shape[2], image.shape[3])
         if self.recovered is None:
@@ -138,13 +138,15 @@ class Evaluation:
         found = torch.tensor([[*self.image_size, *self.bits]], dtype=torch.float64)
         height, width, *bits = distributed.gather(found).amax(0).tolist()
         # A rank that got no image takes part with no token.
-        tokens = torch.cat([torch.empty(0, dtype=torch.int64), *self.tokens])
+        spec = self.tokenizer.quantizer.spec
+        none = torch.empty(0, len(spec.sizes), dtype=torch.int64)
+        tokens = torch.cat([none, *self.tokens])
         num_images = self.given.num_images
         return Outcome(
             given=self.given.compute(reference),
             recovered=None if self.recovered is None else self.recovered.compute(reference),
             source_accuracy=None if self.recovered is None else self.accuracy.compute().mean,
-            codebook=codebook_statistics(distributed.gather(tokens), self.tokenizer.quantizer.spec),
+            codebook=codebook_statistics(distributed.gather(tokens), spec),
             bits=Bits(*bits),
             map_bits=self.map_bits.compute().mean if self.coded else None,
             num_pixels=round(height * width),

@@ -5,7 +5,7 @@ batch.
 
 Source: Li et al. 2025, "MergeVQ", section 3 (arXiv:2504.00999).
 
-Shape letters: B batch, L grid cells, D bits of a token.
+Shape letters: B batch, L grid cells, D bits of a token, P parts of a token.
 """
 
 import math
@@ -46,7 +46,8 @@ class CodebookStatistics(NamedTuple):
     num_values: int
     """Codes of the codebook."""
     bit_probs: Float[Tensor, "d"]
-    """P(bit = 1) of each bit of an index, lowest first; none where indices are not made of bits."""
+    """P(bit = 1) of each bit of a token, part 0 and its lowest bit first; none where parts are not
+    made of bits."""
 
     @property
     def usage(self) -> float:
@@ -70,25 +71,39 @@ class CodebookStatistics(NamedTuple):
         return int(((self.bit_probs == 0) | (self.bit_probs == 1)).sum())
 
 
-def codebook_statistics(tokens: Int64[Tensor, "n"], spec: CodeSpec) -> CodebookStatistics:
-    """How indices of tokens use the codebook.
+def codebook_statistics(parts: Int64[Tensor, "n p"], spec: CodeSpec) -> CodebookStatistics:
+    """How tokens use the codebook.
 
     Raises:
         ValueError: there is no token.
     """
-    if len(tokens) == 0:
+    if len(parts) == 0:
         raise ValueError("codebook usage has seen no token; there is nothing to count")
-    codes, counts = tokens.cpu().unique(return_counts=True)
-    frequencies = counts.double() / len(tokens)
-    num_bits = (spec.num_values - 1).bit_length() if spec.is_binary else 0
-    ones = [int(counts[(codes >> bit) & 1 == 1].sum()) for bit in range(num_bits)]
+    codes, counts = _distinct(parts.cpu(), spec)
+    frequencies = counts.double() / len(parts)
+    ones = [
+        int(counts[(part >> bit) & 1 == 1].sum())
+        for part, size in zip(codes.unbind(-1), spec.sizes, strict=True)
+        for bit in range((size - 1).bit_length() if spec.is_binary else 0)
+    ]
     return CodebookStatistics(
-        num_tokens=len(tokens),
+        num_tokens=len(parts),
         num_distinct=len(codes),
         num_values=spec.num_values,
         perplexity=math.exp(-float(torch.xlogy(frequencies, frequencies).sum())),
-        bit_probs=torch.tensor(ones, dtype=torch.float64) / len(tokens),
+        bit_probs=torch.tensor(ones, dtype=torch.float64) / len(parts),
     )
+
+
+def _distinct(
+    parts: Int64[Tensor, "n p"], spec: CodeSpec
+) -> tuple[Int64[Tensor, "m p"], Int64[Tensor, "m"]]:
+    """Different tokens, and how often each occurs."""
+    if not spec.has_index:
+        return parts.unique(dim=0, return_counts=True)
+    # Sorting numbers takes a fraction of the time of sorting rows.
+    indices, counts = spec.join(parts).unique(return_counts=True)
+    return spec.split(indices), counts
 
 
 class CodebookUsage:
@@ -97,7 +112,7 @@ class CodebookUsage:
     Args:
         spec: form of the tokens.
         window: tokens remembered on each rank, at least as many as there are codes; None is as
-            many. Above 2**18 codes 2**18 tokens, 2 MiB, are enough.
+            many. Above 2**18 codes 2**18 tokens, of 2 MiB for each part, are enough.
         device: where tokens are kept and counted.
 
     Raises:
@@ -114,21 +129,25 @@ class CodebookUsage:
                 "codes: a shorter one cannot tell an unused code from one that had no turn"
             )
         self.spec = spec
-        self.window = torch.full((window or shortest,), -1, dtype=torch.int64, device=device)
+        shape = (window or shortest, len(spec.sizes))
+        self.window = torch.full(shape, -1, dtype=torch.int64, device=device)
         self.num_seen = 0
 
-    def update(self, indices: Int64[Tensor, "*shape"]) -> None:
+    def update(self, parts: Int64[Tensor, "*shape p"]) -> None:
         """Add tokens, in order; the oldest ones leave.
 
         Raises:
-            ValueError: an index is outside the codebook.
+            ValueError: a part has no such value.
         """
-        tokens = indices.detach().flatten().to(self.window.device)
-        outside = ((tokens < 0) | (tokens > self.spec.num_values - 1)).nonzero()[:, 0].tolist()
+        tokens = parts.detach().flatten(0, -2).to(self.window.device)
+        # Not `>= size`: 2**63 does not fit the tensor's type.
+        last = torch.tensor([size - 1 for size in self.spec.sizes], device=tokens.device)
+        outside = ((tokens < 0) | (tokens > last)).nonzero().tolist()
         if outside:
+            row, part = outside[0]
             raise ValueError(
-                f"codebook usage: index {int(tokens[outside[0]])} of token "
-                f"{self.num_seen + outside[0]} must be in [0, {self.spec.num_values})"
+                f"codebook usage: part {part} ({int(tokens[row, part])}) of token "
+                f"{self.num_seen + row} must be in [0, {self.spec.sizes[part]})"
             )
         self.num_seen += len(tokens)
         tokens = tokens[-len(self.window) :]
@@ -143,16 +162,16 @@ class CodebookUsage:
             ValueError: there was no token.
         """
         tokens = distributed.gather(self.window).cpu()
-        return codebook_statistics(tokens[tokens >= 0], self.spec)
+        return codebook_statistics(tokens[tokens[:, 0] >= 0], self.spec)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The windows of all ranks as one list of tokens, the oldest first; every rank must call.
 
         In this order they say which one leaves next.
         """
-        by_age = self.window.roll(-(self.num_seen % len(self.window)))
-        tokens = distributed.gather(by_age[None]).T.flatten()
-        return {"tokens": tokens[tokens >= 0]}
+        by_age = self.window.roll(-(self.num_seen % len(self.window)), 0)
+        tokens = distributed.gather(by_age[None]).transpose(0, 1).flatten(0, 1)
+        return {"tokens": tokens[tokens[:, 0] >= 0]}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from saved windows, or from their newest tokens if they were longer than this one.
@@ -163,6 +182,9 @@ class CodebookUsage:
         self.window.fill_(-1)
         self.num_seen = 0
         tokens = state["tokens"]
+        if tokens.ndim == 1:
+            # Older checkpoints have indices.
+            tokens = self.spec.split(tokens)
         self.update(tokens if distributed.is_main() else tokens[:0])
 
 

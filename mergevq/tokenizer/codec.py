@@ -203,7 +203,7 @@ def decode_image(
 @torch.no_grad()
 def decode_tiles(
     tokenizer: Tokenizer,
-    indices: Int64[Tensor, "T K"],
+    tokens: Int64[Tensor, "T K P"] | Int64[Tensor, "T K"],
     source: Source | Ordered | None,
     grid_shape: tuple[int, int],
     layout: Layout,
@@ -212,17 +212,18 @@ def decode_tiles(
 
     Args:
         tokenizer: the one that encoded.
-        indices: tokens of all tiles in raster order.
+        tokens: of all tiles in raster order, as parts or indices.
         source: their source maps, or their order; None infers it from the tokens.
         grid_shape: (height, width) of a tile in cells.
         layout: places of the tiles.
     """
-    parts = []
-    for tile in range(0, len(indices), _TILES_AT_ONCE):
-        tokens, rows = indices[tile : tile + _TILES_AT_ONCE], slice(tile, tile + _TILES_AT_ONCE)
-        used = tokenizer.recover(tokens, grid_shape) if source is None else source.rows(rows)
-        parts.append(tokenizer.decode(tokens, used, grid_shape).float().cpu())
-    return blend(torch.cat(parts), layout)
+    images = []
+    for tile in range(0, len(tokens), _TILES_AT_ONCE):
+        rows = slice(tile, tile + _TILES_AT_ONCE)
+        some = tokens[rows]
+        used = tokenizer.recover(some, grid_shape) if source is None else source.rows(rows)
+        images.append(tokenizer.decode(some, used, grid_shape).float().cpu())
+    return blend(torch.cat(images), layout)
 
 
 def reconstruct_image(
@@ -420,14 +421,15 @@ def _layout(picture: Image.Image, config: TokenizerConfig, size_policy: SizePoli
 @torch.no_grad()
 def _encode(tokenizer: Tokenizer, tiles: Sequence[Embedded], num_kept: int | None) -> Encoded:
     """Encode all tiles, a few at a time."""
-    parts = [tokenizer.encode(part, num_kept) for part in tiles]
+    some = [tokenizer.encode(part, num_kept) for part in tiles]
     return Encoded(
-        codes=torch.cat([part.codes for part in parts]),
-        indices=torch.cat([part.indices for part in parts]),
-        layout=joined([part.layout for part in parts]),
-        grid_shape=parts[0].grid_shape,
-        class_token=torch.cat([part.class_token for part in parts]),
-        latents=torch.cat([part.latents for part in parts]),
+        codes=torch.cat([each.codes for each in some]),
+        parts=torch.cat([each.parts for each in some]),
+        layout=joined([each.layout for each in some]),
+        grid_shape=some[0].grid_shape,
+        class_token=torch.cat([each.class_token for each in some]),
+        latents=torch.cat([each.latents for each in some]),
+        sizes=some[0].sizes,
     )
 
 
@@ -437,7 +439,7 @@ def _decode(
     """Decode all tiles and blend them, in float32 on the CPU."""
     encoded = image.encoded
     used = encoded.layout if source == "given" else None
-    return decode_tiles(tokenizer, encoded.indices, used, encoded.grid_shape, image.layout)
+    return decode_tiles(tokenizer, encoded.parts, used, encoded.grid_shape, image.layout)
 
 
 def _merge_map(

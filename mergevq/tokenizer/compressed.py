@@ -224,8 +224,8 @@ def decompress_image(
             f"{header.precision}: quality may differ; take precision {header.precision}",
             stacklevel=2,
         )
-    indices, source = _read_tokens(codec.tokenizer, header, stream)
-    return to_pil(decode_tiles(codec.tokenizer, indices, source, header.grid_shape, layout))
+    parts, source = _read_tokens(codec.tokenizer, header, stream)
+    return to_pil(decode_tiles(codec.tokenizer, parts, source, header.grid_shape, layout))
 
 
 class _Trial(NamedTuple):
@@ -244,10 +244,9 @@ class _Trial(NamedTuple):
         has_map = self.source == "given" and tokenizer.has_maps
         source = require_source(encoded.layout, "a file") if has_map else None
         count, (grid_height, grid_width) = encoded.layout.num_kept, encoded.grid_shape
-        parts = tokenizer.quantizer.spec.split(encoded.indices).cpu()
         maps = None if source is None else source.to("cpu")
         sizes = tokenizer.quantizer.spec.sizes
-        model, stream = _shortest(parts, sizes, maps, encoded.grid_shape)
+        model, stream = _shortest(encoded.parts.cpu(), sizes, maps, encoded.grid_shape)
         header = Header(
             identity=self.codec.id_bytes,
             map_model=model,
@@ -264,7 +263,7 @@ class _Trial(NamedTuple):
         )
         reached = None
         if self.quality.psnr is not None or self.quality.lpips is not None:
-            image = decode_tiles(tokenizer, encoded.indices, source, encoded.grid_shape, layout)
+            image = decode_tiles(tokenizer, encoded.parts, source, encoded.grid_shape, layout)
             reached = self._measure(to_pil(image))
         return Compressed(write_file(header, stream), header, reached)
 
@@ -545,7 +544,7 @@ def _require_small_tiles(tokenizer: Tokenizer, layout: Layout) -> None:
 
 def _read_tokens(
     tokenizer: Tokenizer, header: Header, stream: bytes
-) -> tuple[Int64[Tensor, "t k"], Source | None]:
+) -> tuple[Int64[Tensor, "t k p"], Source | None]:
     """Tokens and maps of a stream, on the device of the tokenizer.
 
     Raises:
@@ -560,5 +559,4 @@ def _read_tokens(
     blank = torch.zeros(header.num_tiles, header.num_kept, len(spec.sizes), dtype=torch.int64)
     parts = code_tokens(reader, blank, spec.sizes, source, header.grid_shape)
     reader.require_end()
-    indices = spec.join(parts).to(device)
-    return indices, None if source is None else source.to(device)
+    return parts.to(device), None if source is None else source.to(device)

@@ -248,10 +248,10 @@ def _encode_batch(
     rows = {}
     for count in num_kept:
         encoded = [tokenizer.encode(view, count) for view in views]
-        indices = torch.stack([view.indices for view in encoded], dim=1)
+        parts = torch.stack([view.parts for view in encoded], dim=1)
         source = torch.stack([_map_of(view) for view in encoded], dim=1)
         rows[count] = TokenRows(
-            indices=indices.flatten(0, 1).cpu(),
+            parts=parts.flatten(0, 1).cpu(),
             source=source.flatten(0, 1).cpu(),
             label=batch.label.repeat_interleave(len(views)),
             position=batch.index.repeat_interleave(len(views)),
@@ -263,14 +263,15 @@ def _encode_batch(
 def _map_of(encoded: Encoded) -> Int64[Tensor, "b l"]:
     """The map of tokens; one of no cells where their layout has none."""
     layout = encoded.layout
-    none = encoded.indices.new_empty(len(encoded.indices), 0)
+    none = encoded.parts.new_empty(len(encoded.parts), 0)
     return layout.index if isinstance(layout, Source) else none
 
 
 def _no_rows(record: TokenRecord, num_kept: int) -> TokenRows:
     """Rows that a shard begins with: none."""
     none = torch.empty(0, dtype=torch.int64)
-    return TokenRows(none.view(0, num_kept), none.view(0, record.num_mapped), none, none, none)
+    parts = none.view(0, num_kept, len(record.sizes))
+    return TokenRows(parts, none.view(0, record.num_mapped), none, none, none)
 
 
 def _write(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from mergevq.config.base import Pool, Precision, RecoverySource, Stage, check_choice
 from mergevq.config.tokenizer import TokenizerConfig
+from mergevq.data.codes import join
 from mergevq.data.layouts import Bits, Layout, Source, require_source, source_bits, unmerge
 from mergevq.nn.finite import require_finite
 from mergevq.runtime.artefacts import build_for, load_model, resolve, save_model
@@ -44,8 +45,8 @@ class Encoded(NamedTuple):
 
     codes: Float[Tensor, "b k d"]
     """Values that a decoder reads, in the order of the layout; of bits, signs in {-1, +1}."""
-    indices: Int64[Tensor, "b k"]
-    """The same as whole numbers from 0, the parts of a token in one (`CodeSpec.join`)."""
+    parts: Int64[Tensor, "b k p"]
+    """The same as whole numbers from 0, one for each part of a token."""
     layout: Layout
     """Places of the tokens; of a merging tokenizer the source map."""
     grid_shape: tuple[int, int]
@@ -54,6 +55,13 @@ class Encoded(NamedTuple):
     """The encoder's summary, aligned with the teacher."""
     latents: Float[Tensor, "b k d"]
     """Before quantization."""
+    sizes: tuple[int, ...]
+    """Values of each part."""
+
+    @property
+    def indices(self) -> Int64[Tensor, "b k"]:
+        """The parts of a token in one number; a ValueError above 63 bits (`CodeSpec.join`)."""
+        return join(self.parts, self.sizes)
 
     @property
     def source(self) -> Source:
@@ -93,18 +101,19 @@ class TokenizerOutput(NamedTuple):
 class Tokenizer(nn.Module):
     """Images to discrete tokens and back.
 
-    Example:
-        >>> from mergevq.config.parts import CnnDecoder, CnnStem, Merge
-        >>> from mergevq.config.tokenizer import TokenizerConfig
-        >>> config = TokenizerConfig(
-        ...     image_size=32, stem=CnnStem(channels=16), reducer=Merge(num_layers=3, num_heads=4),
-        ...     decoder=CnnDecoder(channels=16, num_layers=1, num_heads=4), num_kept=16)
-        >>> tokenizer = Tokenizer(config).eval()
-        >>> encoded = tokenizer.encode(torch.zeros(2, 3, 32, 32), num_kept=20)
-        >>> encoded.indices.shape, encoded.source.index.shape
-        (torch.Size([2, 20]), torch.Size([2, 64]))
-        >>> tokenizer.decode(encoded.indices, encoded.source).shape
-        torch.Size([2, 3, 32, 32])
+        Example:
+            >>> from mergevq.config.parts import CnnDecoder, CnnStem, Merge
+            >>> from mergevq.config.tokenizer import TokenizerConfig
+    from mergevq.data.codes import join
+            >>> config = TokenizerConfig(
+            ...     image_size=32, stem=CnnStem(channels=16), reducer=Merge(num_layers=3, num_heads=4),
+            ...     decoder=CnnDecoder(channels=16, num_layers=1, num_heads=4), num_kept=16)
+            >>> tokenizer = Tokenizer(config).eval()
+            >>> encoded = tokenizer.encode(torch.zeros(2, 3, 32, 32), num_kept=20)
+            >>> encoded.indices.shape, encoded.source.index.shape
+            (torch.Size([2, 20]), torch.Size([2, 64]))
+            >>> tokenizer.decode(encoded.indices, encoded.source).shape
+            torch.Size([2, 3, 32, 32])
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
@@ -242,14 +251,14 @@ class Tokenizer(nn.Module):
 
     def decode(
         self,
-        tokens: Float[Tensor, "b k d"] | Int64[Tensor, "b k"],
+        tokens: Float[Tensor, "b k d"] | Int64[Tensor, "b k p"] | Int64[Tensor, "b k"],
         layout: Layout,
         grid_shape: tuple[int, int] | None = None,
     ) -> Float[Tensor, "b 3 h w"]:
         """Tokens to image, in about [-1, 1] and not clamped.
 
         Args:
-            tokens: codes, or indices.
+            tokens: codes, parts, or indices.
             layout: places of the tokens; of a merging tokenizer the source map.
             grid_shape: (height, width) in cells; None is a square, of a layout without cells the
                 trained one.
@@ -271,35 +280,50 @@ class Tokenizer(nn.Module):
                 f"tokens ({tokens.shape[1]}) must be as many as the source keeps "
                 f"({layout.num_kept})"
             )
-        if not tokens.is_floating_point():
-            tokens = self.codes_of(tokens)
+        tokens = self._read(tokens)
         with self._computing():
             image = self.decoder(self.expander(tokens, layout, grid_shape))
         return self._finished(image)
 
     def codes_of(self, indices: Int64[Tensor, "*b"]) -> Float[Tensor, "*b d"]:
-        """Codes of tokens, in the dtype of the decoder's weights.
+        """Codes of tokens by their indices, in the dtype of the decoder's weights.
 
         Raises:
             ValueError: an index is outside the codebook.
         """
-        return self.quantizer.decode(self.quantizer.spec.split(indices)).to(self._dtype)
+        return self.codes_of_parts(self.quantizer.spec.split(indices))
+
+    def codes_of_parts(self, parts: Int64[Tensor, "*b p"]) -> Float[Tensor, "*b d"]:
+        """Codes of tokens, in the dtype of the decoder's weights.
+
+        Raises:
+            ValueError: there are other parts, or a part has no such value.
+        """
+        self.quantizer.spec.check(parts)
+        return self.quantizer.decode(parts).to(self._dtype)
+
+    def _read(
+        self, tokens: Float[Tensor, "b k d"] | Int64[Tensor, "b k p"] | Int64[Tensor, "b k"]
+    ) -> Float[Tensor, "b k d"]:
+        """Codes of tokens in any form."""
+        if tokens.is_floating_point():
+            return tokens
+        return self.codes_of(tokens) if tokens.ndim == 2 else self.codes_of_parts(tokens)
 
     def recover(
         self,
-        tokens: Float[Tensor, "b k d"] | Int64[Tensor, "b k"],
+        tokens: Float[Tensor, "b k d"] | Int64[Tensor, "b k p"] | Int64[Tensor, "b k"],
         grid_shape: tuple[int, int] | None = None,
         anchors: Int64[Tensor, "b k"] | None = None,
     ) -> Layout:
         """The layout of kept tokens: inferred from them alone, where grid and K do not imply it.
 
         Args:
-            tokens: codes, or indices.
+            tokens: codes, parts, or indices.
             grid_shape: (height, width) in cells; None is the trained one.
             anchors: cell at which each token opens, when known; None is unknown.
         """
-        if not tokens.is_floating_point():
-            tokens = self.codes_of(tokens)
+        tokens = self._read(tokens)
         shape = grid_shape or (self.config.grid_size, self.config.grid_size)
         implied = self.encoder.reducer.implied(shape, tokens.shape[1], len(tokens))
         if implied is not None:
@@ -487,8 +511,15 @@ class Tokenizer(nn.Module):
         """Tokens of what the encoder gave, and the same as the quantizer has them."""
         latents = self.encoder.latents(out.tokens)
         codes, parts = quantized = self.quantizer(latents, uniforms)
-        indices = self.quantizer.spec.join(parts)
-        encoded = Encoded(codes, indices, out.layout, grid_shape, out.class_token, latents)
+        encoded = Encoded(
+            codes=codes,
+            parts=parts,
+            layout=out.layout,
+            grid_shape=grid_shape,
+            class_token=out.class_token,
+            latents=latents,
+            sizes=self.quantizer.spec.sizes,
+        )
         return encoded, quantized
 
     def _resolve_num_kept(self, grid_shape: tuple[int, int], num_kept: int | None) -> int:

@@ -114,7 +114,7 @@ class GeneratorLearner:
 
     def _draw(self, batch: TokenBatch) -> Sequences:
         """This rank's sequences with all that is random drawn, as one process would for all."""
-        generator, world, share = self.state.generator, self.world, len(batch.indices)
+        generator, world, share = self.state.generator, self.world, len(batch.label)
         numbers = BatchNumbers(
             seed=self.run.train.seed,
             step=self.state.step,
@@ -183,6 +183,11 @@ def fitted_config(run: GeneratorRun, record: TokenRecord) -> GeneratorConfig:
             f"the tokens of {run.tokens.path} are {record.layout}, without a place on the grid, "
             f"and model.order.kind {model.order.kind} lays out cells or slots: take a tokenizer "
             "whose model.reducer.kind is merge or pool"
+        )
+    if not record.has_index:
+        raise ValueError(
+            f"the tokens of {run.tokens.path} have {record.bits:.5g} bits, and a generator takes "
+            "tokens of at most 63: take a tokenizer of fewer bits"
         )
     for name, wanted, found in (
         ("model.grid_size", model.grid_size, record.grid_shape),

@@ -26,6 +26,7 @@ from torch import Tensor
 from mergevq.config.generator import SamplingSettings, Several
 from mergevq.config.identity import Identity, require_same_classes
 from mergevq.config.training import SourceRun
+from mergevq.data.codes import split as split_index
 from mergevq.data.layouts import Source
 from mergevq.data.tokens.batches import split, token_batches
 from mergevq.data.tokens.dataset import TokenBatch, TokenDataset, open_tokens
@@ -123,7 +124,7 @@ def replace_tokens(
     share: float,
     image_ids: range,
     purpose: str,
-) -> Int64[Tensor, "b k"]:
+) -> Int64[Tensor, "b k p"]:
     """Let the generator make a part of each image's tokens anew, given the others.
 
     Args:
@@ -134,10 +135,10 @@ def replace_tokens(
         image_ids: numbers that the draws of these images are tied to.
         purpose: what else they are tied to.
     """
-    batch_size, num_kept = batch.indices.shape
+    batch_size, num_kept = batch.parts.shape[:2]
     num_replaced = int(share * num_kept)
     if num_replaced == 0:
-        return batch.indices
+        return batch.parts
     keep = torch.ones(batch_size, num_kept, dtype=torch.bool)
     for row, image_id in enumerate(image_ids):
         numbers = step_generator(run.seed, "replaced", purpose, image_id)
@@ -152,7 +153,7 @@ def replace_tokens(
         image_ids=image_ids,
         settings=SamplingSettings(passes=Several(num_steps=run.num_passes)),
     )
-    return sampled.indices.cpu()
+    return split_index(sampled.indices.cpu(), batch.sizes)
 
 
 def evaluate(
@@ -167,10 +168,10 @@ def evaluate(
             for start in rows[::_EVAL_BATCH]:
                 own = rows[start : start + _EVAL_BATCH]
                 batch = dataset.batch(own, num_kept)
-                indices = replace_tokens(
+                parts = replace_tokens(
                     run, pair, batch, share=share, image_ids=own, purpose="evaluation"
                 )
-                part = _recovery(pair, indices, batch.source)
+                part = _recovery(pair, parts, batch.source)
                 loss += part.loss * len(own)
                 right += part.accuracy * len(own)
             found[f"{name}@{num_kept}"] = Recovery(loss / len(rows), right / len(rows))
@@ -193,10 +194,10 @@ def _predictor(pair: Pair) -> SourcePredictor:
 
 
 @torch.no_grad()
-def _recovery(pair: Pair, indices: Int64[Tensor, "b k"], source: Source) -> Recovery:
+def _recovery(pair: Pair, parts: Int64[Tensor, "b k p"], source: Source) -> Recovery:
     """Recovery of one batch, in float32."""
     device = pair.generator.device
-    codes = pair.tokenizer.codes_of(indices.to(device)).float()
+    codes = pair.tokenizer.codes_of_parts(parts.to(device)).float()
     own = Source(source.index.to(device), source.num_kept)
     predictor, shape = _predictor(pair), pair.generator.config.grid_size
     loss = source_loss(predictor(codes, shape), own)
@@ -224,10 +225,8 @@ def _learn(
         for step, batch in enumerate(batches):
             share = run.max_replaced * _uniform(run, "share", step)
             ids = range(step * run.batch_size, (step + 1) * run.batch_size)
-            indices = replace_tokens(
-                run, pair, batch, share=share, image_ids=ids, purpose="training"
-            )
-            codes = pair.tokenizer.codes_of(indices.to(device)).float()
+            parts = replace_tokens(run, pair, batch, share=share, image_ids=ids, purpose="training")
+            codes = pair.tokenizer.codes_of_parts(parts.to(device)).float()
             own = Source(batch.source.index.to(device), batch.source.num_kept)
             set_learning_rate(
                 optimizer, learning_rate(step, run.optim, run.num_steps, run.batch_size)

@@ -207,7 +207,7 @@ class TokenizerLearner:
             Numbers for the log, and the reconstruction of each part for the discriminator.
         """
         run, state = self.run, self.state
-        sums, reconstructions, indices = {}, [], []
+        sums, reconstructions, tokens = {}, [], []
         state.discriminator.requires_grad_(requires_grad=False)
         state.optimizer.zero_grad(set_to_none=True)
         targets = self.self_targets(parts, num_kept)
@@ -230,11 +230,11 @@ class TokenizerLearner:
                 loss = total(losses, self._weights())
                 state.scaler.scale(loss / len(parts)).backward()
             reconstructions.append(output.reconstruction.detach())
-            indices.append(output.encoded.indices)
+            tokens.append(output.encoded.parts)
             for name, value in [("loss", loss), *losses.items()]:
                 sums[name] = sums.get(name, 0) + value.detach() / len(parts)
-        tokens = distributed.gather(torch.cat(indices), equal=True)
-        state.usage.update(tokens if distributed.is_main() else tokens[:0])
+        every = distributed.gather(torch.cat(tokens), equal=True)
+        state.usage.update(every if distributed.is_main() else every[:0])
         state.discriminator.requires_grad_(requires_grad=True)
         state.scaler.unscale_(state.optimizer)
         norms = {

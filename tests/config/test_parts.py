@@ -154,9 +154,9 @@ def test_bits_are_grouped_by_their_component():
         (
             Fsq,
             {"levels": ()},
-            "levels () make 1 tokens and must make fewer than 2**63, of at",
+            "levels () must be those of at least one channel",
         ),
-        (Fsq, {"levels": (8,) * 21}, f"levels {(8,) * 21} make {2**63} tokens and must make fewer"),
+        (GroupedLfq, {"num_bits": 264}, "num_bits (264) must be between 1 and 256"),
         (Unmerge, {"num_layers": 0}, "num_layers (0) must be between 1 and"),
         (Unmerge, {"dim": 100}, "expander.dim (100) must be a multiple of expander.num_heads (8)"),
         (Unmerge, {"dim": 102, "num_heads": 2}, "expander.dim (102) must be a multiple of 4"),

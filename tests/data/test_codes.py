@@ -59,5 +59,18 @@ def test_parts_of_bits_are_the_sub_indices(generator):
 
 def test_tokens_of_too_many_values_have_no_index():
     spec = CodeSpec(sizes=(2**32, 2**32), dim=64)
-    with pytest.raises(ValueError, match=f"a token has {2**64} values"):
+    message = "a token has 64 bits, and an index has 63: use `parts`, 2 numbers"
+    assert not spec.has_index
+    with pytest.raises(ValueError, match=message):
+        spec.split(torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(ValueError, match=message):
         spec.join(torch.zeros(1, 2, dtype=torch.int64))
+
+
+def test_parts_that_a_token_cannot_have_are_refused():
+    spec = CodeSpec(sizes=(8, 5), dim=2)
+    spec.check(torch.tensor([[7, 4]]))
+    with pytest.raises(ValueError, match=r"indices \(5 to 5\) must be between 0 and 4"):
+        spec.check(torch.tensor([[7, 5]]))
+    with pytest.raises(ValueError, match="tokens of 3 parts must have 2"):
+        spec.check(torch.tensor([[7, 4, 0]]))

@@ -121,7 +121,7 @@ def write_tokens(folder: Path) -> None:
         position = torch.tensor(record.images_of(number))
         for num_kept in record.num_kept:
             rows = TokenRows(
-                indices=torch.arange(num_kept).repeat(len(position), 1),
+                parts=torch.arange(num_kept)[:, None].repeat(len(position), 1, 1),
                 source=torch.arange(4).clamp_max(num_kept - 1).repeat(len(position), 1),
                 label=position % 2,
                 position=position,

@@ -13,6 +13,7 @@ from mergevq.metrics.codes import (
     CodebookStatistics,
     CodebookUsage,
     CollapseMonitor,
+    codebook_statistics,
     source_accuracy,
 )
 
@@ -31,7 +32,7 @@ def bits(num_bits):
 def usage_of(indices, num_bits, batch_size=None):
     usage = CodebookUsage(bits(num_bits))
     for part in indices.split(batch_size or len(indices)):
-        usage.update(part)
+        usage.update(part[..., None])
     return usage.compute()
 
 
@@ -85,27 +86,27 @@ def test_the_window_holds_exactly_the_last_tokens_whatever_the_batches(generator
 
 def test_a_longer_window_remembers_more():
     usage = CodebookUsage(bits(2), window=6)
-    usage.update(torch.tensor([[0, 1, 2], [3, 3, 3], [3, 3, 3]]))
+    usage.update(torch.tensor([[0, 1, 2], [3, 3, 3], [3, 3, 3]])[..., None])
     assert usage.compute().num_tokens == 6
     assert usage.compute().num_distinct == 1
-    usage.update(torch.tensor([0]))
+    usage.update(torch.tensor([[0]]))
     assert usage.compute().bit_probs.tolist() == [5 / 6, 5 / 6]
 
 
 @pytest.mark.parametrize("num_seen", [0, 5, 16, 23, 100])
 def test_a_resumed_window_forgets_the_same_tokens(generator, num_seen):
-    indices = torch.randint(0, 2**4, (num_seen + 7,), generator=generator)
+    parts = torch.randint(0, 2**4, (num_seen + 7, 1), generator=generator)
     whole, resumed = CodebookUsage(bits(4)), CodebookUsage(bits(4))
-    whole.update(indices[:num_seen])
+    whole.update(parts[:num_seen])
     # What was there before is gone.
-    resumed.update(torch.full((3,), 15))
+    resumed.update(torch.full((3, 1), 15))
     resumed.load_state_dict(whole.state_dict())
-    for part in indices[num_seen:].split(3):
+    for part in parts[num_seen:].split(3):
         whole.update(part)
         resumed.update(part)
         assert torch.equal(whole.state_dict()["tokens"], resumed.state_dict()["tokens"])
         assert whole.compute().perplexity == resumed.compute().perplexity
-    assert whole.state_dict()["tokens"].tolist() == indices[-16:].tolist()
+    assert whole.state_dict()["tokens"].tolist() == parts[-16:].tolist()
 
 
 def test_a_window_shorter_than_the_codebook_is_refused():
@@ -115,7 +116,7 @@ def test_a_window_shorter_than_the_codebook_is_refused():
 
 def test_many_bits_are_counted_in_the_window_alone():
     usage = CodebookUsage(bits(63), window=2**24)
-    usage.update(torch.tensor([0, 2**62, 2**63 - 1]))
+    usage.update(torch.tensor([[0], [2**62], [2**63 - 1]]))
     statistics = usage.compute()
     assert statistics.attained == 1.0
     assert statistics.bit_probs[0].item() == pytest.approx(1 / 3)
@@ -125,14 +126,53 @@ def test_many_bits_are_counted_in_the_window_alone():
 @pytest.mark.parametrize("index", [-1, 4])
 def test_an_index_outside_the_codebook_is_named(index):
     usage = CodebookUsage(bits(2))
-    usage.update(torch.zeros(10, dtype=torch.int64))
-    with pytest.raises(ValueError, match=rf"index {index} of token 11 must be in \[0, 4\)"):
-        usage.update(torch.tensor([0, index]))
+    usage.update(torch.zeros(10, 1, dtype=torch.int64))
+    with pytest.raises(ValueError, match=rf"part 0 \({index}\) of token 11 must be in \[0, 4\)"):
+        usage.update(torch.tensor([[0], [index]]))
 
 
 def test_a_codebook_without_tokens_is_an_error():
     with pytest.raises(ValueError, match="has seen no token"):
         CodebookUsage(bits(2)).compute()
+
+
+def test_tokens_without_an_index_are_told_apart_by_their_parts(generator):
+    sizes = (2**40, 2**40)
+    wide, usage = CodeSpec(sizes=sizes, dim=80), CodebookUsage(CodeSpec(sizes=sizes, dim=80))
+    low, high = torch.tensor([[0, 2**40 - 1]]), torch.tensor([[2**40 - 1, 0]])
+    usage.update(torch.cat([low, high, low, low]))
+    statistics = usage.compute()
+    assert (statistics.num_tokens, statistics.num_distinct) == (4, 2)
+    assert statistics.num_values == wide.num_values == 2**80
+    entropy = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
+    assert statistics.perplexity == pytest.approx(math.exp(entropy))
+    assert statistics.bit_probs.tolist() == [0.25] * 40 + [0.75] * 40
+
+
+@pytest.mark.parametrize("sizes", [(4, 8), (3, 5, 2)])
+def test_counting_rows_and_counting_indices_are_the_same(sizes, generator):
+    spec = CodeSpec(sizes=sizes, dim=2)
+    parts = torch.stack([torch.randint(size, (50,), generator=generator) for size in sizes], -1)
+    found = codebook_statistics(parts, spec)
+    rows, counts = parts.unique(dim=0, return_counts=True)
+    frequencies = counts.double() / 50
+    assert found.num_distinct == len(rows)
+    assert found.perplexity == pytest.approx(
+        float((-(frequencies * frequencies.log()).sum()).exp())
+    )
+    expected = [
+        ((part >> bit) & 1).double().mean().item()
+        for part, size in zip(parts.unbind(-1), sizes, strict=True)
+        for bit in range(size.bit_length() - 1)
+    ]
+    assert found.bit_probs.tolist() == pytest.approx(expected if spec.is_binary else [])
+
+
+def test_a_checkpoint_of_indices_is_read():
+    spec = CodeSpec(sizes=(3, 3), dim=2)
+    usage = CodebookUsage(spec)
+    usage.load_state_dict({"tokens": torch.tensor([0, 8, 5])})
+    assert torch.equal(usage.state_dict()["tokens"], torch.tensor([[0, 0], [2, 2], [2, 1]]))
 
 
 # ----------------------------------------------------------------------------------- collapse
@@ -210,7 +250,7 @@ def test_a_codebook_that_no_window_can_hold_is_counted_over_a_fixed_number_of_to
     # 2 MiB; as long as its codes a window of 32 bits would take 32 GiB.
     usage = CodebookUsage(bits(32))
     assert len(usage.window) == 2**18
-    usage.update(torch.tensor([0, 2**32 - 1, 0]))
+    usage.update(torch.tensor([[0], [2**32 - 1], [0]]))
     assert usage.compute().num_distinct == 2
     with pytest.raises(ValueError, match=rf"window \(255\) must be at least {2**18} tokens"):
         CodebookUsage(bits(32), window=255)

@@ -27,7 +27,7 @@ def accumulated(ranks_items):
     for items in ranks_items:
         positions = torch.tensor(items)
         mean.update(VALUES[positions])
-        usage.update(INDICES[positions])
+        usage.update(INDICES[positions, None])
         statistics.update(FEATURES[positions])
         rows.update(FEATURES[positions], positions)
     statistics = statistics.compute()

@@ -26,7 +26,9 @@ def rows_of(record, number, num_kept, broken=()):
     position = torch.tensor(positions, dtype=torch.int64).repeat_interleave(1 + record.flip)
     cells = torch.arange(record.num_tokens)
     return TokenRows(
-        indices=(1000 * position[:, None] + torch.arange(num_kept)) % record.num_values,
+        parts=record.parts_of(
+            (1000 * position[:, None] + torch.arange(num_kept)) % record.num_values
+        ),
         source=(position[:, None] + cells) % num_kept,
         label=position % 2,
         position=position,
@@ -48,7 +50,7 @@ def write_all(directory, record=RECORD, broken=()):
 def assert_same(batches, expected):
     assert len(batches) == len(expected)
     for batch, other in zip(batches, expected, strict=True):
-        assert torch.equal(batch.indices, other.indices)
+        assert torch.equal(batch.parts, other.parts)
         assert torch.equal(batch.source.index, other.source.index)
         assert batch.source.num_kept == other.source.num_kept
         assert torch.equal(batch.label, other.label)

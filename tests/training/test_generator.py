@@ -100,7 +100,7 @@ def write_tokens(folder: Path, tokenizer: str, *, num_classes: int = 3, flip: bo
             source, _ = canonicalize(Source(index[None], num_kept))
             codes = torch.randint(2**NUM_BITS, (3, num_kept), generator=numbers)
             rows = TokenRows(
-                indices=codes[images % 3],
+                parts=codes[images % 3][..., None],
                 source=source.index.repeat(len(images), 1),
                 label=images % num_classes if num_classes else torch.full_like(images, -1),
                 position=images,

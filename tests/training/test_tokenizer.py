@@ -470,7 +470,7 @@ def test_a_run_that_is_broken_keeps_its_last_good_checkpoint_and_stops(tmp_path,
 
 def test_bad_reports_in_a_row_are_counted_over_a_resume():
     task = task_of(small())
-    task.state.usage.update(torch.zeros(100, dtype=torch.int64))
+    task.state.usage.update(torch.zeros(100, 1, dtype=torch.int64))
     for _ in range(19):
         task.interval_numbers()
     again = build(small(), WORLD, num_classes=0).state
@@ -493,15 +493,15 @@ def test_the_log_tells_the_least_even_bits():
     num_bits = task.state.usage.spec.dim
     # Bit 0 is 1 in 3 of 4 tokens, bit 1 in 1 of 4, all others in 2 of 4.
     high = (2**num_bits - 1) & ~3
-    task.state.usage.update(torch.tensor([high | 3, high | 1, 1, 0]))
+    task.state.usage.update(torch.tensor([[high | 3], [high | 1], [1], [0]]))
     numbers = task.interval_numbers()
     assert (numbers["min_bit_prob"], numbers["max_bit_prob"]) == (0.25, 0.75)
 
 
 def test_codes_that_are_not_bits_have_no_numbers_of_bits():
     task = task_of(small())
-    task.state.usage = CodebookUsage(CodeSpec(sizes=(3, 3), dim=2))
-    task.state.usage.update(torch.arange(9))
+    task.state.usage = CodebookUsage(spec := CodeSpec(sizes=(3, 3), dim=2))
+    task.state.usage.update(spec.split(torch.arange(9)))
     assert task.interval_numbers() == {"codebook_usage": 1.0, "perplexity": pytest.approx(9)}
 
 

@@ -1,6 +1,6 @@
 """Encoded images, read row by row from their files.
 
-Shape letters: B rows of a batch, L grid tokens, K kept tokens.
+Shape letters: B rows of a batch, L grid tokens, K kept tokens, P parts of a token.
 """
 
 import copy
@@ -14,6 +14,7 @@ from jaxtyping import Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mergevq.data.codes import join
 from mergevq.data.layouts import Layout, Ordered, Source, require_source
 from mergevq.data.tokens.files import (
     AGAIN,
@@ -33,12 +34,19 @@ from mergevq.data.tokens.files import (
 class TokenBatch(NamedTuple):
     """Tokens of some images, for one K."""
 
-    indices: Int64[Tensor, "b k"]
-    """In [0, 2**D), in canonical order."""
+    parts: Int64[Tensor, "b k p"]
+    """Parts of the tokens, in the order of the layout."""
     layout: Layout
     """Their places: of a merging tokenizer the source map."""
     label: Int64[Tensor, "b"]
     """Class, -1 for none."""
+    sizes: tuple[int, ...]
+    """Values of each part."""
+
+    @property
+    def indices(self) -> Int64[Tensor, "b k"]:
+        """The parts of a token in one number; a ValueError above 63 bits (`CodeSpec.join`)."""
+        return join(self.parts, self.sizes)
 
     @property
     def source(self) -> Source:
@@ -107,14 +115,15 @@ class TokenDataset:
             ValueError: there is no such row or K.
             RuntimeError: a shard is missing or damaged.
         """
-        chosen = self._resolve(num_kept)
+        chosen, record = self._resolve(num_kept), self.record
         layout: Layout = Ordered(chosen)
-        if self.record.layout == "source":
+        if record.layout == "source":
             layout = Source(self._read("source", positions, chosen), chosen)
         return TokenBatch(
-            indices=self._read("indices", positions, chosen),
+            parts=record.parts_of(self._read(record.tokens_name, positions, chosen)),
             layout=layout,
             label=self._read("label", positions, chosen),
+            sizes=record.sizes,
         )
 
     def origin(self, positions: Sequence[int]) -> Origin:
@@ -152,7 +161,9 @@ class TokenDataset:
             ValueError: there is no such row.
         """
         rows = self._locate(positions)
-        width = {"indices": (num_kept,), "source": (self.record.num_mapped,)}.get(name, ())
+        record = self.record
+        widths = {record.tokens_name: record.tokens_shape(num_kept), "source": (record.num_mapped,)}
+        width = widths.get(name, ())
         values = np.empty((len(rows), *width), dtype=np.int64)
         numbers = np.searchsorted(self._first_rows, rows, side="right") - 1
         for number in np.unique(numbers).tolist():

@@ -7,7 +7,11 @@ complete and contains nothing that depends on who wrote it or when, so encoding 
 shared out among processes and repeated, and gives the same bytes. In the end `tokens.json` is
 sealed with the hash of every shard, and each is compared with it before it is first read.
 
-Shape letters: B rows of a batch, N rows of a shard, L grid tokens, K kept tokens.
+A token of at most 63 bits is one number of the tensor `indices` (N, K), any other one for each of
+its parts in the tensor `parts` (N, K, P).
+
+Shape letters: B rows of a batch, N rows of a shard, L grid tokens, K kept tokens, P parts of a
+token.
 """
 
 import math
@@ -24,6 +28,7 @@ from torch import Tensor
 from mergevq.config.base import FORMAT_VERSION, MAX_PIXELS, Precision
 from mergevq.config.identity import Identity
 from mergevq.config.parts import LayoutKind, bits_of
+from mergevq.data.codes import has_index, join, split
 from mergevq.runtime.files import (
     open_tensors,
     parse_json,
@@ -36,6 +41,8 @@ from mergevq.runtime.migrate import migrate_tokens
 from mergevq.runtime.settings import from_json, to_json
 
 RECORD = "tokens.json"
+TokensName = Literal["indices", "parts"]
+"""Tensor of a shard that has the tokens."""
 
 CONTENT = "content"
 """Tensor of a shard: the bytes of the digest of its images."""
@@ -94,11 +101,8 @@ class TokenRecord:
             raise ValueError(
                 f"num_kept {self.num_kept} must be between 1 and the {self.num_tokens} cells"
             )
-        if not self.sizes or min(self.sizes) < 2 or self.num_values > 2**63:
-            raise ValueError(
-                f"sizes {self.sizes} must be of at least 2 values each and have a product of at "
-                "most 2**63"
-            )
+        if not self.sizes or min(self.sizes) < 2 or max(self.sizes) > 2**63:
+            raise ValueError(f"sizes {self.sizes} must be of 2 to 2**63 values each")
 
     @property
     def num_values(self) -> int:
@@ -109,6 +113,28 @@ class TokenRecord:
     def bits(self) -> float:
         """Bits of a token."""
         return bits_of(self.sizes)
+
+    @property
+    def has_index(self) -> bool:
+        """Whether a shard has a token as one number."""
+        return has_index(self.sizes)
+
+    @property
+    def tokens_name(self) -> TokensName:
+        """Tensor of a shard that has the tokens."""
+        return "indices" if self.has_index else "parts"
+
+    def tokens_shape(self, num_kept: int) -> tuple[int, ...]:
+        """Shape of a row of that tensor."""
+        return (num_kept,) if self.has_index else (num_kept, len(self.sizes))
+
+    def shard_tokens(self, parts: Int64[Tensor, "*b p"]) -> Int64[Tensor, "*b"]:
+        """Tokens as a shard has them."""
+        return join(parts, self.sizes) if self.has_index else parts
+
+    def parts_of(self, tokens: Int64[Tensor, "*b"]) -> Int64[Tensor, "*b p"]:
+        """Parts of the tokens of a shard."""
+        return split(tokens, self.sizes) if self.has_index else tokens
 
     @property
     def identity(self) -> Identity:
@@ -177,8 +203,8 @@ class Shard(NamedTuple):
 class TokenRows(NamedTuple):
     """Rows of a shard, in the order of the data."""
 
-    indices: Int64[Tensor, "n k"]
-    """In [0, 2**D), in canonical order."""
+    parts: Int64[Tensor, "n k p"]
+    """Parts of the tokens, in the order of the layout."""
     source: Int64[Tensor, "n l"]
     """Kept token of each cell, in [0, K); of ordered tokens there are no cells."""
     label: Int64[Tensor, "n"]
@@ -212,8 +238,11 @@ def map_shard(path: Path) -> MappedShard:
     try:
         with open_tensors(path) as file:
             # Through torch, which maps the file; the numpy side of the library copies it.
-            tensors = {name: file.get_tensor(name) for name in TokenRows._fields}
-            content = file.get_tensor(CONTENT) if CONTENT in file.keys() else None  # noqa: SIM118
+            there = file.keys()
+            tokens = "parts" if "parts" in there else "indices"
+            names = (tokens, *TokenRows._fields[1:])
+            tensors = {name: file.get_tensor(name) for name in names}
+            content = file.get_tensor(CONTENT) if CONTENT in there else None
             broken = parse_json((file.metadata() or {}).get("broken", "null"), where="broken")
     except ValueError as error:
         raise RuntimeError(f"{path} is damaged ({error}); delete it and {AGAIN}") from error
@@ -251,7 +280,13 @@ def check_rows(
         RuntimeError: another shape, or a number outside its range.
     """
     num_rows = len(arrays["label"].reshape(-1)) if num_rows is None else num_rows
-    widths = {"indices": (num_kept,), "source": (record.num_mapped,)}
+    tokens, width = record.tokens_name, record.tokens_shape(num_kept)
+    if tokens not in arrays:
+        raise RuntimeError(
+            f"{path} is damaged: it must have tokens of {record.bits:.5g} bits as {tokens}; delete "
+            f"it and {AGAIN}"
+        )
+    widths = {tokens: width, "source": (record.num_mapped,)}
     ranges = {
         "indices": (0, record.num_values - 1),
         "source": (0, num_kept - 1),
@@ -260,17 +295,26 @@ def check_rows(
         "mirrored": (0, 1),
     }
     for name, values in arrays.items():
-        shape, (low, high) = (num_rows, *widths.get(name, ())), ranges[name]
+        shape = (num_rows, *widths.get(name, ()))
         if values.shape != shape:
             raise RuntimeError(
                 f"{path} is damaged: {name} has the shape {values.shape} and must have {shape}; "
                 f"delete it and {AGAIN}"
             )
-        if values.size and not (low <= int(values.min()) and int(values.max()) <= high):
-            raise RuntimeError(
-                f"{path} is damaged: {name} ({values.min()} to {values.max()}) must be between "
-                f"{low} and {high}; delete it and {AGAIN}"
-            )
+        if name == "parts":
+            for part, size in enumerate(record.sizes):
+                _check_range(path, f"part {part}", values[..., part], 0, size - 1)
+        else:
+            _check_range(path, name, values, *ranges[name])
+
+
+def _check_range(path: Path, name: str, values: NDArray[Any], low: int, high: int) -> None:
+    """Raise `RuntimeError` where a number of a shard is outside its range."""
+    if values.size and not (low <= int(values.min()) and int(values.max()) <= high):
+        raise RuntimeError(
+            f"{path} is damaged: {name} ({values.min()} to {values.max()}) must be between "
+            f"{low} and {high}; delete it and {AGAIN}"
+        )
 
 
 def check_seal(path: Path, shard: Shard) -> None:

@@ -169,11 +169,14 @@ def write_shard(
         broken: names of its images that cannot be read.
         content: digest of the content of its images (`ImageDataset.content`); empty if not kept.
     """
-    num_kept = rows.indices.shape[1]
-    largest = {"indices": record.num_values - 1, "source": num_kept - 1, "mirrored": 1}
+    num_kept = rows.parts.shape[1]
+    most = record.num_values if record.has_index else max(record.sizes)
+    largest = {record.tokens_name: most - 1, "source": num_kept - 1, "mirrored": 1}
+    tensors = rows._asdict()
+    tensors = {record.tokens_name: record.shard_tokens(tensors.pop("parts")), **tensors}
     arrays = {
         name: tensor.numpy().astype(_smallest(largest[name]) if name in largest else np.int64)
-        for name, tensor in rows._asdict().items()
+        for name, tensor in tensors.items()
     }
     if content:
         arrays[CONTENT] = np.frombuffer(bytes.fromhex(content), dtype=np.uint8)

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from mergevq.config import parts as settings
-from mergevq.data.codes import CodeSpec, check_values
+from mergevq.data.codes import CodeSpec
 from mergevq.tokenizer.near import near_level
 from mergevq.tokenizer.seams import Quantized
 
@@ -53,8 +53,7 @@ class Fsq(nn.Module):
 
     def decode(self, parts: Int64[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         """Codes of levels, which are numbered from the lowest."""
-        for part, size in zip(parts.unbind(-1), self.spec.sizes, strict=True):
-            check_values(part, size)
+        self.spec.check(parts)
         half = torch.tensor(self.spec.sizes, device=parts.device) // 2
         return (parts - half).float() / half
 

@@ -55,9 +55,10 @@ def test_two_ranks_see_what_one_sees(tokens):
     ranks = [list(token_batches(tokens, **STREAM, rank=rank, world_size=2)) for rank in (0, 1)]
     joined = [
         type(first)(
-            torch.cat([first.indices, second.indices]),
+            torch.cat([first.parts, second.parts]),
             Source(torch.cat([first.source.index, second.source.index]), first.source.num_kept),
             torch.cat([first.label, second.label]),
+            first.sizes,
         )
         for first, second in zip(*ranks, strict=True)
     ]

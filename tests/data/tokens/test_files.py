@@ -112,7 +112,7 @@ def test_indices_take_the_smallest_type_that_holds_the_last_code(tmp_path, num_b
     record = replace(RECORD, sizes=(2**num_bits,), num_kept=(3,), num_images=1)
     rows = rows_of(record, 0, 3)
     last = 2**num_bits - 1
-    rows = rows._replace(indices=torch.tensor([[last, 0, last - 1]]))
+    rows = rows._replace(parts=torch.tensor([[[last], [0], [last - 1]]]))
     claim(tmp_path, record, ENVIRONMENT)
     write_shard(tmp_path, record, 0, rows, broken=[])
     finish(tmp_path)
