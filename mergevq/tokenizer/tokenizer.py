@@ -101,19 +101,18 @@ class TokenizerOutput(NamedTuple):
 class Tokenizer(nn.Module):
     """Images to discrete tokens and back.
 
-        Example:
-            >>> from mergevq.config.parts import CnnDecoder, CnnStem, Merge
-            >>> from mergevq.config.tokenizer import TokenizerConfig
-    from mergevq.data.codes import join
-            >>> config = TokenizerConfig(
-            ...     image_size=32, stem=CnnStem(channels=16), reducer=Merge(num_layers=3, num_heads=4),
-            ...     decoder=CnnDecoder(channels=16, num_layers=1, num_heads=4), num_kept=16)
-            >>> tokenizer = Tokenizer(config).eval()
-            >>> encoded = tokenizer.encode(torch.zeros(2, 3, 32, 32), num_kept=20)
-            >>> encoded.indices.shape, encoded.source.index.shape
-            (torch.Size([2, 20]), torch.Size([2, 64]))
-            >>> tokenizer.decode(encoded.indices, encoded.source).shape
-            torch.Size([2, 3, 32, 32])
+    Example:
+        >>> from mergevq.config.parts import CnnDecoder, CnnStem, Merge
+        >>> from mergevq.config.tokenizer import TokenizerConfig
+        >>> config = TokenizerConfig(
+        ...     image_size=32, stem=CnnStem(channels=16), reducer=Merge(num_layers=3, num_heads=4),
+        ...     decoder=CnnDecoder(channels=16, num_layers=1, num_heads=4), num_kept=16)
+        >>> tokenizer = Tokenizer(config).eval()
+        >>> encoded = tokenizer.encode(torch.zeros(2, 3, 32, 32), num_kept=20)
+        >>> encoded.indices.shape, encoded.source.index.shape
+        (torch.Size([2, 20]), torch.Size([2, 64]))
+        >>> tokenizer.decode(encoded.indices, encoded.source).shape
+        torch.Size([2, 3, 32, 32])
     """
 
     def __init__(self, config: TokenizerConfig) -> None:

@@ -157,9 +157,8 @@ def test_counting_rows_and_counting_indices_are_the_same(sizes, generator):
     rows, counts = parts.unique(dim=0, return_counts=True)
     frequencies = counts.double() / 50
     assert found.num_distinct == len(rows)
-    assert found.perplexity == pytest.approx(
-        float((-(frequencies * frequencies.log()).sum()).exp())
-    )
+    entropy = -(frequencies * frequencies.log()).sum()
+    assert found.perplexity == pytest.approx(float(entropy.exp()))
     expected = [
         ((part >> bit) & 1).double().mean().item()
         for part, size in zip(parts.unbind(-1), sizes, strict=True)

@@ -27,7 +27,7 @@ def rows_of(record, number, num_kept, broken=()):
     cells = torch.arange(record.num_tokens)
     return TokenRows(
         parts=record.parts_of(
-            (1000 * position[:, None] + torch.arange(num_kept)) % record.num_values
+            (1000 * position[:, None] + torch.arange(num_kept)) % min(record.num_values, 2**62)
         ),
         source=(position[:, None] + cells) % num_kept,
         label=position % 2,
