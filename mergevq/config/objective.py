@@ -1,10 +1,26 @@
 """Settings of the tokenizer's losses, and a tagged union of teachers; no torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import ClassVar, Literal
 
 from mergevq.config.base import require
 from mergevq.config.ranges import check_numbers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gram:
+    """Texture: distance of the Gram matrices of the perceptual trunk's features."""
+
+    weight: float = 0.0
+    """Weight of the loss `gram`; without weights for the trunk it is left out, as the perceptual
+    loss is. It is small: print `grad_norm_decoder` with and without it."""
+    num_taps: int = 3
+    """Layers of the trunk that count, from the first; later ones of a small image have too few
+    cells for a matrix."""
+
+    def __post_init__(self) -> None:
+        """Reject a weight and a number of layers that cannot be."""
+        check_numbers(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +63,14 @@ class LossConfig:
     began with good codes."""
     alignment_weight: float = 1.0
     """Class token against the teacher (0.1 for G, 1.0 for G+R and R)."""
+    gram: Gram = field(default_factory=Gram)
+    """Gram loss, beside a perceptual one."""
+
+    @property
+    def further_weights(self) -> dict[str, float]:
+        """Weights of the terms with settings of their own, by the names of these settings."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: value.weight for name, value in values.items() if is_dataclass(value)}
 
     def recovered_share_at(self, step: int) -> float:
         """Share of a step's images that are decoded with the recovered source."""
@@ -60,6 +84,11 @@ class LossConfig:
             f"discriminator_start_step ({self.discriminator_start_step}) must not be after "
             f"adversarial_start_step ({self.adversarial_start_step}): an untrained discriminator "
             "ruins reconstructions",
+        )
+        require(
+            self.gram.weight == 0 or self.perceptual_weight > 0,
+            f"gram.weight ({self.gram.weight}) needs a perceptual_weight "
+            f"({self.perceptual_weight}) above 0: Gram matrices tell nothing of where things are",
         )
 
 

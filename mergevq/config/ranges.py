@@ -124,6 +124,8 @@ RANGES = {
     "recovered_share": _SHARE,
     "recovered_start_step": _STEP,
     "alignment_weight": _WEIGHT,
+    "Gram.weight": _WEIGHT,
+    "Gram.num_taps": Range(1, 7),
     "temperature": _TEMPERATURE,
     "view_size": _SIDE,
     "teacher_size": _SIDE,

@@ -196,6 +196,32 @@ class Perceptual(nn.Module):
         Raises:
             ValueError: the image is too small for the trunk.
         """
+        features = self.activations(image, len(TRUNKS[self.trunk].taps))
+        with torch.autocast(image.device.type, enabled=False):
+            # In place of the activations, which need not be kept.
+            for i, x in enumerate(features):
+                norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+                features[i] = x / (norm + NORM_EPS)
+        return features
+
+    def activations(
+        self, image: Float[Tensor, "b 3 h w"], num_taps: int
+    ) -> list[Float[Tensor, "b _ _ _"]]:
+        """Features at the first taps as the trunk gives them, in float32 under any autocast.
+
+        Args:
+            image: values in [-1, 1].
+            num_taps: as many taps.
+
+        Raises:
+            ValueError: the trunk has fewer taps, or the image is too small for it.
+        """
+        taps = TRUNKS[self.trunk].taps
+        if num_taps > len(taps):
+            raise ValueError(
+                f"num_taps ({num_taps}) must be at most the {len(taps)} of the perceptual trunk "
+                f"{self.trunk!r}"
+            )
         side, min_side = min(image.shape[-2:]), TRUNKS[self.trunk].min_side
         if side < min_side:
             raise ValueError(
@@ -207,9 +233,10 @@ class Perceptual(nn.Module):
             x = (image.float() - self.shift) / self.scale
             for i, layer in enumerate(self.features):
                 x = layer(x)
-                if i in TRUNKS[self.trunk].taps:
-                    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-                    features.append(x / (norm + NORM_EPS))
+                if i in taps:
+                    features.append(x)
+                if len(features) == num_taps:
+                    break
         return features
 
     def between(

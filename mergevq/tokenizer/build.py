@@ -5,11 +5,14 @@ from typing import assert_never
 from torch import nn
 
 from mergevq.config import parts as settings
+from mergevq.config.objective import LossConfig
 from mergevq.config.tokenizer import TokenizerConfig
+from mergevq.metrics.lpips import Perceptual
 from mergevq.tokenizer.decoders.cnn import CnnDecoder
 from mergevq.tokenizer.decoders.patch import PatchDecoder
 from mergevq.tokenizer.expanders.mask_tokens import MaskTokens
 from mergevq.tokenizer.expanders.unmerge import Unmerge
+from mergevq.tokenizer.losses.gram import Gram
 from mergevq.tokenizer.quantizers.bernoulli import Bernoulli
 from mergevq.tokenizer.quantizers.bsq import Bsq
 from mergevq.tokenizer.quantizers.fsq import Fsq
@@ -19,6 +22,7 @@ from mergevq.tokenizer.reducers.merge import Merge
 from mergevq.tokenizer.reducers.pool import Pool
 from mergevq.tokenizer.reducers.queries import Queries
 from mergevq.tokenizer.regularizers.perturb import Perturb
+from mergevq.tokenizer.seams import Term
 from mergevq.tokenizer.stems import cnn_stem, patch_stem
 
 _LAYERS = ("num_layers", "num_res_blocks", "channel_mult", "blocks")
@@ -107,6 +111,20 @@ def build_decoder(
             return PatchDecoder(config.decoder, dim, config.patch_size)
         case _:
             assert_never(config.decoder)
+
+
+def build_terms(config: LossConfig, perceptual: Perceptual | None) -> tuple[Term, ...]:
+    """Further terms of the loss whose weight is above 0, in the order of their settings.
+
+    Args:
+        config: of the loss.
+        perceptual: the network of the perceptual loss; None leaves out what is made of its
+            features.
+    """
+    terms: list[Term] = []
+    if config.gram.weight > 0 and perceptual is not None:
+        terms.append(Gram(config.gram, perceptual))
+    return tuple(terms)
 
 
 def count_layers(config: TokenizerConfig) -> dict[str, int]:

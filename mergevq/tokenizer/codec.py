@@ -20,7 +20,8 @@ from mergevq.data.prepare import to_rgb, to_tensor
 from mergevq.metrics.image import psnr
 from mergevq.report.pictures import contact_sheet, merge_map, to_pil
 from mergevq.tokenizer.encoder import Embedded
-from mergevq.tokenizer.tokenizer import Encoded, Tokenizer
+from mergevq.tokenizer.seams import Encoded
+from mergevq.tokenizer.tokenizer import Tokenizer
 
 _WIDEST = 4
 """Most times the trained pixels that resizing gives: its short side keeps a patch, however long

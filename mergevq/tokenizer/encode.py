@@ -34,7 +34,8 @@ from mergevq.runtime.artefacts import resolve, tokens_hash
 from mergevq.runtime.device import deterministic, precision_name, resolve_device
 from mergevq.runtime.logs import Progress
 from mergevq.runtime.run import environment
-from mergevq.tokenizer.tokenizer import Encoded, Tokenizer
+from mergevq.tokenizer.seams import Encoded
+from mergevq.tokenizer.tokenizer import Tokenizer
 
 logger = logging.getLogger("mergevq")
 

@@ -13,8 +13,9 @@ from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from mergevq.data.codes import CodeSpec
-from mergevq.data.layouts import Layout
+from mergevq.data.batches import Batch
+from mergevq.data.codes import CodeSpec, join
+from mergevq.data.layouts import Layout, Source, require_source
 
 
 class TokenSet(NamedTuple):
@@ -55,6 +56,48 @@ class Expanded(NamedTuple):
     """Input of the decoder."""
     losses: Mapping[str, Float[Tensor, ""]]
     """Losses of the expander's own, unweighted, by name."""
+
+
+class Encoded(NamedTuple):
+    """An image as tokens: everything `Tokenizer.decode` needs, and what they were made from."""
+
+    codes: Float[Tensor, "b k d"]
+    """Values that a decoder reads, in the order of the layout; of bits, signs in {-1, +1}."""
+    parts: Int64[Tensor, "b k p"]
+    """The same as whole numbers from 0, one for each part of a token."""
+    layout: Layout
+    """Places of the tokens; of a merging tokenizer the source map."""
+    grid_shape: tuple[int, int]
+    """(height, width) in cells; their product is L."""
+    class_token: Float[Tensor, "b c"]
+    """The encoder's summary, aligned with the teacher."""
+    latents: Float[Tensor, "b k d"]
+    """Before quantization."""
+    sizes: tuple[int, ...]
+    """Values of each part."""
+
+    @property
+    def indices(self) -> Int64[Tensor, "b k"]:
+        """The parts of a token in one number; a ValueError above 63 bits (`CodeSpec.join`)."""
+        return join(self.parts, self.sizes)
+
+    @property
+    def source(self) -> Source:
+        """Which kept token each grid cell went into; a ValueError without a source map."""
+        return require_source(self.layout, "source")
+
+
+class TokenizerOutput(NamedTuple):
+    """One training pass."""
+
+    reconstruction: Float[Tensor, "b 3 h w"]
+    """Decoded with the given source, or with the recovered one where that was asked for."""
+    encoded: Encoded
+    """Tokens of the image."""
+    losses: Mapping[str, Float[Tensor, ""]]
+    """Losses of quantizer and expander, unweighted, by name."""
+    view_class_token: Float[Tensor, "b c"] | None
+    """Class token of the alignment view; None without one."""
 
 
 class Stem(Protocol):
@@ -234,4 +277,16 @@ class Decoder(Protocol):
 
     def __call__(self, given: Given, /) -> Float[Tensor, "b 3 h w"]:
         """Decode to an image in about [-1, 1]."""
+        ...
+
+
+@runtime_checkable
+class Term(Protocol):
+    """A further term of the tokenizer's loss, which is built where its weight is above 0."""
+
+    name: ClassVar[str]
+    """Its name, that of its settings in `LossConfig`."""
+
+    def __call__(self, output: TokenizerOutput, batch: Batch, /) -> Float[Tensor, ""]:
+        """The unweighted term of one part of a batch, in float32 under any autocast."""
         ...

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from mergevq.config.base import Pool, Precision, RecoverySource, Stage, check_choice
 from mergevq.config.tokenizer import TokenizerConfig
-from mergevq.data.codes import join
 from mergevq.data.layouts import Bits, Layout, Source, require_source, source_bits, unmerge
 from mergevq.nn.finite import require_finite
 from mergevq.runtime.artefacts import build_for, load_model, resolve, save_model
@@ -37,36 +36,7 @@ from mergevq.tokenizer.build import (
     count_layers,
 )
 from mergevq.tokenizer.encoder import Embedded, Encoder
-from mergevq.tokenizer.seams import Quantized, TokenSet
-
-
-class Encoded(NamedTuple):
-    """An image as tokens: everything `Tokenizer.decode` needs, and what they were made from."""
-
-    codes: Float[Tensor, "b k d"]
-    """Values that a decoder reads, in the order of the layout; of bits, signs in {-1, +1}."""
-    parts: Int64[Tensor, "b k p"]
-    """The same as whole numbers from 0, one for each part of a token."""
-    layout: Layout
-    """Places of the tokens; of a merging tokenizer the source map."""
-    grid_shape: tuple[int, int]
-    """(height, width) in cells; their product is L."""
-    class_token: Float[Tensor, "b c"]
-    """The encoder's summary, aligned with the teacher."""
-    latents: Float[Tensor, "b k d"]
-    """Before quantization."""
-    sizes: tuple[int, ...]
-    """Values of each part."""
-
-    @property
-    def indices(self) -> Int64[Tensor, "b k"]:
-        """The parts of a token in one number; a ValueError above 63 bits (`CodeSpec.join`)."""
-        return join(self.parts, self.sizes)
-
-    @property
-    def source(self) -> Source:
-        """Which kept token each grid cell went into; a ValueError without a source map."""
-        return require_source(self.layout, "source")
+from mergevq.tokenizer.seams import Encoded, Quantized, TokenizerOutput, TokenSet
 
 
 class Reconstruction(NamedTuple):
@@ -83,19 +53,6 @@ class Reconstruction(NamedTuple):
     def source(self) -> Source:
         """The source map that was decoded with; a ValueError without one."""
         return require_source(self.layout, "source")
-
-
-class TokenizerOutput(NamedTuple):
-    """One training pass."""
-
-    reconstruction: Float[Tensor, "b 3 h w"]
-    """Decoded with the given source, or with the recovered one where that was asked for."""
-    encoded: Encoded
-    """Tokens of the image."""
-    losses: Mapping[str, Float[Tensor, ""]]
-    """Losses of quantizer and expander, unweighted, by name."""
-    view_class_token: Float[Tensor, "b c"] | None
-    """Class token of the alignment view; None without one."""
 
 
 class Tokenizer(nn.Module):

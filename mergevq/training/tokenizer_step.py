@@ -34,7 +34,7 @@ from mergevq.runtime.optim import (
     set_learning_rate,
 )
 from mergevq.runtime.random import BatchNumbers, draw_num_kept
-from mergevq.tokenizer.build import build_regularizer
+from mergevq.tokenizer.build import build_regularizer, build_terms
 from mergevq.tokenizer.losses.adversarial import (
     Discriminator,
     LeCam,
@@ -51,8 +51,8 @@ from mergevq.tokenizer.losses.terms import (
     term_weights,
     total,
 )
-from mergevq.tokenizer.seams import Regularizer, StepDraws
-from mergevq.tokenizer.tokenizer import Tokenizer, TokenizerOutput
+from mergevq.tokenizer.seams import Regularizer, StepDraws, Term, TokenizerOutput
+from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training.fit import Number, cut
 from mergevq.training.initial import Start, initial_tokenizer
 
@@ -173,6 +173,8 @@ class TokenizerLearner:
     judge: nn.Module
     """The discriminator, wrapped for several ranks."""
     perceptual: Perceptual | None
+    terms: tuple[Term, ...]
+    """Further terms of the loss, in the order in which they are added."""
     dtype: torch.dtype | None
     """Type of autocast; None is float32."""
 
@@ -367,8 +369,9 @@ class TokenizerLearner:
             "source": zero,
             "alignment": alignment,
         }
+        further = {term.name: term(output, batch) for term in self.terms}
         # In place of the zeros, and after these those that one kind of part has.
-        return {**losses, **output.losses}, output
+        return {**losses, **output.losses, **further}, output
 
     def update_discriminator(
         self,
@@ -472,6 +475,7 @@ def build(
         regularizer=regularizer,
         judge=distributed.wrap(discriminator),
         perceptual=perceptual,
+        terms=build_terms(run.loss, perceptual),
         dtype=dtype,
     )
 
@@ -483,7 +487,9 @@ def _perceptual(run: TokenizerRun, device: torch.device) -> Perceptual | None:
     network = load_perceptual(run.loss.perceptual_trunk, run.loss.perceptual_path)
     if network is None:
         logger.warning(
-            "training WITHOUT perceptual loss: %s", missing_weights(run.loss.perceptual_trunk)
+            "training WITHOUT perceptual loss%s: %s",
+            " and Gram loss" if run.loss.gram.weight > 0 else "",
+            missing_weights(run.loss.perceptual_trunk),
         )
         return None
     return network.to(device)

@@ -285,6 +285,8 @@ NEEDS = {
         "loss.perceptual_weight": PERCEPTUAL,
         "loss.perceptual_trunk": PERCEPTUAL,
         "loss.perceptual_path": PERCEPTUAL,
+        "loss.gram.weight": PERCEPTUAL,
+        "loss.gram.num_taps": PERCEPTUAL | {"loss.gram.weight": 1.0},
         "train.save_every": {"train.keep_last": 4},
         # A finished run keeps one checkpoint more than that, so there must be three.
         "train.keep_last": {"train.save_every": 1},

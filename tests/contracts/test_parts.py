@@ -5,6 +5,7 @@ recipe `digits32` whose other parts are the recipe's. See `mergevq.tokenizer.sea
 """
 
 import functools
+import json
 from dataclasses import replace
 
 import pytest
@@ -13,13 +14,19 @@ import torch
 from mergevq.config.evaluation import ReconstructionSettings, Subject
 from mergevq.config.kinds import unions
 from mergevq.config.objective import LossConfig
-from mergevq.config.parts import weights_of
+from mergevq.config.parts import Fsq, GroupedLfq, weights_of
 from mergevq.config.recipes.digits import digits32, digits32_ar
 from mergevq.config.training import TokenizerRun
+from mergevq.data.batches import eval_batches
+from mergevq.data.images import open_images
 from mergevq.evaluate.reconstruction import evaluate_reconstruction
 from mergevq.generator.build import load_generator
+from mergevq.report.pictures import to_pil
+from mergevq.runtime import distributed
 from mergevq.tokenizer.build import build_regularizer
-from mergevq.tokenizer.encode import encode
+from mergevq.tokenizer.codec import decode_image, encode_image
+from mergevq.tokenizer.compressed import PictureCodec, compress_image, decompress_image
+from mergevq.tokenizer.encode import encode, encode_images, token_record
 from mergevq.tokenizer.seams import StepDraws
 from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training.generator import train as train_generator
@@ -356,6 +363,79 @@ def test_a_tokenizer_with_the_part_is_the_same_after_it_was_saved(part, tmp_path
         assert torch.equal(decoded, again.decode(after.indices, after.layout))
     finally:
         model.train()
+
+
+WIDE = [GroupedLfq(num_bits=72, group_bits=8), Fsq(levels=(8,) * 24)]
+"""Quantizers of 72 bits, so that a token has no index."""
+
+
+@pytest.mark.parametrize("quantizer", WIDE, ids=lambda quantizer: quantizer.kind)
+def test_tokens_above_63_bits_are_parts_in_memory_and_in_files(quantizer, tmp_path):
+    pytest.importorskip("sklearn")
+    torch.manual_seed(0)
+    config = replace(shrink(digits32()).model, quantizer=quantizer)
+    tokenizer = Tokenizer(config).eval()
+    pixels = open_images("digits").subset(range(3))
+    world = distributed.World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+    record = token_record(tokenizer, "a" * 64, pixels, data="digits", num_kept=(NUM_KEPT,))
+    assert record.bits == 72
+    folder = tmp_path / "tokens"
+    rows = encode_images(tokenizer, pixels, folder, record, world, batch_size=64, num_workers=0)
+    stored = rows.batch(range(3))
+    assert stored.parts.shape == (3, NUM_KEPT, len(quantizer.sizes))
+    (batch,) = eval_batches(pixels, image_size=32, batch_size=3, num_workers=0)
+    with torch.no_grad():
+        encoded = tokenizer.encode(batch.image, NUM_KEPT)
+        assert torch.equal(stored.parts, encoded.parts)
+        assert torch.equal(tokenizer.codes_of_parts(stored.parts), encoded.codes)
+        found = tokenizer.decode(stored.parts, stored.layout)
+        assert torch.equal(found, tokenizer.decode(encoded.codes.contiguous(), encoded.layout))
+    message = "a token has 72 bits, and an index has 63: use `parts`"
+    for tokens in (encoded, stored):
+        with pytest.raises(ValueError, match=message):
+            _ = tokens.indices
+    with pytest.raises(ValueError, match=message):
+        tokenizer.decode(torch.zeros(3, NUM_KEPT, dtype=torch.int64), stored.layout)
+
+
+@pytest.mark.parametrize("quantizer", WIDE, ids=lambda quantizer: quantizer.kind)
+def test_a_picture_of_tokens_above_63_bits_is_compressed(quantizer):
+    pytest.importorskip("constriction")
+    torch.manual_seed(0)
+    config = replace(shrink(digits32()).model, quantizer=quantizer)
+    codec = PictureCodec(tokenizer=Tokenizer(config).eval(), identity="a" * 64)
+    picture = to_pil(images(codec.tokenizer)[0])
+    found = decompress_image(codec, compress_image(codec, picture).data)
+    expected = decode_image(codec.tokenizer, encode_image(codec.tokenizer, picture))
+    assert found.tobytes() == expected.tobytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantizer", WIDE, ids=lambda quantizer: quantizer.kind)
+def test_tokens_above_63_bits_are_trained_evaluated_and_refused_by_generators(quantizer, tmp_path):
+    pytest.importorskip("sklearn")
+    run = shrink(digits32())
+    data = replace(run.data, max_images=12, num_workers=0)
+    steps = replace(run.train, num_steps=2)
+    model = replace(run.model, quantizer=quantizer)
+    folder = train(replace(run, model=model, data=data, train=steps, out=str(tmp_path / "run")))
+    log = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert any(0 < line.get("codebook_usage", 0) < 1e-15 for line in log)
+    subject = Subject(model=str(folder), data="digits", max_images=12, num_workers=0)
+    settings = ReconstructionSettings(
+        subject=subject,
+        num_kept=(NUM_KEPT,),
+        num_baseline_images=0,
+        out=str(tmp_path / "evaluation"),
+    )
+    (result,) = evaluate_reconstruction(settings)["results"]
+    assert 0 < result["codebook"]["usage"] < 1e-15
+    encode(folder, "digits", tmp_path / "tokens", num_kept=(16, 24), num_workers=0)
+    generator = shrink_generator(digits32_ar())
+    places = {"path": str(tmp_path / "tokens"), "tokenizer": str(folder)}
+    tokens = replace(generator.tokens, **places)
+    with pytest.raises(ValueError, match="have 72 bits, and a generator takes tokens of at most"):
+        train_generator(replace(generator, tokens=tokens, out=str(tmp_path / "generator")))
 
 
 @pytest.mark.slow

@@ -69,6 +69,8 @@ ELSEWHERE = {
     "loss.perceptual_weight": "needs weights: test_perceptual",
     "loss.perceptual_trunk": "needs weights: test_perceptual",
     "loss.perceptual_path": "needs weights: test_perceptual",
+    "loss.gram.weight": "needs weights: contracts/test_effects",
+    "loss.gram.num_taps": "needs weights: contracts/test_effects",
     "train.device": "changes where",
     "train.checkpointing": "changes memory: test_layers",
     "train.compile": "changes speed: test_tokenizer",

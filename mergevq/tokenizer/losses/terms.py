@@ -20,7 +20,7 @@ from mergevq.data.layouts import Source
 
 TokenizerLosses = dict[str, Float[Tensor, ""]]
 """Terms of the tokenizer's loss by name, unweighted scalars: the seven of `term_weights`, 0 where
-they do not count, and after them those that only one kind of part has."""
+they do not count, after them those that only one kind of part has, and the further ones."""
 
 
 def term_weights(
@@ -29,7 +29,7 @@ def term_weights(
     """Weight of each term by its name.
 
     Args:
-        config: weights of the terms that all tokenizers have, but one.
+        config: weights of the terms that any tokenizer may have, but one.
         own: weights of the terms that only this tokenizer's parts have.
         adversarial_weight: of the adversarial term at this step; see the function of that name.
     """
@@ -42,6 +42,7 @@ def term_weights(
         "source": config.source_weight,
         "alignment": config.alignment_weight,
         **own,
+        **config.further_weights,
     }
 
 

@@ -38,7 +38,7 @@ from mergevq.runtime.optim import Ema
 from mergevq.runtime.run import environment
 from mergevq.tokenizer.quantizers.lfq import quantize_losses
 from mergevq.tokenizer.reducers.matching import match, merge_schedule, merge_step
-from mergevq.tokenizer.tokenizer import Encoded
+from mergevq.tokenizer.seams import Encoded
 from mergevq.training.profile import Part, named_parts, profile_parts
 from mergevq.training.tokenizer_step import TokenizerLearner, build
 
