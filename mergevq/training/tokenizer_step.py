@@ -440,8 +440,7 @@ def build(
         teacher = teacher.to(device).train()
     if isinstance(teacher, SelfTeacher):
         teacher_encoder = copy.deepcopy(tokenizer.encoder).requires_grad_(requires_grad=False)
-    regularizer = build_regularizer(run.regularizer)
-    objective = Objective(tokenizer, teacher, regularizer)
+    objective = Objective(tokenizer, teacher, build_regularizer(run.regularizer))
     ratios: dict[nn.Module, float] = {tokenizer.encoder: run.encoder_lr_ratio}
     optimizer = build_optimizer([objective], run.optim, run.train.batch_size, ratios)
     discriminator_optimizer = build_optimizer([discriminator], run.optim, run.train.batch_size)
@@ -472,7 +471,7 @@ def build(
         world=world,
         state=state,
         objective=distributed.wrap(objective),
-        regularizer=regularizer,
+        regularizer=objective.regularizer,
         judge=distributed.wrap(discriminator),
         perceptual=perceptual,
         terms=build_terms(run.loss, perceptual),

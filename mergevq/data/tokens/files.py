@@ -128,11 +128,15 @@ class TokenRecord:
         """Shape of a row of that tensor."""
         return (num_kept,) if self.has_index else (num_kept, len(self.sizes))
 
-    def shard_tokens(self, parts: Int64[Tensor, "*b p"]) -> Int64[Tensor, "*b"]:
+    def shard_tokens(
+        self, parts: Int64[Tensor, "n k p"]
+    ) -> Int64[Tensor, "n k"] | Int64[Tensor, "n k p"]:
         """Tokens as a shard has them."""
         return join(parts, self.sizes) if self.has_index else parts
 
-    def parts_of(self, tokens: Int64[Tensor, "*b"]) -> Int64[Tensor, "*b p"]:
+    def parts_of(
+        self, tokens: Int64[Tensor, "n k"] | Int64[Tensor, "n k p"]
+    ) -> Int64[Tensor, "n k p"]:
         """Parts of the tokens of a shard."""
         return split(tokens, self.sizes) if self.has_index else tokens
 

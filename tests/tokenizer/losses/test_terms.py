@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mergevq.config.objective import LossConfig
+from mergevq.config.objective import Gram, LossConfig
 from mergevq.data.layouts import Source
 from mergevq.tokenizer.losses.terms import reconstruction_loss, source_loss, term_weights, total
 
@@ -34,8 +34,9 @@ def test_every_weight_of_the_total_has_an_effect():
         entropy_weight=1e4,
         source_weight=1e5,
         alignment_weight=1e6,
+        gram=Gram(weight=0.5),
     )
     weights = term_weights(config, {"confidence": 2.0}, adversarial_weight=100.0)
     losses = {name: torch.tensor(float(i + 1)) for i, name in enumerate(weights)}
-    assert list(losses)[-2:] == ["alignment", "confidence"]
-    assert total(losses, weights) == 1 + 20 + 300 + 4e3 + 5e4 + 6e5 + 7e6 + 16
+    assert list(losses)[-3:] == ["alignment", "confidence", "gram"]
+    assert total(losses, weights) == 1 + 20 + 300 + 4e3 + 5e4 + 6e5 + 7e6 + 16 + 4.5
