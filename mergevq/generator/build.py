@@ -12,7 +12,7 @@ from mergevq.generator import seams
 from mergevq.generator.autoregressive import Autoregressive
 from mergevq.generator.heads.subindices import Subindices
 from mergevq.generator.nat import Nat
-from mergevq.generator.network import Network
+from mergevq.generator.network import Head, Network
 from mergevq.generator.orders.anchored import Anchored
 from mergevq.generator.orders.merge import Merge
 from mergevq.generator.orders.random import Random
@@ -50,7 +50,7 @@ def build_order(order: Sequential, config: GeneratorConfig) -> seams.Order:
             assert_never(order)
 
 
-def build_head(config: GeneratorConfig) -> seams.Head:
+def build_head(config: GeneratorConfig) -> Head:
     """The head over the parts of a token."""
     return Subindices(config)
 

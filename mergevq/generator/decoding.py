@@ -17,9 +17,9 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from mergevq.config.generator import SamplingSettings
 from mergevq.generator.cache import FullCache
-from mergevq.generator.network import Network
+from mergevq.generator.network import Cache, Network, Restriction
 from mergevq.generator.sampling import guidance_scales
-from mergevq.generator.seams import Cache, Draws, Layout, Restriction, Sequences
+from mergevq.generator.seams import Draws, Layout, Sequences
 from mergevq.nn.llama import Rotation
 
 

@@ -7,11 +7,16 @@ instruction, arXiv:2504.00999).
 A token has several parts, its sub-indices (and before them its anchor): inputs sum the embeddings
 of the parts, and the head predicts each part from those before it.
 
+What it calls is here too: a cache of keys and values, and a head.
+
 Shape letters: B batch, L grid cells, T tokens of a sequence, P parts of a token, C channels,
-N inputs, M keys, R and S each B or 1.
+N inputs, M keys, H and G heads of queries and of keys, D channels of a head, V values of a part,
+R and S each B or 1 (states of a head: R is 2B with guidance, conditional ones first).
 """
 
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -21,12 +26,129 @@ from torch.utils.checkpoint import checkpoint
 
 from mergevq.config.generator import GeneratorConfig, SamplingSettings
 from mergevq.data.codes import CodeSpec
-from mergevq.generator.seams import Cache, Chosen, Head, Restriction
 from mergevq.nn.attention import additive_mask
 from mergevq.nn.llama import Block, Dropout, RmsNorm, Rotation, cell_positions, rotation
 
 INITIAL_STD = 0.02
 """Spread of every matrix at the start but the outputs, which start at zero, as in LlamaGen."""
+
+
+class Chosen(NamedTuple):
+    """Tokens that a head chose."""
+
+    parts: Int64[Tensor, "b p"]
+    """Their parts."""
+    finite: list[Tensor]
+    """Whether states and logits were finite, one scalar each: asked of the device at the end."""
+    log_prob: Float[Tensor, "b"] | None
+    """Log-probability of the token by the guided logits at temperature 1, if it was asked for."""
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """Memory of keys and values between forward passes (see `mergevq.generator.cache`)."""
+
+    keys: Tensor
+    """Keys of all layers, in the cache's dtype."""
+    values: Tensor
+    """Values, likewise."""
+    turns: Rotation
+    """Turns of all cells of the grid."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of keys and values."""
+        ...
+
+    def reset(self) -> None:
+        """Forget everything; the next inputs are the prefix."""
+        ...
+
+    def place(self, codes: Int64[Tensor, "b"]) -> Bool[Tensor, "b 1 m"] | None:
+        """Give the next token of each row, an index, its place; what it sees, None being all."""
+        ...
+
+    def advance(self, count: int) -> None:
+        """Keep the first `count` of the inputs last attended to."""
+        ...
+
+    def attend(
+        self,
+        layer: int,
+        query: Float[Tensor, "b h n d"],
+        key: Float[Tensor, "b g n d"],
+        value: Float[Tensor, "b g n d"],
+        mask: Bool[Tensor, "r n m"] | Float[Tensor, "r n m"] | None,
+    ) -> Float[Tensor, "b h n d"]:
+        """Attend to these inputs and to older ones, and remember these."""
+        ...
+
+
+@runtime_checkable
+class Restriction(Protocol):
+    """Rules for the next token of each image: which values it may have, and what they mean."""
+
+    def allowed(self, part: int, chosen: Sequence[Tensor]) -> Bool[Tensor, "b v"] | None:
+        """Values that a part may have after the parts chosen before it; None is all."""
+        ...
+
+    def part(self, part: int, choice: Int64[Tensor, "b"]) -> Int64[Tensor, "b"]:
+        """The part of the token that a choice of the head stands for."""
+        ...
+
+
+@runtime_checkable
+class Embed(Protocol):
+    """Embeddings of the values of one part, as `Network.embed_part` looks them up."""
+
+    def __call__(self, part: int, values: Int64[Tensor, "*shape"]) -> Float[Tensor, "*shape c"]:
+        """Vectors of the values of a part."""
+        ...
+
+
+@runtime_checkable
+class Head(Protocol):
+    """The distribution of one token's parts, given a state of the transformer; an `nn.Module`."""
+
+    @property
+    def layers(self) -> list[nn.ModuleList]:
+        """Blocks and projections, which decoding may replace by faster ones."""
+        ...
+
+    def reset_outputs(self) -> None:
+        """Make all values equally likely, as training starts."""
+        ...
+
+    def __call__(
+        self, states: Float[Tensor, "n c"], parts: Int64[Tensor, "n p"], embed: Embed
+    ) -> list[Float[Tensor, "n _"]]:
+        """Logits, float32, of each part given the true parts before it."""
+        ...
+
+    def choose(
+        self,
+        states: Float[Tensor, "r c"],
+        uniforms: Float[Tensor, "b p"],
+        scale: float,
+        settings: SamplingSettings,
+        embed: Embed,
+        restriction: Restriction | None = None,
+        *,
+        scored: bool = False,
+    ) -> Chosen:
+        """Choose the parts of one token for each image.
+
+        Args:
+            states: of the transformer; with twice as many rows as images the second half is
+                unconditional.
+            uniforms: numbers that decide.
+            scale: of guidance, if there are unconditional states.
+            settings: temperature, top-k and top-p.
+            embed: embeddings of the parts chosen before.
+            restriction: rules of the order; None leaves all values free.
+            scored: also give the token's log-probability.
+        """
+        ...
 
 
 class Network(nn.Module):
@@ -178,7 +300,7 @@ class Network(nn.Module):
         *,
         scored: bool = False,
     ) -> Chosen:
-        """Choose the parts of one token for each image; see `seams.Head.choose`."""
+        """Choose the parts of one token for each image; see `Head.choose`."""
         return self.head.choose(
             states, uniforms, scale, settings, self.embed_part, restriction, scored=scored
         )

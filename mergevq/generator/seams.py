@@ -2,7 +2,8 @@
 
     Generator   sequences of tokens <-> their probabilities; several families
     Order       of the autoregressive family: what a sequence is, and how it is decoded
-    Head        one token's parts, from a state of the transformer
+    Head        one token's parts, from a state of the transformer; in `generator/network.py`, which
+                calls it
 
 The values that pass between them are here too. Each part is a class of its own in
 `generator/orders`, `generator/heads` or beside this file; `generator/build.py` lists them all.
@@ -12,24 +13,20 @@ section 3 (arXiv:2412.01827); Luo et al. 2024, "Open-MAGVIT2", section 3.2 (sub-
 arXiv:2409.04410).
 
 Shape letters: B batch, L grid cells, K kept tokens, T tokens of a sequence (L or K), P parts of a
-token, F sub-indices of a token, C channels, N inputs, M keys, H heads, D channels of a head,
-S passes, Q numbers of a token, V values of a part, R and Z each B or 1 (states of a head: 2B with
-guidance, conditional ones first).
+token, F sub-indices of a token, C channels, N inputs, S passes, Q numbers of a token, R and Z each
+B or 1.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from mergevq.config.generator import GeneratorConfig, SamplingSettings
-from mergevq.nn.llama import Rotation
-
-if TYPE_CHECKING:
-    from mergevq.generator.network import Network
+from mergevq.generator.network import Network
 
 
 class Sequences(NamedTuple):
@@ -122,130 +119,12 @@ class Layout(NamedTuple):
     """Positions of the tokens predicted in `Sequences.indices`; None is one after the other."""
 
 
-class Chosen(NamedTuple):
-    """Tokens that a head chose."""
-
-    parts: Int64[Tensor, "b p"]
-    """Their parts."""
-    finite: list[Tensor]
-    """Whether states and logits were finite, one scalar each: asked of the device at the end."""
-    log_prob: Float[Tensor, "b"] | None
-    """Log-probability of the token by the guided logits at temperature 1, if it was asked for."""
-
-
 @runtime_checkable
 class Numbers(Protocol):
     """Random numbers of the rows of a batch at hand, drawn as one process would for all rows."""
 
     def uniform(self, purpose: str, *shape: int) -> Float[Tensor, "b *shape"]:
         """Uniform numbers in [0, 1), on the CPU; the same for the same purpose."""
-        ...
-
-
-@runtime_checkable
-class Cache(Protocol):
-    """Memory of keys and values between forward passes (see `mergevq.generator.cache`)."""
-
-    keys: Tensor
-    """Keys of all layers, in the cache's dtype."""
-    values: Tensor
-    """Values, likewise."""
-    turns: Rotation
-    """Turns of all cells of the grid."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of keys and values."""
-        ...
-
-    def reset(self) -> None:
-        """Forget everything; the next inputs are the prefix."""
-        ...
-
-    def place(self, codes: Int64[Tensor, "b"]) -> Bool[Tensor, "b 1 m"] | None:
-        """Give the next token of each row, an index, its place; what it sees, None being all."""
-        ...
-
-    def advance(self, count: int) -> None:
-        """Keep the first `count` of the inputs last attended to."""
-        ...
-
-    def attend(
-        self,
-        layer: int,
-        query: Float[Tensor, "b h n d"],
-        key: Float[Tensor, "b g n d"],
-        value: Float[Tensor, "b g n d"],
-        mask: Bool[Tensor, "r n m"] | Float[Tensor, "r n m"] | None,
-    ) -> Float[Tensor, "b h n d"]:
-        """Attend to these inputs and to older ones, and remember these."""
-        ...
-
-
-@runtime_checkable
-class Restriction(Protocol):
-    """Rules for the next token of each image: which values it may have, and what they mean."""
-
-    def allowed(self, part: int, chosen: Sequence[Tensor]) -> Bool[Tensor, "b v"] | None:
-        """Values that a part may have after the parts chosen before it; None is all."""
-        ...
-
-    def part(self, part: int, choice: Int64[Tensor, "b"]) -> Int64[Tensor, "b"]:
-        """The part of the token that a choice of the head stands for."""
-        ...
-
-
-@runtime_checkable
-class Embed(Protocol):
-    """Embeddings of the values of one part, as `Network.embed_part` looks them up."""
-
-    def __call__(self, part: int, values: Int64[Tensor, "*shape"]) -> Float[Tensor, "*shape c"]:
-        """Vectors of the values of a part."""
-        ...
-
-
-@runtime_checkable
-class Head(Protocol):
-    """The distribution of one token's parts, given a state of the transformer; an `nn.Module`."""
-
-    @property
-    def layers(self) -> list[nn.ModuleList]:
-        """Blocks and projections, which decoding may replace by faster ones."""
-        ...
-
-    def reset_outputs(self) -> None:
-        """Make all values equally likely, as training starts."""
-        ...
-
-    def __call__(
-        self, states: Float[Tensor, "n c"], parts: Int64[Tensor, "n p"], embed: Embed
-    ) -> list[Float[Tensor, "n _"]]:
-        """Logits, float32, of each part given the true parts before it."""
-        ...
-
-    def choose(
-        self,
-        states: Float[Tensor, "r c"],
-        uniforms: Float[Tensor, "b p"],
-        scale: float,
-        settings: SamplingSettings,
-        embed: Embed,
-        restriction: Restriction | None = None,
-        *,
-        scored: bool = False,
-    ) -> Chosen:
-        """Choose the parts of one token for each image.
-
-        Args:
-            states: of the transformer; with twice as many rows as images the second half is
-                unconditional.
-            uniforms: numbers that decide.
-            scale: of guidance, if there are unconditional states.
-            settings: temperature, top-k and top-p.
-            embed: embeddings of the parts chosen before.
-            restriction: rules of the order; None leaves all values free.
-            scored: also give the token's log-probability.
-        """
         ...
 
 
@@ -316,7 +195,7 @@ class Order(Protocol):
         ...
 
     def layout(
-        self, network: "Network", parts: Int64[Tensor, "b t p"], sequences: Sequences
+        self, network: Network, parts: Int64[Tensor, "b t p"], sequences: Sequences
     ) -> Layout:
         """A batch as the transformer sees it.
 
@@ -327,7 +206,7 @@ class Order(Protocol):
 
     def decoder(
         self,
-        network: "Network",
+        network: Network,
         labels: Int64[Tensor, "b"],
         num_kept: int,
         draws: Draws,
@@ -336,7 +215,7 @@ class Order(Protocol):
         """Sequences of these classes, none of whose tokens is decoded."""
         ...
 
-    def sampled(self, network: "Network", decoder: Decoder) -> Sampled:
+    def sampled(self, network: Network, decoder: Decoder) -> Sampled:
         """The sequences of a decoder that is done."""
         ...
 
@@ -347,7 +226,7 @@ class FillsIn(Protocol):
 
     def inpaint(
         self,
-        network: "Network",
+        network: Network,
         indices: Int64[Tensor, "b k"],
         keep: Bool[Tensor, "b k"],
         labels: Int64[Tensor, "b"],

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mergevq.config.generator import Head, Masked, OneByOne, Order, SamplingSettings, Several
-from mergevq.generator import seams
+from mergevq.generator import network, seams
 from mergevq.generator.bench import made_up_sequences
 from mergevq.generator.build import build_generator, load_generator, save_generator
 from mergevq.generator.sampling import run as decode
@@ -94,7 +94,7 @@ def sampled(model, labels=LABELS, **changes):
 def test_a_member_fits_its_seam_and_has_a_kind_of_its_own(config):
     model = build_generator(config)
     assert isinstance(model, seams.Generator)
-    assert isinstance(model.network.head, seams.Head)
+    assert isinstance(model.network.head, network.Head)
     for part in (config.order, config.head):
         assert dataclasses.fields(part)[0].name == "kind"
     kinds = [member().kind for member in get_args(Order)]

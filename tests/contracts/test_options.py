@@ -536,6 +536,7 @@ TRAIN_VALUES = {
     },
     ("digits32_ar", "model.num_kept"): {"model.num_kept": 16},
     ("digits32_ar", "train.eval_num_kept"): {"train.eval_num_kept": (16, 24)},
+    ("digits32", "loss.gram.weight"): {"loss.gram.weight": 0.25, "loss.perceptual_weight": 0.5},
 }
 """Changes that a recipe bears, where the first ones that come to mind are refused."""
 

@@ -15,8 +15,9 @@ from mergevq.config.generator import (
 )
 from mergevq.generator.build import build_generator, load_generator, save_generator
 from mergevq.generator.generation import read_sample_run
+from mergevq.generator.network import Head
 from mergevq.generator.sampling import sample
-from mergevq.generator.seams import Generator, Head, Order, Sequences
+from mergevq.generator.seams import Generator, Order, Sequences
 from mergevq.runtime.migrate import migrate_generator
 from tests.support.generators import ORDERS, TINY, tiny_batch, tiny_generator
 

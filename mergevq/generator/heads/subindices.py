@@ -13,9 +13,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from mergevq.config.generator import GeneratorConfig, SamplingSettings
-from mergevq.generator.network import make_block
+from mergevq.generator.network import Chosen, Embed, Restriction, make_block
 from mergevq.generator.sampling import of_part, pick
-from mergevq.generator.seams import Chosen, Embed, Restriction
 from mergevq.nn.attention import attend
 from mergevq.nn.llama import Projection, RmsNorm
 
@@ -69,7 +68,7 @@ class Subindices(nn.Module):
         *,
         scored: bool = False,
     ) -> Chosen:
-        """Choose the parts of one token for each image, in turn; see `seams.Head.choose`."""
+        """Choose the parts of one token for each image, in turn; see `network.Head.choose`."""
         batch, num_parts = uniforms.shape
         chosen: list[Tensor] = []
         memory: list[tuple[Tensor, Tensor]] = []

@@ -24,8 +24,8 @@ from torch.nn import functional
 from mergevq.config.generator import GeneratorConfig, SamplingSettings
 from mergevq.generator.cache import FullCache
 from mergevq.generator.decoding import SequenceDecoder, full_cache, lay_out
-from mergevq.generator.network import Network, check_range
-from mergevq.generator.seams import Cache, Decoder, Draws, Layout, Numbers, Sampled, Sequences
+from mergevq.generator.network import Cache, Network, check_range
+from mergevq.generator.seams import Decoder, Draws, Layout, Numbers, Sampled, Sequences
 from mergevq.nn.llama import Rotation
 
 
@@ -146,7 +146,7 @@ class Gaps:
 
 @dataclass(frozen=True)
 class Gap:
-    """The rule for one token: its first part is a legal gap (`seams.Restriction`)."""
+    """The rule for one token: its first part is a legal gap (`network.Restriction`)."""
 
     previous: Int64[Tensor, "b"]
     """Anchors of the tokens before."""

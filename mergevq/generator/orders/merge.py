@@ -26,14 +26,12 @@ from mergevq.config import generator as config
 from mergevq.config.generator import GeneratorConfig, OneByOne, SamplingSettings
 from mergevq.generator.cache import SlotCache
 from mergevq.generator.decoding import SequenceDecoder, cache_type, lay_out, turns_at
-from mergevq.generator.network import Network
+from mergevq.generator.network import Cache, Network, Restriction
 from mergevq.generator.seams import (
-    Cache,
     Decoder,
     Draws,
     Layout,
     Numbers,
-    Restriction,
     Sampled,
     Sequences,
 )
@@ -180,7 +178,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Present:
-    """The rule that a token is one of some (`seams.Restriction`).
+    """The rule that a token is one of some (`network.Restriction`).
 
     Sub-indices are restricted in turn, each to those of the tokens that agree so far.
     """

@@ -20,8 +20,8 @@ from torch import Tensor
 from mergevq.config.generator import GeneratorConfig, SamplingSettings
 from mergevq.generator.cache import FullCache
 from mergevq.generator.decoding import SequenceDecoder, full_cache, lay_out, turns_at
-from mergevq.generator.network import Network
-from mergevq.generator.seams import Cache, Decoder, Draws, Layout, Numbers, Sampled, Sequences
+from mergevq.generator.network import Cache, Network
+from mergevq.generator.seams import Decoder, Draws, Layout, Numbers, Sampled, Sequences
 from mergevq.nn.llama import Rotation
 
 
