@@ -69,9 +69,10 @@ class LossConfig:
 
     @property
     def further_weights(self) -> dict[str, float]:
-        """Weights of the terms with settings of their own, by the names of these settings."""
+        """Weights above 0 of the terms with settings of their own, by the names of these."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {name: value.weight for name, value in values.items() if is_dataclass(value)}
+        weights = {name: each.weight for name, each in values.items() if is_dataclass(each)}
+        return {name: weight for name, weight in weights.items() if weight > 0}
 
     def recovered_share_at(self, step: int) -> float:
         """Share of a step's images that are decoded with the recovered source."""
