@@ -11,6 +11,8 @@ help:  ## list these targets
 quickstart: .venv/installed-quickstart  ## train on handwritten digits and write a report
 	$(BIN)/mergevq quickstart
 
+# Workers and the processes of tests would each compile every module anew.
+unexport PYTHONDONTWRITEBYTECODE
 # One thread: the tests' tensors are too small to share.
 test slow check ledger bench-check: export OMP_NUM_THREADS := 1
 test: .venv/installed-dev  ## run the default tests

@@ -1,6 +1,6 @@
 """Settings of the tokenizer's losses, and a tagged union of teachers; no torch."""
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
 
 from mergevq.config.base import require
@@ -71,7 +71,7 @@ class LossConfig:
     def further_weights(self) -> dict[str, float]:
         """Weights above 0 of the terms with settings of their own, by the names of these."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        weights = {name: each.weight for name, each in values.items() if is_dataclass(each)}
+        weights = {name: each.weight for name, each in values.items() if isinstance(each, Gram)}
         return {name: weight for name, weight in weights.items() if weight > 0}
 
     def recovered_share_at(self, step: int) -> float:

@@ -14,6 +14,7 @@ from mergevq.metrics.frechet import FrechetStatistics
 from mergevq.metrics.image import Mean
 from mergevq.metrics.sets import Rows
 from mergevq.runtime import distributed
+from tests.support.ranks import run_on_ranks
 
 VALUES = torch.linspace(-1, 2, 9).sin()
 FEATURES = torch.linspace(0, 9, 27).reshape(9, 3).sin() + 100
@@ -63,7 +64,7 @@ def ranks(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run_rank, args=(port, str(folder)), nprocs=2)
+    run_on_ranks(run_rank, port, str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mergevq.runtime import distributed
 from mergevq.runtime.distributed import World
+from tests.support.ranks import run_on_ranks
 
 CPU = torch.device("cpu")
 BATCH = torch.linspace(-1, 2, 12).reshape(4, 3).sin()
@@ -114,7 +115,7 @@ def ranks(tmp_path_factory) -> list[dict]:
     store = torch.distributed.TCPStore(
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
     )
-    torch.multiprocessing.spawn(run_rank, args=(store.port, str(folder)), nprocs=2)
+    run_on_ranks(run_rank, store.port, str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

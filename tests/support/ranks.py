@@ -1,14 +1,33 @@
-"""A command on two real gloo processes, as `torchrun` would start them."""
+"""Functions and commands on two real gloo processes, as `torchrun` would start them."""
 
+import multiprocessing
 import os
 import socket
+from collections.abc import Callable
 
 import torch
 
-from mergevq.cli.main import main
+# Imported once a worker, in a process that others are forked from: two ranks cost no imports.
+_IMPORTED = [
+    "mergevq.cli.main",
+    "mergevq.training.train",
+    "mergevq.evaluate.reconstruction",
+    "mergevq.evaluate.generation",
+    "mergevq.tokenizer.encode",
+]
+
+
+def run_on_ranks(function: Callable[..., None], *arguments: object, num_ranks: int = 2) -> None:
+    """`function(rank, *arguments)` in processes of its own; an error when one ends with one."""
+    multiprocessing.set_forkserver_preload(_IMPORTED)
+    torch.multiprocessing.start_processes(
+        function, args=arguments, nprocs=num_ranks, start_method="forkserver"
+    )
 
 
 def run_rank(rank: int, port: int, arguments: list[str]) -> None:
+    from mergevq.cli.main import main
+
     torch.set_num_threads(1)
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -20,4 +39,4 @@ def run_on_two_ranks(arguments: list[str]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run_rank, args=(port, arguments), nprocs=2)
+    run_on_ranks(run_rank, port, arguments)

@@ -39,6 +39,7 @@ from mergevq.tokenizer.losses.teachers import (
     kl_alignment,
     label_alignment,
 )
+from tests.support.ranks import run_on_ranks
 
 MEMBERS = [member() for member in get_args(Teacher)]
 DINO = {"student_temperature": 0.1, "teacher_temperature": 0.04}
@@ -425,7 +426,7 @@ def test_two_ranks_have_the_loss_of_one_process(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run_rank, args=(port, str(tmp_path)), nprocs=2)
+    run_on_ranks(run_rank, port, str(tmp_path))
     torch.manual_seed(0)
     teacher = self_teacher()
     student_token, teacher_token = tokens(torch.Generator().manual_seed(0), batch=4)

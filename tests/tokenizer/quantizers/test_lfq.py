@@ -13,6 +13,7 @@ from mergevq.runtime import distributed
 from mergevq.tokenizer.quantizers.lfq import QuantizeLosses, quantize_losses
 from tests.support import reference
 from tests.support.quantize import LOW_PRECISION, LargestTensor, value_and_gradient
+from tests.support.ranks import run_on_ranks
 
 # ----------------------------------------------------------------------------------- entropies
 
@@ -151,7 +152,7 @@ def test_two_processes_have_the_codebook_entropy_of_the_joint_batch(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run_rank, args=(port, str(tmp_path)), nprocs=2)
+    run_on_ranks(run_rank, port, str(tmp_path))
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     joint = loss_and_gradient(JOINT)
     commitment, token, codebook = torch.stack([rank["losses"] for rank in ranks]).T
