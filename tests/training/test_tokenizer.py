@@ -37,6 +37,7 @@ from mergevq.training.tokenizer import TokenizerTask, train
 from mergevq.training.tokenizer_step import TokenizerLearner, build, recovering
 from tests.support.leaves import replaced
 from tests.support.parts import changed
+from tests.support.ranks import train_on_two_ranks
 from tests.support.small import shrink
 
 WORLD = distributed.World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
@@ -656,7 +657,7 @@ def test_training_reduces_the_loss_and_writes_everything(tmp_path):
     assert sorted(path.name for path in names) == ["config.json", "model.safetensors"]
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_sigterm_to_all_processes_saves_and_the_run_goes_on(tmp_path, num_workers):
     pytest.importorskip("sklearn")
     script = textwrap.dedent(f"""
@@ -691,32 +692,32 @@ def test_sigterm_to_all_processes_saves_and_the_run_goes_on(tmp_path, num_worker
     assert "--resume" in rest
 
 
-TWO_RANKS = """
-import sys
-from dataclasses import replace
-from mergevq.config.recipes.digits import digits32
-from tests.support.small import shrink
-from mergevq.training.tokenizer import train
-run = shrink(digits32())
-run = replace(run, data=replace(run.data, max_images=32), out=sys.argv[1],
-    optim=replace(run.optim, warmup_steps=0),
-    train=replace(run.train, precision="float32", batch_size=8, num_steps=3, save_every=3,
-                  eval_every=3, image_every=3),
-    loss=replace(run.loss, adversarial_weight=0.1, adversarial_start_step=0,
-                 adversarial_ramp_steps=1, recovered_share=0.3))
-train(run)
-"""
-
-
 def test_two_ranks_equal_one_process_at_the_same_global_batch(tmp_path):
     pytest.importorskip("sklearn")
-    script = tmp_path / "run.py"
-    script.write_text(TWO_RANKS)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for name, launcher in (("one", []), ("two", torchrun)):
-        command = [sys.executable, *launcher, str(script), str(tmp_path / name)]
-        subprocess.run(command, check=True, env=environment, capture_output=True, timeout=120)
+    run = shrink(digits32())
+    run = replace(
+        run,
+        data=replace(run.data, max_images=32),
+        optim=replace(run.optim, warmup_steps=0),
+        train=replace(
+            run.train,
+            precision="float32",
+            batch_size=8,
+            num_steps=3,
+            save_every=3,
+            eval_every=3,
+            image_every=3,
+        ),
+        loss=replace(
+            run.loss,
+            adversarial_weight=0.1,
+            adversarial_start_step=0,
+            adversarial_ramp_steps=1,
+            recovered_share=0.3,
+        ),
+    )
+    train(replace(run, out=str(tmp_path / "one")))
+    train_on_two_ranks(replace(run, out=str(tmp_path / "two")))
     states = [
         load_state(tmp_path / name / "checkpoints/step-00000003/state") for name in ("one", "two")
     ]
