@@ -144,7 +144,7 @@ RANGES = {
     "final_lr_ratio": _SHARE,
     "clip_norm": Range(0, 10**6, above=True),
     "ema_decay": _ALL_BUT_ONE,
-    "encoder_lr_ratio": Range(0, 1, above=True),
+    "encoder_lr_ratio": Range(0, 1),
     "num_steps": _STEPS,
     "batch_size": _BATCH,
     "accumulation": _BATCH,

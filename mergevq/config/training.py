@@ -175,8 +175,9 @@ class TokenizerRun:
     quantize_start_step: int = 0
     """Before this step the decoder sees the latents themselves, not the codes."""
     encoder_lr_ratio: float = 1.0
-    """Learning rate of the encoder over that of all else, above 0 and at most 1. Below 1 keeps the
-    codes of a good start while a decoder learns to use them."""
+    """Learning rate of the encoder over that of all else, from 0 to 1. Below 1 keeps the codes of a
+    good start while a decoder learns to use them. At 0 the encoder stays as it is: only decoder and
+    source predictor are trained, and tokens and generators of before remain valid."""
     out: str = "runs/tokenizer"
     """Directory of the run."""
 

@@ -440,6 +440,8 @@ def build(
         teacher = teacher.to(device).train()
     if isinstance(teacher, SelfTeacher):
         teacher_encoder = copy.deepcopy(tokenizer.encoder).requires_grad_(requires_grad=False)
+    if run.encoder_lr_ratio == 0:
+        tokenizer.encoder.requires_grad_(requires_grad=False)
     objective = Objective(tokenizer, teacher, build_regularizer(run.regularizer))
     ratios: dict[nn.Module, float] = {tokenizer.encoder: run.encoder_lr_ratio}
     optimizer = build_optimizer([objective], run.optim, run.train.batch_size, ratios)

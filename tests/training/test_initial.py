@@ -12,6 +12,7 @@ from mergevq.config.recipes.tiny64 import tiny64_gr
 from mergevq.config.training import DataConfig, TokenizerRun
 from mergevq.data.images import open_images
 from mergevq.runtime import distributed
+from mergevq.runtime.artefacts import load_model, tokens_hash
 from mergevq.tokenizer.analytic.components import encode_analytic, fit_components
 from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training.initial import find_start, initial_tokenizer, initialize_from
@@ -183,6 +184,18 @@ def test_a_stem_with_norm_is_not_that_of_one_without(pictures, tmp_path):
     mine = Tokenizer(changed(run.model, patch_norm=True))
     with pytest.raises(ValueError, match=r"model.stem.norm \(True\) must be False, as in the tok"):
         initialize_from(mine, tmp_path)
+
+
+def test_an_encoder_without_a_rate_stays_and_with_it_every_token(pictures, tmp_path):
+    run = analytic_run(pictures, encoder_lr_ratio=0.0)
+    first = train(replace(run, out=str(tmp_path / "first")))
+    again = replace(run, init_codes="random", init_from=str(first), out=str(tmp_path / "second"))
+    second = train(again)
+    assert tokens_hash(first) == tokens_hash(second)
+    one, two = (load_model(path, "tokenizer").state for path in (first, second))
+    for name, weight in one.items():
+        assert torch.equal(weight, two[name]) or not name.startswith("encoder."), name
+    assert not torch.equal(one["decoder.conv_out.weight"], two["decoder.conv_out.weight"])
 
 
 def test_the_encoder_moves_at_its_share_of_the_rate(pictures):
