@@ -69,7 +69,7 @@ def reconstruction(
     """Measure how well images come back, with the given and with the recovered source.
 
     Writes OUT/evaluation.json with every number, setting, hash and version;
-    OUT/rate_distortion.png, PSNR over bits per pixel beside JPEG and WebP of the same images; and
+    OUT/rate_distortion.png, PSNR over bits per pixel beside files of other formats; and
     OUT/worst_best_K.png for each K. Under torchrun the processes share the images.
 
     Args:
@@ -79,7 +79,8 @@ def reconstruction(
         reference: statistics of the very images (`mergevq evaluate reference --kind
             reconstruction`); taken on the way without.
         show: worst and best images in a picture.
-        baseline_images: images that JPEG and WebP compress too, evenly spaced; 0 for none.
+        baseline_images: images that JPEG, WebP, AVIF and JPEG XL compress too (the last with
+            pillow-jxl-plugin) and that the baseline `components` is of, evenly spaced; 0 for none.
     """
     settings = ReconstructionSettings(
         subject=subject,

@@ -70,7 +70,7 @@ def reconstruction_table(record: ReconstructionRecord) -> str:
 
 
 def _baseline_rows(baselines: Sequence[BaselineRecord]) -> list[list[str]]:
-    """JPEG and WebP at the bytes of each K."""
+    """Files of other formats at the bytes of each K, and codes that learned nothing."""
     rows = [["whole files", "budget", "bytes", "psnr", "above budget"]]
     rows += [
         [

@@ -76,7 +76,8 @@ class ReconstructionSettings:
     num_shown: int = 4
     """Worst and best images that are shown."""
     num_baseline_images: int = 500
-    """Images that JPEG and WebP compress too, evenly spaced; 0 leaves them out."""
+    """Images that JPEG, WebP and, where Pillow writes them, AVIF and JPEG XL compress too, evenly
+    spaced, and that the baseline `components` is of; 0 leaves all out."""
 
     def __post_init__(self) -> None:
         """Reject counts below 0."""

@@ -1,7 +1,7 @@
 """Evaluation of a tokenizer's reconstructions: `mergevq evaluate reconstruction`.
 
 Every image goes once through the model's own crop, and from there to the model, to the extractor's
-reference and to JPEG and WebP alike: a model that changes nothing is at distance 0.
+reference and to the files of other formats alike: a model that changes nothing is at distance 0.
 
 What is written is valid JSON: a PSNR that is infinite, because an image came back exactly, is null
 there and its name is listed under `infinite`.
@@ -26,6 +26,7 @@ from mergevq.config.records import (
 )
 from mergevq.data.images import ImageDataset
 from mergevq.data.layouts import Source
+from mergevq.evaluate.analytic import NAME, AnalyticBaseline
 from mergevq.evaluate.compare import Evaluation, Evaluations, Outcome
 from mergevq.evaluate.subject import (
     RECORD,
@@ -40,7 +41,7 @@ from mergevq.evaluate.subject import (
     subject_record,
     subject_reference,
 )
-from mergevq.metrics.baselines import FILE_FORMATS, BaselineMeasurement, Baselines
+from mergevq.metrics.baselines import BaselineMeasurement, Baselines
 from mergevq.metrics.frechet import Gaussian, Reference
 from mergevq.metrics.image import to_uint8
 from mergevq.metrics.references import ImageHashes
@@ -76,7 +77,7 @@ class Measured(NamedTuple):
     best: list[Extreme]
     """Highest first."""
     shared_psnr: tuple[float, ...]
-    """Given and, where there are maps, recovered, over the images that JPEG and WebP compress too,
+    """Given and, where there are maps, recovered, over the images that other formats compress too,
     or all."""
 
 
@@ -165,6 +166,7 @@ def measure_reconstructions(
     )
     budgets = [_num_bytes(tokenizer, evaluation.num_kept) for evaluation in evaluations.each]
     baselines, hashes = Baselines(budgets, compressed), ImageHashes()
+    analytic = AnalyticBaseline(tokenizer.config, compressed)
     progress = Progress(len(evaluations.each) * share, unit="reconstruction")
     with deterministic(world.device):
         for batch in subject.batches():
@@ -173,6 +175,7 @@ def measure_reconstructions(
             evaluations.update(batch.image.to(world.device), batch.index)
             progress.update(len(evaluations.each) * len(pixels))
             baselines.update(pixels, batch.index)
+            analytic.update(pixels, batch.index)
     progress.close()
     pixels_sha256 = hashes.compute()
     require_same_images(reference, pixels_sha256)
@@ -180,7 +183,12 @@ def measure_reconstructions(
     measured = [_measured(e, statistics, num_shown, compressed) for e in evaluations.each]
     return Reconstructions(
         measured=measured,
-        baselines=baselines.compute() if compressed else [],
+        baselines=[
+            *baselines.compute(),
+            *analytic.compute([each.num_kept for each in evaluations.each]),
+        ]
+        if compressed
+        else [],
         pixels_sha256=pixels_sha256,
         num_images=measured[0].outcome.num_images,
     )
@@ -318,13 +326,14 @@ def rate_distortion(found: Reconstructions, image_size: int) -> list[Curve]:
         )
         for number, (label, price) in enumerate(prices)
     ]
-    for number, file_format in enumerate(FILE_FORMATS, start=len(curves)):
+    formats = dict.fromkeys(file.file_format for file in found.baselines)
+    for number, file_format in enumerate(formats, start=len(curves)):
         files = [file for file in found.baselines if file.file_format == file_format]
         curves.append(
             Curve(
                 x=[8 * file.mean_bytes / num_pixels for file in files],
                 y=[file.psnr for file in files],
-                label=f"{file_format}, with header" if files else "",
+                label=file_format if file_format == NAME else f"{file_format}, with header",
                 colour=number,
             )
         )

@@ -1,4 +1,4 @@
-"""JPEG and WebP of the same images in the same number of bytes.
+"""JPEG, WebP, AVIF and JPEG XL of the same images in the same number of bytes.
 
 Whole files count, headers included, as whole files are what is stored. On small images a header is
 a large part, and the smallest possible file may be above the budget: that is said, not hidden.
@@ -6,24 +6,48 @@ a large part, and the smallest possible file may be above the budget: that is sa
 
 import bisect
 import functools
+import importlib
+import importlib.util
 import io
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Int64, UInt8
-from PIL import Image
+from PIL import Image, features
 from torch import Tensor
 
 from mergevq.data.prepare import to_tensor
 from mergevq.metrics.image import Mean, psnr
 
-FileFormat = Literal["JPEG", "WebP"]
-FILE_FORMATS: tuple[FileFormat, ...] = ("JPEG", "WebP")
+FileFormat = Literal["JPEG", "WebP", "AVIF", "JXL"]
 
-_QUALITIES: dict[FileFormat, range] = {"JPEG": range(1, 96), "WebP": range(101)}
+_QUALITIES: dict[FileFormat, range] = {
+    "JPEG": range(1, 96),
+    "WebP": range(101),
+    "AVIF": range(101),
+    "JXL": range(1, 100),
+}
 # Tables made for the image: without them JPEG is some 200 bytes larger.
-_OPTIONS: dict[FileFormat, dict[str, Any]] = {"JPEG": {"optimize": True}, "WebP": {"method": 4}}
+_OPTIONS: dict[FileFormat, dict[str, Any]] = {
+    "JPEG": {"optimize": True},
+    "WebP": {"method": 4},
+    "AVIF": {"speed": 6},
+    "JXL": {},
+}
+_JXL = "pillow_jxl"
+"""Package that teaches Pillow JPEG XL."""
+
+
+def file_formats() -> tuple[FileFormat, ...]:
+    """Formats that this installation writes: AVIF is of newer Pillows, JPEG XL of a package."""
+    found: tuple[FileFormat, ...] = ("JPEG", "WebP")
+    if features.check("avif"):
+        found += ("AVIF",)
+    if importlib.util.find_spec(_JXL) is not None:
+        importlib.import_module(_JXL)
+        found += ("JXL",)
+    return found
 
 
 class CompressedImage(NamedTuple):
@@ -69,7 +93,8 @@ def compress_within(
 class BaselineMeasurement(NamedTuple):
     """One format at one budget, over all images of all ranks."""
 
-    file_format: FileFormat
+    file_format: FileFormat | Literal["components"]
+    """`components` is of `mergevq.evaluate.analytic`, at the bits of tokens and map."""
     budget_bytes: int
     """Bytes of one image: the tokens and the source map, rounded up to bytes."""
     mean_bytes: float
@@ -92,9 +117,10 @@ class Baselines:
     def __init__(self, budgets: Sequence[int], positions: Sequence[int]) -> None:
         self.budgets = sorted(set(budgets))
         self.positions = frozenset(positions)
+        self.file_formats = file_formats()
         self._means = {
             (file_format, budget, name): Mean(name, infinite=name == "psnr")
-            for file_format in FILE_FORMATS
+            for file_format in self.file_formats
             for budget in self.budgets
             for name in ("psnr", "bytes", "above")
         }
@@ -105,7 +131,7 @@ class Baselines:
             if position not in self.positions:
                 continue
             picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-            for file_format in FILE_FORMATS:
+            for file_format in self.file_formats:
                 files = compress_within(picture, file_format, self.budgets)
                 for budget, file in zip(self.budgets, files, strict=True):
                     values = {
@@ -119,7 +145,7 @@ class Baselines:
     def compute(self) -> list[BaselineMeasurement]:
         """Every format at every budget, over all ranks; every rank must call."""
         measured = []
-        for file_format in FILE_FORMATS:
+        for file_format in self.file_formats:
             for budget in self.budgets:
                 above, size, quality = (
                     self._means[file_format, budget, name].compute()
