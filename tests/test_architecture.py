@@ -342,7 +342,8 @@ def test_the_wheel_contains_every_module_and_nothing_else(tmp_path):
         for name in ("config.json", "model.safetensors", "README.md")
     }
     assert modules == {Path("mergevq", f"{module}.py") for module in MODULES} | models | {
-        Path("mergevq", "py.typed")
+        Path("mergevq", "py.typed"),
+        Path("mergevq", "report", "page.html"),
     }
     assert {"LICENSE", "THIRD_PARTY.md"} <= {file.name for file in files - modules}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from mergevq.data.prepare import decode
-from mergevq.runtime.files import require_regular
+from mergevq.runtime.files import require_regular, write_bytes
 
 SUMS = "SHA256SUMS"
 
@@ -55,13 +55,11 @@ class SampleFiles:
         return self.names[number] in self._digests and self.path(number).is_file()
 
     def save(self, number: int, picture: Image.Image) -> None:
-        """Write a picture and its digest; it has its name only when both are whole."""
+        """Write a digest and then its picture, which has its name only when it is whole."""
         buffer = io.BytesIO()
         picture.save(buffer, format="PNG")
         digest = hashlib.sha256(buffer.getvalue()).hexdigest()
         path, name = self.path(number), self.names[number]
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_bytes(buffer.getvalue())
         with self._sums.open("ab+") as file:
             # A line that a power cut left half must not swallow this one.
             if file.tell():
@@ -69,7 +67,7 @@ class SampleFiles:
                 file.write(b"" if file.read(1) == b"\n" else b"\n")
             file.write(f"{digest}  {name}\n".encode())
         self._digests.setdefault(name, set()).add(digest)
-        unfinished.replace(path)
+        write_bytes(path, buffer.getvalue())
 
     def read(self, number: int) -> Image.Image:
         """Read a picture as RGB.

@@ -16,8 +16,8 @@ Accumulators take features batch by batch (`update`) and give the result over al
 which every rank must call and which changes nothing).
 """
 
+import io
 import json
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +31,7 @@ from torch import Tensor
 from mergevq.data.npz import array_names, open_array, read_array, read_text
 from mergevq.metrics.image import require_finite
 from mergevq.runtime import distributed
-from mergevq.runtime.files import parse_json
+from mergevq.runtime.files import parse_json, write_bytes
 
 MIN_SAMPLES = 2048
 """Below this many samples a covariance of Inception's 2,048 features has no full rank, and the
@@ -138,17 +138,16 @@ def save_reference(
     """
     path = Path(path)
     more: dict[str, Any] = {} if features is None else {"features": features.cpu().numpy()}
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("wb") as file:
-        np.savez(
-            file,
-            mu=statistics.mean.numpy(),
-            sigma=statistics.covariance.numpy(),
-            num_samples=np.array(statistics.num_samples or 0),
-            metadata=np.array(json.dumps(dict(metadata))),
-            **more,
-        )
-    os.replace(unfinished, path)
+    file = io.BytesIO()
+    np.savez(
+        file,
+        mu=statistics.mean.numpy(),
+        sigma=statistics.covariance.numpy(),
+        num_samples=np.array(statistics.num_samples or 0),
+        metadata=np.array(json.dumps(dict(metadata))),
+        **more,
+    )
+    write_bytes(path, file.getvalue())
 
 
 def load_reference(path: str | Path) -> Reference:

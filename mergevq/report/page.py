@@ -14,6 +14,8 @@ from string import Template
 
 from PIL import Image
 
+_PAGE = Path(__file__).with_suffix(".html")
+
 # ------------------------------------------------------------------------------------- contents
 
 
@@ -106,7 +108,7 @@ def write_report(
     files = [path.with_name(f"{name}.png") for name in names]
     for file, png in zip(files, pngs.values(), strict=True):
         file.write_bytes(png)
-    page = _PAGE.substitute(
+    page = Template(_PAGE.read_text(encoding="utf-8")).substitute(
         title=html.escape(title),
         text=_paragraphs(text),
         highlights=_highlights(highlights),
@@ -221,99 +223,3 @@ _SHORT = 24
 _READABLE = 520
 """Pixels that a picture has at least, however narrow the screen: the rest is reached by scrolling
 sideways, where shrinking it would leave letters that nobody can read."""
-
-
-# Pictures are drawn on white and stay so at night, framed as prints on the dark page.
-_PAGE = Template("""\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>$title</title>
-<style>
-:root {
-  color-scheme: light dark;
-  --page: #f6f7f9; --card: #ffffff; --ink: #16181d; --soft: #5d6470; --line: #e3e6eb;
-  --accent: #2457d6;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #101216; --card: #181b21; --ink: #e8eaee; --soft: #9aa2ae; --line: #2a2f38;
-    --accent: #86a8ff;
-  }
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0 auto; max-width: 68rem; padding: 2.5rem 1rem 4rem; background: var(--page);
-  color: var(--ink); font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
-  -webkit-text-size-adjust: 100%;
-}
-h1 { margin: 0 0 .5rem; font-size: 2rem; line-height: 1.2; letter-spacing: -.02em; }
-h2 { margin: 0 0 .5rem; font-size: 1.25rem; line-height: 1.3; letter-spacing: -.01em; }
-p { margin: 0 0 .75rem; max-width: 44rem; }
-header p { color: var(--soft); }
-nav { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; margin: 1.25rem 0 0; }
-a { color: var(--accent); text-decoration: none; }
-a:hover { text-decoration: underline; }
-section {
-  margin-top: 1.25rem; padding: 1.5rem; background: var(--card); border: 1px solid var(--line);
-  border-radius: 14px;
-}
-.highlights {
-  display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem;
-  margin: 1.25rem 0 0;
-}
-.highlights div {
-  display: flex; flex-direction: column-reverse; justify-content: flex-end; padding: .8rem 1rem;
-  background: var(--card); border: 1px solid var(--line); border-radius: 14px;
-}
-.highlights dd { margin: 0; font-size: 1.5rem; font-weight: 650; letter-spacing: -.02em; }
-.highlights dt { color: var(--soft); font-size: .85rem; line-height: 1.35; }
-.table { overflow-x: auto; margin: .75rem 0 1rem; }
-table {
-  width: 100%; border-collapse: collapse; font-size: .925rem; font-variant-numeric: tabular-nums;
-}
-caption {
-  caption-side: bottom; padding-top: .5rem; color: var(--soft); font-size: .85rem;
-  text-align: left;
-}
-th, td { padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--line); }
-th { font-weight: 500; text-align: left; }
-td, thead th + th { padding-left: .9rem; text-align: right; }
-td { overflow-wrap: anywhere; }
-.short { white-space: nowrap; }
-thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
-.figures { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
-figure { min-width: 0; margin: .5rem 0 0; }
-.scroll { overflow-x: auto; }
-img {
-  display: block; width: 100%; height: auto; background: #fff; border: 1px solid var(--line);
-  border-radius: 10px;
-}
-figcaption { padding: .4rem .1rem 0; color: var(--soft); font-size: .85rem; line-height: 1.45; }
-@media (max-width: 40rem) {
-  body { padding: 1.25rem .75rem 3rem; }
-  section { padding: 1rem .75rem; }
-  h1 { font-size: 1.6rem; }
-  table { font-size: .8rem; }
-  th, td { padding-right: .3rem; }
-  td, thead th + th { padding-left: .3rem; }
-}
-@media (prefers-color-scheme: dark) { img { filter: brightness(.92); } }
-</style>
-</head>
-<body>
-<header>
-<h1>$title</h1>
-$text
-$highlights
-$links
-</header>
-<main>
-$sections
-</main>
-</body>
-</html>
-""")

@@ -246,11 +246,6 @@ def wrap(module: nn.Module) -> nn.Module:
     return DistributedDataParallel(module, gradient_as_bucket_view=True, **leave_buffers)
 
 
-def unwrap(module: nn.Module) -> nn.Module:
-    """The module that was given to `wrap` or `shard`."""
-    return module.module if isinstance(module, DistributedDataParallel) else module
-
-
 def no_sync(module: nn.Module, *, active: bool) -> AbstractContextManager[None]:
     """While `active`, gradients stay on their rank: for all accumulated parts but the last.
 

@@ -1,9 +1,4 @@
-"""From gradients to weights: parameter groups, AdamW, its schedule, clipping, and weight averages.
-
-A parameter says itself that it is not to be decayed, by an attribute `no_weight_decay = True`; that
-is for class tokens, position embeddings and other tensors of two or more dimensions that are no
-matrices.
-"""
+"""From gradients to weights: parameter groups, AdamW, schedules, clipping and weight averages."""
 
 import math
 import time
@@ -29,8 +24,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Trainable parameters as groups: matrices, which decay, and the rest.
 
-    A matrix is a linear or convolution weight: two or more dimensions, not in an embedding layer,
-    and not marked `no_weight_decay`. Gains and biases have one dimension.
+    A matrix is a linear or convolution weight: two or more dimensions, not in an embedding layer.
+    Gains and biases have one dimension.
 
     Args:
         module: all of them.
@@ -53,11 +48,7 @@ def _decay_groups(
     groups: dict[float, dict[nn.Parameter, None]] = {weight_decay: {}, 0.0: {}}
     for owner in module.modules():
         for parameter in owner.parameters(recurse=False):
-            exempt = (
-                parameter.ndim < 2
-                or isinstance(owner, nn.Embedding)
-                or getattr(parameter, "no_weight_decay", False)
-            )
+            exempt = parameter.ndim < 2 or isinstance(owner, nn.Embedding)
             if parameter.requires_grad and parameter not in apart:
                 groups[0.0 if exempt else weight_decay][parameter] = None
     return [

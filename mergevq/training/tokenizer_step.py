@@ -435,9 +435,7 @@ def build(
         lay_out(module, device, dtype)
         module.train()
     tokenizer.set_checkpointing(enabled=run.train.checkpointing)
-    teacher_encoder = None
-    if teacher is not None:
-        teacher = teacher.to(device).train()
+    teacher_encoder, teacher = None, None if teacher is None else teacher.to(device).train()
     if isinstance(teacher, SelfTeacher):
         teacher_encoder = copy.deepcopy(tokenizer.encoder).requires_grad_(requires_grad=False)
     if run.encoder_lr_ratio == 0:

@@ -4,7 +4,6 @@ A folder is begun by `claim`, filled by `write_shard` and sealed by `finish`; ea
 """
 
 import json
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from mergevq.data.tokens.files import (
     shard_path,
     write_state,
 )
-from mergevq.runtime.files import sha256_of, write_json
+from mergevq.runtime.files import sha256_of, write_bytes, write_json
 from mergevq.runtime.settings import to_json
 
 _SHARED = ("label", "position", "mirrored")
@@ -184,12 +183,7 @@ def write_shard(
     data = save(arrays, {"broken": json.dumps(list(broken))})
     path = shard_path(directory, num_kept, number)
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_bytes(path, data)
 
 
 def _smallest(largest: int) -> type[np.integer]:
