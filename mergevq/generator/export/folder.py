@@ -98,9 +98,10 @@ def _require_replaceable(out: Path) -> None:
     Raises:
         ValueError: it holds files and no manifest.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / MANIFEST).is_file():
+    is_export = (out / MANIFEST).is_file()
+    if out.exists() and not is_export and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(
-            f"{out} holds other files and no {MANIFEST}, and would be replaced; choose another --out"
+            f"{out} holds other files and no {MANIFEST} and would be replaced; choose another --out"
         )
 
 

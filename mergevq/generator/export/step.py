@@ -70,7 +70,7 @@ def generator_graphs(generator: AnyGenerator) -> list[Graph]:
     outputs = ("state", "new_keys", "new_values")
     logits = tuple(f"logits_{part}" for part in range(parts.shape[-1]))
     return [
-        Graph("generator_start", start, begin, outputs, dict.fromkeys(begin, {0: "batch"}), {}),
+        Graph("generator_start", start, begin, outputs, {name: {0: "batch"} for name in begin}, {}),
         Graph("generator_step", step, inputs, outputs, free, {"past": (2, most)}),
         Graph(
             "generator_head",
@@ -109,9 +109,7 @@ class _Grown:
             key, value = torch.cat([keys[layer], key], 2), torch.cat([values[layer], value], 2)
         self._grown.append((key, value))
         several = mask is None and query.shape[2] > 1
-        return attend(
-            query, key, value, None if mask is None else mask[:, None], is_causal=several
-        )
+        return attend(query, key, value, None if mask is None else mask[:, None], is_causal=several)
 
     def grown(self) -> tuple[Float[Tensor, "s b g m d"], Float[Tensor, "s b g m d"]]:
         """Keys and values of all layers, the new ones last."""

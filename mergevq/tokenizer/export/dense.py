@@ -71,9 +71,7 @@ def canonicalize(
     return rank.gather(1, index), rank
 
 
-def ordered(
-    tokens: Float[Tensor, "b k c"], rank: Int64[Tensor, "b k"]
-) -> Float[Tensor, "b k c"]:
+def ordered(tokens: Float[Tensor, "b k c"], rank: Int64[Tensor, "b k"]) -> Float[Tensor, "b k c"]:
     """Tokens by their rank; a product with a permutation, which changes no bit."""
     places = torch.arange(rank.shape[1], device=rank.device)[:, None]
     return (rank[:, None, :] == places).to(tokens.dtype) @ tokens

@@ -14,8 +14,8 @@ from mergevq.data.layouts import Layout, Ordered, Source, require_source
 from mergevq.tokenizer.encoder import Embedded, Encoder
 from mergevq.tokenizer.expanders.unmerge import Unmerge
 from mergevq.tokenizer.export import dense
-from mergevq.tokenizer.reducers.merge import Merge, MergeBlock
 from mergevq.tokenizer.reducers.matching import merge_schedule
+from mergevq.tokenizer.reducers.merge import Merge, MergeBlock
 from mergevq.tokenizer.tokenizer import Tokenizer
 
 _EXAMPLES = 2
@@ -82,9 +82,7 @@ def _has_source(config: TokenizerConfig) -> bool:
     return config.reducer.gives == "source"
 
 
-def _of_tokens(
-    tokenizer: Tokenizer, image: Float[Tensor, "b 3 h w"], num_kept: int
-) -> list[Graph]:
+def _of_tokens(tokenizer: Tokenizer, image: Float[Tensor, "b 3 h w"], num_kept: int) -> list[Graph]:
     """Graphs that take tokens: of any K, where the grid does not imply their places."""
     config = tokenizer.config
     if tokenizer.has_maps:
@@ -102,9 +100,7 @@ def _of_tokens(
     if isinstance(tokenizer.expander, Unmerge) and tokenizer.has_maps:
         only = {"indices": free["indices"]}
         recovery = _Recovery(tokenizer, tokenizer.expander)
-        graphs.append(
-            Graph("recovery", recovery, {"indices": indices}, ("source",), only, lengths)
-        )
+        graphs.append(Graph("recovery", recovery, {"indices": indices}, ("source",), only, lengths))
     return graphs
 
 
