@@ -223,14 +223,20 @@ function drawMap() {
       pen.fillRect(x, y, scale + 1, scale + 1);
     }
   }
-  // Lines between groups, dark on light so that they show on every colour.
-  for (const [width, colour] of [[5, "rgb(255 255 255 / 55%)"], [2, "#111"]]) {
+  // Lines between groups, dark on light so that they show on every colour; in pink around the
+  // group that is pointed at.
+  const lines = [[5, "rgb(255 255 255 / 55%)", null], [2, "#111", null]];
+  if (chosen !== null) lines.push([6, "#ff3d7f", chosen]);
+  for (const [width, colour, only] of lines) {
     pen.lineWidth = width;
     pen.strokeStyle = colour;
     pen.beginPath();
     for (let cell = 0; cell < rows * columns; cell++) {
       const [column, row] = [cell % columns, Math.floor(cell / columns)];
-      const differs = (other) => result.source[cell] !== result.source[other];
+      const differs = (other) => {
+        const pair = [result.source[cell], result.source[other]];
+        return pair[0] !== pair[1] && (only === null || pair.includes(only));
+      };
       if (column + 1 < columns && differs(cell + 1)) {
         pen.moveTo((column + 1) * scale, row * scale);
         pen.lineTo((column + 1) * scale, (row + 1) * scale);
@@ -243,9 +249,10 @@ function drawMap() {
     pen.stroke();
   }
   if (hovered !== null && document.activeElement === canvas) {
-    pen.lineWidth = 4;
-    pen.strokeStyle = "#ff3d7f";
-    pen.strokeRect((hovered % columns) * scale + 2, Math.floor(hovered / columns) * scale + 2, scale - 4, scale - 4);
+    pen.fillStyle = "#ff3d7f";
+    pen.beginPath();
+    pen.arc(((hovered % columns) + 0.5) * scale, (Math.floor(hovered / columns) + 0.5) * scale, scale / 5, 0, 7);
+    pen.fill();
   }
 }
 

@@ -11,6 +11,9 @@ Shape letters: B batch, L grid tokens, N tokens at some layer, M tokens after it
 C channels, D channels of a key.
 """
 
+from collections.abc import Callable
+from typing import no_type_check
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -91,21 +94,23 @@ def most_likely_source(logits: Float[Tensor, "b l k"]) -> Int64[Tensor, "b l"]:
     lowest = impossible[:, 0]
     start = torch.where(first, logits[:, 0], lowest)
 
-    def forward(best: Tensor, scores: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    @no_type_check
+    def forward(best: tuple[Tensor], scores: tuple[Tensor, Tensor]) -> tuple[tuple, tuple]:
         """Scores after one more cell, by the number of open tokens, and where it opens one."""
-        copied = best + scores[0]
-        opened = torch.where(first, lowest, best.roll(1, -1)) + scores[1]
-        return torch.maximum(copied, opened), (opened > copied).long()
+        copied = best[0] + scores[0]
+        opened = torch.where(first, lowest, best[0].roll(1, -1)) + scores[1]
+        return (torch.maximum(copied, opened),), ((opened > copied).long(),)
 
-    by_cell = tuple(each.transpose(0, 1)[1:] for each in (copy_score, logits))
-    _, opens = scan(forward, start, by_cell)
-    last = torch.zeros((batch, 1), dtype=torch.int64, device=logits.device) + (num_kept - 1)
+    by_cell = [each.transpose(0, 1)[1:] for each in (copy_score, logits)]
+    (opens,) = _loop(forward, (start,), tuple(by_cell))
+    last = logits.new_zeros((batch, 1), dtype=torch.int64) + (num_kept - 1)
 
-    def backward(last: Tensor, opens: Tensor) -> tuple[Tensor, Tensor]:
+    @no_type_check
+    def backward(last: tuple[Tensor], opens: tuple[Tensor]) -> tuple[tuple, tuple]:
         """The last open token of the cell before, and of this one."""
-        return last - opens.gather(1, last), last.clone()
+        return (last[0] - opens[0].gather(1, last[0]),), (last[0].clone(),)
 
-    _, lasts = scan(backward, last, opens.flip(0))
+    (lasts,) = _loop(backward, (last,), (opens.flip(0),))
     lasts = lasts.flip(0)
     opening = opens.gather(2, lasts) > 0
     copy = copy_index.transpose(0, 1)[1:].gather(2, lasts)
@@ -120,15 +125,32 @@ def _running_maximum(
     places = torch.arange(values.shape[2], device=values.device)
     lowest = torch.full_like(values[..., 0], -torch.inf)
 
-    def step(
-        best: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]
-    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    @no_type_check
+    def better(best: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> tuple[tuple, tuple]:
         """The better of the best and a new value."""
-        (value, place), (other, number) = best, new
-        is_better = other >= value
-        value, place = torch.where(is_better, other, value), torch.where(is_better, number, place)
+        is_better = new[0] >= best[0]
+        value, place = (torch.where(is_better, b, a) for a, b in zip(best, new, strict=True))
         return (value, place), (value.clone(), place.clone())
 
     start = (lowest, torch.zeros_like(lowest, dtype=torch.int64))
-    _, (best, place) = scan(step, start, (values.permute(2, 0, 1), places))
+    best, place = _loop(better, start, (values.permute(2, 0, 1), places))
     return best.permute(1, 2, 0), place.permute(1, 2, 0)
+
+
+def _loop(
+    step: Callable[..., tuple[tuple, tuple]], state: tuple[Tensor, ...], rows: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Results of all steps, stacked: a loop in a graph, and in Python where none is traced.
+
+    Args:
+        step: takes a state and one row of each, and returns the next state and a result.
+        state: the first.
+        rows: along the first axis of each tensor.
+    """
+    if torch.compiler.is_exporting():
+        return tuple(scan(step, state, rows)[1])
+    results = []
+    for row in zip(*rows, strict=True):
+        state, result = step(state, row)
+        results.append(result)
+    return tuple(torch.stack(each) for each in zip(*results, strict=True))
