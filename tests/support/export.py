@@ -1,21 +1,19 @@
-"""Tracing in tests, where shape annotations are checked."""
+"""Exports in tests: by the command in a process of its own, where nothing checks shapes.
 
-import logging
-from contextlib import contextmanager
+Inside a test sizes of traced tensors would be symbols, which no `int` is, and every note of the
+tracer would be kept.
+"""
 
-import jaxtyping
+import subprocess
+import sys
 
 
-@contextmanager
-def without_shape_checks():
-    """A block in which nothing is checked: sizes of traced tensors are symbols, and no `int`.
+def export(*arguments):
+    """The finished `mergevq export ..`."""
+    command = [sys.executable, "-m", "mergevq", "export", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    Nor is anything logged: tracing writes far more than it computes where a handler takes it.
-    """
-    jaxtyping.config.update("jaxtyping_disable", True)
-    logging.disable()
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
-        jaxtyping.config.update("jaxtyping_disable", False)
+
+def size_of(folder):
+    """Bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -24,6 +24,7 @@ from mergevq.metrics.image import psnr
 from mergevq.runtime.environment import bundled_model
 from mergevq.tokenizer.tokenizer import Tokenizer
 from tests.support.evaluations import write_tokenizer
+from tests.support.export import export, size_of
 from tests.support.leaves import replaced
 from tests.support.small import shrink
 
@@ -122,10 +123,6 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def size_of(folder):
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """Address of a site of the bundled digits, on a plain server."""
@@ -133,10 +130,7 @@ def served(tmp_path_factory):
         pytest.skip("no npm to fetch onnxruntime-web with")
     folder = tmp_path_factory.mktemp("web") / "site"
     counts = ",".join(map(str, COUNTS))
-    # In a process of its own, where nothing checks shapes.
-    command = ["export", "web", "digits32", "--out", str(folder), "--num-kept", counts]
-    command = [sys.executable, "-m", "mergevq", *command]
-    written = subprocess.run(command, capture_output=True, text=True, check=False)
+    written = export("web", "digits32", "--out", folder, "--num-kept", counts)
     if "npm could not fetch" in written.stderr:
         pytest.skip(written.stderr)
     assert written.returncode == 0, written.stderr

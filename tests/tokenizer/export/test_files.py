@@ -1,6 +1,7 @@
 """Graphs of tokenizers in files, run beside the library."""
 
 import functools
+import json
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from mergevq.tokenizer.export import files
 from mergevq.tokenizer.export.files import compare, traced, write_graphs
 from mergevq.tokenizer.export.graphs import Graph, tokenizer_graphs
 from mergevq.tokenizer.tokenizer import Tokenizer
-from tests.support.export import without_shape_checks
+from tests.support.export import export
 from tests.support.leaves import replaced
 from tests.support.parts import tokenizer_config
 from tests.support.small import shrink
@@ -45,12 +46,6 @@ PARTS = [
     if union.name.startswith("model.")
     for kind in union.members
 ]
-
-
-@pytest.fixture
-def _untyped():
-    with without_shape_checks():
-        yield
 
 
 def random(config):
@@ -86,57 +81,6 @@ def test_modules_of_graphs_are_the_librarys_calls(batch, num_kept):
     torch.testing.assert_close(decoded, model.decode(indices, encoded.layout))
     inferred = require_source(model.recover(indices), "the test")
     assert torch.equal(graphs["recovery"].module(indices), inferred.index)
-
-
-@pytest.mark.usefixtures("_untyped")
-def test_onnx_gives_the_librarys_results_at_any_batch_and_k(tmp_path):
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    model = tiny()
-    graphs = tokenizer_graphs(model, (8,))
-    runs = files._write_onnx(graphs, tmp_path)
-    run = {graph.name: each for graph, each in zip(graphs, runs, strict=True)}
-    for batch in (1, 3):
-        encoded = model.encode(images(model, batch), 8)
-        indices, source = run["encoder_8"]([images(model, batch)])
-        assert torch.equal(indices, encoded.indices)
-        assert torch.equal(source, encoded.source.index)
-        for num_kept in (1, 5, 8, 16):
-            numbers = torch.Generator().manual_seed(num_kept)
-            indices = torch.randint(16, (batch, num_kept), generator=numbers)
-            (source,) = run["recovery"]([indices])
-            inferred = require_source(model.recover(indices), "the test")
-            assert torch.equal(source, inferred.index)
-            (decoded,) = run["decoder"]([indices, source])
-            wanted = model.decode(indices, inferred)
-            torch.testing.assert_close(decoded, wanted, atol=1e-4, rtol=0)
-
-
-@pytest.mark.usefixtures("_untyped")
-def test_weights_are_stored_once_and_no_path_of_this_machine_is(tmp_path):
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    model = tiny()
-    graphs = [graph for graph in tokenizer_graphs(model, (4, 8)) if "encoder" in graph.name]
-    write_graphs(graphs, tmp_path, "onnx")
-    size = sum(each.numel() * 4 for each in model.encoder.parameters())
-    assert (tmp_path / files.WEIGHTS).stat().st_size < 1.2 * size
-    for path in tmp_path.glob("*.onnx"):
-        assert b".py" not in path.read_bytes()
-
-
-@pytest.mark.usefixtures("_untyped")
-def test_a_program_gives_the_librarys_results(tmp_path):
-    model = tiny()
-    recovery = [graph for graph in tokenizer_graphs(model, (8,)) if graph.name == "recovery"]
-    (record,) = write_graphs(recovery, tmp_path, "pt2")
-    assert record["equal"] == 1
-    assert record["inputs"] == {"indices": {"dtype": "int64", "shape": ["batch", "kept"]}}
-    program = torch.export.load(tmp_path / "recovery.pt2").module()
-    for batch, num_kept in [(1, 1), (3, 5), (2, 16)]:
-        indices = torch.randint(16, (batch, num_kept))
-        inferred = require_source(model.recover(indices), "the test")
-        assert torch.equal(program(indices), inferred.index)
 
 
 class _Half(nn.Module):
@@ -189,22 +133,41 @@ def test_a_k_that_the_layers_do_not_reach_is_an_error():
         tokenizer_graphs(tiny(), (3,))
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("_untyped")
-@pytest.mark.parametrize("form", ["onnx", "pt2"])
 @pytest.mark.parametrize("part", PARTS)
-def test_every_kind_of_part_can_be_exported(part, form, tmp_path):
+def test_graphs_of_every_kind_of_part_compute_what_it_does(part):
     name, _, kind = part.partition("=")
     model = random(replaced(shrink(digits32()), {name: kind}).model)
-    for record in write_graphs(tokenizer_graphs(model, (16,)), tmp_path, form):
-        assert record["equal"] == 1, record
-        assert record["largest_difference"] < 1e-4, record
+    graphs = {graph.name: graph for graph in tokenizer_graphs(model, (16,))}
+    image = images(model, 2)
+    encoded = model.encode(image, 16)
+    tokens = graphs["encoder_16"].module(image)
+    assert torch.equal(tokens[0], encoded.indices)
+    decoded = graphs["decoder"].module(*tokens)
+    torch.testing.assert_close(decoded, model.decode(encoded.indices, encoded.layout))
+    assert ("recovery" in graphs) == (model.has_maps and model.expander.can_infer)
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_untyped")
+@pytest.mark.parametrize("part", PARTS)
+def test_every_kind_of_part_can_be_exported(part, tmp_path):
+    name, _, kind = part.partition("=")
+    random(replaced(shrink(digits32()), {name: kind}).model).save_pretrained(tmp_path / "model")
+    require_exact(tmp_path, "16")
+
+
+@pytest.mark.slow
 def test_photographs_can_be_exported(tmp_path):
-    model = random(photos64().model)
-    for record in write_graphs(tokenizer_graphs(model, (36, 144)), tmp_path, "onnx"):
-        assert record["equal"] == 1, record
-        assert record["largest_difference"] < 1e-4, record
+    random(photos64().model).save_pretrained(tmp_path / "model")
+    require_exact(tmp_path, "36,144")
+
+
+def require_exact(folder, num_kept):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    options = ["--out", folder / "out", "--num-kept", num_kept]
+    done = export("onnx", folder / "model", *options)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((folder / "out" / "export.json").read_text(encoding="utf-8"))
+    for graph in record["graphs"]:
+        assert graph["equal"] == 1, graph
+        assert graph["largest_difference"] < 1e-4, graph
