@@ -94,7 +94,7 @@ def test_the_files_of_the_runtime_come_out_of_the_package_and_no_others(tmp_path
 
 
 def test_a_model_without_source_maps_has_no_page(tmp_path):
-    config = replaced(shrink(digits32()), {"model.reducer": "queries"}).model
+    config = replaced(shrink(digits32()), {"model.reducer.kind": "queries"}).model
     model = write_tokenizer(tmp_path / "model", config)
     with pytest.raises(ValueError, match=r"reducer\.kind \(queries\) must be merge"):
         write_site(str(model), tmp_path / "site", runtime=tmp_path)

@@ -41,7 +41,7 @@ TINY = tokenizer_config(
     num_source_heads=2,
 )
 PARTS = [
-    f"{union.name}={kind}"
+    f"{union.name}.kind={kind}"
     for union in unions(TokenizerRun)
     if union.name.startswith("model.")
     for kind in union.members
