@@ -233,23 +233,26 @@ def _strip(nodes: Iterable["onnx.NodeProto"]) -> None:
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Operators that the exporter leaves out."""
-    from onnxscript import opset18
+    import onnxscript
+
+    # Its types are those of arrays; what comes here are names of values.
+    operators: Any = onnxscript.opset18
 
     def multiply(tensor: Any, number: Any) -> Any:  # noqa: ANN401 - values of the exporter
         """A product with a number that follows from a shape."""
-        return opset18.Mul(tensor, opset18.CastLike(number, tensor))
+        return operators.Mul(tensor, operators.CastLike(number, tensor))
 
     def shift_left(number: Any, places: Any) -> Any:  # noqa: ANN401
         """Bits further up; ONNX shifts unsigned numbers alone."""
-        return opset18.Mul(number, _power(places))
+        return operators.Mul(number, _power(places))
 
     def shift_right(number: Any, places: Any) -> Any:  # noqa: ANN401
         """Bits further down, of numbers that are not negative."""
-        return opset18.Div(number, _power(places))
+        return operators.Div(number, _power(places))
 
     def _power(places: Any) -> Any:  # noqa: ANN401
         """Value of a bit."""
-        return opset18.Pow(opset18.CastLike(2, places), places)
+        return operators.Pow(operators.CastLike(2, places), places)
 
     return {
         torch.ops.aten.mul.Scalar: multiply,

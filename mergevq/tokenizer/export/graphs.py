@@ -16,6 +16,7 @@ from mergevq.tokenizer.expanders.unmerge import Unmerge
 from mergevq.tokenizer.export import dense
 from mergevq.tokenizer.reducers.matching import merge_schedule
 from mergevq.tokenizer.reducers.merge import Merge, MergeBlock
+from mergevq.tokenizer.seams import Quantizer
 from mergevq.tokenizer.tokenizer import Tokenizer
 
 _EXAMPLES = 2
@@ -89,8 +90,9 @@ def _of_tokens(tokenizer: Tokenizer, image: Float[Tensor, "b 3 h w"], num_kept: 
         # As many tokens as cells would be traced as one length.
         num_kept = min(num_kept, config.num_tokens - 1)
     with torch.no_grad():
-        names = ("indices", "source")
-        inputs = dict(zip(names, _Encoder(tokenizer, num_kept)(image), strict=False))
+        names: tuple[str, ...] = ("indices", "source")
+        tokens: tuple[Tensor, ...] = _Encoder(tokenizer, num_kept)(image)
+    inputs: dict[str, Tensor] = dict(zip(names, tokens, strict=False))
     indices = inputs["indices"]
     kept = {1: "kept"} if tokenizer.has_maps else {}
     lengths = {"kept": (1, config.num_tokens)} if tokenizer.has_maps else {}
@@ -200,6 +202,6 @@ class _Recovery(nn.Module):
         return dense.most_likely_source(logits.float())
 
 
-def _codes(quantizer: nn.Module, indices: Int64[Tensor, "b k"]) -> Float[Tensor, "b k d"]:
+def _codes(quantizer: Quantizer, indices: Int64[Tensor, "b k"]) -> Float[Tensor, "b k d"]:
     """Codes of tokens in float32."""
     return quantizer.decode(quantizer.spec.split(indices)).float()
