@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hatchling.builders.wheel import WheelBuilder
 
+from mergevq.demo.site.site import PAGE
 from mergevq.runtime.environment import bundled_models
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -113,6 +114,7 @@ TESTED_WITH = {
     "data/tokens/dataset": "data/tokens/files",
     "data/tokens/writing": "data/tokens/files",
     "tokenizer/encoder": "tokenizer/tokenizer",
+    "tokenizer/export/graphs": "tokenizer/export/files",
     "tokenizer/expanders/mask_tokens": "tokenizer/reducers/queries",
     "tokenizer/seams": "contracts/parts",
     "training/generator_step": "training/generator",
@@ -344,6 +346,7 @@ def test_the_wheel_contains_every_module_and_nothing_else(tmp_path):
     assert modules == {Path("mergevq", f"{module}.py") for module in MODULES} | models | {
         Path("mergevq", "py.typed"),
         Path("mergevq", "report", "page.html"),
+        *(Path("mergevq", "demo", "site", name) for name in PAGE),
     }
     assert {"LICENSE", "THIRD_PARTY.md"} <= {file.name for file in files - modules}
 

@@ -37,7 +37,18 @@ def test_the_core_is_small():
 
 
 def test_extras_are_the_documented_ones():
-    documented = {"codec", "data", "eval", "teacher", "hub", "demo", "log", "quickstart", "dev"}
+    documented = {
+        "codec",
+        "data",
+        "eval",
+        "export",
+        "teacher",
+        "hub",
+        "demo",
+        "log",
+        "quickstart",
+        "dev",
+    }
     assert set(EXTRAS) == documented
 
 

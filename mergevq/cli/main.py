@@ -18,10 +18,10 @@ from pathlib import Path
 
 from mergevq.cli import bench as cli_bench
 from mergevq.cli import evaluate as cli_evaluate
+from mergevq.cli import export as cli_export
 from mergevq.cli import probe as cli_probe
 from mergevq.cli import train as cli_source
-from mergevq.cli.about import doctor, models, parts
-from mergevq.cli.completion import COMPLETE, candidates, completion
+from mergevq.cli.about import COMPLETE, candidates, completion, doctor, models, parts
 from mergevq.cli.compress import compress, decompress
 from mergevq.cli.errors import command_line, options_of_command, options_of_settings, problem
 from mergevq.cli.errors import speaks_for_itself as _speaks_for_itself
@@ -195,6 +195,7 @@ GROUPS = {
     "evaluate": cli_evaluate.COMMANDS,
     "probe": cli_probe.COMMANDS,
     "bench": cli_bench.COMMANDS,
+    "export": cli_export.COMMANDS,
 }
 """Commands of two words."""
 ALONE: set[Callable[..., object]] = {
@@ -204,6 +205,7 @@ ALONE: set[Callable[..., object]] = {
     sample,
     cli_evaluate.selftest,
     *cli_probe.COMMANDS.values(),
+    *cli_export.COMMANDS.values(),
     *cli_source.COMMANDS.values(),
 }
 """Commands that several processes would only do several times over, into one folder."""

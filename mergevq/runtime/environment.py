@@ -74,6 +74,7 @@ EXTRAS = {
     "data": ("pyarrow",),
     "demo": ("gradio>=6", "scikit-learn"),
     "eval": ("matplotlib",),
+    "export": ("onnx", "onnxruntime", "onnxscript"),
     "hub": ("huggingface_hub",),
     "log": ("tensorboard",),
     "quickstart": ("matplotlib", "scikit-learn"),

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mergevq.cli.completion import candidates
+from mergevq.cli.about import candidates
 from mergevq.cli.main import COMMANDS, GROUPS, main
 from mergevq.config.recipes import RECIPES
 

@@ -92,6 +92,9 @@ LIBRARY = {
     "probe linear": {"evaluate.probe.run.probe": STOP},
     "probe knn": {"evaluate.probe.run.probe": STOP},
     "probe finetune": {"evaluate.probe.run.probe": STOP},
+    "export onnx": {"generator.export.folder.export_folder": STOP},
+    "export pt2": {"generator.export.folder.export_folder": STOP},
+    "export web": {"demo.site.site.write_site": STOP},
     "bench tokenizer": {
         "training.bench.tokenizer.bench_tokenizer": [],
         "training.bench.tokenizer.profile_train_step": [],
@@ -166,6 +169,7 @@ VALUES = {
     ("finetune-source", "precision"): ("float32", "float32"),
     ("finetune-source", "device"): ("cpu", "cpu"),
     ("finetune-source", "recipe"): ("imagenet256_gr_source", "imagenet256_gr_source"),
+    **{(f"export {form}", "num_kept"): ("3,5", (3, 5)) for form in ("onnx", "pt2", "web")},
     ("bench tokenizer", "recipe"): ("digits32", "digits32"),
     ("bench generator", "recipe"): ("digits32_ar", "digits32_ar"),
     ("bench generator", "grid_tokens"): ("64", 64),

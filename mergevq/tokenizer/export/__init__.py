@@ -1,0 +1,1 @@
+"""A tokenizer as graphs that run without this package."""
