@@ -4,6 +4,7 @@ As in `mergevq.cli.main`, a signature is the options, a docstring is the help, a
 imported inside.
 """
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
 
 RECONSTRUCT = "mergevq reconstruct IMAGE.."
-_LARGE = 8
-"""Times the trained number of pixels from which a picture passed whole gets a warning."""
+_LARGE = {"error": 8, "tile": 500}
+"""Times the trained number of pixels from which a picture gets a warning, by size policy."""
 
 
 def reconstruct(
@@ -35,7 +36,7 @@ def reconstruct(
     model: str = BUNDLED_TOKENIZER,
     num_kept: Counts = (),
     out: Path = Path("reconstructions"),
-    size_policy: SizePolicy = "error",
+    size_policy: SizePolicy = "tile",
     device: Device = "auto",
     precision: Precision = "auto",
 ) -> None:
@@ -51,9 +52,9 @@ def reconstruct(
             Hugging Face.
         num_kept: K, one or several (16,20); the tokenizer's own if there are none.
         out: where the pictures go.
-        size_policy: for images of another size than trained: `error` takes multiples of the patch
-            size as they are, `resize` keeps the aspect ratio and about the trained number of
-            pixels, `tile` blends overlapping tiles of the trained size.
+        size_policy: for images of another size than trained: `tile` blends overlapping tiles of
+            the trained size, `resize` keeps the aspect ratio and about the trained number of
+            pixels, `error` takes multiples of the patch size as they are.
         device: where to compute.
         precision: of the model; auto is bf16 where the device gains from it, else float32.
 
@@ -79,8 +80,7 @@ def reconstruct(
     for path, output in zip(images, outputs, strict=True):
         try:
             picture = load_picture(path)
-            if size_policy == "error":
-                _warn_if_large(path, picture.size, tokenizer.config)
+            _warn_if_large(path, picture.size, tokenizer.config, size_policy)
             with naming(path):
                 embedded = embed_image(tokenizer, picture, size_policy=size_policy)
                 results = [
@@ -328,18 +328,26 @@ def raise_failed(failed: Sequence[ValueError], num_files: int, noun: str) -> Non
         raise ValueError(f"{len(failed)} of {num_files} {noun} could not be done: {problems}")
 
 
-def _warn_if_large(path: Path, size: tuple[int, int], config: "TokenizerConfig") -> None:
+def _warn_if_large(
+    path: Path, size: tuple[int, int], config: "TokenizerConfig", size_policy: SizePolicy
+) -> None:
     """Say how much more a picture of (width, height) takes than one of the trained size."""
     times = size[0] * size[1] / config.image_size**2
-    if times >= _LARGE:
+    if times < _LARGE.get(size_policy, math.inf):
+        return
+    if size_policy == "tile":
+        detail = f"{times:.0f} times those of a tile, which may take minutes"
+    else:
         cells = size[0] * size[1] // config.patch_size**2
-        print(
-            f"mergevq: {path}: {size[0]} x {size[1]} pixels are {cells} tokens at once, "
-            f"{times:.0f} times the {config.grid_size**2} trained on, "
-            "which may take minutes and much memory; "
-            "--size-policy tile or resize takes less",
-            file=sys.stderr,
+        detail = (
+            f"{cells} tokens at once, {times:.0f} times the {config.grid_size**2} trained on, "
+            "which may take minutes and much memory; --size-policy tile takes less memory"
         )
+    print(
+        f"mergevq: {path}: {size[0]} x {size[1]} pixels are {detail}; --size-policy resize is "
+        "quicker",
+        file=sys.stderr,
+    )
 
 
 def unused(path: Path) -> Path:

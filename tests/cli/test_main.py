@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mergevq.cli import images as cli_images
 from mergevq.cli.main import COMMANDS, GROUPS, main
 from mergevq.config.recipes import RECIPES
 from mergevq.runtime.environment import EXTRAS, bundled_models
@@ -220,10 +221,19 @@ def test_the_version_is_printed(capsys):
 
 def test_a_large_picture_is_told_what_takes_less(model, capsys, tmp_path):
     Image.new("RGB", (48, 48)).save(tmp_path / "large.png")
-    reconstruct([tmp_path / "large.png"], model, tmp_path)
+    reconstruct([tmp_path / "large.png"], model, tmp_path, "--size-policy", "error")
     printed = capsys.readouterr().err
     assert "48 x 48 pixels are 576 tokens at once" in printed
     assert "--size-policy tile" in printed
+
+
+def test_a_very_large_picture_is_told_what_is_quicker(model, capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(cli_images._LARGE, "tile", 9)
+    Image.new("RGB", (48, 48)).save(tmp_path / "large.png")
+    reconstruct([tmp_path / "large.png"], model, tmp_path)
+    printed = capsys.readouterr().err
+    assert "48 x 48 pixels are 9 times those of a tile" in printed
+    assert "--size-policy resize is quicker" in printed
 
 
 def test_an_unreadable_picture_does_not_end_a_list(model, capsys, tmp_path):
@@ -307,7 +317,7 @@ def test_tokens_that_are_no_numbers_are_an_error(images, model, tmp_path, capsys
 
 
 def test_an_illegal_size_says_which_image_and_what_to_do(images, model, tmp_path, capsys):
-    assert reconstruct([images / "2.png"], model, tmp_path) == 1
+    assert reconstruct([images / "2.png"], model, tmp_path, "--size-policy", "error") == 1
     printed = capsys.readouterr().err
     assert "2.png: image size (31 x 17)" in printed
     assert "'resize' or 'tile'" in printed
@@ -376,7 +386,7 @@ def test_threads_sleep_unless_the_user_says_otherwise(
 
 
 def test_a_picture_of_another_size_is_answered_with_the_option(images, model, tmp_path, capsys):
-    assert reconstruct([images / "2.png"], model, tmp_path) == 1
+    assert reconstruct([images / "2.png"], model, tmp_path, "--size-policy", "error") == 1
     assert "--size-policy 'resize' or 'tile'" in capsys.readouterr().err
 
 
