@@ -81,7 +81,8 @@ def edit_tab(place: Place, pairs: Sequence[Pair], page: Any) -> None:  # noqa: A
             )
         return
     choices = class_choices(pair)
-    side = enlarged(Image.new("1", (pair.tokenizer.config.image_size,) * 2)).width
+    image_size = pair.tokenizer.config.image_size
+    side = enlarged(Image.new("1", (image_size, image_size))).width
 
     def put_up(file: str | None) -> dict[str, Any]:
         return {

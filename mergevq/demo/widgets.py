@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Sequence
 from functools import wraps
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, no_type_check
 
 from PIL import Image, ImageChops
 
@@ -100,7 +100,8 @@ def picture_input(place: Place) -> Any:  # noqa: ANN401 - of an optional extra
     picture.preprocess = path_of
 
     def clicked(event: Any) -> str:  # noqa: ANN401 - of an optional extra
-        return place.specimens[event.index]
+        number: int = event.index
+        return place.specimens[number]
 
     # Gradio gives an event only to a parameter that it can see is one.
     clicked.__annotations__["event"] = gradio.SelectData
@@ -175,19 +176,14 @@ def painted_mask(layers: Sequence[bytes]) -> Image.Image | None:
     Raises:
         ValueError: a layer is no picture, or far too large.
     """
-    mask = None
+    mask, painted_or_not = None, [0] + 255 * [255]
     for layer in layers:
         # What is transparent becomes white.
         picture = decode(layer, max_pixels=_MAX_MASK_PIXELS)
         white = Image.new("RGB", picture.size, (255, 255, 255))
-        painted = ImageChops.difference(picture, white).convert("L").point(_is_painted)
+        painted = ImageChops.difference(picture, white).convert("L").point(painted_or_not)
         mask = painted if mask is None else ImageChops.lighter(mask, painted)
     return mask
-
-
-def _is_painted(value: float) -> int:
-    """White for anything."""
-    return 255 * (value > 0)
 
 
 def or_error(gradio: ModuleType, shown: Callable[..., _Shown]) -> Callable[..., _Shown]:
@@ -208,6 +204,8 @@ def each_or_error(
 ) -> Callable[..., Generator[_Shown, None, None]]:
     """The same of a function that has several answers, one after the other."""
 
+    # Gradio looks whether it is a generator; a checker of types would hide that.
+    @no_type_check
     @wraps(shown)
     def call(*values: Any) -> Generator[_Shown, None, None]:
         try:
