@@ -37,6 +37,10 @@ STYLE = f"""
 .still img, .pictures img, .specimens img, .dropped img, .swipe img {{
   image-rendering: pixelated;
 }}
+.answers {{
+  display: grid !important; gap: var(--layout-gap); align-items: start;
+  grid-template-columns: repeat(auto-fill, minmax(max({_MIN_WIDTH}px, 18%), 1fr));
+}}
 .still .image-container {{ padding-top: {_LABEL}px; }}
 .still img {{ width: 100%; aspect-ratio: 1; object-fit: contain; }}
 .dropped img {{ height: 100%; width: 100%; object-fit: contain; }}
