@@ -84,7 +84,9 @@ def edit_tab(place: Place, pairs: Sequence[Pair], page: Any) -> None:  # noqa: A
     image_size = pair.tokenizer.config.image_size
     side = enlarged(Image.new("1", (image_size, image_size))).width
 
-    def put_up(file: str | None) -> dict[str, Any]:
+    def put_up(file: str | None) -> dict[str, Any] | None:
+        if file is None:
+            return None
         return {
             "background": saved(square(pair, opened(file)), place.folder),
             "layers": [],

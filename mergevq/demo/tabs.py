@@ -30,6 +30,8 @@ def tokens_tab(place: Place, page: Any, codec: PictureCodec, perceptual: Percept
     embedded = _stem(codec)
 
     def shown(file: str | None, num_kept: float | int) -> list[Any]:
+        if file is None:
+            return nothing()
         found = show(codec, embedded(file), int(num_kept), perceptual)
         pictures = [found.original, found.given, found.recovered, found.difference]
         name = f"picture_{int(num_kept)}{ENDING}"
@@ -44,6 +46,11 @@ def tokens_tab(place: Place, page: Any, codec: PictureCodec, perceptual: Percept
             found.times,
             download,
         ]
+
+    def nothing() -> list[Any]:
+        # What was shown is not of the picture that is there now, or is not.
+        download = gradio.DownloadButton(value=None, interactive=False)
+        return [None, None, None, None, "", "", "", download]
 
     has_maps = codec.tokenizer.has_maps
     with gradio.Tab("Tokens"):
@@ -75,7 +82,7 @@ def tokens_tab(place: Place, page: Any, codec: PictureCodec, perceptual: Percept
             recovered.visible = has_maps
             difference = still(place, f"difference, {AMPLIFIED} times")
         outputs = [original, given, recovered, difference, drawing, text, times, download]
-        gradio.on(
+        asked = gradio.on(
             [picture.change, num_kept.change, page.load],
             or_error(gradio, shown),
             [picture, num_kept],
@@ -84,6 +91,7 @@ def tokens_tab(place: Place, page: Any, codec: PictureCodec, perceptual: Percept
             trigger_mode="always_last",
             show_progress="hidden",
         )
+        asked.failure(nothing, None, outputs, api_visibility="private", show_progress="hidden")
 
 
 def compare_tab(place: Place, page: Any, first: PictureCodec, second: PictureCodec | None) -> None:  # noqa: ANN401 - of an optional extra
@@ -95,11 +103,16 @@ def compare_tab(place: Place, page: Any, first: PictureCodec, second: PictureCod
 
     def shown(
         file: str | None, left_kept: float | int, right_kept: float | int
-    ) -> tuple[tuple[str, str], str]:
+    ) -> tuple[tuple[str, str] | None, str]:
+        if file is None:
+            return nothing()
         left, left_text = decoded(first, left_stem(file), int(left_kept))
         right, right_text = decoded(right_codec, right_stem(file), int(right_kept))
         pair = saved(left, place.folder), saved(right.resize(left.size, 0), place.folder)
         return pair, f"Left: {left_text}.\n\nRight: {right_text}."
+
+    def nothing() -> tuple[None, str]:
+        return None, ""
 
     with gradio.Tab("Compare"), gradio.Row():
         picture = picture_input(place)
@@ -123,15 +136,17 @@ def compare_tab(place: Place, page: Any, first: PictureCodec, second: PictureCod
             buttons=["download"],
             elem_classes="swipe",
         )
-        gradio.on(
+        outputs = [swipe, text]
+        asked = gradio.on(
             [picture.change, left_kept.change, right_kept.change, page.load],
             or_error(gradio, shown),
             [picture, left_kept, right_kept],
-            [swipe, text],
+            outputs,
             api_name="compare",
             trigger_mode="always_last",
             show_progress="hidden",
         )
+        asked.failure(nothing, None, outputs, api_visibility="private", show_progress="hidden")
 
 
 def search_tab(place: Place, tokenizer: Tokenizer, neighbours: Neighbours) -> None:

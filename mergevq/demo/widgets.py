@@ -55,7 +55,7 @@ STYLE = f"""
 .swipe {{ max-width: 520px; }}
 .drawn .html-container {{ padding: {_LABEL}px 0 8px !important; }}
 @media (max-width: 480px) {{
-  button[role="tab"] {{ padding: 0 6px !important; }}
+  .tab-container button {{ padding: 0 6px !important; }}
 }}
 """
 """As many pictures beside each other as there is room for: three on a phone."""
@@ -145,7 +145,7 @@ def mask_editor(place: Place, side: int) -> Any:  # noqa: ANN401 - of an optiona
     """
     gradio = place.gradio
     editor = gradio.ImageEditor(
-        label="paint over what is to be made anew",
+        label="paint on it",
         sources=(),
         transforms=(),
         layers=False,

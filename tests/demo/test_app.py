@@ -210,7 +210,9 @@ def test_the_slider_does_not_run_the_stem_again(client, folder, monkeypatch):
 @PAGE
 def test_wrong_input_is_shown_on_the_page(client, folder, tmp_path):
     with pytest.raises(Exception, match="no picture was given"):
-        client.predict(None, 5, api_name="/reconstruct")
+        client.predict(None, 2, api_name="/neighbours")
+    # A picture that was taken away takes its answer with it.
+    assert client.predict(None, 5, api_name="/reconstruct")[:7] == (*[None] * 4, "", "", "")
     picture = uploaded(folder / "pictures" / "cat" / "0.png")
     with pytest.raises(Exception, match="3 is less than minimum value 4"):
         client.predict(picture, 3, api_name="/reconstruct")
