@@ -180,7 +180,7 @@ def build_page(
 
 
 def seen(directory: Path) -> str:
-    """What a model has seen: the title of its card, or what training wrote down.
+    """Name what a model has seen: the title of its card, or what training wrote down.
 
     Args:
         directory: of the model.
@@ -201,7 +201,7 @@ def seen(directory: Path) -> str:
 
 
 def _introduction(tokenizer: Tokenizer, directory: Path) -> str:
-    """What there is to see, in three sentences, and what the model has seen, in one line."""
+    """Explain in three sentences what there is to see, and name the model in one line."""
     config = tokenizer.config
     sentences = (
         f"A picture of about {config.image_size} x {config.image_size} pixels becomes up to "

@@ -1,6 +1,6 @@
 """Tabs of the web page in which a generator draws: pictures of a class, and parts of pictures."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -84,6 +84,33 @@ def edit_tab(place: Place, pairs: Sequence[Pair], page: Any) -> None:  # noqa: A
     image_size = pair.tokenizer.config.image_size
     side = enlarged(Image.new("1", (image_size, image_size))).width
 
+    put_up, shown = _editing(place, pair)
+    with gradio.Tab("Edit"):
+        with gradio.Row():
+            picture = picture_input(place)
+            editor = mask_editor(place, side)
+        controls = _controls(place, choices, num_images=4)
+        button = gradio.Button("Make anew what is painted", variant="primary")
+        pictures = gallery(place, "the picture with new parts")
+        gradio.on(
+            [picture.change, page.load],
+            or_error(gradio, put_up),
+            picture,
+            editor,
+            api_visibility="private",
+            show_progress="hidden",
+        )
+        button.click(
+            or_error(gradio, shown), [picture, editor, *controls], pictures, api_name="edit"
+        )
+
+
+def _editing(
+    place: Place, pair: Pair
+) -> tuple[Callable[..., dict[str, Any] | None], Callable[..., _Pictures]]:
+    """A function that puts a picture up to be painted on, and one that makes parts anew."""
+    choices = class_choices(pair)
+
     def put_up(file: str | None) -> dict[str, Any] | None:
         if file is None:
             return None
@@ -113,24 +140,7 @@ def edit_tab(place: Place, pairs: Sequence[Pair], page: Any) -> None:  # noqa: A
         )
         return [saved(each, place.folder) for each in pictures]
 
-    with gradio.Tab("Edit"):
-        with gradio.Row():
-            picture = picture_input(place)
-            editor = mask_editor(place, side)
-        controls = _controls(place, choices, num_images=4)
-        button = gradio.Button("Make anew what is painted", variant="primary")
-        pictures = gallery(place, "the picture with new parts")
-        gradio.on(
-            [picture.change, page.load],
-            or_error(gradio, put_up),
-            picture,
-            editor,
-            api_visibility="private",
-            show_progress="hidden",
-        )
-        button.click(
-            or_error(gradio, shown), [picture, editor, *controls], pictures, api_name="edit"
-        )
+    return put_up, shown
 
 
 def _controls(place: Place, choices: Sequence[str], *, num_images: int) -> tuple[Any, ...]:

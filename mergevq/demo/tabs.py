@@ -1,5 +1,6 @@
 """Tabs of the web page about pictures that are there: their tokens, two of them, and their like."""
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -27,31 +28,7 @@ from mergevq.tokenizer.tokenizer import Tokenizer
 def tokens_tab(place: Place, page: Any, codec: PictureCodec, perceptual: Perceptual | None) -> None:  # noqa: ANN401 - of an optional extra
     """A picture, a slider, and what comes back, at once and whenever one of them changes."""
     gradio = place.gradio
-    embedded = _stem(codec)
-
-    def shown(file: str | None, num_kept: float | int) -> list[Any]:
-        if file is None:
-            return nothing()
-        found = show(codec, embedded(file), int(num_kept), perceptual)
-        pictures = [found.original, found.given, found.recovered, found.difference]
-        name = f"picture_{int(num_kept)}{ENDING}"
-        download = gradio.DownloadButton(
-            value=None if found.file is None else saved_bytes(found.file, place.folder, name),
-            interactive=found.file is not None,
-        )
-        return [
-            *(None if each is None else saved(each, place.folder) for each in pictures),
-            found.merge_map,
-            found.text,
-            found.times,
-            download,
-        ]
-
-    def nothing() -> list[Any]:
-        # What was shown is not of the picture that is there now, or is not.
-        download = gradio.DownloadButton(value=None, interactive=False)
-        return [None, None, None, None, "", "", "", download]
-
+    shown, nothing = _tokens_of(place, codec, perceptual)
     has_maps = codec.tokenizer.has_maps
     with gradio.Tab("Tokens"):
         with gradio.Row():
@@ -92,6 +69,39 @@ def tokens_tab(place: Place, page: Any, codec: PictureCodec, perceptual: Percept
             show_progress="hidden",
         )
         asked.failure(nothing, None, outputs, api_visibility="private", show_progress="hidden")
+
+
+def _tokens_of(
+    place: Place, codec: PictureCodec, perceptual: Perceptual | None
+) -> tuple[Callable[..., list[Any]], Callable[[], list[Any]]]:
+    """A function that fills the first tab, and one that empties it."""
+    gradio = place.gradio
+    embedded = _stem(codec)
+
+    def shown(file: str | None, num_kept: float | int) -> list[Any]:
+        if file is None:
+            return nothing()
+        found = show(codec, embedded(file), int(num_kept), perceptual)
+        pictures = [found.original, found.given, found.recovered, found.difference]
+        name = f"picture_{int(num_kept)}{ENDING}"
+        download = gradio.DownloadButton(
+            value=None if found.file is None else saved_bytes(found.file, place.folder, name),
+            interactive=found.file is not None,
+        )
+        return [
+            *(None if each is None else saved(each, place.folder) for each in pictures),
+            found.merge_map,
+            found.text,
+            found.times,
+            download,
+        ]
+
+    def nothing() -> list[Any]:
+        # What was shown is not of the picture that is there now, or is not.
+        download = gradio.DownloadButton(value=None, interactive=False)
+        return [None, None, None, None, "", "", "", download]
+
+    return shown, nothing
 
 
 def compare_tab(place: Place, page: Any, first: PictureCodec, second: PictureCodec | None) -> None:  # noqa: ANN401 - of an optional extra

@@ -95,7 +95,7 @@ def difference(one: Image.Image, other: Image.Image) -> Image.Image:
 def decoded(
     codec: PictureCodec, picture: Image.Image | EmbeddedImage, num_kept: int
 ) -> tuple[Image.Image, str]:
-    """What comes back with K tokens and the given source map, and its price and quality.
+    """Decode K tokens of a picture with the given source map, and tell their price and quality.
 
     Raises:
         ValueError: K is not legal for the picture.

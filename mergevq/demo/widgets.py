@@ -64,7 +64,7 @@ _Shown = TypeVar("_Shown")
 
 
 class Place(NamedTuple):
-    """What every tab needs of the page."""
+    """Parts of the page that every tab takes."""
 
     gradio: ModuleType
     folder: Path

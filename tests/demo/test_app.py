@@ -1,7 +1,9 @@
 """The web page itself, asked by a real client."""
 
 import gc
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from mergevq.data.images import open_images
 from mergevq.data.prepare import load_picture
 from mergevq.demo import app, tabs
 from mergevq.demo.neighbours import index, nearest
+from mergevq.runtime.environment import bundled_model
 from mergevq.tokenizer.codec import reconstruct_image
 from mergevq.tokenizer.tokenizer import Tokenizer
 
@@ -364,6 +367,36 @@ def test_without_a_model_the_page_has_those_of_the_package(tmp_path):
     page = app.build_page(None, device="cpu", folder=tmp_path)
     names = [block.label for block in page.blocks.values() if type(block).__name__ == "Tab"]
     assert names == ["Tokens", "Generate", "Edit", "Compare"]
+
+
+def test_a_model_says_what_it_has_seen(folder, tmp_path):
+    assert app.seen(bundled_model("digits32")) == "Tokenizer of handwritten digits, 32 pixels"
+    assert app.seen(folder / "tokenizer") == "trained on pictures that its record does not name"
+    place = tmp_path / "model"
+    shutil.copytree(folder / "tokenizer", place)
+    record = json.loads((place / "config.json").read_text())
+    record["extra"] = {"made_from": {"num_images": 1797, "class_names": ["a", "b"]}}
+    (place / "config.json").write_text(json.dumps(record))
+    assert app.seen(place) == "trained on 1,797 images of 2 classes"
+    # A stranger's card must be words, not a picture from elsewhere.
+    (place / "README.md").write_text("# Cats ![x](http://elsewhere.org/x.png) <b>\nmore\n")
+    assert app.seen(place) == "Cats x(http:elsewhere.orgx.png) b"
+
+
+@PAGE
+def test_a_tab_says_which_generator_it_needs(folder, tmp_path):
+    pytest.importorskip("gradio", reason="the web page needs the demo extra")
+    page = app.build_page(
+        folder / "tokenizer",
+        generator=(folder / "merge",),
+        compare="digits32",
+        device="cpu",
+        folder=tmp_path,
+    )
+    said = [block.value for block in page.blocks.values() if type(block).__name__ == "Markdown"]
+    assert any("by a generator of order `random`" in f"{text}" for text in said)
+    labels = [getattr(block, "label", None) for block in page.blocks.values()]
+    assert "tokens on the right, of the model to compare with" in labels
 
 
 def test_a_port_that_cannot_be_had_is_said_before_anything_is_loaded(folder):

@@ -73,7 +73,7 @@ def tab(page, name):
 
 
 def pixels(locator):
-    """What is seen, as an array."""
+    """The pixels that are seen, as an array."""
     return np.asarray(Image.open(io.BytesIO(locator.screenshot())).convert("RGB"), dtype=int)
 
 
@@ -86,7 +86,7 @@ def until(holds, seconds=60):
 
 
 def settled(locator):
-    """What is seen once it stays the same."""
+    """The pixels that are seen once they stay the same."""
     before = pixels(locator)
     while True:
         time.sleep(0.4)
