@@ -112,6 +112,7 @@ TESTED_WITH = {
     "tokenizer/build": "contracts/parts",
     "tokenizer/decoders/cnn": "tokenizer/tokenizer",
     "data/tokens/dataset": "data/tokens/files",
+    "demo/draw_tabs": "demo/tabs",
     "data/tokens/writing": "data/tokens/files",
     "tokenizer/encoder": "tokenizer/tokenizer",
     "tokenizer/export/graphs": "tokenizer/export/files",

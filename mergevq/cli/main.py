@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 from mergevq.cli import bench as cli_bench
 from mergevq.cli import evaluate as cli_evaluate
@@ -26,6 +27,7 @@ from mergevq.cli.compress import compress, decompress
 from mergevq.cli.errors import command_line, options_of_command, options_of_settings, problem
 from mergevq.cli.errors import speaks_for_itself as _speaks_for_itself
 from mergevq.cli.images import convert, encode, reconstruct, sample
+from mergevq.cli.options import MAY_BE_EMPTY
 from mergevq.cli.tables import summary
 from mergevq.cli.train import recipes, train
 from mergevq.config.base import MAX_PIXELS, Device, Precision, nearest
@@ -134,19 +136,22 @@ def _after_quickstart(tokenizer: Path, generator: Path) -> list[str]:
 def demo(
     *,
     model: str | None = None,
-    generator: str | None = None,
+    generator: Annotated[tuple[str, ...], MAY_BE_EMPTY] = (),
+    compare: str | None = None,
     data: str | None = None,
     max_pixels: int = MAX_PIXELS,
     port: int = 7860,
     device: Device = "auto",
     precision: Precision = "auto",
 ) -> None:
-    """Serve a web page to try a model on: reconstruct pictures, draw samples, find neighbours.
+    """Serve a web page to try a model on: tokens of pictures, samples, neighbours, comparisons.
 
     Args:
         model: a tokenizer's directory, a name of `mergevq models`, or owner/name@revision on
             Hugging Face; without one, the tokenizer and the generator that come with the package.
-        generator: a generator trained on its tokens; samples are left out without.
+        generator: a generator trained on its tokens; of several the samples are side by side, and
+            without one there are none.
+        compare: another tokenizer, to compare its pictures with.
         data: images to find neighbours among, in any form that training reads.
         max_pixels: largest of these images that is read, as width times height.
         port: of this machine, where the page is; nobody else can reach it.
@@ -161,6 +166,7 @@ def demo(
     with serve(
         model,
         generator=generator,
+        compare=compare,
         data=data,
         max_pixels=max_pixels,
         device=device,

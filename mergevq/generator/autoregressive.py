@@ -189,6 +189,10 @@ class Autoregressive(nn.Module):
         """Sequences of these classes, none of whose tokens is decoded."""
         return self.order.decoder(self.network, labels, num_kept, draws, settings)
 
+    def sampled(self, decoder: Decoder) -> Sampled:
+        """The tokens that a decoder has by now; see `seams.Generator.sampled`."""
+        return self.order.sampled(self.network, decoder)
+
     def sample(
         self,
         labels: Int64[Tensor, "b"],
@@ -199,7 +203,7 @@ class Autoregressive(nn.Module):
         """Sample one sequence for each label; see `seams.Generator.sample`."""
         decoder = self.decoder(labels, num_kept, draws, settings)
         run(decoder)
-        return self.order.sampled(self.network, decoder)
+        return self.sampled(decoder)
 
     def inpaint(
         self,

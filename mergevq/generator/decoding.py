@@ -190,6 +190,11 @@ class SequenceDecoder:
         """Tokens decoded so far."""
         return torch.stack(self.tokens, dim=1)
 
+    def known(self) -> Bool[Tensor, "b t"]:
+        """All of `parts`."""
+        shape = len(self.draws.uniforms), len(self.tokens)
+        return torch.ones(shape, dtype=torch.bool, device=self.network.device)
+
     @torch.inference_mode()
     def seek(self, step: int, history: Int64[Tensor, "b t p"] | None = None) -> None:
         """Fill in the prefix and take the tokens before a step as decoded (`seams.Decoder`)."""

@@ -46,6 +46,7 @@ from mergevq.generator.sampling import (
     run,
 )
 from mergevq.generator.seams import (
+    Decoder,
     Draws,
     GeneratorLoss,
     Numbers,
@@ -381,6 +382,11 @@ class Nat(nn.Module):
         """Sequences of these classes, none of whose tokens is decoded."""
         return MaskedDecoder(self, labels, num_kept, draws, settings)
 
+    def sampled(self, decoder: Decoder) -> Sampled:
+        """Cells in raster order."""
+        indices = self.network.indices(decoder.parts())
+        return Sampled(indices, None, None, decoder.num_steps, decoder.kv_bytes)
+
     def sample(
         self,
         labels: Int64[Tensor, "b"],
@@ -391,8 +397,7 @@ class Nat(nn.Module):
         """Sample one sequence for each label; see `seams.Generator.sample`."""
         decoder = self.decoder(labels, num_kept, draws, settings)
         run(decoder)
-        indices = self.network.indices(decoder.parts())
-        return Sampled(indices, None, None, decoder.num_steps, decoder.kv_bytes)
+        return self.sampled(decoder)
 
     def inpaint(
         self,
@@ -456,6 +461,10 @@ class MaskedDecoder:
     def parts(self) -> Int64[Tensor, "b t p"]:
         """Tokens in raster order; zeros where none is decoded yet."""
         return self.tokens
+
+    def known(self) -> Bool[Tensor, "b t"]:
+        """Cells that are no longer hidden."""
+        return self.stages < 2
 
     @torch.inference_mode()
     def seek(self, step: int, history: Int64[Tensor, "b t p"] | None = None) -> None:

@@ -12,8 +12,8 @@ V values of a part.
 """
 
 import math
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -24,6 +24,18 @@ from mergevq.generator.seams import Decoder, Draws, Generator, Sampled
 from mergevq.runtime.random import numbered_seed
 
 Number = TypeVar("Number", int, float)
+
+
+class Partial(NamedTuple):
+    """Sequences of which some tokens are decoded."""
+
+    sampled: Sampled
+    """As from `sample`; of orders that decode one token after the other those so far, and of the
+    others all, with index 0 where there is none yet."""
+    known: Bool[Tensor, "b t"]
+    """Which of them are decoded."""
+    share: float
+    """Steps that are done, of all: in (0, 1]."""
 
 
 @torch.no_grad()
@@ -52,13 +64,51 @@ def sample(
     """
     _check(generator, labels, image_ids, settings)
     draws = generator.draws(seed, image_ids, num_kept, settings)
-    sampled = generator.sample(labels.to(generator.device), num_kept, draws, settings)
-    # Tensors of inference mode cannot be learned from.
-    return sampled._replace(
-        indices=sampled.indices.clone(),
-        source_index=None if sampled.source_index is None else sampled.source_index.clone(),
-        anchors=None if sampled.anchors is None else sampled.anchors.clone(),
-    )
+    return _usable(generator.sample(labels.to(generator.device), num_kept, draws, settings))
+
+
+@torch.no_grad()
+def sample_in_steps(
+    generator: Generator,
+    *,
+    labels: Int64[Tensor, "b"],
+    num_kept: int,
+    seed: int,
+    image_ids: Sequence[int],
+    settings: SamplingSettings,
+    every: int,
+) -> Iterator[Partial]:
+    """Sample as `sample` does, and show the sequences while they are decoded.
+
+    Args:
+        generator: as for `sample`, like all that follow but the last.
+        labels: likewise.
+        num_kept: likewise.
+        seed: likewise.
+        image_ids: likewise.
+        settings: likewise.
+        every: steps from one look to the next.
+
+    Yields:
+        The sequences after every so many steps, and after the last: what `sample` returns.
+
+    Raises:
+        ValueError: as `sample`, or `every` is below 1.
+        RuntimeError: as `sample`.
+    """
+    _check(generator, labels, image_ids, settings)
+    if every < 1:
+        raise ValueError(f"every ({every}) must be at least 1")
+    draws = generator.draws(seed, image_ids, num_kept, settings)
+    decoder = generator.decoder(labels.to(generator.device), num_kept, draws, settings)
+    decoder.seek(0)
+    for step in range(1, decoder.num_steps + 1):
+        decoder.step()
+        if step == decoder.num_steps:
+            check_finite(decoder.finite)
+        if step % every == 0 or step == decoder.num_steps:
+            sampled = _usable(generator.sampled(decoder))
+            yield Partial(sampled, decoder.known(), step / decoder.num_steps)
 
 
 @torch.no_grad()
@@ -271,6 +321,15 @@ def check_finite(finite: list[Tensor]) -> None:
         raise RuntimeError(
             "the generator's states or logits are not finite: its weights are broken"
         )
+
+
+def _usable(sampled: Sampled) -> Sampled:
+    """The same outside of inference mode, whose tensors cannot be learned from."""
+    return sampled._replace(
+        indices=sampled.indices.clone(),
+        source_index=None if sampled.source_index is None else sampled.source_index.clone(),
+        anchors=None if sampled.anchors is None else sampled.anchors.clone(),
+    )
 
 
 def _check(

@@ -145,6 +145,10 @@ class Decoder(Protocol):
         """Tokens decoded so far, in the order of `Sequences.indices`."""
         ...
 
+    def known(self) -> Bool[Tensor, "b t"]:
+        """Which tokens of `parts` are decoded: as many of each image."""
+        ...
+
     def seek(self, step: int, history: Int64[Tensor, "b t p"] | None = None) -> None:
         """Get ready for a step.
 
@@ -288,6 +292,10 @@ class Generator(Protocol):
         settings: SamplingSettings,
     ) -> Decoder:
         """Sequences of these classes, none of whose tokens is decoded."""
+        ...
+
+    def sampled(self, decoder: Decoder) -> Sampled:
+        """The tokens that one of this generator's decoders has by now."""
         ...
 
     def sample(

@@ -58,6 +58,34 @@ def merge_map(
     Raises:
         ValueError: the grid does not have the cells of the index, or does not divide the image.
     """
+    groups, colours = coloured_groups(image, index, grid_shape)
+    (height, width), (rows, columns) = image.shape[1:], grid_shape
+    scale = math.ceil(_CELL_SIDE / min(height // rows, width // columns))
+    cell_shape = (scale * height // rows, scale * width // columns)
+    painted = _enlarge(colours[groups], cell_shape)
+    lines = _borders(_enlarge(groups, cell_shape))[..., None]
+    light = painted @ (0.299, 0.587, 0.114) > _LIGHT
+    line_colour = np.where(light, 0.0, 255.0)[..., None]
+    blended = _BORDER_OPACITY * line_colour + (1 - _BORDER_OPACITY) * painted
+    return Image.fromarray(np.where(lines, blended, painted).round().astype(np.uint8))
+
+
+def coloured_groups(
+    image: Float[Tensor, "3 h w"], index: Int64[Tensor, " l"], grid_shape: tuple[int, int]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Groups of merged cells and the mean colour of each.
+
+    Args:
+        image: in [-1, 1].
+        index: group of each cell in raster order, any integers; a group need not be contiguous.
+        grid_shape: (height, width) in cells.
+
+    Returns:
+        (height, width) numbers of groups, from 0 without gaps, and (groups, 3) colours in [0, 255].
+
+    Raises:
+        ValueError: the grid does not have the cells of the index, or does not divide the image.
+    """
     (height, width), (rows, columns) = image.shape[1:], grid_shape
     if rows * columns != len(index):
         raise ValueError(f"grid_shape {grid_shape} must have the {len(index)} cells of the index")
@@ -68,14 +96,7 @@ def merge_map(
     groups = np.unique(index.cpu().numpy(), return_inverse=True)[1].reshape(rows, columns)
     pixels = np.asarray(to_pil(image), dtype=np.float64)
     cells = pixels.reshape(rows, height // rows, columns, width // columns, 3).mean((1, 3))
-    scale = math.ceil(_CELL_SIDE / min(height // rows, width // columns))
-    cell_shape = (scale * height // rows, scale * width // columns)
-    painted = _enlarge(_mean_colours(cells, groups)[groups], cell_shape)
-    lines = _borders(_enlarge(groups, cell_shape))[..., None]
-    light = painted @ (0.299, 0.587, 0.114) > _LIGHT
-    line_colour = np.where(light, 0.0, 255.0)[..., None]
-    blended = _BORDER_OPACITY * line_colour + (1 - _BORDER_OPACITY) * painted
-    return Image.fromarray(np.where(lines, blended, painted).round().astype(np.uint8))
+    return groups, _mean_colours(cells, groups)
 
 
 def contact_sheet(

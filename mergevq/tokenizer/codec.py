@@ -101,6 +101,8 @@ class ImageReconstruction:
     """Bits of the whole picture."""
     given_size: tuple[int, int]
     """Width and height of the picture that was given, upright, before any resizing."""
+    encoded: Encoded
+    """Its tokens, of all tiles."""
 
     @property
     def is_resized(self) -> bool:
@@ -261,6 +263,7 @@ def reconstruct_image(
         num_tiles=num_tiles,
         bits=Bits(num_tiles * tile_bits.tokens, num_tiles * tile_bits.source),
         given_size=image.given_size,
+        encoded=encoded,
     )
 
 

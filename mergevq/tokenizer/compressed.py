@@ -163,7 +163,7 @@ class Compressed(NamedTuple):
 
 def compress_image(
     codec: PictureCodec,
-    image: Image.Image,
+    image: Image.Image | EmbeddedImage,
     *,
     quality: Quality | None = None,
     size_policy: SizePolicy = "tile",
@@ -174,7 +174,8 @@ def compress_image(
 
     Args:
         codec: from `PictureCodec.from_pretrained`.
-        image: transparent parts become white.
+        image: transparent parts become white; or what `embed_image` gave, whose size policy then
+            counts.
         quality: what K is chosen by, by bisection among those that the tokenizer was trained with;
             None is its own K. Quality is measured on what the file decompresses to, and taken to
             grow with K: the target is met, by almost the best K where it does not.
@@ -188,7 +189,9 @@ def compress_image(
     """
     check_choice("source", source, RecoverySource)
     quality = quality or Quality()
-    embedded = embed_image(codec.tokenizer, image, size_policy=size_policy)
+    embedded = image
+    if not isinstance(embedded, EmbeddedImage):
+        embedded = embed_image(codec.tokenizer, embedded, size_policy=size_policy)
     _require_small_tiles(codec.tokenizer, embedded.layout)
     trial = _Trial(codec, embedded, quality, source, perceptual)
     if quality.bits_per_pixel is not None:

@@ -1,7 +1,9 @@
-"""The web page: the functions behind its tabs, and the page itself, asked by a real client."""
+"""The web page itself, asked by a real client."""
 
 import gc
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,137 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from mergevq.cli.main import main
-from mergevq.config.generator import GeneratorConfig, Merge, Subindices
 from mergevq.data.images import open_images
-from mergevq.data.prepare import load_picture, to_tensor
-from mergevq.demo import app
-from mergevq.generator.build import build_generator, save_generator
-from mergevq.generator.generation import load_pair
-from mergevq.runtime.artefacts import tokens_hash
+from mergevq.data.prepare import load_picture
+from mergevq.demo import app, tabs
+from mergevq.demo.neighbours import index, nearest
+from mergevq.runtime.environment import bundled_model
 from mergevq.tokenizer.codec import reconstruct_image
 from mergevq.tokenizer.tokenizer import Tokenizer
-from tests.support.parts import tokenizer_config
-
-CPU = torch.device("cpu")
-
-
-SMALL = tokenizer_config(
-    image_size=16,
-    channels=8,
-    channel_mult=(1, 1, 1),
-    num_res_blocks=1,
-    num_layers=2,
-    num_heads=2,
-    num_kept=6,
-    num_bits=4,
-    num_decoder_layers=1,
-    num_decoder_heads=2,
-    source_dim=16,
-    num_source_layers=1,
-    num_source_heads=2,
-)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A random tokenizer, a generator of its tokens and eight pictures of two classes."""
-    directory = tmp_path_factory.mktemp("page")
-    torch.manual_seed(0)
-    Tokenizer(SMALL).eval().save_pretrained(directory / "tokenizer")
-    generator = build_generator(
-        GeneratorConfig(
-            order=Merge(),
-            dim=32,
-            num_layers=1,
-            num_heads=2,
-            ffn_dim=32,
-            num_classes=2,
-            grid_size=(4, 4),
-            num_kept=6,
-            kept_candidates=(6,),
-            head=Subindices(sizes=(4, 4)),
-        )
-    )
-    save_generator(
-        generator.eval(),
-        directory / "generator",
-        tokenizer=tokens_hash(directory / "tokenizer"),
-        class_names=["cat", "dog"],
-    )
-    colours = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3), dtype=np.uint8)
-    for number, pixels in enumerate(colours):
-        place = directory / "pictures" / ("cat" if number < 4 else "dog")
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).resize((16, 16)).save(place / f"{number}.png")
-    return directory
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder):
-    return Tokenizer.from_pretrained(folder / "tokenizer").eval()
-
-
-def test_a_picture_comes_back_enlarged_with_its_numbers(tokenizer, folder):
-    picture = load_picture(folder / "pictures" / "cat" / "0.png")
-    shown = app.reconstruct(tokenizer, picture, 5)
-    assert {shown.original.size, shown.merge_map.size, shown.given.size} == {(256, 256)}
-    assert shown.original.resize((16, 16), Image.Resampling.NEAREST).tobytes() == (
-        picture.tobytes()
-    )
-    assert shown.text.startswith("5 of 16 tokens. 20 bits of tokens")
-
-
-def test_the_number_of_tokens_matters(tokenizer, folder):
-    picture = load_picture(folder / "pictures" / "dog" / "5.png")
-    few, all_of_them = (app.reconstruct(tokenizer, picture, k) for k in (4, 16))
-    assert few.merge_map.tobytes() != all_of_them.merge_map.tobytes()
-
-
-def test_what_is_wrong_is_said(tokenizer, folder):
-    neighbours = app.index(tokenizer, open_images(str(folder / "pictures")))
-    picture = load_picture(folder / "pictures" / "cat" / "0.png")
-    with pytest.raises(ValueError, match=r"count \(9\) must be between 1 and the 8 images"):
-        app.nearest(tokenizer, neighbours, picture, 9)
-    pair = load_pair(folder / "generator", folder / "tokenizer", CPU)
-    with pytest.raises(ValueError, match=r"class \(cow\) must be one of cat, dog"):
-        app.draw(pair, "cow", 2.0, 1, 0)
-
-
-def test_a_picture_is_its_own_nearest_neighbour(tokenizer, folder):
-    neighbours = app.index(tokenizer, open_images(str(folder / "pictures")))
-    for name, label in (("cat/2.png", "cat"), ("dog/6.png", "dog")):
-        picture = load_picture(folder / "pictures" / name)
-        found = app.nearest(tokenizer, neighbours, picture, 3)
-        assert len(found) == 3
-        assert found[0][1] == f"{label} 1.000"
-        nearest = to_tensor(found[0][0].resize((16, 16), Image.Resampling.NEAREST))
-        assert torch.equal(nearest, to_tensor(picture))
-
-
-def test_samples_depend_on_class_and_seed(folder):
-    pair = load_pair(folder / "generator", folder / "tokenizer", CPU)
-    assert app.class_choices(pair) == ["cat", "dog"]
-    first = [image.tobytes() for image in app.draw(pair, "dog", 2.0, 3, 0)]
-    again = [image.tobytes() for image in app.draw(pair, "dog", 2.0, 3, 0)]
-    other = [image.tobytes() for image in app.draw(pair, "dog", 2.0, 3, 1)]
-    assert len(first) == 3
-    assert first == again != other
-
-
-def test_the_digits_of_the_package_belong_together_and_are_drawn():
-    pair = load_pair("digits32_ar", "digits32", CPU)
-    assert app.class_choices(pair) == list("0123456789")
-    zero, one = (app.draw(pair, name, 2.0, 1, 0)[0].convert("L") for name in ("0", "1"))
-    # A nought is dark in the middle, where a one is light.
-    assert zero.getpixel((128, 128)) < 64
-    assert one.getpixel((128, 128)) > 128
-
-
-# ------------------------------------------------------------------------------------ the page
 
 # Gradio's own warnings are not ours to mend.
 PAGE = pytest.mark.filterwarnings("ignore")
@@ -161,9 +42,7 @@ def _left_open():
 def test_the_page_needs_its_extra(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(RuntimeError, match=r'gradio, which is not .* pip install "gradio>=6" '):
-        app.build_page(
-            folder / "tokenizer", generator=None, data=None, device="cpu", folder=tmp_path
-        )
+        app.build_page(folder / "tokenizer", device="cpu", folder=tmp_path)
 
 
 def test_the_largest_picture_of_the_data_can_be_chosen(folder, tmp_path, monkeypatch):
@@ -189,7 +68,7 @@ def free_port():
 
 
 @contextmanager
-def serving(tokenizer, *, generator=None, data=None):
+def serving(tokenizer, *, generator=(), data=None):
     """A page and a client for it."""
     with app.serve(
         tokenizer, generator=generator, data=data, device="cpu", port=free_port()
@@ -211,7 +90,9 @@ def served(folder):
         patch.setenv("GRADIO_ALLOWED_PATHS", "/")
         patch.setenv("GRADIO_ANALYTICS_ENABLED", "True")
         with serving(
-            folder / "tokenizer", generator=folder / "generator", data=str(folder / "pictures")
+            folder / "tokenizer",
+            generator=(folder / "merge", folder / "random"),
+            data=str(folder / "pictures"),
         ) as (page, client):
             yield page, client
         assert os.environ["GRADIO_SERVER_NAME"] == "0.0.0.0"
@@ -237,12 +118,19 @@ def pixels(path):
 @PAGE
 def test_every_tab_answers(client, folder):
     picture = uploaded(folder / "pictures" / "cat" / "0.png")
-    *pictures, text = client.predict(picture, 5, api_name="/reconstruct")
+    *pictures, drawing, text, times, _ = client.predict(picture, 5, api_name="/reconstruct")
     assert [pixels(path)[0] for path in pictures] == [(256, 256)] * 4
     assert text.startswith("5 of 16 tokens")
-    samples = client.predict("dog", 2, 3, 0, api_name="/sample")
-    assert [pixels(sample["image"])[0] for sample in samples] == [(256, 256)] * 3
-    assert len(client.predict("all in turn", 1, 2, 0, api_name="/sample")) == 2
+    assert "5 groups of 16 cells" in drawing
+    assert "ms" in times
+    both = client.predict("dog", 2, 3, 0, api_name="/sample")
+    for samples in both:
+        assert [pixels(sample["image"])[0] for sample in samples] == [(256, 256)] * 3
+    both = client.predict("all in turn", 1, 2, 0, api_name="/sample")
+    assert [len(samples) for samples in both] == [2, 2]
+    (left, right), text = client.predict(picture, 4, 16, api_name="/compare")
+    assert pixels(left) != pixels(right)
+    assert text.startswith("Left: 4 of 16 tokens, 43 bits")
     found = client.predict(picture, 2, api_name="/neighbours")
     assert found[0]["caption"] == "cat 1.000"
 
@@ -291,8 +179,8 @@ def test_the_page_sees_the_pixels_that_the_command_line_sees(
     KINDS[name](tmp_path / name)
     picture = load_picture(tmp_path / name)
     wanted = reconstruct_image(tokenizer, picture, 5, size_policy="resize")
-    *shown, text = client.predict(uploaded(tmp_path / name), 5, api_name="/reconstruct")
-    expected = (wanted.original, wanted.merge_map, wanted.given, wanted.recovered)
+    *shown, _, _, text, _, _ = client.predict(uploaded(tmp_path / name), 5, api_name="/reconstruct")
+    expected = (wanted.original, wanted.given, wanted.recovered)
     for path, image in zip(shown, expected, strict=True):
         factor = 256 // max(image.size)
         large = image.resize(
@@ -300,10 +188,10 @@ def test_the_page_sees_the_pixels_that_the_command_line_sees(
         )
         assert pixels(path) == (large.size, large.tobytes())
     assert f"PSNR {wanted.psnr_given:.2f} dB" in text
-    neighbours = app.index(tokenizer, open_images(str(folder / "pictures")))
+    neighbours = index(tokenizer, open_images(str(folder / "pictures")))
     found = client.predict(uploaded(tmp_path / name), 8, api_name="/neighbours")
     assert [entry["caption"] for entry in found] == [
-        caption for _, caption in app.nearest(tokenizer, neighbours, picture, 8)
+        caption for _, caption in nearest(tokenizer, neighbours, picture, 8)
     ]
 
 
@@ -319,13 +207,15 @@ def test_the_slider_does_not_run_the_stem_again(client, folder, monkeypatch):
     picture = uploaded(folder / "pictures" / "dog" / "6.png")
     shown = [client.predict(picture, k, api_name="/reconstruct") for k in (5, 9, 16)]
     assert len(calls) == 1
-    assert len({pixels(one[1]) for one in shown}) == 3
+    assert len({one[4] for one in shown}) == 3
 
 
 @PAGE
 def test_wrong_input_is_shown_on_the_page(client, folder, tmp_path):
     with pytest.raises(Exception, match="no picture was given"):
-        client.predict(None, 5, api_name="/reconstruct")
+        client.predict(None, 2, api_name="/neighbours")
+    # A picture that was taken away takes its answer with it.
+    assert client.predict(None, 5, api_name="/reconstruct")[:7] == (*[None] * 4, "", "", "")
     picture = uploaded(folder / "pictures" / "cat" / "0.png")
     with pytest.raises(Exception, match="3 is less than minimum value 4"):
         client.predict(picture, 3, api_name="/reconstruct")
@@ -373,10 +263,11 @@ def test_pictures_lie_in_a_private_folder_and_end_with_the_page(folder):
     with serving(folder / "tokenizer") as (page, client):
         place = Path(os.environ["GRADIO_TEMP_DIR"])
         assert place.stat().st_mode & 0o777 == 0o700
+        before = {path for path in place.rglob("*") if path.is_file()}
         client.predict(uploaded(folder / "pictures" / "dog" / "5.png"), 5, api_name="/reconstruct")
-        kept = {path for path in place.rglob("*") if path.is_file()}
-        # The four pictures and the one that was sent; gradio deletes those it knows of.
-        assert len(kept) == 5
+        kept = {path for path in place.rglob("*") if path.is_file()} - before
+        # Four pictures, the tokens, and the picture that was sent; gradio deletes those it knows.
+        assert len(kept) == 6
         assert kept <= {Path(path) for known in page.temp_file_sets for path in known}
         assert page.delete_cache == (60, 3600)
     assert not place.exists()
@@ -386,14 +277,14 @@ def test_pictures_lie_in_a_private_folder_and_end_with_the_page(folder):
 def test_more_requests_than_may_wait_are_turned_away(folder, monkeypatch):
     """And the others are answered."""
     asked, go_on = threading.Event(), threading.Event()
-    answer = app.reconstruct
+    answer = tabs.show
 
     def slow(*values):
         asked.set()
         assert go_on.wait(60)
         return answer(*values)
 
-    monkeypatch.setattr(app, "reconstruct", slow)
+    monkeypatch.setattr(tabs, "show", slow)
     monkeypatch.setattr(app, "_MAX_WAITING", 2)
     with serving(folder / "tokenizer") as (_, client):
         picture = uploaded(folder / "pictures" / "dog" / "5.png")
@@ -410,7 +301,7 @@ def test_more_requests_than_may_wait_are_turned_away(folder, monkeypatch):
 
 
 @PAGE
-@pytest.mark.parametrize("number", [16, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [10, pytest.param(500, marks=pytest.mark.slow)])
 def test_many_at_once_get_the_answers_that_one_alone_gets(served, folder, number):
     page, client = served
     files = [uploaded(path) for path in sorted((folder / "pictures").rglob("*.png"))[::4]]
@@ -422,10 +313,11 @@ def test_many_at_once_get_the_answers_that_one_alone_gets(served, folder, number
     def answer(asking, ask):
         values, tab = ask
         shown = asking.predict(*values, api_name=tab)
-        pictures = [each["image"] if isinstance(each, dict) else each for each in shown]
-        words = [each["caption"] for each in shown if isinstance(each, dict)]
         if tab == "/reconstruct":
-            words.append(pictures.pop())
+            return [pixels(path) for path in shown[:4]], shown[4:6]
+        shown = [each for shelf in shown for each in (shelf if tab == "/sample" else [shelf])]
+        pictures = [each["image"] for each in shown]
+        words = [each["caption"] for each in shown]
         return [pixels(path) for path in pictures], words
 
     alone = [answer(client, ask) for ask in asks]
@@ -452,7 +344,7 @@ def test_sliders_offer_what_is_legal(served):
     }
     # Two layers leave at least 4 of 16 tokens; there are eight pictures.
     assert (sliders["tokens"], sliders["neighbours"]) == ((4, 16), (1, 8))
-    (classes,) = (block for block in components if type(block).__name__ == "Dropdown")
+    classes, _ = (block for block in components if type(block).__name__ == "Dropdown")
     assert [name for name, _ in classes.choices] == ["all in turn", "cat", "dog"]
 
 
@@ -460,21 +352,51 @@ def test_sliders_offer_what_is_legal(served):
 def test_the_page_of_the_package_has_every_tab_and_knows_its_digits(tmp_path):
     pytest.importorskip("sklearn")
     open_images("digits").read(0).save(tmp_path / "digit.png")
-    with serving("digits32", generator="digits32_ar", data="digits") as (_, client):
+    with serving("digits32", generator=("digits32_ar",), data="digits") as (_, client):
         found = client.predict(uploaded(tmp_path / "digit.png"), 8, api_name="/neighbours")
         assert found[0]["caption"] == "0 1.000"
         assert {entry["caption"].split()[0] for entry in found} == {"0"}
-        *_, text = client.predict(uploaded(tmp_path / "digit.png"), 20, api_name="/reconstruct")
-        assert text.startswith("20 of 64 tokens")
+        shown = client.predict(uploaded(tmp_path / "digit.png"), 20, api_name="/reconstruct")
+        assert shown[5].startswith("20 of 64 tokens")
         assert len(client.predict("3", 2, 1, 0, api_name="/sample")) == 1
 
 
 @PAGE
 def test_without_a_model_the_page_has_those_of_the_package(tmp_path):
     pytest.importorskip("gradio", reason="the web page needs the demo extra")
-    page = app.build_page(None, generator=None, data=None, device="cpu", folder=tmp_path)
-    tabs = [block.label for block in page.blocks.values() if type(block).__name__ == "Tab"]
-    assert tabs == ["Reconstruct", "Sample"]
+    page = app.build_page(None, device="cpu", folder=tmp_path)
+    names = [block.label for block in page.blocks.values() if type(block).__name__ == "Tab"]
+    assert names == ["Tokens", "Generate", "Edit", "Compare"]
+
+
+def test_a_model_says_what_it_has_seen(folder, tmp_path):
+    assert app.seen(bundled_model("digits32")) == "Tokenizer of handwritten digits, 32 pixels"
+    assert app.seen(folder / "tokenizer") == "trained on pictures that its record does not name"
+    place = tmp_path / "model"
+    shutil.copytree(folder / "tokenizer", place)
+    record = json.loads((place / "config.json").read_text())
+    record["extra"] = {"made_from": {"num_images": 1797, "class_names": ["a", "b"]}}
+    (place / "config.json").write_text(json.dumps(record))
+    assert app.seen(place) == "trained on 1,797 images of 2 classes"
+    # A stranger's card must be words, not a picture from elsewhere.
+    (place / "README.md").write_text("# Cats ![x](http://elsewhere.org/x.png) <b>\nmore\n")
+    assert app.seen(place) == "Cats x(http:elsewhere.orgx.png) b"
+
+
+@PAGE
+def test_a_tab_says_which_generator_it_needs(folder, tmp_path):
+    pytest.importorskip("gradio", reason="the web page needs the demo extra")
+    page = app.build_page(
+        folder / "tokenizer",
+        generator=(folder / "merge",),
+        compare="digits32",
+        device="cpu",
+        folder=tmp_path,
+    )
+    said = [block.value for block in page.blocks.values() if type(block).__name__ == "Markdown"]
+    assert any("by a generator of order `random`" in f"{text}" for text in said)
+    labels = [getattr(block, "label", None) for block in page.blocks.values()]
+    assert "tokens on the right, of the model to compare with" in labels
 
 
 def test_a_port_that_cannot_be_had_is_said_before_anything_is_loaded(folder):
@@ -482,12 +404,12 @@ def test_a_port_that_cannot_be_had_is_said_before_anything_is_loaded(folder):
         port = taken.getsockname()[1]
         with (
             pytest.raises(ValueError, match=rf"port \({port}\) cannot be had \(.*\); try another"),
-            app.serve(folder / "no such", generator=None, data=None, device="cpu", port=port),
+            app.serve(folder / "no such", device="cpu", port=port),
         ):
             pass
     with (
         pytest.raises(ValueError, match=r"port \(65536\) must be between 1 and 65535"),
-        app.serve(None, generator=None, data=None, device="cpu", port=65536),
+        app.serve(None, device="cpu", port=65536),
     ):
         pass
 

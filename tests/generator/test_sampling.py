@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from mergevq.config.generator import OneByOne, SamplingSettings
+from mergevq.config.generator import OneByOne, SamplingSettings, Several
 from mergevq.generator.sampling import (
     arccos_schedule,
     draw,
     guidance_scales,
     image_seed,
     pick,
+    sample_in_steps,
 )
 from mergevq.generator.seams import Sequences
-from tests.support.generators import ORDERS, tiny_batch, tiny_generator
+from tests.support.generators import KINDS, ORDERS, tiny_batch, tiny_generator
 from tests.support.sampling import inpainted, run
 
 GREEDY = SamplingSettings(temperature=0.0)
@@ -212,3 +213,56 @@ def test_a_step_is_one_graph(order):
 def test_settings_that_are_no_distribution_are_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         SamplingSettings(**changes)
+
+
+# ------------------------------------------------------------------------------ step by step
+
+
+def in_steps(model, settings, every):
+    return sample_in_steps(
+        model,
+        labels=torch.tensor([0, 1, 2]),
+        num_kept=5,
+        seed=4,
+        image_ids=range(3),
+        settings=settings,
+        every=every,
+    )
+
+
+@pytest.mark.parametrize("order", KINDS)
+def test_looking_at_every_step_changes_no_token(order):
+    model = tiny_generator(order)
+    settings = GUIDED
+    if model.config.order.in_parallel:
+        settings = replace(GUIDED, passes=Several(num_steps=3))
+    whole = run(model, [0, 1, 2], settings, seed=4)
+    parts = list(in_steps(model, settings, 1))
+    assert [part.share for part in parts] == pytest.approx(
+        [(step + 1) / len(parts) for step in range(len(parts))]
+    )
+    before = torch.zeros(3, 0)
+    for part in parts:
+        known, indices = part.known, part.sampled.indices
+        assert known.shape == indices.shape
+        # What is decoded stays, there is more of it in every step, and it is that of the end.
+        assert known[:, : before.shape[1]][before.bool()].all()
+        assert torch.equal(indices[known], whole.indices[:, : indices.shape[1]][known])
+        counts = known.sum(1)
+        assert (counts > before.sum(1)).all()
+        assert (counts == counts[0]).all()
+        before = known
+    assert before.all()
+    last = parts[-1].sampled
+    for name in ("indices", "source_index", "anchors"):
+        one, other = getattr(last, name), getattr(whole, name)
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)
+
+
+def test_a_look_is_taken_after_every_so_many_steps_and_the_last():
+    model = tiny_generator("raster")
+    shares = [part.share for part in in_steps(model, GREEDY, 5)]
+    assert shares == pytest.approx([5 / 12, 10 / 12, 1])
+    with pytest.raises(ValueError, match=r"every \(0\) must be at least 1"):
+        next(in_steps(model, GREEDY, 0))

@@ -15,7 +15,7 @@ from mergevq.config.parts import Fsq, GroupedLfq, MaskTokens, Pool, Queries
 from mergevq.data.prepare import to_tensor
 from mergevq.metrics.image import psnr
 from mergevq.metrics.lpips import Perceptual
-from mergevq.tokenizer.codec import decode_image, encode_image
+from mergevq.tokenizer.codec import decode_image, embed_image, encode_image
 from mergevq.tokenizer.compressed import (
     MAGIC,
     Compressed,
@@ -138,6 +138,13 @@ def test_tokens_in_parts_pass(quantizer, sizes):
     tokens = encode_image(tokenizer, picture(), size_policy="tile")
     result = decompress_image(codec, compress_image(codec, picture()).data)
     assert pixels(result) == pixels(decode_image(tokenizer, tokens))
+
+
+def test_a_picture_after_the_stem_gives_the_same_file(codec):
+    embedded = embed_image(codec.tokenizer, picture(20, 16), size_policy="resize")
+    quality = Quality(num_kept=12)
+    whole = compress_image(codec, picture(20, 16), quality=quality, size_policy="resize")
+    assert compress_image(codec, embedded, quality=quality).data == whole.data
 
 
 def test_the_same_bytes_come_out_again(codec):

@@ -233,6 +233,11 @@ class SlotsDecoder:
         """Tokens in canonical order; zeros where none is decoded yet."""
         return self.tokens
 
+    def known(self) -> Bool[Tensor, "b t"]:
+        """The slots that came first."""
+        slots = self.slots[: len(self.tokens), : self.done]
+        return torch.zeros_like(self.tokens[..., 0], dtype=torch.bool).scatter(1, slots, value=True)
+
     @torch.inference_mode()
     def seek(self, step: int, history: Int64[Tensor, "b t p"] | None = None) -> None:
         """Take the tokens before a step as decoded, and but for those of the last as put in."""
