@@ -12,6 +12,7 @@ Shape letters: B batch, L grid tokens, K kept tokens, C channels, D bits, H and 
 """
 
 import math
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -27,6 +28,7 @@ from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.data.layouts import Bits, Layout, Source, require_source, source_bits, unmerge
 from mergevq.data.prepare import Pictures, to_batch
 from mergevq.nn.finite import require_finite
+from mergevq.report.publication import Facts, upload, write_publication
 from mergevq.runtime.artefacts import build_for, load_model, resolve, save_model
 from mergevq.runtime.device import autocast, lay_out, resolve_precision
 from mergevq.runtime.settings import from_json
@@ -149,6 +151,25 @@ class Tokenizer(nn.Module):
     def save_pretrained(self, path: str | Path) -> None:
         """Write `model.safetensors` and `config.json` into a directory."""
         save_model(Path(path), self.state_dict(), self.config, kind="tokenizer")
+
+    def push_to_hub(self, name: str, facts: Facts) -> str:
+        """Publish on Hugging Face, with a card; `mergevq publish` does it for a directory.
+
+        Args:
+            name: `owner/name`.
+            facts: licence of the weights, and what else the card is made from.
+
+        Returns:
+            `owner/name@commit`, which `from_pretrained` takes.
+
+        Raises:
+            ValueError: no such name or licence, or an evaluation of another model.
+            RuntimeError: the `hub` extra is not installed.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder, "model"))
+            written = write_publication(Path(folder, "model"), name, facts, Path(folder, "card"))
+            return upload(written, name)
 
     def set_checkpointing(self, *, enabled: bool) -> None:
         """Trade time for memory in training: recompute activations in the backward pass."""
