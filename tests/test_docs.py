@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mergevq.cli.completion import candidates
+from mergevq.cli.about import candidates
 from mergevq.cli.main import COMMANDS, GROUPS
 from mergevq.config.generator import GENERATOR_SIZES
 from mergevq.config.kinds import unions

@@ -61,7 +61,7 @@ class Reconstruction(NamedTuple):
 class Tokenizer(nn.Module):
     """Images to discrete tokens and back.
 
-    Example:
+    Examples:
         >>> from mergevq.config.parts import CnnDecoder, CnnStem, Merge
         >>> from mergevq.config.tokenizer import TokenizerConfig
         >>> config = TokenizerConfig(
