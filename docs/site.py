@@ -17,7 +17,8 @@ TOP = ("CHANGELOG", "CONTRIBUTING", "SECURITY", "THIRD_PARTY")
 def on_files(files: Files, config: Any) -> Files:
     """Add pages to those of docs/."""
     pages = {f"{name.lower()}.md": (ROOT / f"{name}.md").read_text("utf-8") for name in TOP}
-    for path in (ROOT / "examples").glob("*.py"):
+    notebooks = [path for path in (ROOT / "examples").glob("*.py") if "# %%" in path.read_text("utf-8")]
+    for path in notebooks:
         pages[f"examples/{path.stem}.md"] = of_example(path)
     for room in (path for path in (ROOT / "mergevq").iterdir() if (path / "__init__.py").is_file()):
         pages[f"reference/{room.name}.md"] = of_room(room)

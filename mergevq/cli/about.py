@@ -15,11 +15,12 @@ import typing
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from mergevq.cli.errors import options_of_command, options_of_settings
+from mergevq.cli.options import MAY_BE_EMPTY
 from mergevq.cli.tables import print_table
 from mergevq.cli.train import train
 from mergevq.config.base import BUNDLED_GENERATOR, BUNDLED_TOKENIZER, nearest
@@ -122,7 +123,7 @@ def publish(
     licence: str,
     run: Path | None = None,
     evaluation: Path | None = None,
-    pictures: tuple[Path, ...] = (),
+    pictures: Annotated[tuple[Path, ...], MAY_BE_EMPTY] = (),
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False,
     out: Path = Path("published"),
 ) -> None:

@@ -35,7 +35,7 @@ class Facts:
     """Everything that a card is made from, beside the model."""
 
     licence: str
-    """Of the weights, as the hub names licences: `apache-2.0`."""
+    """Licence of the weights, as the hub names licences: `apache-2.0`."""
     run: Path | None = None
     """Directory of the training, or its `run.json`; None is the one around the model, if any."""
     evaluation: Path | None = None
