@@ -17,7 +17,9 @@ TOP = ("CHANGELOG", "CONTRIBUTING", "SECURITY", "THIRD_PARTY")
 def on_files(files: Files, config: Any) -> Files:
     """Add pages to those of docs/."""
     pages = {f"{name.lower()}.md": (ROOT / f"{name}.md").read_text("utf-8") for name in TOP}
-    notebooks = [path for path in (ROOT / "examples").glob("*.py") if "# %%" in path.read_text("utf-8")]
+    notebooks = [
+        path for path in (ROOT / "examples").glob("*.py") if "# %%" in path.read_text("utf-8")
+    ]
     for path in notebooks:
         pages[f"examples/{path.stem}.md"] = of_example(path)
     for room in (path for path in (ROOT / "mergevq").iterdir() if (path / "__init__.py").is_file()):
