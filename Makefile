@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: help quickstart test slow check ledger bench-check fix
+.PHONY: help quickstart test slow check ledger bench-check docs fix
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ ledger: .venv/installed-dev  ## losses of every recipe equal those of BASE, by d
 
 bench-check: .venv/installed-dev  ## ratios to plain definitions are not much below those of docs/results/ratios.json
 	$(BIN)/python -m benchmarks.ratios --check
+
+docs: .venv/installed-docs  ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
 
 fix: .venv/installed-dev  ## format, and repair what the linter can
 	$(BIN)/ruff check --fix

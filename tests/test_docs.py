@@ -3,6 +3,7 @@
 import ast
 import importlib
 import re
+import shlex
 import textwrap
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mergevq.cli.about import candidates
 from mergevq.cli.main import COMMANDS, GROUPS
 from mergevq.config.generator import GENERATOR_SIZES
 from mergevq.config.kinds import unions
@@ -212,3 +214,63 @@ def test_commands_for_jobs_exist():
         assert name in COMMANDS or rest[0] in GROUPS[name], name
         if name == "train":
             assert rest[0] in {*RECIPES, "RECIPE"}
+
+
+# ------------------------------------------------------------------- pages, links and code blocks
+
+
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *PACKAGE.rglob("*.md"))
+)
+
+
+def anchors(path):
+    """Names of the headings of a page, as links have them."""
+    text = re.sub(r"(?s)```.*?```", "", path.read_text(encoding="utf-8"))
+    headings = re.findall(r"(?m)^#+ (.+)$", text)
+    return {re.sub(r"[^\w\- ]", "", each).strip().lower().replace(" ", "-") for each in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings_that_are_there(page):
+    text = re.sub(r"(?s)```.*?```|`[^`]*`", "", (ROOT / page).read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, heading = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.exists(), target
+        assert not heading or heading in anchors(path), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_of_python_parse(page):
+    for block in re.findall(r"(?s)```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8")):
+        ast.parse(textwrap.dedent(block))
+
+
+def commands(page):
+    """Command lines of a page, in blocks and in tables, as words after `mergevq`."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = "\n".join(re.findall(r"(?s)```bash\n(.*?)```", text))
+    lines = re.sub(r"\\\n", " ", blocks).splitlines()
+    lines += re.findall(r"`(mergevq [^`]+? --[^`]+)`", re.sub(r"(?s)```.*?```", "", text))
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if "mergevq" in words:
+            yield words[words.index("mergevq") + 1 :]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_have_options_that_are_there(page):
+    for words in commands(page):
+        assert words[0] in COMMANDS or words[1] in GROUPS[words[0]], words
+        # Of the guide, `ternary` is the part that a reader adds.
+        if (words[0] == "train" and words[1] not in RECIPES) or "ternary" in words:
+            continue
+        known = {name[2:] for name in candidates([*words, "--"], COMMANDS, GROUPS)}
+        for word in words:
+            if word.startswith("--"):
+                name = word[2:].partition("=")[0]
+                assert {name, re.sub(r"(^|\.)no-", r"\1", name)} & known, (page, word)

@@ -42,6 +42,7 @@ def test_extras_are_the_documented_ones():
         "data",
         "eval",
         "export",
+        "docs",
         "teacher",
         "hub",
         "demo",

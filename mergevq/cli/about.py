@@ -1,7 +1,7 @@
-"""Commands about the installation: `mergevq parts`, `models` and `doctor`.
+"""Commands about models and the installation: `mergevq parts`, `models`, `publish` and `doctor`.
 
 As in `mergevq.cli.main`, a signature is the options and a docstring is the help; torch is imported
-by `doctor` alone.
+by `publish` and `doctor` alone.
 """
 
 import ast
@@ -14,11 +14,13 @@ import textwrap
 import typing
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from mergevq.cli.errors import options_of_command, options_of_settings
+from mergevq.cli.options import MAY_BE_EMPTY
 from mergevq.cli.tables import print_table
 from mergevq.cli.train import train
 from mergevq.config.base import BUNDLED_GENERATOR, BUNDLED_TOKENIZER, nearest
@@ -112,6 +114,40 @@ def models() -> None:
         print(f"{chosen} {each.name:<{width}}  {size:>8}  {each.summary}")
     print("\n* taken where a command names no model. Cards with data, licence and numbers:")
     print(found[0].directory.parent)
+
+
+def publish(
+    model: tyro.conf.Positional[str],
+    name: tyro.conf.Positional[str],
+    *,
+    licence: str,
+    run: Path | None = None,
+    evaluation: Path | None = None,
+    pictures: Annotated[tuple[Path, ...], MAY_BE_EMPTY] = (),
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False,
+    out: Path = Path("published"),
+) -> None:
+    """Put a model on Hugging Face, with a card made from its run.
+
+    Writes weights, settings, card and pictures into OUT first. Places on this machine stay out of
+    all of them.
+
+    Args:
+        model: directory of a tokenizer or generator.
+        name: owner/name on Hugging Face.
+        licence: of the weights, as the hub names licences: apache-2.0, cc-by-nc-4.0, other.
+        run: directory of the training; none is the one that the model lies in, if any.
+        evaluation: evaluation.json of this model, whose numbers the card gets.
+        pictures: image files to show on the card.
+        dry_run: upload nothing.
+        out: folder to write.
+    """
+    from mergevq.report.publication import Facts, upload, write_publication
+
+    facts = Facts(licence=licence, run=run, evaluation=evaluation, pictures=pictures)
+    print(f"{write_publication(model, name, facts, out)}: model and card")
+    if not dry_run:
+        print(f"published: {upload(out, name)}")
 
 
 def _place(union: Union) -> str:

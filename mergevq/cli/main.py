@@ -22,7 +22,7 @@ from mergevq.cli import evaluate as cli_evaluate
 from mergevq.cli import export as cli_export
 from mergevq.cli import probe as cli_probe
 from mergevq.cli import train as cli_source
-from mergevq.cli.about import COMPLETE, candidates, completion, doctor, models, parts
+from mergevq.cli.about import COMPLETE, candidates, completion, doctor, models, parts, publish
 from mergevq.cli.compress import compress, decompress
 from mergevq.cli.errors import command_line, options_of_command, options_of_settings, problem
 from mergevq.cli.errors import speaks_for_itself as _speaks_for_itself
@@ -184,6 +184,7 @@ COMMANDS: dict[str, Callable[..., object]] = {
         train,
         recipes,
         models,
+        publish,
         parts,
         reconstruct,
         compress,
@@ -209,6 +210,7 @@ ALONE: set[Callable[..., object]] = {
     compress,
     decompress,
     sample,
+    publish,
     cli_evaluate.selftest,
     *cli_probe.COMMANDS.values(),
     *cli_export.COMMANDS.values(),

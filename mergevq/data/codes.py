@@ -26,7 +26,7 @@ class CodeSpec:
     A token has P parts, each one of `sizes[p]` values. Where all of them together are below 2**63
     they are also one index, whose lowest digit is part 0.
 
-    Example:
+    Examples:
         >>> spec = CodeSpec(sizes=(8, 5), dim=2)
         >>> spec.join(torch.tensor([[3, 4]])), spec.split(torch.tensor([35]))
         (tensor([35]), tensor([[3, 4]]))

@@ -160,7 +160,7 @@ def require_source(layout: Layout, purpose: str) -> Source:
 def source_bits(num_tokens: int, num_kept: int) -> float:
     """Log2 of the Stirling number of the second kind S(num_tokens, num_kept).
 
-    Example:
+    Examples:
         Three cells onto two tokens: 0 0 1, 0 1 0 and 0 1 1.
 
         >>> round(2 ** source_bits(3, 2))

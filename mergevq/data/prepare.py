@@ -12,6 +12,7 @@ Shape letters: B batch, S image side.
 import io
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -220,6 +221,122 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
 
 
 # Preparation
+
+
+Pictures = (
+    Float[Tensor, "b 3 h w"]
+    | Float[Tensor, "3 h w"]
+    | Float[np.ndarray, "b 3 h w"]
+    | Float[np.ndarray, "3 h w"]
+    | UInt8[np.ndarray, "b h w 3"]
+    | UInt8[np.ndarray, "h w 3"]
+    | Image.Image
+    | Sequence[Image.Image]
+)
+"""Forms of images that `to_batch` takes."""
+_OVERSHOOT = 0.05
+"""Distance beyond [-1, 1] that is let through: a resize may overshoot slightly."""
+
+
+def to_batch(image: Pictures, like: Tensor) -> Float[Tensor, "b 3 h w"]:
+    """The one conversion of pictures, arrays and tensors to what a model takes.
+
+    - A PIL image of any mode, or several of one size: `to_rgb`, then 0..255 to [-1, 1].
+    - A uint8 array (h, w, 3) or (b, h, w, 3), 0..255: to [-1, 1].
+    - A floating-point array or tensor (3, h, w) or (b, 3, h, w), in [-1, 1] already: as it is.
+
+    Sizes stay as they are. A tensor is not copied, cast or moved.
+
+    Args:
+        image: see above.
+        like: a tensor whose type and device pictures and arrays get.
+
+    Raises:
+        ValueError: another kind, dtype, rank, number of channels or range.
+    """
+    if isinstance(image, Sequence) and not isinstance(image, str | bytes):
+        image = _stacked(image).to(like)
+    elif isinstance(image, Image.Image):
+        image = to_tensor(to_rgb(image)).to(like)
+    elif isinstance(image, np.ndarray):
+        image = _from_array(image).to(like)
+    if not isinstance(image, Tensor):
+        raise ValueError(
+            f"image is {type(image).__name__} and must be a PIL image or several, a uint8 array "
+            "(h, w, 3), or a float array or tensor (b, 3, h, w); for a file use load_picture"
+        )
+    return _checked(image[None] if image.ndim == 3 else image)
+
+
+def _stacked(images: Sequence[Image.Image]) -> Float[Tensor, "b 3 h w"]:
+    """Pictures of one size, one after the other.
+
+    Raises:
+        ValueError: there are none, something else is among them, or sizes differ.
+    """
+    others = [type(each).__name__ for each in images if not isinstance(each, Image.Image)]
+    if others or not images:
+        raise ValueError(
+            f"image is a sequence of {len(images)}, with {others[0] if others else 'nothing'} in "
+            "it, and must be of 1 or more PIL images; stack arrays and tensors to one"
+        )
+    sizes = list(dict.fromkeys(each.size for each in images))
+    if len(sizes) > 1:
+        (width, height), (other_width, other_height) = sizes[:2]
+        raise ValueError(
+            f"pictures of a batch must have one size, and there are {width} x {height} and "
+            f"{other_width} x {other_height}; crop_square makes them equal"
+        )
+    return torch.stack([to_tensor(to_rgb(each)) for each in images])
+
+
+def _from_array(array: np.ndarray) -> Float[Tensor, "*b 3 h w"]:
+    """An array as a tensor, bytes in [-1, 1].
+
+    Raises:
+        ValueError: another dtype, or bytes of another shape.
+    """
+    if array.dtype != np.uint8:
+        if not np.issubdtype(array.dtype, np.floating):
+            raise ValueError(
+                f"image has dtype {array.dtype} and must be uint8 in 0..255 or floating point in "
+                "[-1, 1]; of 8-bit values make image.astype(numpy.uint8)"
+            )
+        # A copy: torch has no negative strides, and warns of memory that is not to be written.
+        return torch.from_numpy(np.array(array))
+    if array.ndim not in (3, 4) or array.shape[-1] != 3:
+        raise ValueError(
+            f"image of bytes has shape {array.shape} and must be (h, w, 3) or (b, h, w, 3); grey "
+            "or transparent ones go through PIL.Image.fromarray"
+        )
+    return to_float(torch.from_numpy(np.array(array)).movedim(-1, -3))
+
+
+def _checked(image: Tensor) -> Float[Tensor, "b 3 h w"]:
+    """A batch as it is; a ValueError unless it is floating point, of 3 channels, in [-1, 1]."""
+    if not image.is_floating_point():
+        raise ValueError(
+            f"image has dtype {image.dtype} and must be floating point in [-1, 1]; "
+            "for bytes in 0..255 use image / 127.5 - 1"
+        )
+    if image.ndim != 4:
+        raise ValueError(
+            f"image has {image.ndim} dimensions and must have 4 (b, 3, h, w) or 3 (3, h, w)"
+        )
+    if image.shape[1] != 3:
+        raise ValueError(
+            f"image has shape {tuple(image.shape)} and must have 3 channels in the second place "
+            "(b, 3, h, w); with channels last use image.movedim(-1, -3)"
+        )
+    if torch.compiler.is_compiling() or image.numel() == 0:
+        return image
+    low, high = (float(value) for value in image.aminmax())
+    if not (low >= -1 - _OVERSHOOT and high <= 1 + _OVERSHOOT):
+        raise ValueError(
+            f"image values ({low:.4g} to {high:.4g}) must be finite and between -1 and 1; "
+            "for values in 0..1 use 2 * image - 1, for bytes image / 127.5 - 1"
+        )
+    return image
 
 
 def to_float(pixels: UInt8[Tensor, "*b 3 h w"]) -> Float[Tensor, "*b 3 h w"]:

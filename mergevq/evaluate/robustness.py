@@ -299,7 +299,7 @@ def require_bits(tokenizer: Tokenizer) -> int:
 def default_radii(num_bits: int) -> list[int]:
     """Radii of the paper's three balls; several may be one, and count as often in the mean.
 
-    Example:
+    Examples:
         >>> default_radii(18), default_radii(12)
         ([6, 6, 6], [3, 3, 4])
     """

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from mergevq.config.generator import GeneratorConfig, SamplingSettings
-from mergevq.generator.network import Network
+from mergevq.generator.network import Network, described
 from mergevq.generator.sampling import draw, run
 from mergevq.generator.seams import (
     Decoder,
@@ -50,6 +50,10 @@ class Autoregressive(nn.Module):
         self.order = order
         self.network = network
         self.reset_parameters()
+
+    def __repr__(self) -> str:
+        """Order, tokens and parameters in a few lines, not the tree of modules."""
+        return described(self, self.config)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

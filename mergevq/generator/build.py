@@ -55,16 +55,20 @@ def build_head(config: GeneratorConfig) -> Head:
     return Subindices(config)
 
 
-def load_generator(path: str | Path) -> AnyGenerator:
+def load_generator(path: str | Path, *, revision: str | None = None) -> AnyGenerator:
     """Load from a directory that `save_generator` or training wrote, or from the hub.
 
     A directory never touches the network; on the hub, a model is `owner/name@revision`. The
     generator comes back in evaluation mode.
 
+    Args:
+        path: the directory, the name of a model of the package, or the name on the hub.
+        revision: commit, tag or branch of a model on the hub, where the name has none.
+
     Raises:
         ValueError: the artefact is of another kind or format, or its weights do not fit.
     """
-    return saved_generator(load_model(resolve(path), kind="generator"))
+    return saved_generator(load_model(resolve(path, revision), kind="generator"))
 
 
 def saved_generator(saved: SavedModel) -> AnyGenerator:

@@ -36,7 +36,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from mergevq.config.generator import GeneratorConfig, Masked, SamplingSettings, Several
-from mergevq.generator.network import INITIAL_STD, Network, fill, make_block
+from mergevq.generator.network import INITIAL_STD, Network, described, fill, make_block
 from mergevq.generator.sampling import (
     arccos_schedule,
     draw,
@@ -115,6 +115,10 @@ class Nat(nn.Module):
             self.carry_norm = RmsNorm(config.dim)
             self.carry = SwiGlu(config.dim, config.hidden_dim)
         self.reset_parameters()
+
+    def __repr__(self) -> str:
+        """Order, tokens and parameters in a few lines, not the tree of modules."""
+        return described(self, self.config)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

@@ -15,6 +15,7 @@ R and S each B or 1 (states of a head: R is 2B with guidance, conditional ones f
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -312,6 +313,25 @@ class Network(nn.Module):
         if all(scale == 1 for scale in scales):
             return labels
         return torch.cat([labels, torch.full_like(labels, self.config.null_class)])
+
+
+def described(generator: nn.Module, config: GeneratorConfig) -> str:
+    """Order, tokens, size and parameters of a generator in a few lines, for its `repr`."""
+    rows, columns = config.grid_size
+    kept = config.kept_candidates or (config.num_kept,)
+    weights = list(generator.parameters())
+    parts = zip(config.part_names, config.part_sizes, strict=True)
+    lines = (
+        f"order {config.order.kind}, grid of {rows} x {columns}",
+        f"K {config.num_kept}, trained on {', '.join(map(str, kept))}",
+        f"tokens of {config.num_codes:,} values, {math.log2(config.num_codes):g} bits, as "
+        + ", ".join(f"{name} of {size}" for name, size in parts),
+        f"{config.num_classes} classes",
+        f"{config.num_layers} blocks of width {config.dim}",
+        f"{sum(each.numel() for each in weights):,} parameters, "
+        f"{str(weights[0].dtype).removeprefix('torch.')} on {weights[0].device}",
+    )
+    return "\n  ".join([f"{type(generator).__name__}(", *lines]) + "\n)"
 
 
 def make_block(config: GeneratorConfig) -> Block:

@@ -265,7 +265,7 @@ def compare_states(
         raise ValueError("\n".join([f"the saved weights do not fit {name}:", *lines]))
 
 
-def resolve(path_or_id: str | Path) -> Path:
+def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
     """The local directory of a model given by path, by name or by Hugging Face id.
 
     The directory of a model is used as it is, without touching the network. Without one, a name of
@@ -273,10 +273,18 @@ def resolve(path_or_id: str | Path) -> Path:
     `owner/name@revision`, so that a mistyped path is never asked for on the hub, and a model that
     is changed there is not fetched unseen.
 
+    Args:
+        path_or_id: see above.
+        revision: of an id that has none in it; then only the hub is meant, whatever lies here.
+
     Raises:
-        ValueError: neither a directory nor a name nor an id.
+        ValueError: neither a directory nor a name nor an id; or a revision of something that has
+            none, or has another.
         RuntimeError: an id, and the `hub` extra is not installed.
     """
+    if revision is not None:
+        model = _with_revision(str(path_or_id), revision)
+        return _fetched(model, f"fetching {model.name} from Hugging Face")
     path = readable(Path(path_or_id))
     if (path / CONFIG).is_file():
         return path
@@ -292,11 +300,17 @@ def resolve(path_or_id: str | Path) -> Path:
             f"{CONFIG}), the name of one that comes with the package "
             f"({bundled_names(str(path_or_id))}), or {HUB_FORM}"
         )
-    purpose = f"no directory {path.absolute()}, and fetching {path_or_id} from Hugging Face"
+    return _fetched(
+        known, f"no directory {path.absolute()}, and fetching {path_or_id} from Hugging Face"
+    )
+
+
+def _fetched(model: "HubId", purpose: str) -> Path:
+    """Where the two files of a model on the hub are, after they were fetched."""
     with needing("hub", purpose):
         from huggingface_hub import snapshot_download
     return Path(
-        snapshot_download(known.name, revision=known.revision, allow_patterns=[WEIGHTS, CONFIG])
+        snapshot_download(model.name, revision=model.revision, allow_patterns=[WEIGHTS, CONFIG])
     )
 
 
@@ -313,6 +327,21 @@ def hub_id(text: str | Path) -> HubId | None:
     """The model that `owner/name@revision` stands for; None for anything else."""
     match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)@(\w[\w./-]*)", str(text))
     return None if match is None else HubId(match[1], match[2])
+
+
+def _with_revision(name: str, revision: str) -> HubId:
+    """The model on the hub that a name without a revision and a revision stand for.
+
+    Raises:
+        ValueError: the name has a revision, is that of a directory, or the two are no id.
+    """
+    known = hub_id(f"{name}@{revision}")
+    if known is None or Path(name, CONFIG).is_file():
+        raise ValueError(
+            f"revision ({revision}) is of a model on Hugging Face, and {name} is none that is "
+            "written owner/name, without a revision of its own; leave one of the two out"
+        )
+    return known
 
 
 def read_record(directory: Path) -> dict[str, Any]:

@@ -233,6 +233,8 @@ def wrap(module: nn.Module) -> nn.Module:
     statistics kept in buffers are reduced where they are made. With one process the module itself.
 
     Every trainable parameter must take part in every backward pass; one that does not is an error.
+    A gradient is rounded by its place among all, which is the same in every step: a resumed run has
+    the bits of one that was not stopped, on any number of ranks.
     """
     if not is_active():
         return module
@@ -243,7 +245,23 @@ def wrap(module: nn.Module) -> nn.Module:
     leave_buffers: dict[str, Any] = {
         "forward_sync_buffers" if renamed else "broadcast_buffers": False
     }
-    return DistributedDataParallel(module, gradient_as_bucket_view=True, **leave_buffers)
+    wrapped = DistributedDataParallel(module, gradient_as_bucket_view=True, **leave_buffers)
+    _settle(wrapped, module)
+    return wrapped
+
+
+def _settle(wrapped: nn.Module, module: nn.Module) -> None:
+    """Let data parallel lay gradients out for good, by a backward pass of zeros.
+
+    It does so after the first pass, in the order in which gradients came. More than two ranks add
+    the parts of a buffer in an order that depends on the place, so the first step of a run, and
+    that of a resumed one, would be rounded otherwise than all others.
+    """
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    module.forward = lambda: torch.stack([each.sum().float() for each in trained]).sum() * 0
+    wrapped().backward()
+    del module.forward
+    module.zero_grad(set_to_none=True)
 
 
 def no_sync(module: nn.Module, *, active: bool) -> AbstractContextManager[None]:

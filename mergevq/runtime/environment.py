@@ -73,6 +73,7 @@ EXTRAS = {
     "codec": ("constriction",),
     "data": ("pyarrow",),
     "demo": ("gradio>=6", "scikit-learn"),
+    "docs": ("mkdocs-material", "mkdocstrings-python"),
     "eval": ("matplotlib",),
     "export": ("onnx", "onnxruntime", "onnxscript"),
     "hub": ("huggingface_hub",),

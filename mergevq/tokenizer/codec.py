@@ -152,10 +152,7 @@ def embed_image(
     picture = _fit(image, tokenizer.config, size_policy)
     layout = _layout(picture, tokenizer.config, size_policy)
     if size_policy == "error":
-        try:
-            tokenizer.grid_shape(torch.empty(1, 3, picture.height, picture.width, device="meta"))
-        except ValueError as error:
-            raise ValueError(f"{error}: size_policy 'resize' or 'tile'") from error
+        tokenizer.grid_shape(torch.empty(1, 3, picture.height, picture.width, device="meta"))
     weight = next(tokenizer.parameters())
     tiles = cut(to_tensor(picture), layout).to(weight.device, weight.dtype)
     with torch.no_grad():

@@ -41,7 +41,7 @@ def radius_of(num_bits: int, num_near: int) -> int:
 
     It is D where no ball is as large.
 
-    Example:
+    Examples:
         >>> radius_of(18, 200), radius_of(12, 200)
         (6, 3)
     """

@@ -12,6 +12,7 @@ Shape letters: B batch, L grid tokens, K kept tokens, C channels, D bits, H and 
 """
 
 import math
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -25,7 +26,9 @@ from torch import Tensor, nn
 from mergevq.config.base import Pool, Precision, RecoverySource, Stage, check_choice
 from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.data.layouts import Bits, Layout, Source, require_source, source_bits, unmerge
+from mergevq.data.prepare import Pictures, to_batch
 from mergevq.nn.finite import require_finite
+from mergevq.report.publication import Facts, upload, write_publication
 from mergevq.runtime.artefacts import build_for, load_model, resolve, save_model
 from mergevq.runtime.device import autocast, lay_out, resolve_precision
 from mergevq.runtime.settings import from_json
@@ -58,7 +61,7 @@ class Reconstruction(NamedTuple):
 class Tokenizer(nn.Module):
     """Images to discrete tokens and back.
 
-    Example:
+    Examples:
         >>> from mergevq.config.parts import CnnDecoder, CnnStem, Merge
         >>> from mergevq.config.tokenizer import TokenizerConfig
         >>> config = TokenizerConfig(
@@ -86,11 +89,29 @@ class Tokenizer(nn.Module):
         self.decoder = build_decoder(config, dim, style_dim)
         self.expander = build_expander(config)
 
+    def __repr__(self) -> str:
+        """Size, tokens, bits and parameters in a few lines, not the tree of modules."""
+        config, weight = self.config, self.encoder.class_token
+        side, cells = config.image_size, config.grid_size
+        trained = "" if config.kept_range is None else f", trained on {config.kept_range}"
+        parts = ("stem", "reducer", "quantizer", "expander", "decoder")
+        lines = (
+            f"{side} x {side} pixels, {cells} x {cells} cells of {config.patch_size} pixels",
+            f"K {config.num_kept} of {config.num_tokens}{trained}",
+            f"{self.quantizer.spec.bits:g} bits a token, "
+            f"{self.bits(config.num_kept).total:.0f} an image with its layout",
+            ", ".join(f"{name} {getattr(config, name).kind}" for name in parts),
+            f"{sum(each.numel() for each in self.parameters()):,} parameters, "
+            f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}",
+        )
+        return "\n  ".join(["Tokenizer(", *lines]) + "\n)"
+
     @classmethod
     def from_pretrained(
         cls,
         path: str | Path,
         *,
+        revision: str | None = None,
         precision: Precision = "auto",
         device: torch.device | str = "cpu",
     ) -> "Tokenizer":
@@ -100,7 +121,8 @@ class Tokenizer(nn.Module):
         The tokenizer comes back in evaluation mode.
 
         Args:
-            path: the directory, or the name on the hub.
+            path: the directory, the name of a model of the package, or the name on the hub.
+            revision: commit, tag or branch of a model on the hub, where the name has none.
             precision: of the calls. `auto` is bf16 where the device gains from it: a sign of a
                 latent near 0 may then differ from float32's, and with it an index.
             device: where to compute.
@@ -110,7 +132,7 @@ class Tokenizer(nn.Module):
                 is no such precision.
         """
         dtype = resolve_precision(precision, torch.device(device))
-        saved = load_model(resolve(path), kind="tokenizer")
+        saved = load_model(resolve(path, revision), kind="tokenizer")
         config = from_json(TokenizerConfig, saved.record["config"])
         tokenizer = cls.from_weights(config, saved.state).eval()
         tokenizer.precision = precision
@@ -129,6 +151,25 @@ class Tokenizer(nn.Module):
     def save_pretrained(self, path: str | Path) -> None:
         """Write `model.safetensors` and `config.json` into a directory."""
         save_model(Path(path), self.state_dict(), self.config, kind="tokenizer")
+
+    def push_to_hub(self, name: str, facts: Facts) -> str:
+        """Publish on Hugging Face, with a card; `mergevq publish` does it for a directory.
+
+        Args:
+            name: `owner/name`.
+            facts: licence of the weights, and what else the card is made from.
+
+        Returns:
+            `owner/name@commit`, which `from_pretrained` takes.
+
+        Raises:
+            ValueError: no such name or licence, or an evaluation of another model.
+            RuntimeError: the `hub` extra is not installed.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder, "model"))
+            written = write_publication(Path(folder, "model"), name, facts, Path(folder, "card"))
+            return upload(written, name)
 
     def set_checkpointing(self, *, enabled: bool) -> None:
         """Trade time for memory in training: recompute activations in the backward pass."""
@@ -156,29 +197,32 @@ class Tokenizer(nn.Module):
             raise ValueError(
                 f"image size ({height} x {width}) must be multiples of the patch size ({patch}) "
                 f"in both directions, such as {nearest[0]} x {nearest[1]}; trained at "
-                f"{self.config.image_size} x {self.config.image_size}. Resize, crop or tile it"
+                f"{self.config.image_size} x {self.config.image_size}. Resize, crop or tile it: "
+                "mergevq.encode_image does, with size_policy 'resize' or 'tile'"
             )
         return height // patch, width // patch
 
-    def embed(self, image: Float[Tensor, "b 3 h w"]) -> Embedded:
+    def embed(self, image: Pictures) -> Embedded:
         """Run the stem, for `encode` at several K: most of the work of a tokenizer with CNNs.
+
+        Args:
+            image: in any form of `mergevq.data.prepare.to_batch`.
 
         Raises:
             ValueError: wrong type, range or size.
         """
-        self._check_image(image)
+        image = self._batch(image)
         self.grid_shape(image)
         with self._computing():
             return self.encoder.embed(image)
 
-    def encode(
-        self, image: Float[Tensor, "b 3 h w"] | Embedded, num_kept: int | None = None
-    ) -> Encoded:
+    def encode(self, image: Pictures | Embedded, num_kept: int | None = None) -> Encoded:
         """Image to tokens.
 
         Args:
-            image: floating point in [-1, 1], sides multiples of the patch size; or what `embed`
-                gave of it, which gives the same bits.
+            image: a floating-point tensor in [-1, 1], or any other form of
+                `mergevq.data.prepare.to_batch`, such as a PIL image; sides are multiples of the
+                patch size. Or what `embed` gave of it, which gives the same bits.
             num_kept: K, any integer from 1 to L that the layers reach; None is the nominal K, in
                 proportion to the grid when the image is not of the trained size.
 
@@ -189,7 +233,7 @@ class Tokenizer(nn.Module):
         if isinstance(image, Embedded):
             grid_shape = image.grid_shape
         else:
-            self._check_image(image)
+            image = self._batch(image)
             grid_shape = self.grid_shape(image)
         num_kept = self._resolve_num_kept(grid_shape, num_kept)
         with self._computing():
@@ -310,7 +354,7 @@ class Tokenizer(nn.Module):
 
     def reconstruct(
         self,
-        image: Float[Tensor, "b 3 h w"] | Embedded,
+        image: Pictures | Embedded,
         num_kept: int | None = None,
         source: RecoverySource = "given",
     ) -> Reconstruction:
@@ -324,7 +368,7 @@ class Tokenizer(nn.Module):
 
     def features(
         self,
-        image: Float[Tensor, "b 3 h w"],
+        image: Pictures,
         *,
         num_kept: int | None = None,
         layer: int | None = None,
@@ -334,7 +378,7 @@ class Tokenizer(nn.Module):
         """Representation of an image.
 
         Args:
-            image: floating point in [-1, 1].
+            image: as `encode` takes it.
             num_kept: K; not used by `pre_merge`.
             layer: blocks to run, from 0 (the stem) to all; None is all. `latents` and `quantized`
                 take all.
@@ -351,6 +395,7 @@ class Tokenizer(nn.Module):
         check_choice("pool", pool, Pool)
         num_layers = self.num_layers if layer is None else layer
         self._check_stage(stage, num_layers)
+        image = self._batch(image)
         if stage == "pre_merge":
             num_kept = math.prod(self.grid_shape(image))
         return self.pool(self.run_layers(image, num_kept, num_layers), stage, pool)
@@ -361,19 +406,19 @@ class Tokenizer(nn.Module):
         return len(self.encoder.reducer.blocks)
 
     def run_layers(
-        self, image: Float[Tensor, "b 3 h w"], num_kept: int | None = None, layer: int | None = None
+        self, image: Pictures, num_kept: int | None = None, layer: int | None = None
     ) -> TokenSet:
         """The encoder's tokens, from which `pool` makes several features without running it again.
 
         Args:
-            image: floating point in [-1, 1].
+            image: as `encode` takes it.
             num_kept: K; None is the nominal one and L turns merging off.
             layer: blocks to run, from 0 (the stem) to all; None is all.
 
         Raises:
             ValueError: wrong type, range, size or K, or the layer does not exist.
         """
-        self._check_image(image)
+        image = self._batch(image)
         num_layers = self.num_layers if layer is None else layer
         if not 0 <= num_layers <= self.num_layers:
             raise ValueError(
@@ -522,30 +567,6 @@ class Tokenizer(nn.Module):
         """Type of the decoder's weights."""
         return next(self.decoder.parameters()).dtype
 
-    def _check_image(self, image: Tensor) -> None:
-        """Raise `ValueError` unless the image is floating point in [-1, 1]."""
-        if not isinstance(image, Tensor):
-            raise ValueError(
-                f"image is {type(image).__name__} and must be a tensor of shape (b, 3, h, w); for "
-                "a picture use mergevq.tokenizer.codec.encode_image, "
-                "for a file load_picture before it"
-            )
-        if image.ndim != 4:
-            raise ValueError(
-                f"image has {image.ndim} dimensions and must have 4 (b, 3, h, w); "
-                "for a single image use image[None]"
-            )
-        if not image.is_floating_point():
-            raise ValueError(
-                f"image has dtype {image.dtype} and must be floating point in [-1, 1]; "
-                "for bytes in 0..255 use image / 127.5 - 1"
-            )
-        if torch.compiler.is_compiling() or image.numel() == 0:
-            return
-        low, high = (float(value) for value in image.aminmax())
-        # A resize may overshoot slightly; values of 0..255 never pass.
-        if not (low >= -1.05 and high <= 1.05):
-            raise ValueError(
-                f"image values ({low:.4g} to {high:.4g}) must be finite and between -1 and 1; "
-                "for values in 0..1 use 2 * image - 1, for bytes image / 127.5 - 1"
-            )
+    def _batch(self, image: Pictures) -> Float[Tensor, "b 3 h w"]:
+        """Images as the encoder takes them; a ValueError if they are none."""
+        return to_batch(image, like=self.encoder.class_token)

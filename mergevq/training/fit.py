@@ -240,8 +240,23 @@ def put_state(state: State, saved: Mapping[str, Any]) -> None:
     for name, part in parts.items():
         if hasattr(part, "load_state_dict"):
             part.load_state_dict(saved[name])
+            if isinstance(part, torch.optim.Optimizer):
+                _lay_moments_out(part)
         else:
             setattr(state, name, saved[name])
+
+
+def _lay_moments_out(optimizer: torch.optim.Optimizer) -> None:
+    """Give moments the memory layout of their weights, which files do not keep.
+
+    Fused optimizers walk through memory: in another layout, where weights are channels-last, each
+    weight would get the moments of others.
+    """
+    for weight, moments in optimizer.state.items():
+        for name, moment in moments.items():
+            is_like = isinstance(moment, torch.Tensor) and moment.shape == weight.shape
+            if is_like and moment.stride() != weight.stride():
+                moments[name] = torch.empty_like(weight, dtype=moment.dtype).copy_(moment)
 
 
 def load_into(state: State, directory: Path) -> None:

@@ -69,6 +69,10 @@ LIBRARY = {
         "tokenizer.compressed.decompress_image": None,
     },
     "encode": {"tokenizer.encode.encode": STOP},
+    "publish": {
+        "report.publication.write_publication": lambda _, __, ___, out: out,
+        "report.publication.upload": "owner/name@1f2e",
+    },
     "sample": {
         "generator.generation.make_again": lambda _, images: (
             [SimpleNamespace(save=str)] * len(images)
@@ -227,6 +231,7 @@ CALLED = {
 }
 """Settings of the library that are not called as the option is, with or without `num_`."""
 MORE = {
+    ("publish", "out"): "what is written there is uploaded",
     ("reconstruct", "images"): "pictures are called after them",
     ("compress", "images"): "files are called after them",
     ("decompress", "files"): "pictures are called after them",
@@ -240,6 +245,7 @@ MORE = {
 }
 """Options that change more than one setting of the library, and why."""
 OTHERWISE = {
+    ("publish", "dry_run"): "it calls one function less",
     ("convert", "lpips"): "it stands instead of a checkpoint, as two files",
     ("finetune-source", "recipe"): "it is a name for many settings",
     ("bench tokenizer", "recipe"): "it is a name for many settings",

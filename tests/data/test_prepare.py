@@ -4,6 +4,7 @@ import io
 import struct
 import zlib
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,7 @@ from mergevq.data.prepare import (
     random_flip,
     random_resized_crop,
     read_bounded,
+    to_batch,
     to_float,
     to_rgb,
     to_tensor,
@@ -320,3 +322,63 @@ def test_what_is_cropped_from_a_smaller_picture_lies_at_the_same_place_and_looks
         differences = np.abs(np.asarray(expected).astype(int) - np.asarray(found).astype(int))
         assert differences.mean() < 1
         assert torch.equal(first.get_state(), second.get_state())
+
+
+# One conversion for pictures, arrays and tensors
+
+
+LIKE = torch.zeros(1)
+
+
+def test_pictures_bytes_floats_and_tensors_of_one_image_are_equal_to_the_last_bit():
+    picture = noise(None, 6, 4)
+    pixels = np.asarray(picture)
+    image = to_tensor(picture)
+    forms = (picture, [picture], pixels, pixels[None], image.numpy(), image, image[None])
+    for form in forms:
+        assert torch.equal(to_batch(form, LIKE), image[None])
+    assert torch.equal(to_batch([picture, picture], LIKE), torch.stack([image, image]))
+
+
+def test_bytes_are_scaled_by_the_definition_and_other_modes_go_through_rgb():
+    assert to_batch(np.array([[[0, 51, 255]]], np.uint8), LIKE).flatten().tolist() == pytest.approx(
+        [-1, 51 / 127.5 - 1, 1]
+    )
+    clear = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+    assert to_batch(clear, LIKE).eq(1).all()
+
+
+def test_a_tensor_is_neither_copied_nor_cast_and_a_picture_is_as_the_weights():
+    image, like = torch.zeros(1, 3, 4, 4), torch.zeros(1, dtype=torch.bfloat16)
+    assert to_batch(image, like) is image
+    assert to_batch(noise(None, 4, 4), like).dtype == torch.bfloat16
+    mirrored = np.zeros((3, 4, 4))[..., ::-1]
+    mirrored.flags.writeable = False
+    assert to_batch(mirrored, LIKE).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("a.png", r"image is str and must be a PIL image .* use load_picture"),
+        ([], "a sequence of 0, with nothing in it"),
+        ([np.zeros((2, 2, 3))], "a sequence of 1, with ndarray in it"),
+        ([noise(None, 4, 4), noise(None, 6, 4)], "4 x 4 and 6 x 4; crop_square"),
+        (np.zeros((4, 4, 3), np.int64), r"dtype int64 and must be uint8 .*astype\(numpy.uint8\)"),
+        (np.zeros((3, 4, 4), np.uint8), r"shape \(3, 4, 4\) and must be \(h, w, 3\)"),
+        (np.zeros((4, 4), np.uint8), r"shape \(4, 4\) .* PIL.Image.fromarray"),
+        (
+            np.zeros((4, 4, 3)),
+            r"shape \(1, 4, 4, 3\) .*movedim\(-1, -3\)",
+        ),
+        (np.full((3, 4, 4), 255.0), r"\(255 to 255\) must be finite and between -1 and 1"),
+        (torch.zeros(3, 4, 4, dtype=torch.uint8), r"dtype torch.uint8 .* image / 127.5 - 1"),
+        (torch.zeros(4, 4), "2 dimensions and must have 4"),
+        (torch.full((3, 4, 4), -1.06), r"\(-1.06 to -1.06\) must be finite"),
+    ],
+)
+def test_what_no_image_can_be_gets_both_numbers_and_the_way_out(monkeypatch, image, message):
+    # As for users, who run without the shape checks that would stop it before.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=message):
+        to_batch(image, LIKE)

@@ -117,3 +117,13 @@ def test_building_draws_from_the_default_generator():
         states.append(build_generator(TINY).network.class_embedding.weight.detach())
     assert torch.equal(states[0], states[1])
     assert not torch.equal(states[0], states[2])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_generator_is_shown_in_a_few_lines(order):
+    model = tiny_generator(order)
+    shown = repr(model)
+    assert len(shown.splitlines()) == 8
+    assert f"order {order}, grid of " in shown
+    count = sum(each.numel() for each in model.parameters())
+    assert f"{count:,} parameters, float32 on cpu" in shown

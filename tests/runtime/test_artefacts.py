@@ -379,7 +379,18 @@ def test_an_id_fetches_only_the_two_files_of_a_model_at_its_revision(tmp_path, m
     monkeypatch.setattr(hub, "snapshot_download", fetch)
     monkeypatch.chdir(tmp_path)
     assert resolve("owner/name-1.0@refs/pr/1") == tmp_path
-    assert calls == [("owner/name-1.0", "refs/pr/1", ["model.safetensors", "config.json"])]
+    assert resolve("owner/name", "1f2e") == tmp_path
+    files = ["model.safetensors", "config.json"]
+    assert calls == [("owner/name-1.0", "refs/pr/1", files), ("owner/name", "1f2e", files)]
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("name", ["owner/name@main", "digits32", "a/b/c", "runs/model"])
+def test_a_revision_is_of_a_name_on_the_hub_alone(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    save_model(tmp_path / "runs/model", {}, SMALL, kind="tokenizer")
+    with pytest.raises(ValueError, match=r"revision \(1f2e\) is of a model on Hugging Face, and"):
+        resolve(name, "1f2e")
 
 
 # ------------------------------------------------------------------------------- interruptions

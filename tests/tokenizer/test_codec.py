@@ -368,9 +368,9 @@ def untyped():
             "mean 'recovered'",
         ),
         (lambda t, _: encode_image(t, "a.png"), "image is str and must be a PIL image"),
-        (lambda t, _: t.encode(noise(16, 16)), "image is Image and must be a tensor"),
-        (lambda t, x: t.encode(x.numpy()), "image is ndarray and must be a tensor"),
-        (lambda t, x: t.encode(x[0]), "image has 3 dimensions and must have 4"),
+        (lambda t, _: t.encode("a.png"), "image is str and must be a PIL image or several"),
+        (lambda t, x: t.encode(x[0, 0]), "image has 2 dimensions and must have 4"),
+        (lambda t, x: t.encode(x[..., :15]), "size_policy 'resize' or 'tile'"),
         (
             lambda t, x: t.decode((e := t.encode(x, 20)).indices[:, :9], e.source),
             "tokens .9. must be as many as the source keeps .20.",

@@ -7,17 +7,20 @@ import socket
 import warnings
 
 import jaxtyping
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
 
 from mergevq.data.layouts import Source, merge, unmerge
+from mergevq.data.prepare import to_tensor
 from mergevq.tokenizer.bits import indices_to_codes, quantize
 from mergevq.tokenizer.expanders.unmerge import most_likely_source
 from mergevq.tokenizer.reducers.matching import merge_schedule
 from mergevq.tokenizer.seams import Given
 from mergevq.tokenizer.tokenizer import Tokenizer
+from tests.support.data import noise
 from tests.support.parts import changed, tokenizer_config
 from tests.support.tokenizer import G
 
@@ -280,6 +283,32 @@ def test_bytes_are_an_error_that_says_how_to_convert_them(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=r"dtype torch.uint8 .* image / 127.5 - 1"):
         tokenizer().encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
+def test_a_picture_its_bytes_and_its_tensor_have_the_same_tokens():
+    model, picture = tokenizer(), noise(None, 32, 32)
+    expected = model.encode(to_tensor(picture)[None], 20)
+    for form in (picture, [picture], np.asarray(picture), to_tensor(picture)):
+        encoded = model.encode(form, 20)
+        assert torch.equal(encoded.latents, expected.latents)
+        assert torch.equal(encoded.source.index, expected.source.index)
+    features = model.features(picture, stage="pre_merge")
+    assert torch.equal(features, model.features(to_tensor(picture)[None], stage="pre_merge"))
+    assert torch.equal(model.reconstruct(picture).image, model.reconstruct([picture]).image)
+
+
+def test_a_tokenizer_is_shown_in_a_few_lines():
+    model = tokenizer(dataclasses.replace(G, kept_range=(10, 40)))
+    shown = repr(model)
+    assert len(shown.splitlines()) == 7
+    count = sum(each.numel() for each in model.parameters())
+    for part in (
+        "32 x 32 pixels, 8 x 8 cells of 4",
+        "of 64, trained on (10, 40)",
+        "6 bits a token",
+    ):
+        assert part in shown
+    assert f"{count:,} parameters, float32 on cpu" in shown
 
 
 def test_one_bad_value_is_enough():

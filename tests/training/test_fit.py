@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mergevq.config.training import TrainConfig
 from mergevq.report.plots import Curve, Panel
 from mergevq.runtime import distributed
-from mergevq.runtime.checkpoints import load_state
+from mergevq.runtime.checkpoints import load_state, save_state
 from mergevq.runtime.optim import Budget
 from mergevq.runtime.run import RunDirectory
 from mergevq.training.fit import Task, cut, fit, put_state, read_numbers, state_of
@@ -173,6 +173,34 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, capsys):
     assert all(torch.equal(a, b) for a, b in moments)
     assert torch.equal(whole.state.weight.bias, resumed.state.weight.bias)
     assert read_log(tmp_path / "whole")[-1]["loss"] == read_log(tmp_path / "cut")[-1]["loss"]
+
+
+def channels_last(seed):
+    """A state of weights in another memory layout, whose optimizer walks through memory."""
+    weight = nn.Conv2d(3, 4, 3)
+    with torch.no_grad():
+        weight.weight.copy_(torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(seed)))
+        weight.bias.zero_()
+    weight = weight.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(weight.parameters(), lr=0.1, fused=True)
+    return State(weight=weight, optimizer=optimizer, budget=Budget(num_steps=6, max_minutes=None))
+
+
+def test_moments_have_the_memory_layout_of_their_weights_again(tmp_path):
+    def step(state, number):
+        numbers = torch.Generator().manual_seed(number)
+        state.optimizer.zero_grad()
+        state.weight(torch.randn(2, 3, 5, 5, generator=numbers)).square().sum().backward()
+        state.optimizer.step()
+
+    whole, resumed = channels_last(0), channels_last(1)
+    step(whole, 0)
+    step(resumed, 5)
+    save_state(tmp_path / "state", state_of(whole))
+    put_state(resumed, load_state(tmp_path / "state"))
+    for state in (whole, resumed):
+        step(state, 1)
+    assert torch.equal(whole.weight.weight, resumed.weight.weight)
 
 
 def test_resuming_without_a_checkpoint_starts(tmp_path):

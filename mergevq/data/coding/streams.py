@@ -130,7 +130,7 @@ Coder = Writer | Reader
 def shares(frequencies: Frequencies) -> list[int]:
     """Frequencies in proportion, each at least 1, that sum to `TOTAL`.
 
-    Example:
+    Examples:
         >>> shares([3, 1])
         [786432, 262144]
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int64
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from mergevq.data.codes import join
 from mergevq.data.layouts import Layout, Ordered, Source, require_source
@@ -63,10 +64,12 @@ class Origin(NamedTuple):
     """1 for a mirror image, 0 for the image itself."""
 
 
-class TokenDataset:
+class TokenDataset(Dataset[dict[str, Tensor]]):
     """A sized, map-style collection of encoded images, read from disk when they are asked for.
 
-    With `record.flip` an image is two rows, so a pass over all rows shows it twice.
+    `torch.utils.data.DataLoader` takes it, with workers or without: a row is a dictionary of
+    `indices` (K,), `source` (L,), which tokens of a map have, and `label` (), -1 for none, all
+    int64. With `record.flip` an image is two rows, so a pass over all rows shows it twice.
     """
 
     def __init__(
@@ -75,7 +78,9 @@ class TokenDataset:
         record: TokenRecord,
         shards: Mapping[int, Sequence[Shard]],
         broken: tuple[str, ...],
+        num_kept: int | None = None,
     ) -> None:
+        self._num_kept = num_kept
         self.directory = directory
         self.record = record
         self.broken = broken
@@ -89,6 +94,26 @@ class TokenDataset:
     def __len__(self) -> int:
         return int(self._first_rows[-1]) if self._rows is None else len(self._rows)
 
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        """Tokens of one row; see the class.
+
+        Args:
+            position: in [-len, len).
+
+        Raises:
+            IndexError: there is no such row, which ends a `for`.
+            ValueError: there are several K, and `open_tokens` was given none.
+        """
+        if not -len(self) <= position < len(self):
+            raise IndexError(f"position ({position}) must be in [{-len(self)}, {len(self)})")
+        batch = self.batch([position % len(self)], self._num_kept)
+        row = {"indices": batch.indices[0], "label": batch.label[0]}
+        return row | ({"source": batch.source.index[0]} if self.record.layout == "source" else {})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but mapped files, which a worker maps for itself."""
+        return self.__dict__ | {"_mapped": {}}
+
     def subset(self, positions: Sequence[int]) -> "TokenDataset":
         """Some of the rows, in this order, from the same files.
 
@@ -96,6 +121,7 @@ class TokenDataset:
             ValueError: there is no such row.
         """
         chosen = copy.copy(self)
+        chosen._mapped = self._mapped
         chosen._rows = self._locate(positions)
         return chosen
 
@@ -115,7 +141,7 @@ class TokenDataset:
             ValueError: there is no such row or K.
             RuntimeError: a shard is missing or damaged.
         """
-        chosen, record = self._resolve(num_kept), self.record
+        chosen, record = self.require_kept(num_kept), self.record
         layout: Layout = Ordered(chosen)
         if record.layout == "source":
             layout = Source(self._read("source", positions, chosen), chosen)
@@ -139,8 +165,8 @@ class TokenDataset:
             mirrored=self._read("mirrored", positions, num_kept),
         )
 
-    def _resolve(self, num_kept: int | None) -> int:
-        """The K that is meant.
+    def require_kept(self, num_kept: int | None) -> int:
+        """The K that is meant; None is the only one.
 
         Raises:
             ValueError: there is no such K, or none was named and there are several.
@@ -197,17 +223,24 @@ class TokenDataset:
         return self._mapped[num_kept, number]
 
 
-def open_tokens(directory: str | Path) -> TokenDataset:
+def open_tokens(directory: str | Path, num_kept: int | None = None) -> TokenDataset:
     """Open a folder of tokens; no shard is read yet.
 
+    Args:
+        directory: that `mergevq encode` wrote.
+        num_kept: K of single rows, where there are several.
+
     Raises:
-        ValueError: there are no tokens, or not all of them, or `tokens.json` is damaged.
+        ValueError: there are no tokens, or not all of them, or none of that K, or `tokens.json` is
+            damaged.
     """
     directory = Path(directory)
     state = read_state(directory)
     record = record_of(directory, state)
     if state["shards"] is None:
         raise ValueError(f"{directory} is not complete; {AGAIN}")
-    return TokenDataset(
-        directory, record, sealed_shards(directory, record, state), broken_names(state)
-    )
+    shards = sealed_shards(directory, record, state)
+    dataset = TokenDataset(directory, record, shards, broken_names(state), num_kept)
+    if num_kept is not None:
+        dataset.require_kept(num_kept)
+    return dataset

@@ -1,7 +1,9 @@
 """Files of tokens: what is written is read, and nothing else is taken for it."""
 
 import json
+import multiprocessing
 import os
+import pickle
 import re
 from dataclasses import replace
 
@@ -11,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
 from mergevq.data.tokens.dataset import open_tokens
 from mergevq.data.tokens.files import require_tokenizer
@@ -396,3 +399,45 @@ def test_a_shard_that_is_a_pipe_is_not_waited_for(tokens):
     os.mkfifo(path)
     with pytest.raises(RuntimeError, match="is missing"):
         open_tokens(tokens.directory).batch([0], 3)
+
+
+# ------------------------------------------------------------------------- loops of other people
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_data_loader_gives_what_the_files_have(tokens, num_workers):
+    start = "fork" if num_workers else None
+    if num_workers and start not in multiprocessing.get_all_start_methods():
+        pytest.skip("other ways to start a worker import torch anew, for seconds")
+    dataset = open_tokens(tokens.directory, 5)
+    assert dataset[0]["indices"].shape == (5,)  # Mapped here, and again in each worker.
+    loader = DataLoader(
+        dataset, batch_size=4, num_workers=num_workers, multiprocessing_context=start
+    )
+    batches = list(loader)
+    expected = tokens.batch(range(len(tokens)), 5)
+    assert torch.equal(torch.cat([batch["indices"] for batch in batches]), expected.indices)
+    assert torch.equal(torch.cat([batch["source"] for batch in batches]), expected.source.index)
+    assert torch.equal(torch.cat([batch["label"] for batch in batches]), expected.label)
+
+
+def test_a_row_comes_from_either_end_and_a_pass_ends(tokens):
+    dataset = open_tokens(tokens.directory, 3)
+    assert len(list(dataset)) == len(dataset)
+    assert torch.equal(dataset[-1]["indices"], dataset[len(dataset) - 1]["indices"])
+    assert torch.equal(dataset.subset([4, 2])[1]["indices"], dataset[2]["indices"])
+    with pytest.raises(IndexError, match=r"must be in \[-\d+, \d+\)"):
+        dataset[len(dataset)]
+
+
+def test_a_row_of_several_numbers_of_tokens_is_an_error_that_lists_them(tokens):
+    with pytest.raises(ValueError, match=r"num_kept \(None\) must be 3 or 5"):
+        tokens[0]
+    with pytest.raises(ValueError, match=r"num_kept \(4\) must be 3 or 5"):
+        open_tokens(tokens.directory, 4)
+
+
+def test_a_copy_for_a_worker_holds_no_mapped_file(tokens):
+    dataset = open_tokens(tokens.directory, 3)
+    assert torch.equal(pickle.loads(pickle.dumps(dataset))[1]["source"], dataset[1]["source"])
+    assert len(pickle.dumps(dataset)) == len(pickle.dumps(open_tokens(tokens.directory, 3)))
