@@ -41,13 +41,13 @@ _JXL = "pillow_jxl"
 
 def file_formats() -> tuple[FileFormat, ...]:
     """Formats that this installation writes: AVIF is of newer Pillows, JPEG XL of a package."""
-    found: tuple[FileFormat, ...] = ("JPEG", "WebP")
+    found: list[FileFormat] = ["JPEG", "WebP"]
     if features.check("avif"):
-        found += ("AVIF",)
+        found.append("AVIF")
     if importlib.util.find_spec(_JXL) is not None:
         importlib.import_module(_JXL)
-        found += ("JXL",)
-    return found
+        found.append("JXL")
+    return tuple(found)
 
 
 class CompressedImage(NamedTuple):
