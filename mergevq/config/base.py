@@ -10,9 +10,9 @@ FORMAT_VERSION = 2
 MAX_PIXELS = 89_478_485
 """Largest picture that is read by default, as width times height: 256 MiB in 8-bit RGB."""
 
-BUNDLED_TOKENIZER = "digits32"
+BUNDLED_TOKENIZER = "photos64"
 """Name of the tokenizer that commands take when none is named; it comes with the package."""
-BUNDLED_GENERATOR = "digits32_ar"
+BUNDLED_GENERATOR = "photos64_mergear"
 """Name of a generator of its tokens."""
 
 Precision = Literal["auto", "bf16", "float32", "float16"]
