@@ -83,6 +83,7 @@ def test_extras_exist():
             assert re.search(rf"^{extra[1]} = \[", project, flags=re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("photos")
 def test_commands_and_python_run_one_after_the_other(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")

@@ -68,4 +68,4 @@ def test_each_setting_has_a_default_but_what_it_is_about():
         for field in fields(settings)
         if field.default is field.default_factory
     }
-    assert required == {"model", "data", "subject", "out", "reference", "extractor"}
+    assert required == {"data", "subject", "out", "reference", "extractor"}

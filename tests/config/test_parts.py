@@ -136,7 +136,7 @@ def test_bits_are_grouped_by_their_component():
         (Lfq, {"num_bits": 0}, "num_bits (0) must be between 1 and 63"),
         (Lfq, {"num_bits": 64}, "num_bits (64) must be between 1 and 63"),
         (Lfq, {"entropy_temperature": 0.0}, "entropy_temperature (0.0) must be above 0"),
-        (GroupedLfq, {"num_bits": 64}, "num_bits (64) must be between 1 and 63"),
+        (GroupedLfq, {"num_bits": 257}, "num_bits (257) must be between 1 and 256"),
         (GroupedLfq, {"group_bits": 17}, "group_bits (17) must be between 1 and 16"),
         (GroupedLfq, {"num_bits": 20}, "num_bits (20) must be a multiple of group_bits (8)"),
         (Bsq, {"num_bits": 64}, "num_bits (64) must be between 1 and 63"),

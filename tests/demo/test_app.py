@@ -348,6 +348,7 @@ def test_sliders_offer_what_is_legal(served):
     assert [name for name, _ in classes.choices] == ["all in turn", "cat", "dog"]
 
 
+@pytest.mark.slow
 @PAGE
 def test_the_page_of_the_package_has_every_tab_and_knows_its_digits(tmp_path):
     pytest.importorskip("sklearn")

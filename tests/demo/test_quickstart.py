@@ -320,6 +320,7 @@ def test_an_interrupted_quickstart_goes_on(finished, tmp_path):
     assert re.search(r'<th scope="row">Interruptions</th><td[^>]*>1</td>', page)
 
 
+@pytest.mark.slow
 def test_an_interruption_says_how_to_go_on(tmp_path):
     log = tmp_path / "out" / "tokenizer" / "metrics.jsonl"
 

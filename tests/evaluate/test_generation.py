@@ -272,6 +272,7 @@ def test_lighter_weights_sample_and_say_what_they_cost(tmp_path, sampled_folder)
         evaluate_generation(settings(sampled_folder, tmp_path / "int8", run=other))
 
 
+@pytest.mark.slow
 def test_two_processes_sample_and_measure_what_one_does(tmp_path, sampled_folder):
     models = [
         "--generator",

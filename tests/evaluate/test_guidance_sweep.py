@@ -151,6 +151,7 @@ def test_the_best_is_the_lowest_distance_and_the_highest_score():
     assert [best["metric"] for best in best_scales(records)] == ["frechet_net"]
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_where_it_was(tmp_path, folder, evaluated, monkeypatch):
     swept = settings(folder, tmp_path)
 
@@ -176,6 +177,7 @@ def test_a_sweep_goes_on_where_it_was(tmp_path, folder, evaluated, monkeypatch):
     assert finer["results"][::2] == record["results"]
 
 
+@pytest.mark.slow
 def test_models_and_folders_may_be_moved(tmp_path, folder, evaluated):
     evaluate_guidance(settings(folder, tmp_path / "old"))
     (tmp_path / "old/evaluation.json").unlink()
@@ -185,6 +187,7 @@ def test_models_and_folders_may_be_moved(tmp_path, folder, evaluated):
     assert evaluated == [1.0, 1.5, 2.0]
 
 
+@pytest.mark.slow
 def test_scales_of_another_evaluation_are_refused_and_kept(tmp_path, folder, evaluated):
     evaluate_guidance(settings(folder, tmp_path / "out"))
     (tmp_path / "out/evaluation.json").unlink()
@@ -238,6 +241,7 @@ def command_line(folder, out):
     return ["evaluate", "guidance", *models, *networks, *options, "--out", str(out)]
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_row_for_each_scale_and_the_best(tmp_path, folder, capsys):
     assert main(command_line(folder, tmp_path)) == 0
     printed = capsys.readouterr().out

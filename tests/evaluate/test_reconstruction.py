@@ -212,6 +212,7 @@ def test_an_illegal_k_is_refused_before_any_image(folder):
 # ------------------------------------------------------------------------------ what is written
 
 
+@pytest.mark.slow
 def test_two_evaluations_agree_to_the_last_digit(tmp_path, folder):
     records = [
         evaluate_reconstruction(settings(folder, tmp_path / name, num_kept=(8, 16)))

@@ -195,6 +195,7 @@ def test_what_is_not_mutated_is_used(material):
             use(material / kind, extractor)
 
 
+@pytest.mark.slow
 @needs_linux
 def test_some_mutations_end_in_a_message(material, tmp_path):
     assert failures(material, tmp_path, range(90)) == []

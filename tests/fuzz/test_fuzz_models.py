@@ -471,6 +471,7 @@ def test_what_is_not_mutated_is_used(material, tmp_path):
         use(tmp_path / "all" / kind)
 
 
+@pytest.mark.slow
 @needs_linux
 def test_mutated_files_are_used_or_refused_in_one_message(material, tmp_path):
     assert failures(material, tmp_path, range(56)) == []

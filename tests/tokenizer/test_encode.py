@@ -217,6 +217,7 @@ def test_two_ranks_write_what_one_writes(tmp_path, tokenizer, digits, record, co
     assert content(folder) == content(complete.directory)
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(tmp_path):
     # 1,797 digits are two shards of the command's size, one for each process.
     write_tokenizer(tmp_path / "model")

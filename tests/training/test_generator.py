@@ -228,6 +228,7 @@ def test_a_checkpoint_of_another_form_is_one_line(material, tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_while_steps_are_skipped_older_checkpoints_stay(material, tmp_path, monkeypatch):
     run = replace(small(material, num_steps=3, save_every=1, keep_last=1), out=str(tmp_path / "r"))
 

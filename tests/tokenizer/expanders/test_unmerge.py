@@ -40,6 +40,7 @@ def test_more_tokens_than_cells_have_no_source():
         most_likely_source(torch.zeros(1, 2, 3))
 
 
+@pytest.mark.slow
 def test_the_predictor_learns_a_source_from_codes():
     predictor = SourcePredictor(changed(G, num_source_layers=1).expander, 6)
     codes = torch.randn(2, 6, 6).sign()

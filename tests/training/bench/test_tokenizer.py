@@ -159,6 +159,7 @@ def test_measuring_takes_at_least_one_repetition():
 # -------------------------------------------------------------------- images, train step
 
 
+@pytest.mark.slow
 def test_images_are_measured_in_both_precisions_and_layouts():
     found = list(bench.measure_images(RUN, CPU, num_repeats=1))
     ways = ["float32", "bf16", "float32, channels_last", "bf16, channels_last"]
