@@ -22,10 +22,9 @@ from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mergevq.runtime.files import broken_weights, read_tensors
+from mergevq.runtime.files import broken_weights, read_tensors, write_tensors
 
 TrunkName = Literal["vgg", "alex", "squeeze"]
 
@@ -377,7 +376,7 @@ def convert_perceptual_files(
     file.parent.mkdir(parents=True, exist_ok=True)
     # A file that is half written must not look like weights.
     part = file.with_name(f"{file.name}.part")
-    save_file(state, part)
+    write_tensors(part, state)
     part.replace(file)
     return file
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -30,10 +29,10 @@ from mergevq.runtime.files import (
     readable,
     require_entries,
     require_weights,
-    separate,
     sha256_of,
     some,
     write_json,
+    write_tensors,
 )
 from mergevq.runtime.migrate import (
     is_encoder,
@@ -95,7 +94,7 @@ def save_model(
     with atomic_directory(Path(directory)) as partial:
         # With the settings, so that weights beside the settings of another model are recognised.
         settings = json.dumps(to_json(config), sort_keys=True)
-        save_file(separate(module_state), partial / WEIGHTS, metadata={"config": settings})
+        write_tensors(partial / WEIGHTS, module_state, metadata={"config": settings})
         record = {
             "format_version": FORMAT_VERSION,
             "kind": kind,

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mergevq.config.base import FORMAT_VERSION
@@ -29,11 +28,11 @@ from mergevq.runtime.files import (
     read_tensors,
     readable,
     require_entries,
-    separate,
     sha256_of,
     sibling,
     some,
     write_json,
+    write_tensors,
 )
 
 STATE_TENSORS = "state.safetensors"
@@ -54,7 +53,7 @@ def save_state(directory: str | Path, state: Mapping[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     tree = _encode(dict(state), tensors, "state")
     with atomic_directory(Path(directory)) as partial:
-        save_file(separate(tensors), partial / STATE_TENSORS)
+        write_tensors(partial / STATE_TENSORS, tensors)
         _write_record(partial, tree)
 
 

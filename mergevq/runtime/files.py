@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mergevq.config.base import FORMAT_VERSION
@@ -220,6 +221,23 @@ def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         separate[name] = own.clone() if address in seen else own
         seen.add(address)
     return separate
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write safetensors that others may read as far as they may read any new file.
+
+    Args:
+        path: of the file.
+        tensors: on any device, sharing memory or not.
+        metadata: texts beside them.
+    """
+    # The library leaves a file that its owner alone can read, which a group's disk is not for.
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(separate(tensors), path, metadata=metadata)
+    path.chmod(mode)
 
 
 def some(names: list[str], limit: int = 12) -> str:

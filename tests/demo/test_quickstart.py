@@ -38,7 +38,7 @@ pytest.importorskip("matplotlib")
 SHRUNK = shrink(digits32())
 RUN = replace(
     SHRUNK,
-    data=replace(SHRUNK.data, val_fraction=0.04),
+    data=replace(SHRUNK.data, val_fraction=0.04, max_images=400),
     # Validation looks at every held-out image, as the report does.
     train=replace(
         SHRUNK.train,

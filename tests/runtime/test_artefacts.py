@@ -97,6 +97,14 @@ def test_a_model_comes_back_exactly(tmp_path):
     ]
 
 
+def test_a_model_can_be_read_by_those_who_can_read_any_new_file(tmp_path):
+    save_model(tmp_path / "model", layer().state_dict(), SMALL, kind="tokenizer")
+    (tmp_path / "new").touch()
+    for name in ("model.safetensors", "config.json"):
+        mode = (tmp_path / "model" / name).stat().st_mode
+        assert mode == (tmp_path / "new").stat().st_mode, name
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_model_with_a_weight_that_is_not_finite_is_not_saved(tmp_path, value):
     good = layer().state_dict()

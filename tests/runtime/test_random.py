@@ -72,6 +72,7 @@ def test_keys_have_numbers_of_their_own():
     assert kept(numbered_seed("a", 0)) != kept(numbered_seed("b", 0))
 
 
+@pytest.mark.slow
 def test_all_draws_of_a_run_over_many_images_are_distinct():
     # Of 100,000 hashes of 32 bits two are equal more often than not.
     seeds = np.array(

@@ -265,6 +265,7 @@ def test_code_in_a_file_is_refused_and_does_not_run(tmp_path):
     assert not (tmp_path / "created").exists()
 
 
+@pytest.mark.slow
 def test_the_advice_for_a_file_of_objects_makes_one_that_is_read(tmp_path):
     torch.save({"state_dict": STATE, "hparams": fractions.Fraction(1, 2)}, tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match="fractions") as caught:

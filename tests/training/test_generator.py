@@ -45,8 +45,7 @@ WORLD = distributed.World(rank=0, world_size=1, local_rank=0, device=torch.devic
 ORDERS = ("raster", "merge", "random", "anchor")
 QUICK_AND_SLOW = [
     "random",
-    "anchor",
-    *(pytest.param(order, marks=pytest.mark.slow) for order in ("raster", "merge")),
+    *(pytest.param(order, marks=pytest.mark.slow) for order in ("anchor", "raster", "merge")),
 ]
 """Orders of which those with a short sequence are always trained."""
 NUM_IMAGES = 24
@@ -199,6 +198,7 @@ def test_a_run_that_is_broken_keeps_its_last_good_checkpoint_and_stops(
     assert load_model(tmp_path / "r/model", "generator").record["extra"]["step"] == 2
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_named_with_the_one_to_go_on_from(material, tmp_path):
     run = replace(small(material, num_steps=2, save_every=1, keep_last=2), out=str(tmp_path / "r"))
     train(run)
@@ -602,6 +602,7 @@ def test_impossible_runs_are_refused(name):
 # ---------------------------------------------------------------------------- many processes
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_run_goes_on(material, tmp_path):
     script = textwrap.dedent(f"""
         import sys

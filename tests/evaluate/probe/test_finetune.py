@@ -231,6 +231,7 @@ def test_sixteen_images_are_learnt_by_heart_whatever_their_labels(tmp_path, gene
     assert result.rate == pytest.approx(0.3 * 16 / 512)
 
 
+@pytest.mark.slow
 def test_fine_tuning_is_the_same_for_the_same_seed(tmp_path):
     images = open_images(str(write_colours(tmp_path, 3)))
     config = FinetuneConfig(num_epochs=2, batch_size=4, precision="float32")
