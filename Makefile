@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # One thread: the tests' tensors are too small to share.
 test slow check ledger bench-check: export OMP_NUM_THREADS := 1
 test: .venv/installed-dev  ## run the default tests
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 slow: .venv/installed-dev  ## run the tests that take longer
 	$(BIN)/python -m pytest -q -n auto -m "slow and not gpu"
@@ -26,7 +26,7 @@ check: .venv/installed-dev  ## lint, types, layers, default tests
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 ledger: .venv/installed-dev  ## losses of every recipe equal those of BASE, by default where the branch began
 	$(BIN)/python benchmarks/ledger.py $(BASE)

@@ -457,6 +457,7 @@ def test_convert_needs_what_shapes_cannot_tell(tmp_path, capsys):
 # ------------------------------------------------------------------------------------ train
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_a_run_would_take(images, tmp_path, capsys):
     data = ["--data.path", str(images), "--data.num-workers", "0"]
     out = ["--out", str(tmp_path / "run")]

@@ -439,6 +439,7 @@ next(sys.kept)
     assert (ended.returncode, ended.stderr) == (3 if ending else 0, b"")
 
 
+@pytest.mark.slow
 def test_errors_of_workers_arrive_here(folder, dataset):
     damage(folder, *(dataset.name(index) for index in range(7)))
     with pytest.raises(ValueError, match="none of the 7 images can be read"):

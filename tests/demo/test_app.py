@@ -301,7 +301,8 @@ def test_more_requests_than_may_wait_are_turned_away(folder, monkeypatch):
 
 
 @PAGE
-@pytest.mark.parametrize("number", [10, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [10, 500])
 def test_many_at_once_get_the_answers_that_one_alone_gets(served, folder, number):
     page, client = served
     files = [uploaded(path) for path in sorted((folder / "pictures").rglob("*.png"))[::4]]

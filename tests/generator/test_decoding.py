@@ -384,10 +384,8 @@ def overfit(order, num_sequences, config, num_steps):
     return given, sampled
 
 
-@pytest.mark.parametrize(
-    "order",
-    [each if each == "merge" else pytest.param(each, marks=pytest.mark.slow) for each in ORDERS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ORDERS)
 def test_greedy_sampling_reproduces_what_was_learned(order):
     small = {"dim": 64, "num_layers": 1, "ffn_dim": 128, "grid_size": (2, 3), "num_kept": 4}
     # In random order a sequence is many tasks, and takes longer to learn.

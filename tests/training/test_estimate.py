@@ -191,13 +191,14 @@ def as_in_the_table(model, name, passes, lengths):
     return (products - attention + 5 * sum(normalised)) / 1e9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "encoder", "decoder"),
     # The encoder of version R has 9.5 there, which none of the schedules of merging gives.
     [
-        pytest.param("imagenet256_g", 97.5, 169.2, marks=pytest.mark.slow),
+        ("imagenet256_g", 97.5, 169.2),
         ("imagenet256_gr", 46.4, 65.6),
-        pytest.param("imagenet256_r", 10.9, 65.6, marks=pytest.mark.slow),
+        ("imagenet256_r", 10.9, 65.6),
     ],
 )
 def test_products_are_those_of_the_papers_table(recipe, encoder, decoder):
