@@ -66,6 +66,13 @@ def export_folder(
     tokenizer = Tokenizer.from_pretrained(directory, precision="float32").requires_grad_(
         requires_grad=False
     )
+    if not tokenizer.has_maps:
+        # The exporter cannot take their batch as one of any size.
+        kind = tokenizer.config.reducer.kind
+        raise ValueError(
+            f"{directory.name} has a reducer of kind {kind}, and tokenizers that merge can be "
+            "exported; use it from Python"
+        )
     counts = tuple(sorted(set(num_kept))) or (tokenizer.config.num_kept,)
     graphs = tokenizer_graphs(tokenizer, counts)
     record: dict[str, Any] = {
