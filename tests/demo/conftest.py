@@ -1,5 +1,7 @@
 """A random tokenizer, generators of its tokens and a few pictures, for the tests of the page."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,23 +12,9 @@ from mergevq.generator.build import build_generator, save_generator
 from mergevq.runtime.artefacts import tokens_hash
 from mergevq.tokenizer.compressed import PictureCodec
 from mergevq.tokenizer.tokenizer import Tokenizer
-from tests.support.parts import tokenizer_config
+from tests.support.evaluations import CONFIG
 
-SMALL = tokenizer_config(
-    image_size=16,
-    channels=8,
-    channel_mult=(1, 1, 1),
-    num_res_blocks=1,
-    num_layers=2,
-    num_heads=2,
-    num_kept=6,
-    num_bits=4,
-    num_decoder_layers=1,
-    num_decoder_heads=2,
-    source_dim=16,
-    num_source_layers=1,
-    num_source_heads=2,
-)
+SMALL = replace(CONFIG, num_kept=6)
 
 
 @pytest.fixture(scope="session")
