@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mergevq.config.base import Pool, Precision, RecoverySource, Stage, check_choice
 from mergevq.config.tokenizer import TokenizerConfig
-from mergevq.data.layouts import Bits, Layout, Source, require_source, source_bits, unmerge
+from mergevq.data.layouts import Bits, Layout, Source, require_source, source_bits
 from mergevq.data.prepare import Pictures, to_batch
 from mergevq.nn.finite import require_finite
 from mergevq.report.publication import Facts, upload, write_publication
@@ -39,6 +39,7 @@ from mergevq.tokenizer.build import (
     count_layers,
 )
 from mergevq.tokenizer.encoder import Embedded, Encoder
+from mergevq.tokenizer.features import pool_features, require_stage
 from mergevq.tokenizer.seams import Encoded, Quantized, TokenizerOutput, TokenSet
 
 
@@ -394,11 +395,12 @@ class Tokenizer(nn.Module):
         check_choice("stage", stage, Stage)
         check_choice("pool", pool, Pool)
         num_layers = self.num_layers if layer is None else layer
-        self._check_stage(stage, num_layers)
+        require_stage(stage, num_layers, self.num_layers)
         image = self._batch(image)
         if stage == "pre_merge":
             num_kept = math.prod(self.grid_shape(image))
-        return self.pool(self.run_layers(image, num_kept, num_layers), stage, pool)
+        out = self.run_layers(image, num_kept, num_layers)
+        return pool_features(self.encoder, self.quantizer, out, stage, pool)
 
     @property
     def num_layers(self) -> int:
@@ -408,7 +410,7 @@ class Tokenizer(nn.Module):
     def run_layers(
         self, image: Pictures, num_kept: int | None = None, layer: int | None = None
     ) -> TokenSet:
-        """The encoder's tokens, from which `pool` makes several features without running it again.
+        """The encoder's tokens, of which `features.pool_features` makes several kinds of features.
 
         Args:
             image: as `encode` takes it.
@@ -432,30 +434,6 @@ class Tokenizer(nn.Module):
         return out._replace(
             tokens=self._finished(out.tokens), class_token=self._finished(out.class_token)
         )
-
-    def pool(self, out: TokenSet, stage: Stage, pool: Pool) -> Float[Tensor, "b *n c"]:
-        """Features of the encoder's tokens; see `features`.
-
-        `latents` and `quantized` are only meant for tokens after the last layer.
-        """
-        if pool == "class":
-            return out.class_token
-        tokens = out.tokens
-        if stage in {"latents", "quantized"}:
-            tokens = self.encoder.latents(tokens)
-        if stage == "quantized":
-            tokens = self.quantizer(tokens).codes
-        if stage == "unmerged" or pool == "size_weighted_mean":
-            tokens = unmerge(tokens, require_source(out.layout, f"{stage} features"))
-        return tokens if pool == "none" else tokens.mean(1)
-
-    def _check_stage(self, stage: Stage, layer: int) -> None:
-        """Raise `ValueError` if a stage that comes after the last layer is asked of another."""
-        if stage in {"latents", "quantized"} and layer != self.num_layers:
-            raise ValueError(
-                f"layer ({layer}) must be {self.num_layers} or None for stage "
-                f"{stage!r}: only the last block's tokens are quantized"
-            )
 
     def forward(
         self,

@@ -26,6 +26,7 @@ from mergevq.config.probing import FeatureConfig
 from mergevq.data.batches import Batch
 from mergevq.metrics.image import require_finite
 from mergevq.runtime.logs import Progress
+from mergevq.tokenizer.features import pool_features
 from mergevq.tokenizer.seams import TokenSet
 from mergevq.tokenizer.tokenizer import Tokenizer
 
@@ -202,7 +203,8 @@ def _pool(
     tokenizer: Tokenizer, out: TokenSet, kind: FeatureKind, first: int
 ) -> Float[Tensor, "b c"]:
     """One feature of a batch, which must be finite."""
-    values = tokenizer.pool(out, kind.stage, kind.pool).float()
+    pooled = pool_features(tokenizer.encoder, tokenizer.quantizer, out, kind.stage, kind.pool)
+    values = pooled.float()
     require_finite(f"features at stage {kind.stage} ({kind.name})", values, first)
     return values.cpu()
 

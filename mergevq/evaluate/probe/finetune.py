@@ -44,6 +44,7 @@ from mergevq.runtime.optim import (
 )
 from mergevq.runtime.random import step_generator
 from mergevq.tokenizer.encoder import Encoder
+from mergevq.tokenizer.features import pool_features
 from mergevq.tokenizer.reducers.merge import MergeBlock
 from mergevq.tokenizer.tokenizer import Tokenizer
 
@@ -102,8 +103,10 @@ class Classifier(nn.Module):
 
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b y"]:
         """Logits of images in [-1, 1]."""
-        out = self.tokenizer.run_layers(image, self.num_kept)
-        values = self.norm(self.tokenizer.pool(out, self.stage, self.pool))
+        tokenizer = self.tokenizer
+        out = tokenizer.run_layers(image, self.num_kept)
+        values = pool_features(tokenizer.encoder, tokenizer.quantizer, out, self.stage, self.pool)
+        values = self.norm(values)
         return functional.linear(values, self.weight, self.bias)
 
 
