@@ -18,147 +18,56 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Record = Mapping[str, Any]
-
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "docs/results.md")
 _MARKER = re.compile(r"(<!-- table:([^\n]*?)-->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
-_BASELINES = ("raw pixels", "PCA of pixels")
-"""Beginnings of the names of features that are no model's."""
 _USUAL = {"guidance_schedule": "constant", "guidance_power": 2.0, "guidance_interval": [0.0, 1.0]}
 _USUAL |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "budget": True, "num_steps": None}
 _USUAL |= {"passes": {"kind": "one", "budget": True}}
 """Settings of sampling that a row need not show; some are of records of format 1."""
-
-
-class Column(NamedTuple):
-    """A column of a table."""
-
-    title: str
-    value: Callable[[Record], str]
-    """Text of a row's cell."""
-    is_label: bool = False
-    """Set to the left; numbers are set to the right."""
+_WRITTEN = ("device environment.device", "torch environment.torch", "commit environment.git_commit")
 
 
 class Table(NamedTuple):
-    """A kind of table."""
+    """A kind of table. A place is `a.b.c` in a record, with `FILE:` before it among several."""
 
     files: Mapping[str, str]
     """Names of the files of a model, each with the kind of record that it must hold."""
-    rows: Callable[[str, Mapping[str, Record]], list[Record]]
-    """Rows of a model, from its name and its records by file."""
-    columns: Callable[[Sequence[Record]], list[Column]]
-    """Columns that the rows have."""
+    rows: Callable[[Mapping[str, Record]], Sequence[Record]]
+    """Rows of a model, from its records by file."""
+    columns: Mapping[str, tuple[str, str]]
+    """By title, a pattern of places in a row and the format of values; `{0}` is its first group."""
     alike: Sequence[str]
-    """Places (`file:a.b`) in which all records must agree."""
-    facts: Mapping[str, str]
-    """Conditions that are shown below the table: words, and the place of the value."""
+    """Places in which all records must agree."""
+    facts: Sequence[str]
+    """Conditions below the table: words, and after the last space a place."""
 
 
-# ----------------------------------------------------------------------------------------- values
-
-
-def at(record: Any, path: str) -> Any:  # noqa: ANN401 - JSON
+def at(record: Any, place: str) -> Any:  # noqa: ANN401 - JSON
     """The value at `a.b.c`; None where it or a value above it is not there."""
-    for part in path.split("."):
+    for part in place.split("."):
         record = record.get(part) if isinstance(record, Mapping) else None
     return record
 
 
-def number(path: str, digits: int) -> Callable[[Record], str]:
-    """A cell with a number of fixed digits."""
-    return lambda row: f"{at(row, path):.{digits}f}"
+def flat(record: object, place: str = "") -> dict[str, Any]:
+    """All values of a record by their places."""
+    if not isinstance(record, Mapping):
+        return {place: record}
+    parts = [flat(part, f"{place}.{name}" if place else name) for name, part in record.items()]
+    return {name: value for part in parts for name, value in part.items()}
 
 
-def percent(path: str) -> Callable[[Record], str]:
-    """A cell with a share of all."""
-    return lambda row: f"{100 * at(row, path):.1f} %"
+# ------------------------------------------------------------------------------------------ rows
 
 
-def metric(name: str, digits: int, part: str = "") -> Callable[[Record], str]:
-    """A cell with a metric; infinite ones are null in JSON.
-
-    Raises:
-        ValueError: a row does not have it.
-    """
-
-    def cell(row: Record) -> str:
-        found = row[part] if part else row
-        if name not in found["metrics"]:
-            raise ValueError(f"{name} was measured for some rows only; measure it for all")
-        return "inf" if name in found["infinite"] else f"{found['metrics'][name]:.{digits}f}"
-
-    return cell
-
-
-def metrics(
-    rows: Sequence[Record], digits: Mapping[str, int], parts: Sequence[str]
-) -> list[Column]:
-    """Columns of the metrics whose names begin so, in this order, for each part of a row."""
-    measured = [name for row in rows for name in (row[parts[0]] if parts[0] else row)["metrics"]]
-    names = [name for name in dict.fromkeys(measured) if not name.endswith("_std")]
-    titles = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS"}
-    return [
-        Column(
-            ", ".join(filter(None, (titles.get(name, name), part))),
-            metric(name, places, part),
-        )
-        for start, places in digits.items()
-        for name in names
-        if name == start or name.startswith(f"{start}_")
-        for part in parts
-    ]
-
-
-# ----------------------------------------------------------------------------------------- tables
-
-MODEL = Column("model", lambda row: row["model"], is_label=True)
-SOURCES = ("given", "recovered")
-
-
-def reconstruction_rows(name: str, records: Mapping[str, Record]) -> list[Record]:
+def reconstruction_rows(records: Mapping[str, Record]) -> list[Record]:
     """A row for each K, all tokens first."""
-    results = sorted(records["reconstruction"]["results"], key=lambda row: -row["num_kept"])
-    return [{**result, "model": f"`{name}`"} for result in results]
+    return sorted(records["reconstruction"]["results"], key=lambda row: -row["num_kept"])
 
 
-def reconstruction_columns(rows: Sequence[Record]) -> list[Column]:
-    """All that an evaluation has."""
-    return [
-        *(MODEL, Column("K", number("num_kept", 0))),
-        *metrics(rows, {"psnr": 2, "ssim": 3, "lpips": 3, "frechet": 2, "fid": 2}, SOURCES),
-        Column("cells recovered", percent("source_accuracy")),
-        Column("bits of tokens", number("bits.tokens", 0)),
-        Column("bits of source", number("bits.source", 1)),
-        *_coded_source(rows),
-        Column("bits, total", number("bits.total", 1)),
-        Column("bits per pixel", number("bits.per_pixel", 3)),
-        Column("codes in use", percent("codebook.usage")),
-        # Few tokens cannot be of many codes: without this a small K looks worse than it is.
-        Column("of those attainable", percent("codebook.attained")),
-    ]
-
-
-def _coded_source(rows: Sequence[Record]) -> list[Column]:
-    """Bits of the source map as files have it; older evaluations know the bound alone."""
-    if any(at(row, "bits.source_coded") is None for row in rows):
-        return []
-    return [Column("bits of source as coded", number("bits.source_coded", 1))]
-
-
-def short_reconstruction_columns(rows: Sequence[Record]) -> list[Column]:
-    """The columns that tell most, each with its price in bits."""
-    return [
-        *(MODEL, Column("K", number("num_kept", 0))),
-        *metrics(rows, {"psnr": 2, "frechet": 2, "fid": 2}, SOURCES),
-        Column("bits, given", number("bits.total", 0)),
-        *_coded_source(rows),
-        Column("bits, recovered", number("bits.tokens", 0)),
-    ]
-
-
-def probe_rows(name: str, records: Mapping[str, Record]) -> list[Record]:
-    """A row for each feature; pixels are of no model.
+def probe_rows(records: Mapping[str, Record]) -> list[Record]:
+    """A row for each feature, with both probes' accuracy; pixels are of no model.
 
     Raises:
         ValueError: the two probes are of other models, images or features.
@@ -168,37 +77,20 @@ def probe_rows(name: str, records: Mapping[str, Record]) -> list[Record]:
     if not knn["run"]["method"]["leave_one_out"]:
         places += ["data.train.sha256", "data.val.sha256"]
     for place in places:
-        _require_equal(place, {"probe_linear": at(linear, place), "probe_knn": at(knn, place)})
+        require_equal(place, {name: at(record, place) for name, record in records.items()})
     names = {file: [row["name"] for row in record["rows"]] for file, record in records.items()}
-    _require_equal("features", names)
+    require_equal("features", names)
     return [
-        {**one, "by_k": two["by_k"], "model": "-" if _is_pixels(one) else f"`{name}`"}
+        {
+            **one,
+            "votes": {str(vote["k"]): vote["accuracy"] for vote in two["by_k"]},
+            **({"model": "-"} if one["name"].startswith(("raw pixels", "PCA of pixels")) else {}),
+        }
         for one, two in zip(linear["rows"], knn["rows"], strict=True)
     ]
 
 
-def _is_pixels(row: Record) -> bool:
-    """Whether a feature is a baseline and none of a model."""
-    return row["name"].startswith(_BASELINES)
-
-
-def probe_columns(rows: Sequence[Record]) -> list[Column]:
-    """Accuracy of the linear probe and of nearest neighbours."""
-
-    def votes(place: int) -> Callable[[Record], str]:
-        return lambda row: f"{100 * row['by_k'][place]['accuracy']:.1f} %"
-
-    return [
-        *(MODEL, Column("features", lambda row: row["name"], is_label=True)),
-        *(Column("channels", number("dim", 0)), Column("linear", percent("accuracy"))),
-        *(
-            Column(f"{entry['k']} nearest neighbours", votes(place))
-            for place, entry in enumerate(rows[0]["by_k"])
-        ),
-    ]
-
-
-def generation_rows(name: str, records: Mapping[str, Record]) -> list[Record]:
+def generation_rows(records: Mapping[str, Record]) -> list[Record]:
     """The row of a generator.
 
     Raises:
@@ -208,131 +100,102 @@ def generation_rows(name: str, records: Mapping[str, Record]) -> list[Record]:
     # As mergevq.runtime.artefacts.model_hash, which reads the weights too.
     identity = [generator["kind"], generator["config"], generator["weights_sha256"]]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    _require_equal("generator", {"generation": record["generator"], "generator": digest})
+    require_equal("generator", {"generation": record["generator"], "generator": digest})
     run, config = record["settings"]["run"], generator["config"]
-    words = [f"guidance {run['settings']['guidance_scale']:g}"]
-    words += [
-        f"{key.replace('_', ' ')} {_plain(value)}"
-        for key, value in run["settings"].items()
-        if key != "guidance_scale" and (key, value) not in _USUAL.items()
+    shown = [item for item in run["settings"].items() if item not in _USUAL.items()]
+    words = [
+        f"{name.removesuffix('_scale').replace('_', ' ')} {value:g}"
+        if isinstance(value, float)
+        else f"{name.replace('_', ' ')} {value}"
+        for name, value in shown
     ]
     # An order was a word in format 1.
     order = config["order"] if isinstance(config["order"], str) else config["order"]["kind"]
-    own = {"model": f"`{name}`", "order": order, "sampling": ", ".join(words)}
-    return [{**record, **own, "num_kept": run["num_kept"] or config["num_kept"]}]
+    kept = run["num_kept"] or config["num_kept"]
+    return [{**record, "order": order, "sampling": ", ".join(words), "num_kept": kept}]
 
 
-def _plain(value: object) -> object:
-    """A setting as a cell shows it; of a part its own settings."""
-    if not isinstance(value, dict):
-        return value
-    return " ".join(f"{name} {part}" for name, part in value.items() if name != "kind")
-
-
-def generation_columns(rows: Sequence[Record]) -> list[Column]:
-    """Distances and scores of samples; a `class_score` is no Inception score."""
-    digits = {"frechet": 2, "fid": 2, "class_score": 2, "inception_score": 2}
-    digits |= {"precision": 3, "recall": 3, "class_accuracy": 3}
-    return [
-        Column("generator", MODEL.value, is_label=True),
-        Column("order", lambda row: row["order"], is_label=True),
-        Column("sampling", lambda row: row["sampling"], is_label=True),
-        *(Column("K", number("num_kept", 0)), *metrics(rows, digits, [""])),
-    ]
-
-
-def _places(file: str, names: Sequence[str]) -> list[str]:
-    """Places in one file."""
-    return [f"{file}:{name}" for name in names]
-
-
-def _facts(file: str, facts: Mapping[str, str]) -> dict[str, str]:
-    """Conditions in one file, and where it was written."""
-    where = {name: f"environment.{name}" for name in ("device", "torch")}
-    where |= {"commit": "environment.git_commit"}
-    return {words: f"{file}:{place}" for words, place in (facts | where).items()}
-
+# ---------------------------------------------------------------------------------------- tables
 
 _RECONSTRUCTION = Table(
     files={"reconstruction": "reconstruction evaluation"},
     rows=reconstruction_rows,
-    columns=reconstruction_columns,
-    alike=_places(
-        "reconstruction",
-        ("data.num_images", "data.pixels_sha256", "lpips", "extractor.sha256", "precision"),
-    ),
-    facts=_facts(
-        "reconstruction",
-        {
-            "images": "data.num_images",
-            "of": "data.path",
-            "side in pixels": "data.image_size",
-            "prepared": "data.crop",
-            "features of": "extractor.name",
-            "its file": "extractor.sha256",
-            "LPIPS": "lpips.trunk",
-            "model": "model.hash",
-            "made for K": "model.config.num_kept",
-            "precision": "precision",
-        },
+    columns={
+        "K": ("num_kept", "d"),
+        "PSNR (dB), {0}": (r"(\w+)\.metrics\.psnr", ".2f"),
+        "SSIM, {0}": (r"(\w+)\.metrics\.ssim", ".3f"),
+        "LPIPS, {0}": (r"(\w+)\.metrics\.lpips", ".3f"),
+        "{1}, {0}": (r"(\w+)\.metrics\.((?:frechet|fid)\w*)", ".2f"),
+        "cells recovered": ("source_accuracy", ".1%"),
+        "bits of tokens": ("bits.tokens", ".0f"),
+        "bits of source": ("bits.source", ".1f"),
+        "bits of source as coded": ("bits.source_coded", ".1f"),
+        "bits, total": ("bits.total", ".1f"),
+        "bits per pixel": ("bits.per_pixel", ".3f"),
+        "codes in use": ("codebook.usage", ".1%"),
+        # Few tokens cannot be of many codes: without this a small K looks worse than it is.
+        "of those attainable": ("codebook.attained", ".1%"),
+    },
+    alike=("data.num_images", "data.pixels_sha256", "lpips", "extractor.sha256", "precision"),
+    facts=(
+        *("images data.num_images", "of data.path", "side in pixels data.image_size"),
+        *("prepared data.crop", "features of extractor.name", "its file extractor.sha256"),
+        *("LPIPS lpips.trunk", "model model.hash", "made for K model.config.num_kept"),
+        *("precision precision", *_WRITTEN),
     ),
 )
+_SHORT = ("K", "PSNR (dB), {0}", "{1}, {0}")
+_PROBED = ("data.train.sha256", "data.val.sha256", "run.method")
 TABLES: Mapping[str, Table] = {
     "reconstruction": _RECONSTRUCTION,
-    "reconstruction-short": _RECONSTRUCTION._replace(columns=short_reconstruction_columns),
+    "reconstruction-short": _RECONSTRUCTION._replace(
+        columns={title: _RECONSTRUCTION.columns[title] for title in _SHORT}
+        | {"bits, given": ("bits.total", ".0f")}
+        | {"bits of source as coded": ("bits.source_coded", ".0f")}
+        | {"bits, recovered": ("bits.tokens", ".0f")}
+    ),
     "probe": Table(
         files={"probe_linear": "linear probe", "probe_knn": "knn probe"},
         rows=probe_rows,
-        columns=probe_columns,
-        alike=[
-            *_places("probe_linear", ("data.train.sha256", "data.val.sha256", "run.method")),
-            *_places("probe_knn", ("data.train.sha256", "data.val.sha256", "run.method")),
-        ],
-        facts=_facts(
-            "probe_linear",
-            {
-                "training images": "data.train.num_images",
-                "of": "run.data.path",
-                "test images": "data.val.num_images",
-                "their file": "run.data.val_path",
-                "share of the most frequent class": "data.most_frequent_class_accuracy",
-                "epochs of the linear probe": "run.method.num_epochs",
-                "model": "model.sha256",
-                "class token aligned with": "model.teacher",
-            },
-        )
-        | {
-            "temperature of the neighbours' votes": "probe_knn:run.method.temperature",
-            "neighbours leave one out": "probe_knn:run.method.leave_one_out",
+        columns={
+            "features": ("name", "s"),
+            "channels": ("dim", "d"),
+            "linear": ("accuracy", ".1%"),
+            "{0} nearest neighbours": (r"votes\.(\d+)", ".1%"),
         },
+        alike=[f"{file}:{place}" for file in ("probe_linear", "probe_knn") for place in _PROBED],
+        facts=(
+            "training images data.train.num_images",
+            *("of run.data.path", "test images data.val.num_images"),
+            *("their file run.data.val_path", "epochs of the linear probe run.method.num_epochs"),
+            "share of the most frequent class data.most_frequent_class_accuracy",
+            *("model model.sha256", "class token aligned with model.teacher", *_WRITTEN),
+            "temperature of the neighbours' votes probe_knn:run.method.temperature",
+            "neighbours leave one out probe_knn:run.method.leave_one_out",
+        ),
     ),
     "generation": Table(
         files={"generation": "generation evaluation", "generator": "generator"},
         rows=generation_rows,
-        columns=generation_columns,
-        alike=_places(
-            "generation",
-            (
-                *("samples.num_images", "samples.size", "extractor.sha256", "reference.sha256"),
-                "classifier.sha256",
-            ),
+        columns={
+            "order": ("order", "s"),
+            "sampling": ("sampling", "s"),
+            "K": ("num_kept", "d"),
+            # A class_score is no Inception score.
+            "{0}": (r"metrics\.((?:frechet|fid|class_score|inception_score)\w*(?<!_std))", ".2f"),
+            "{0} ": (r"metrics\.((?:precision|recall|class_accuracy)\w*)", ".3f"),
+        },
+        alike=(
+            *("samples.num_images", "samples.size", "extractor.sha256", "reference.sha256"),
+            "classifier.sha256",
         ),
-        facts=_facts(
-            "generation",
-            {
-                "samples": "samples.num_images",
-                "height and width": "samples.size",
-                "compared with images": "reference.num_images",
-                "of": "reference.data",
-                "features of": "extractor.name",
-                "its file": "extractor.sha256",
-                "classifier": "classifier.name",
-                "left out": "left_out",
-                "generator": "generator",
-                "tokenizer": "tokenizer",
-                "seed": "settings.run.seed",
-                "weights": "settings.run.weights",
-            },
+        facts=(
+            *("samples samples.num_images", "height and width samples.size"),
+            *("compared with images reference.num_images", "of reference.data"),
+            *("features of extractor.name", "its file extractor.sha256"),
+            *("classifier classifier.name", "left out left_out", "generator generator"),
+            *("tokenizer tokenizer", "seed settings.run.seed", "weights settings.run.weights"),
+            *_WRITTEN,
         ),
     ),
 }
@@ -351,34 +214,56 @@ def table(kind: str, models: Sequence[str], results: Path) -> str:
     """
     made = TABLES[kind]
     records = {
-        model: {
-            file: read(results / model / f"{file}.json", made.files[file]) for file in made.files
-        }
+        model: {file: read(results / model / f"{file}.json", of) for file, of in made.files.items()}
         for model in models
     }
-    places = {place: _everywhere(records, place) for place in (*made.alike, *made.facts.values())}
+
+    def everywhere(place: str) -> dict[str, Any]:
+        file, _, path = place.rpartition(":")
+        return {
+            model: at(found[file or next(iter(found))], path) for model, found in records.items()
+        }
+
     for place in made.alike:
-        _require_equal(place, places[place])
-    rows = [row for model in models for row in made.rows(model, records[model])]
-    columns = made.columns(rows)
-    lines = [f"| {' | '.join(column.value(row) for column in columns)} |" for row in rows]
+        require_equal(place, everywhere(place))
+    rows = [
+        flat({"model": f"`{model}`", **row})
+        for model in models
+        for row in made.rows(records[model])
+    ]
+    columns = {"model": ("model", "s"), **_columns(made.columns, rows)}
+    lines = [[_cell(row, place, form) for place, form in columns.values()] for row in rows]
+    rules = ["---" if form == "s" else "---:" for _, form in columns.values()]
     # Pixels are the same for every model: they come once, last.
-    lines = sorted(dict.fromkeys(lines), key=lambda line: line.startswith("| - |"))
-    head = f"| {' | '.join(column.title for column in columns)} |"
-    rule = f"|{'|'.join('---' if column.is_label else '---:' for column in columns)}|"
-    facts = [_fact(words, places[place]) for words, place in made.facts.items()]
-    text = f"Conditions: {'; '.join(filter(None, facts))}."
-    wrapped = textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
-    return "\n".join([head, rule, *lines, "", wrapped])
+    lines = [list(line) for line in dict.fromkeys(map(tuple, lines))]
+    lines.sort(key=lambda line: line[0] == "-")
+    text = "\n".join(f"| {' | '.join(line)} |" for line in [list(columns), rules, *lines])
+    facts = [_fact(words, everywhere(place)) for words, place in map(_split, made.facts)]
+    below = f"Conditions: {'; '.join(filter(None, facts))}."
+    return f"{text}\n\n{textwrap.fill(below, 100, break_long_words=False, break_on_hyphens=False)}"
 
 
-def _everywhere(records: Mapping[str, Mapping[str, Record]], place: str) -> dict[str, Any]:
-    """The value at `file:a.b` for each model."""
-    file, _, path = place.partition(":")
-    return {model: at(records[model][file], path) for model in records}
+def _columns(
+    patterns: Mapping[str, tuple[str, str]], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, tuple[str, str]]:
+    """Place and format of each column that a row has, by its title."""
+    places = list(dict.fromkeys(place for row in rows for place in row))
+    return {
+        title.format(*match.groups()).strip(): (place, form)
+        for title, (pattern, form) in patterns.items()
+        for place in places
+        if (match := re.fullmatch(pattern, place))
+    }
 
 
-def _require_equal(place: str, values: Mapping[str, Any]) -> None:
+def _cell(row: Mapping[str, Any], place: str, form: str) -> str:
+    """A value as it is shown: a dash where it was not measured; infinite ones are null in JSON."""
+    if place not in row:
+        return "-"
+    return "inf" if row[place] is None else format(row[place], form).replace("%", " %")
+
+
+def require_equal(place: str, values: Mapping[str, Any]) -> None:
     """Check that numbers are comparable.
 
     Raises:
@@ -393,13 +278,20 @@ def _require_equal(place: str, values: Mapping[str, Any]) -> None:
             )
 
 
+def _split(fact: str) -> tuple[str, str]:
+    """Words of a condition and its place."""
+    words, _, place = fact.rpartition(" ")
+    return words, place
+
+
 def _fact(words: str, values: Mapping[str, Any]) -> str:
     """A condition: one value for all models, or one for each; empty where there is none."""
     shown = {model: _shown(value) for model, value in values.items()}
-    if not any(shown.values()):
+    different = list(dict.fromkeys(shown.values()))
+    if different == [""]:
         return ""
-    if len(set(shown.values())) == 1:
-        return f"{words} {next(iter(shown.values()))}"
+    if len(different) == 1:
+        return f"{words} {different[0]}"
     return f"{words} {', '.join(f'{value} (`{model}`)' for model, value in shown.items())}"
 
 
@@ -425,10 +317,10 @@ def read(path: Path, kind: str) -> Record:
     Raises:
         ValueError: it is not there, is no JSON, or is something else.
     """
-    if not path.is_file():
-        raise ValueError(f"no {path}; copy the JSON of a {kind} there, or take the marker out")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"no {path}; copy the JSON of a {kind}, or remove the marker") from error
     except ValueError as error:
         raise ValueError(f"{path} is not the JSON of a {kind}: {error}") from error
     found = " ".join(record[name] for name in ("method", "kind") if name in record)

@@ -21,7 +21,7 @@ from mergevq.evaluate.compare import measure
 from mergevq.evaluate.probe.linear import ProbeRow, probe_rows
 from mergevq.generator.generation import class_labels, generate, load_pair
 from mergevq.generator.weights import as_weights
-from mergevq.metrics.codes import CodebookStatistics, codebook_statistics
+from mergevq.metrics.codes import CodebookStatistics
 from mergevq.report.lettering import shown_names
 from mergevq.report.pictures import merge_map, to_pil
 from mergevq.runtime.device import autocast, resolve_device
@@ -80,7 +80,7 @@ class Trial(NamedTuple):
     num_images: int
     """Held-out images that were measured."""
     measured: dict[int, dict[str, float]]
-    """By K, what `mergevq.evaluate.compare.measure` gives."""
+    """By K, `Outcome.numbers` of `mergevq.evaluate.compare`."""
     recognised: dict[int, Recognised]
     """Whether a classifier still knows them, by K; empty without classes."""
     probes: list[ProbeRow]
@@ -132,7 +132,7 @@ def examine(run: TokenizerRun) -> Trial:
     # Float32 whatever the training was in: the numbers then depend on the model alone.
     precision = autocast(device, None)
     batches = _batches(run, dataset)
-    measured = measure(tokenizer, batches, num_kepts, perceptual=None, autocast=precision)
+    outcomes = measure(tokenizer, batches, num_kepts, perceptual=None, autocast=precision)
     train_set, _ = open_train_val(run.data)
     probes, recognised = [], {}
     if dataset.num_classes > 0:
@@ -153,11 +153,11 @@ def examine(run: TokenizerRun) -> Trial:
         record=read_run_record(directory.record),
         log=[json.loads(line) for line in directory.metrics.read_text("utf-8").splitlines()],
         num_parameters=sum(parameter.numel() for parameter in tokenizer.parameters()),
-        num_images=int(measured[run.model.num_kept]["num_images"]),
-        measured=measured,
+        num_images=outcomes[run.model.num_kept].num_images,
+        measured={num_kept: outcome.numbers() for num_kept, outcome in outcomes.items()},
         recognised=recognised,
         probes=probes,
-        usage=_count_codes(tokenizer, _batches(run, dataset)),
+        usage=outcomes[run.model.num_kept].codebook,
         originals=[to_pil(image) for image in images],
         labels=labels,
         pictured=[_picture(tokenizer, images.to(device), num_kept) for num_kept in num_kepts],
@@ -171,14 +171,6 @@ def _batches(run: TokenizerRun, dataset: ImageDataset) -> Sequence[Batch]:
             dataset, image_size=run.model.image_size, batch_size=_BATCH_SIZE, num_workers=0
         )
     )
-
-
-@torch.no_grad()
-def _count_codes(tokenizer: Tokenizer, batches: Sequence[Batch]) -> CodebookStatistics:
-    """How all tokens at the nominal K use the codebook."""
-    device = next(tokenizer.parameters()).device
-    tokens = [tokenizer.encode(batch.image.to(device)).parts.flatten(0, 1) for batch in batches]
-    return codebook_statistics(torch.cat(tokens), tokenizer.quantizer.spec)
 
 
 @torch.no_grad()

@@ -51,6 +51,30 @@ class Outcome(NamedTuple):
     images_per_second: float
     """Encoded, stem included, and decoded with the given source, over all ranks."""
 
+    def numbers(self) -> dict[str, float]:
+        """Numbers that a training logs, by name.
+
+        `psnr`, `ssim`, `l1`, `lpips` and their `_recovered` twins, `source_accuracy`,
+        `codebook_usage`, `perplexity`, `bits` and `bits_per_pixel` of one image, `num_images`;
+        without maps there are no twins and no accuracy.
+        """
+        shown = ("psnr", "ssim", "l1", "lpips")
+        numbers = {
+            f"{name}{suffix}": values[name]
+            for suffix, values in (("", self.given), ("_recovered", self.recovered or {}))
+            for name in shown
+            if name in values
+        }
+        if self.source_accuracy is not None:
+            numbers["source_accuracy"] = self.source_accuracy
+        return numbers | {
+            "codebook_usage": self.codebook.usage,
+            "perplexity": self.codebook.perplexity,
+            "bits": self.bits.total,
+            "bits_per_pixel": self.bits.total / self.num_pixels,
+            "num_images": float(self.num_images),
+        }
+
 
 class Evaluation:
     """Measures a tokenizer at one K, batch by batch; see `Evaluations`.
@@ -238,12 +262,8 @@ def measure(
     *,
     perceptual: Perceptual | None,
     autocast: torch.autocast,
-) -> dict[int, dict[str, float]]:
-    """Reconstruct images at several K; gives every number by its K and its name.
-
-    The names are `psnr`, `ssim`, `l1`, `lpips` and their `_recovered` twins, `source_accuracy`,
-    `codebook_usage`, `perplexity`, `bits` and `bits_per_pixel` of one image, `num_images`; without
-    maps there are no twins and no accuracy.
+) -> dict[int, Outcome]:
+    """Reconstruct images at several K; gives what was measured, by K.
 
     Args:
         tokenizer: in evaluation mode, where it is to run.
@@ -256,24 +276,4 @@ def measure(
     device = next(tokenizer.parameters()).device
     for batch in batches:
         evaluations.update(batch.image.to(device), batch.index)
-    return {evaluation.num_kept: _numbers(evaluation.compute()) for evaluation in evaluations.each}
-
-
-def _numbers(outcome: Outcome) -> dict[str, float]:
-    """Numbers of training and of reports; see `measure`."""
-    shown = ("psnr", "ssim", "l1", "lpips")
-    numbers = {
-        f"{name}{suffix}": values[name]
-        for suffix, values in (("", outcome.given), ("_recovered", outcome.recovered or {}))
-        for name in shown
-        if name in values
-    }
-    if outcome.source_accuracy is not None:
-        numbers["source_accuracy"] = outcome.source_accuracy
-    return numbers | {
-        "codebook_usage": outcome.codebook.usage,
-        "perplexity": outcome.codebook.perplexity,
-        "bits": outcome.bits.total,
-        "bits_per_pixel": outcome.bits.total / outcome.num_pixels,
-        "num_images": float(outcome.num_images),
-    }
+    return {evaluation.num_kept: evaluation.compute() for evaluation in evaluations.each}

@@ -214,8 +214,8 @@ class TokenizerTask:
         tokenizer.train()
         return {
             f"{name}@{num_kept}": value
-            for num_kept, found in measured.items()
-            for name, value in found.items()
+            for num_kept, outcome in measured.items()
+            for name, value in outcome.numbers().items()
         }
 
     @torch.no_grad()

@@ -44,7 +44,7 @@ def tokenizer() -> Tokenizer:
 def run(tokenizer: Tokenizer, image: torch.Tensor, size: int) -> dict[str, float]:
     precision = autocast(torch.device("cpu"), None)
     cut = batches(image, size)
-    return measure(tokenizer, cut, [16], perceptual=None, autocast=precision)[16]
+    return measure(tokenizer, cut, [16], perceptual=None, autocast=precision)[16].numbers()
 
 
 def test_a_short_last_batch_does_not_change_a_number(tokenizer):

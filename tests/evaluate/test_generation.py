@@ -26,6 +26,7 @@ from tests.support.evaluate_generation import files, sample_run, settings, write
 from tests.support.evaluations import ALONE, GENERATOR, write_images
 from tests.support.ranks import run_on_two_ranks
 from tests.support.records import assert_declared
+from tests.support.tables import table_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:a (Frechet distance|reference) of:UserWarning",
@@ -69,6 +70,11 @@ def test_a_generator_is_evaluated_and_everything_recorded(tmp_path, sampled_fold
     )
     assert json.loads((tmp_path / "evaluation.json").read_text()) == record
     assert_declared(record, GenerationRecord)
+    written = {"generation": tmp_path / "evaluation.json"}
+    written["generator"] = sampled_folder / "generator" / "config.json"
+    (row,), below = table_of(tmp_path, "generation", **written)
+    assert row["K"] == "8"
+    assert f"samples {record['samples']['num_images']}; height and width" in below
     sampling = record["settings"]["run"]["settings"]
     assert sampling.keys() == {field.name for field in fields(SamplingSettings)}
     assert {"guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p"} <= set(sampling)

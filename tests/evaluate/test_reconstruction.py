@@ -29,6 +29,7 @@ from mergevq.runtime.run import environment
 from mergevq.tokenizer.tokenizer import Tokenizer
 from tests.support.evaluations import CONFIG, subject_of, write_images
 from tests.support.records import assert_declared, problems
+from tests.support.tables import table_of
 
 FEW = "ignore:a (Frechet distance|reference) of:UserWarning"
 pytestmark = pytest.mark.filterwarnings(FEW)
@@ -259,6 +260,9 @@ def test_the_record_says_all_that_the_numbers_depend_on(tmp_path, folder):
     evaluate_reconstruction(settings(folder, tmp_path, reference=path))
     record = json.loads((tmp_path / "evaluation.json").read_text())
     assert_declared(record, ReconstructionRecord)
+    rows, below = table_of(tmp_path, "reconstruction", reconstruction=tmp_path / "evaluation.json")
+    assert [row["K"] for row in rows] == ["8"]
+    assert f"images {record['data']['num_images']}; of `images`; side in pixels 16" in below
     assert record["environment"].keys() == environment(torch.device("cpu")).keys()
     assert {"python", "torch", "mergevq", "git_commit"} <= record["environment"].keys()
     assert record["environment"]["torch"] == torch.__version__

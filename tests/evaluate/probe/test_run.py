@@ -15,6 +15,7 @@ from mergevq.evaluate.probe.run import probe, summary
 from mergevq.runtime.artefacts import model_hash
 from tests.support.probes import COLOURS, tiny_tokenizer, write_colours
 from tests.support.records import assert_declared, problems
+from tests.support.tables import table_of
 
 LINEAR = LinearConfig(rates=(1e-2, 1e-1), num_epochs=5)
 
@@ -90,6 +91,14 @@ def test_neighbours_are_pictured_and_every_k_is_reported(folder, tmp_path):
     assert [name.partition("-")[0] for name in pixels["pictures"]] == ["confusion", "neighbours"]
     assert all((tmp_path / "out" / name).is_file() for name in pixels["pictures"])
     assert " ".join(summary(record)[2].split()).startswith("features channels k = 3 k = 1 +-")
+    probe(run(folder, tmp_path / "linear"))
+    both = {
+        "probe_knn": tmp_path / "out/probe.json",
+        "probe_linear": tmp_path / "linear/probe.json",
+    }
+    rows, below = table_of(tmp_path, "probe", **both)
+    assert [row["3 nearest neighbours"] for row in rows][-2] == "100.0 %"
+    assert "training images 36; of `train`; test images 12; their file `val`" in below
 
 
 @pytest.mark.parametrize("leave_one_out", [False, True])
