@@ -33,7 +33,8 @@ class Quantized(NamedTuple):
     """Tokens after quantization."""
 
     codes: Float[Tensor, "*b d"]
-    """Values that a decoder reads; gradients pass to the latents."""
+    """Values that a decoder reads, about in [-1, 1], as bounded latents stand for them before
+    quantization starts; gradients pass to the latents."""
     parts: Int64[Tensor, "*b p"]
     """The same tokens as whole numbers, one for each part."""
 
@@ -184,7 +185,8 @@ class Quantizer(Protocol):
         """Unweighted terms by name.
 
         The weight of `commitment` and `entropy` is in `LossConfig`, that of a term which only this
-        kind has in its settings, as `NAME_weight`.
+        kind has in its settings, as `NAME_weight`. A term that is no mean over images takes its
+        means over all ranks.
         """
         ...
 

@@ -47,7 +47,16 @@ def term_weights(
 
 
 def total(losses: TokenizerLosses, weights: Mapping[str, float]) -> Float[Tensor, ""]:
-    """Weighted sum of all terms, in their order."""
+    """Weighted sum of all terms, in their order.
+
+    Raises:
+        ValueError: a term has no weight.
+    """
+    if missing := [name for name in losses if name not in weights]:
+        raise ValueError(
+            f"losses ({', '.join(losses)}) must all have a weight, and {missing[0]} has none; give "
+            f"the settings of the part that it comes from {missing[0]}_weight"
+        )
     return torch.stack([weights[name] * term for name, term in losses.items()]).sum()
 
 

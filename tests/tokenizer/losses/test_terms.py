@@ -40,3 +40,8 @@ def test_every_weight_of_the_total_has_an_effect():
     losses = {name: torch.tensor(float(i + 1)) for i, name in enumerate(weights)}
     assert list(losses)[-3:] == ["alignment", "confidence", "gram"]
     assert total(losses, weights) == 1 + 20 + 300 + 4e3 + 5e4 + 6e5 + 7e6 + 16 + 4.5
+
+
+def test_a_term_without_a_weight_is_an_error_that_names_it():
+    with pytest.raises(ValueError, match=r"spread has none; give the settings .* spread_weight"):
+        total({"source": torch.tensor(1.0), "spread": torch.tensor(1.0)}, {"source": 1.0})
