@@ -9,6 +9,7 @@ from torch import nn
 from mergevq.data.layouts import merge, unmerge
 from mergevq.tokenizer.bits import quantize
 from mergevq.tokenizer.features import pool_features, require_stage
+from mergevq.tokenizer.reducers.matching import merge_schedule
 from mergevq.tokenizer.tokenizer import Tokenizer
 from tests.support.parts import changed
 from tests.support.tokenizer import G
