@@ -11,6 +11,8 @@ GuidanceSchedule = Literal["constant", "linear", "cosine", "power"]
 Weights = Literal["float32", "bf16", "int8"]
 _MIN_TEMPERATURE = 1e-3
 """Below this a draw is the most likely value, to the precision of float32."""
+NUM_RELATIONS = 9
+"""What a cell may be in order `stream`: new, a copy of one of seven neighbours, or of another."""
 Reads = Literal["cells", "kept"]
 """Tokens of a sequence: all cells of the grid in raster order, or the kept tokens."""
 
@@ -31,6 +33,10 @@ class Raster:
     """Whether several tokens can be decoded in one pass."""
     fills_in: ClassVar[bool] = False
     """Whether some tokens can be kept and the others sampled."""
+    tokens_per_step: ClassVar[int] = 1
+    """Tokens that one state of the transformer predicts, one after the other in the head."""
+    names_copies: ClassVar[bool] = False
+    """Whether the first parts of a token are which earlier cell it is a copy of."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +57,8 @@ class Merge:
     is_anchored: ClassVar[bool] = False
     in_parallel: ClassVar[bool] = False
     fills_in: ClassVar[bool] = False
+    tokens_per_step: ClassVar[int] = 1
+    names_copies: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Reject a negative window."""
@@ -71,6 +79,8 @@ class Random:
     is_anchored: ClassVar[bool] = False
     in_parallel: ClassVar[bool] = True
     fills_in: ClassVar[bool] = True
+    tokens_per_step: ClassVar[int] = 1
+    names_copies: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +94,8 @@ class Anchored:
     is_anchored: ClassVar[bool] = True
     in_parallel: ClassVar[bool] = False
     fills_in: ClassVar[bool] = False
+    tokens_per_step: ClassVar[int] = 1
+    names_copies: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +122,8 @@ class Masked:
     is_anchored: ClassVar[bool] = False
     in_parallel: ClassVar[bool] = True
     fills_in: ClassVar[bool] = False
+    tokens_per_step: ClassVar[int] = 1
+    names_copies: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Reject settings that contradict each other."""
@@ -126,7 +140,27 @@ class Masked:
         )
 
 
-Order = Raster | Merge | Random | Anchored | Masked
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stream:
+    """All cells row by row, each a new token or a copy of an earlier cell that it names."""
+
+    kind: Literal["stream"] = "stream"
+    tokens_per_step: int = 1
+    """Cells that one state of the transformer predicts; more take fewer passes."""
+
+    reads: ClassVar[Reads] = "cells"
+    merges: ClassVar[bool] = True
+    is_anchored: ClassVar[bool] = False
+    in_parallel: ClassVar[bool] = False
+    fills_in: ClassVar[bool] = False
+    names_copies: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Reject a number of cells below 1."""
+        check_numbers(self)
+
+
+Order = Raster | Merge | Random | Anchored | Masked | Stream
 """How sequences are ordered and decoded."""
 
 
@@ -207,6 +241,11 @@ class GeneratorConfig:
             self.num_heads % self.key_heads == 0,
             f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.key_heads})",
         )
+        require(
+            self.num_tokens % self.order.tokens_per_step == 0,
+            f"tokens_per_step ({self.order.tokens_per_step}) must divide the {self.num_tokens} "
+            "cells of the grid",
+        )
         self._check_kept()
 
     def _check_kept(self) -> None:
@@ -231,6 +270,10 @@ class GeneratorConfig:
     def length(self, num_kept: int) -> int:
         """Tokens of a sequence with K kept ones."""
         return self.num_tokens if self.order.reads == "cells" else num_kept
+
+    def num_states(self, num_kept: int) -> int:
+        """States of the transformer that predict a sequence with K kept tokens."""
+        return self.length(num_kept) // self.order.tokens_per_step
 
     @property
     def null_class(self) -> int:
@@ -266,15 +309,26 @@ class GeneratorConfig:
 
     @property
     def part_names(self) -> tuple[str, ...]:
-        """Names of the parts predicted for one token, in order."""
-        subindices = tuple(f"subindex_{number}" for number in range(1, len(self.head.sizes) + 1))
-        return ("anchor", *subindices) if self.order.is_anchored else subindices
+        """Names of the parts that one state predicts, in order."""
+        names = tuple(f"subindex_{number}" for number in range(1, len(self.head.sizes) + 1))
+        if self.order.is_anchored:
+            names = ("anchor", *names)
+        if self.order.names_copies:
+            names = ("relation", "group", *names)
+        count = self.order.tokens_per_step
+        if count == 1:
+            return names
+        return tuple(f"{name}_of_{cell}" for cell in range(1, count + 1) for name in names)
 
     @property
     def part_sizes(self) -> tuple[int, ...]:
         """Number of values of each part; an anchor is one of the cells."""
-        anchor = (self.num_tokens,) if self.order.is_anchored else ()
-        return anchor + self.head.sizes
+        sizes = self.head.sizes
+        if self.order.is_anchored:
+            sizes = (self.num_tokens, *sizes)
+        if self.order.names_copies:
+            sizes = (NUM_RELATIONS, max(self.kept_candidates), *sizes)
+        return sizes * self.order.tokens_per_step
 
 
 class Size(NamedTuple):

@@ -68,7 +68,7 @@ def draw(
         seed=run.seed,
         image_ids=image_ids,
         settings=run.settings,
-        every=math.ceil(config.length(config.num_kept) / _NUM_LOOKS),
+        every=math.ceil(config.num_states(config.num_kept) / _NUM_LOOKS),
     ):
         yield [enlarged(to_pil(image)) for image in _decode(pair, part)]
 

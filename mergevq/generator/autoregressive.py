@@ -181,7 +181,7 @@ class Autoregressive(nn.Module):
     ) -> Draws:
         """Uniform numbers for every part of every token, and an order, of each image."""
         num_parts = len(self.config.part_names)
-        return draw(seed, image_ids, self.config.length(num_kept), num_parts, self.device)
+        return draw(seed, image_ids, self.config.num_states(num_kept), num_parts, self.device)
 
     def decoder(
         self,

@@ -48,6 +48,7 @@ NAMES = {
     "random": "RandAR",
     "anchor": "anchored",
     "masked": "MaskGIT",
+    "stream": "codes and map",
 }
 """Names of orders, by kind, in the printed table."""
 NOMINAL_KEPT = {256: 144, 1024: 256}
@@ -339,7 +340,7 @@ class OurDecoder:
             most_steps: passes, if the order decodes several tokens in one.
         """
         config = generator.config
-        num_steps = min(most_steps, config.length(config.num_kept))
+        num_steps = min(most_steps, config.num_states(config.num_kept))
         several = Several(num_steps=num_steps)
         settings = SamplingSettings(passes=several if config.order.in_parallel else OneByOne())
         labels = torch.zeros(num_images, dtype=torch.int64, device=generator.device)
@@ -393,6 +394,9 @@ def made_up_sequences(config: GeneratorConfig, num_images: int, device: torch.de
         indices=(tokens % config.num_kept).expand(num_images, -1),
         class_label=torch.zeros(num_images, dtype=torch.int64, device=device),
         num_kept=config.num_kept,
+        source_index=(torch.arange(config.num_tokens, device=device) % config.num_kept).expand(
+            num_images, -1
+        ),
         anchors=(kept * config.num_tokens // config.num_kept).expand(num_images, -1),
         slots=kept.expand(num_images, -1),
         stages=torch.full((num_images, len(tokens)), 2, device=device),

@@ -17,11 +17,14 @@ from mergevq.generator.orders.anchored import Anchored
 from mergevq.generator.orders.merge import Merge
 from mergevq.generator.orders.random import Random
 from mergevq.generator.orders.raster import Raster
+from mergevq.generator.orders.stream import Stream
 from mergevq.runtime.artefacts import SavedModel, build_for, load_model, resolve, save_model
 from mergevq.runtime.settings import from_json
 
 GeneratorConfig = settings.GeneratorConfig
-Sequential = settings.Raster | settings.Merge | settings.Random | settings.Anchored
+Sequential = (
+    settings.Raster | settings.Merge | settings.Random | settings.Anchored | settings.Stream
+)
 """Orders of the autoregressive family."""
 AnyGenerator = Autoregressive | Nat
 """Every family of generators, each an `nn.Module` and a `seams.Generator`."""
@@ -46,6 +49,8 @@ def build_order(order: Sequential, config: GeneratorConfig) -> seams.Order:
             return Random(order, config)
         case settings.Anchored():
             return Anchored()
+        case settings.Stream():
+            return Stream(order)
         case _:
             assert_never(order)
 

@@ -7,6 +7,7 @@ Shape letters: B images, R rows (B, or 2B with guidance: conditional ones first)
 sequence, P parts of a token, C channels, N inputs, S and Z each B or 1.
 """
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -27,13 +28,8 @@ from mergevq.nn.llama import Rotation
 class Rules(Protocol):
     """Which values the tokens of one batch of sequences may have, one token after the other."""
 
-    def next(self, token: int, parts: Int64[Tensor, "b p"] | None) -> Restriction | None:
-        """Rules for the next token of each image; None leaves all values free.
-
-        Args:
-            token: position of the token in the sequence, from 0.
-            parts: the tokens before; None for the first.
-        """
+    def next(self, before: Sequence[Int64[Tensor, "b p"]]) -> Restriction | None:
+        """Rules for the next token of each image, after those before; None leaves all free."""
         ...
 
 
@@ -192,7 +188,8 @@ class SequenceDecoder:
 
     def known(self) -> Bool[Tensor, "b t"]:
         """All of `parts`."""
-        shape = len(self.draws.uniforms), len(self.tokens)
+        per_step = self.network.config.order.tokens_per_step
+        shape = len(self.draws.uniforms), len(self.tokens) * per_step
         return torch.ones(shape, dtype=torch.bool, device=self.network.device)
 
     @torch.inference_mode()
@@ -217,13 +214,12 @@ class SequenceDecoder:
     def step(self) -> None:
         """Choose the next token of each image and put it in."""
         token, batch = self.token, len(self.draws.uniforms)
-        before = self.tokens[-1] if self.tokens else None
         chosen = self.network.choose(
             self.states,
             self.draws.uniforms[:, token],
             self.scales[token],
             self.settings,
-            None if self.rules is None else self.rules.next(token, before),
+            None if self.rules is None else self.rules.next(self.tokens),
         )
         self.finite += chosen.finite
         self.tokens.append(chosen.parts)

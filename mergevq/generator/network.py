@@ -93,8 +93,10 @@ class Restriction(Protocol):
         """Values that a part may have after the parts chosen before it; None is all."""
         ...
 
-    def part(self, part: int, choice: Int64[Tensor, "b"]) -> Int64[Tensor, "b"]:
-        """The part of the token that a choice of the head stands for."""
+    def part(
+        self, part: int, choice: Int64[Tensor, "b"], chosen: Sequence[Tensor]
+    ) -> Int64[Tensor, "b"]:
+        """The part of the token that a choice of the head, after others, stands for."""
         ...
 
 

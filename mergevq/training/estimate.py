@@ -204,9 +204,9 @@ def _generator_passes(generator: AnyGenerator) -> dict[str, Callable[[], object]
     """
     config, network = generator.config, generator.network
     inputs = torch.empty(1, generator.num_inputs(config.num_kept), config.dim)
-    length = config.length(config.num_kept)
-    states = torch.empty(length, config.dim)
-    parts = torch.empty(length, len(config.part_names), dtype=torch.int64)
+    num_states = config.num_states(config.num_kept)
+    states = torch.empty(num_states, config.dim)
+    parts = torch.empty(num_states, len(config.part_names), dtype=torch.int64)
 
     def transform() -> None:
         x = inputs

@@ -43,6 +43,7 @@ _PARTS = {
     "disentangle": "order",
     "num_decoder_layers": "order",
     "reuse": "order",
+    "tokens_per_step": "order",
     "sizes": "head",
     "num_head_layers": "head",
 }

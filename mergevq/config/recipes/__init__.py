@@ -21,6 +21,7 @@ from mergevq.config.recipes.digits import (
     digits32_perturb,
     digits32_pool,
     digits32_queries,
+    digits32_stream,
 )
 from mergevq.config.recipes.imagenet256 import (
     imagenet256_g,
@@ -69,6 +70,7 @@ GENERATOR_RECIPES: dict[str, Callable[[], GeneratorRun]] = {
         digits32_ar,
         digits32_maskgit,
         digits32_enat,
+        digits32_stream,
         photos64_mergear,
         photos64_wide_mergear,
         photos64_wide_randar,

@@ -95,7 +95,7 @@ class Subindices(nn.Module):
             if log_prob is not None:
                 log_prob = log_prob + logits.log_softmax(-1).gather(1, value[:, None])[:, 0]
             if restriction is not None:
-                value = restriction.part(part, value)
+                value = restriction.part(part, value, chosen)
             chosen.append(value)
             if part + 1 < num_parts:
                 inputs = embed(part, value.repeat(len(states) // batch))

@@ -136,11 +136,11 @@ class Gaps:
     num_tokens: int
     """L."""
 
-    def next(self, token: int, parts: Int64[Tensor, "b p"] | None) -> "Gap":
+    def next(self, before: Sequence[Int64[Tensor, "b p"]]) -> "Gap":
         """Gaps from the anchors of the tokens before."""
-        previous = self.start if parts is None else parts[:, 0]
-        tokens = torch.tensor([token], device=previous.device)
-        legal = legal_gaps(previous[:, None], tokens, self.num_kept, self.num_tokens)
+        previous = before[-1][:, 0] if before else self.start
+        token = torch.tensor([len(before)], device=previous.device)
+        legal = legal_gaps(previous[:, None], token, self.num_kept, self.num_tokens)
         return Gap(previous, legal[:, 0])
 
 
@@ -157,7 +157,12 @@ class Gap:
         """Legal gaps for the first part; sub-indices are free."""
         return self.legal if part == 0 else None
 
-    def part(self, part: int, choice: Int64[Tensor, "b"]) -> Int64[Tensor, "b"]:
+    def part(
+        self,
+        part: int,
+        choice: Int64[Tensor, "b"],
+        chosen: Sequence[Tensor],  # noqa: ARG002
+    ) -> Int64[Tensor, "b"]:
         """The cell that a gap leads to; a sub-index itself."""
         return self.previous + choice if part == 0 else choice
 

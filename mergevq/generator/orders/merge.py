@@ -153,7 +153,7 @@ class Budget:
         self._num_distinct: list[int] = []
         self._present: Present | None = None
 
-    def next(self, token: int, parts: Int64[Tensor, "b p"] | None) -> Restriction | None:  # noqa: ARG002
+    def next(self, before: Sequence[Int64[Tensor, "b p"]]) -> Restriction | None:  # noqa: ARG002
         """Only tokens that are there already, in images that have K distinct ones."""
         num_distinct = self._cache.num_distinct[: self._batch]
         # Once all budgets are spent nothing changes any more.
@@ -200,7 +200,12 @@ class Present:
         counts = agrees.new_zeros(len(agrees), self.sizes[part], dtype=torch.int64)
         return (counts.scatter_add(1, self.parts[..., part], agrees.long()) > 0) | self.is_free
 
-    def part(self, part: int, choice: Int64[Tensor, "b"]) -> Int64[Tensor, "b"]:  # noqa: ARG002
+    def part(
+        self,
+        part: int,  # noqa: ARG002
+        choice: Int64[Tensor, "b"],
+        chosen: Sequence[Tensor],  # noqa: ARG002
+    ) -> Int64[Tensor, "b"]:
         """The choice itself."""
         return choice
 

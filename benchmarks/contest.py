@@ -1,0 +1,281 @@
+"""Ways to have a source map in generation, at equal training: codes and map in bits, and samples.
+
+    python -m benchmarks.contest --tokenizer digits32 --data digits --out runs/contest
+    python -m benchmarks.contest --tokenizer photos64 --data train.parquet \
+        --recipe photos64_mergear --num-kept 144 --seeds 0 1 --out runs/contest_photos
+
+Every arm is the recipe with another order, trained on the same tokens for as many steps, and
+measured on the same held-out images:
+
+    merge       MergeAR: all cells; the map is in their equality, and code bits pay for it
+    anchor      kept tokens and the cells they open at; the tokenizer infers the other cells
+    stream      codes and map in one stream, one cell a step
+    stream4     the same, four cells a step
+
+Bits are of an image: those of codes, and those of the map. Of `anchor` the map's are those of the
+cells at which tokens open, and `inferred` what the source predictor needs for the other cells,
+given codes and openings. Samples are judged by a support vector machine fitted to real images
+(their pixels, grey and small, or features of `--extractor`): the share that it takes for the class
+that was asked for, beside that of real images that it has not seen. What was measured is in OUT and
+is not measured again.
+"""
+
+import argparse
+import importlib
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mergevq.config.generator import Anchored, Merge, Order, SampleRun, SamplingSettings, Stream
+from mergevq.config.recipes import GENERATOR_RECIPES
+from mergevq.config.training import GeneratorRun
+from mergevq.data.batches import eval_batches
+from mergevq.data.images import open_images
+from mergevq.data.tokens.batches import split
+from mergevq.data.tokens.dataset import TokenBatch, TokenDataset
+from mergevq.generator.build import AnyGenerator
+from mergevq.generator.generation import Pair, class_labels, generate, load_pair
+from mergevq.metrics.extractor import FeatureExtractor
+from mergevq.metrics.image import to_uint8
+from mergevq.report.pictures import contact_sheet, to_pil
+from mergevq.runtime.random import BatchNumbers
+from mergevq.tokenizer.encode import encode
+from mergevq.tokenizer.expanders.unmerge import Unmerge
+from mergevq.tokenizer.tokenizer import Tokenizer
+from mergevq.training.generator import train
+from mergevq.training.generator_step import to_sequences
+
+ARMS: dict[str, Order] = {
+    "merge": Merge(),
+    "anchor": Anchored(),
+    "stream": Stream(),
+    "stream4": Stream(tokens_per_step=4),
+}
+HELD_OUT = 0.2
+"""Share of the images that no arm is trained on."""
+_BATCH = 50
+_MAPS = ("relation", "group", "anchor")
+"""Beginnings of the names of parts that are of the map."""
+_GREY_SIDE = 8
+Judge = Callable[[Float[Tensor, "b 3 h w"]], NDArray[np.int64]]
+"""From images in [-1, 1] to classes."""
+
+
+def arm_run(options: argparse.Namespace, tokens: Path, arm: str, seed: int) -> GeneratorRun:
+    """The recipe with an arm's order."""
+    run = GENERATOR_RECIPES[options.recipe]()
+    kept = (options.num_kept,)
+    train_config = replace(run.train, seed=seed, eval_num_kept=kept, device=options.device)
+    if options.steps is not None:
+        train_config = replace(train_config, num_steps=options.steps)
+    return replace(
+        run,
+        model=replace(run.model, order=ARMS[arm], num_kept=options.num_kept, kept_candidates=kept),
+        tokens=replace(
+            run.tokens, path=str(tokens), tokenizer=options.tokenizer, val_fraction=HELD_OUT
+        ),
+        kept=replace(run.kept, candidates=kept),
+        train=train_config,
+        out=str(Path(options.out, f"{arm}-{seed}")),
+    )
+
+
+def measure(
+    run: GeneratorRun, tokens: TokenDataset, judge: Judge, options: argparse.Namespace
+) -> dict[str, float]:
+    """Train an arm and measure it; what a generator draws is written as a picture."""
+    started = time.process_time()
+    if not Path(run.out, "model").is_dir():
+        train(run)
+    seconds = time.process_time() - started
+    pair = load_pair(Path(run.out, "model"), options.tokenizer, torch.device("cpu"))
+    found = bits(pair.generator, tokens, options.num_kept)
+    if run.model.order.is_anchored:
+        found["inferred bits"] = inferred_bits(pair.tokenizer, tokens, options.num_kept)
+    return {
+        "parameters": sum(each.numel() for each in pair.generator.parameters()),
+        "training CPU seconds": seconds,
+        **found,
+        **judged_samples(pair, run, judge, options.num_samples),
+    }
+
+
+def held_out_batches(tokens: TokenDataset, num_kept: int) -> Iterator[TokenBatch]:
+    """Tokens of the images that no arm has seen."""
+    _, held_out = split(tokens, HELD_OUT)
+    for first in range(0, len(held_out), _BATCH):
+        yield held_out.batch(range(first, min(first + _BATCH, len(held_out))), num_kept)
+
+
+@torch.no_grad()
+def bits(generator: AnyGenerator, tokens: TokenDataset, num_kept: int) -> dict[str, float]:
+    """Bits of a held-out image, of its codes and of its map, and passes that it takes."""
+    sums, count = {"code bits": 0.0, "map bits": 0.0}, 0
+    for batch in held_out_batches(tokens, num_kept):
+        sequences = to_sequences(generator, batch)
+        rows = len(sequences.indices)
+        drawn = BatchNumbers(seed=0, step=0, num_rows=rows, rows=slice(None))
+        sequences = generator.draw(sequences, drawn)
+        targets = generator.layout(sequences).targets.unbind(-1)
+        parts = zip(generator.config.part_names, generator.logits(sequences), targets, strict=True)
+        for name, logits, target in parts:
+            hit = logits.log_softmax(-1).gather(-1, target[..., None]).sum().item()
+            sums["map bits" if name.startswith(_MAPS) else "code bits"] -= hit / math.log(2)
+        count += rows
+    return {name: total / count for name, total in sums.items()} | {
+        "passes": float(generator.config.num_states(num_kept))
+    }
+
+
+@torch.no_grad()
+def inferred_bits(tokenizer: Tokenizer, tokens: TokenDataset, num_kept: int) -> float:
+    """Bits of the cells at which nothing opens, by the source predictor, given all else."""
+    if not isinstance(tokenizer.expander, Unmerge):
+        raise TypeError(f"expander ({tokenizer.config.expander.kind}) must be unmerge")
+    total, count = 0.0, 0
+    for batch in held_out_batches(tokens, num_kept):
+        codes = tokenizer.codes_of_parts(batch.parts)
+        side = tokenizer.config.grid_size
+        logits = tokenizer.expander.predictor(codes, (side, side)).float()
+        index = batch.source.index
+        total -= copied_log_prob(logits, index, batch.source.anchors()).sum().item() / math.log(2)
+        count += len(index)
+    return total / count
+
+
+def copied_log_prob(
+    logits: Float[Tensor, "b l k"], index: Int64[Tensor, "b l"], anchors: Int64[Tensor, "b k"]
+) -> Float[Tensor, "b"]:
+    """Log-probability of the cells that are copies, each of a token that is open there."""
+    cells = torch.arange(logits.shape[1])
+    is_open = anchors[:, None, :] < cells[:, None]
+    log_probs = logits.masked_fill(~is_open, -torch.inf).log_softmax(-1)
+    hits = log_probs.gather(-1, index[..., None])[..., 0]
+    opens = (anchors[:, None, :] == cells[:, None]).any(-1)
+    return hits.masked_fill(opens, 0).sum(1)
+
+
+def judged_samples(
+    pair: Pair, run: GeneratorRun, judge: Judge, num_samples: int
+) -> dict[str, float]:
+    """Share of samples taken for the class that was asked for, and their time."""
+    settings = SamplingSettings(guidance_scale=run.sampling.guidance_scale)
+    samples = SampleRun(num_images=num_samples, settings=settings)
+    classes = pair.generator.config.num_classes
+    asked = class_labels(samples, classes, range(num_samples)).numpy()
+    images, started = [], time.process_time()
+    for first in range(0, num_samples, _BATCH):
+        ids = range(first, min(first + _BATCH, num_samples))
+        images.append(generate(pair, samples, ids)[1])
+    seconds = time.process_time() - started
+    shown = [to_pil(image) for image in torch.cat(images)[: 4 * classes]]
+    rows = [shown[first : first + classes] for first in range(0, len(shown), classes)]
+    contact_sheet(rows).save(Path(run.out, "samples.png"))
+    taken = np.concatenate([judge(batch) for batch in images])
+    return {
+        "class accuracy": float((taken == asked).mean()),
+        "sampling CPU seconds": seconds / num_samples,
+    }
+
+
+def make_judge(options: argparse.Namespace, image_size: int) -> tuple[Judge, float]:
+    """A support vector machine, and its accuracy on the fifth of the images that it was not given."""
+    extractor = None if options.extractor is None else FeatureExtractor(options.extractor)
+
+    def features(image: Float[Tensor, "b 3 h w"]) -> NDArray[np.float32]:
+        if extractor is None:
+            grey = image.mean(1, keepdim=True)
+            return torch.nn.functional.adaptive_avg_pool2d(grey, _GREY_SIDE).flatten(1).numpy()
+        return extractor.features(to_uint8(image)).float().numpy()
+
+    dataset = open_images(options.data)
+    seen = [
+        (features(batch.image), batch.label.numpy())
+        for batch in eval_batches(
+            dataset,
+            image_size=image_size,
+            batch_size=_BATCH,
+            max_images=min(len(dataset), options.num_judged),
+            num_workers=0,
+        )
+    ]
+    rows, labels = (np.concatenate(part) for part in zip(*seen, strict=True))
+    # Data may be sorted by class: every fifth image is of all of them.
+    held_out = np.arange(len(rows)) % 5 == 0
+    svm = importlib.import_module("sklearn.svm").SVC().fit(rows[~held_out], labels[~held_out])
+    accuracy = float((svm.predict(rows[held_out]) == labels[held_out]).mean())
+    return lambda image: svm.predict(features(image)), accuracy
+
+
+def table(found: dict[str, dict[str, dict[str, float]]]) -> str:
+    """A row for each arm, mean over seeds and each seed's value, in Markdown."""
+    names = list(
+        dict.fromkeys(name for arm in found.values() for one in arm.values() for name in one)
+    )
+    lines = [f"| arm | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
+    for arm, seeds in found.items():
+        cells = []
+        for name in names:
+            values = [one[name] for one in seeds.values() if name in one]
+            each = ", ".join(f"{value:.4g}" for value in values)
+            cells.append(f"{statistics.fmean(values):.4g} ({each})" if values else "-")
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run what is not measured yet, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--recipe", default="digits32_ar")
+    parser.add_argument("--num-kept", type=int, default=20)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--extractor")
+    parser.add_argument("--num-judged", type=int, default=2000)
+    parser.add_argument("--num-samples", type=int, default=200)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", required=True)
+    options = parser.parse_args(arguments)
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    tokens = encode(
+        options.tokenizer,
+        options.data,
+        out / "tokens",
+        num_kept=(options.num_kept,),
+        num_workers=0,
+        precision="float32",
+    )
+    image_size = Tokenizer.from_pretrained(options.tokenizer).config.image_size
+    judge, real = make_judge(options, image_size)
+    result: dict[str, Any] = {"settings": vars(options), "real accuracy": real, "arms": {}}
+    written = out / "contest.json"
+    if written.is_file():
+        result["arms"] = json.loads(written.read_text(encoding="utf-8"))["arms"]
+    for seed in options.seeds:
+        for arm in options.arms:
+            seeds = result["arms"].setdefault(arm, {})
+            if str(seed) not in seeds:
+                run = arm_run(options, out / "tokens", arm, seed)
+                seeds[str(seed)] = measure(run, tokens, judge, options)
+                written.write_text(json.dumps(result, indent=2), encoding="utf-8")
+    print(f"real images: {100 * real:.1f} % taken for their class\n\n{table(result['arms'])}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
