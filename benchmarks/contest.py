@@ -45,7 +45,7 @@ from mergevq.data.batches import eval_batches
 from mergevq.data.images import open_images
 from mergevq.data.tokens.batches import split
 from mergevq.data.tokens.dataset import TokenBatch, TokenDataset
-from mergevq.generator.build import AnyGenerator
+from mergevq.generator.autoregressive import Autoregressive
 from mergevq.generator.generation import Pair, class_labels, generate, load_pair
 from mergevq.metrics.extractor import FeatureExtractor
 from mergevq.metrics.image import to_uint8
@@ -101,6 +101,8 @@ def measure(
         train(run)
     seconds = time.process_time() - started
     pair = load_pair(Path(run.out, "model"), options.tokenizer, torch.device("cpu"))
+    if not isinstance(pair.generator, Autoregressive):
+        raise TypeError(f"order ({run.model.order.kind}) must be autoregressive")
     found = bits(pair.generator, tokens, options.num_kept)
     if run.model.order.is_anchored:
         found["inferred bits"] = inferred_bits(pair.tokenizer, tokens, options.num_kept)
@@ -120,7 +122,7 @@ def held_out_batches(tokens: TokenDataset, num_kept: int) -> Iterator[TokenBatch
 
 
 @torch.no_grad()
-def bits(generator: AnyGenerator, tokens: TokenDataset, num_kept: int) -> dict[str, float]:
+def bits(generator: Autoregressive, tokens: TokenDataset, num_kept: int) -> dict[str, float]:
     """Bits of a held-out image, of its codes and of its map, and passes that it takes."""
     sums, count = {"code bits": 0.0, "map bits": 0.0}, 0
     for batch in held_out_batches(tokens, num_kept):
@@ -144,11 +146,12 @@ def inferred_bits(tokenizer: Tokenizer, tokens: TokenDataset, num_kept: int) -> 
     """Bits of the cells at which nothing opens, by the source predictor, given all else."""
     if not isinstance(tokenizer.expander, Unmerge):
         raise TypeError(f"expander ({tokenizer.config.expander.kind}) must be unmerge")
+    predictor = tokenizer.expander.predictor
     total, count = 0.0, 0
     for batch in held_out_batches(tokens, num_kept):
         codes = tokenizer.codes_of_parts(batch.parts)
         side = tokenizer.config.grid_size
-        logits = tokenizer.expander.predictor(codes, (side, side)).float()
+        logits = predictor(codes, (side, side)).float()
         index = batch.source.index
         total -= copied_log_prob(logits, index, batch.source.anchors()).sum().item() / math.log(2)
         count += len(index)
@@ -191,7 +194,7 @@ def judged_samples(
 
 
 def make_judge(options: argparse.Namespace, image_size: int) -> tuple[Judge, float]:
-    """A support vector machine, and its accuracy on the fifth of the images that it was not given."""
+    """A support vector machine, and its accuracy on a fifth of the images, which it had not."""
     extractor = None if options.extractor is None else FeatureExtractor(options.extractor)
 
     def features(image: Float[Tensor, "b 3 h w"]) -> NDArray[np.float32]:
@@ -237,7 +240,7 @@ def table(found: dict[str, dict[str, dict[str, float]]]) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     """Run what is not measured yet, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description="Ways to have a source map in generation.")
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--recipe", default="digits32_ar")

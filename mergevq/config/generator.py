@@ -178,14 +178,35 @@ class Subindices:
     def __post_init__(self) -> None:
         """Reject parts without a choice, and more tokens than indices."""
         check_numbers(self)
-        require(
-            min(self.sizes, default=0) >= 2 and math.prod(self.sizes) <= 2**63,
-            f"sizes {self.sizes} must be numbers of values from 2, and their product at most 2**63",
-        )
+        _check_sizes(self.sizes)
 
 
-Head = Subindices
-"""How the parts of a token are predicted; a union as soon as there is another."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Independent:
+    """A token as several sub-indices, each predicted from the state alone (ELM)."""
+
+    kind: Literal["independent"] = "independent"
+    sizes: tuple[int, ...] = (512, 512)
+    """Values of each sub-index, as in `Subindices`."""
+    num_layers: int = 1
+    """Transformer blocks, here of a lone state, that the sub-indices share."""
+
+    def __post_init__(self) -> None:
+        """Reject parts without a choice, and more tokens than indices."""
+        check_numbers(self)
+        _check_sizes(self.sizes)
+
+
+Head = Subindices | Independent
+"""How the parts of a token are predicted."""
+
+
+def _check_sizes(sizes: tuple[int, ...]) -> None:
+    """Reject parts without a choice, and more tokens than indices."""
+    require(
+        min(sizes, default=0) >= 2 and math.prod(sizes) <= 2**63,
+        f"sizes {sizes} must be numbers of values from 2, and their product at most 2**63",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -169,6 +169,7 @@ RANGES = {
     "visible_weight": _SHARE,
     "num_decoder_layers": _LAYERS,
     "Subindices.sizes": Range(2, 2**63 - 1),
+    "Independent.sizes": Range(2, 2**63 - 1),
     "num_classes": Range(0, 2**32),
     "grid_size": _SIDE,
     "kept_candidates": _TOKENS,

@@ -10,6 +10,7 @@ from typing import assert_never
 from mergevq.config import generator as settings
 from mergevq.generator import seams
 from mergevq.generator.autoregressive import Autoregressive
+from mergevq.generator.heads.independent import Independent
 from mergevq.generator.heads.subindices import Subindices
 from mergevq.generator.nat import Nat
 from mergevq.generator.network import Head, Network
@@ -57,7 +58,13 @@ def build_order(order: Sequential, config: GeneratorConfig) -> seams.Order:
 
 def build_head(config: GeneratorConfig) -> Head:
     """The head over the parts of a token."""
-    return Subindices(config)
+    match config.head:
+        case settings.Subindices():
+            return Subindices(config)
+        case settings.Independent():
+            return Independent(config)
+        case _:
+            assert_never(config.head)
 
 
 def load_generator(path: str | Path, *, revision: str | None = None) -> AnyGenerator:

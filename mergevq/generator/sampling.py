@@ -12,7 +12,7 @@ V values of a part.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from mergevq.config.generator import SamplingSettings, Several, check_passes
+from mergevq.generator.network import Chosen, Restriction
 from mergevq.generator.seams import Decoder, Draws, Generator, Sampled
 from mergevq.runtime.random import numbered_seed
 
@@ -273,6 +274,55 @@ def num_passes(settings: SamplingSettings, num_tokens: int) -> int:
     """Passes in which a sequence of some tokens is decoded."""
     passes = settings.passes
     return passes.num_steps if isinstance(passes, Several) else num_tokens
+
+
+def choose_parts(
+    logits_of: Callable[[int, Sequence[Tensor]], Float[Tensor, "r v"]],
+    uniforms: Float[Tensor, "b p"],
+    scale: float,
+    settings: SamplingSettings,
+    restriction: Restriction | None,
+    *,
+    scored: bool,
+) -> Chosen:
+    """Choose the parts of one token for each image, in turn.
+
+    Args:
+        logits_of: logits, float32, of a part after the parts chosen before it; with twice as many
+            rows as images the second half is unconditional.
+        uniforms: numbers that decide.
+        scale: of guidance, if there are unconditional logits.
+        settings: temperature, top-k and top-p.
+        restriction: rules of the order; None leaves all values free.
+        scored: also give the token's log-probability.
+    """
+    batch, num_parts = uniforms.shape
+    chosen: list[Tensor] = []
+    finite: list[Tensor] = []
+    log_prob = torch.zeros(batch, device=uniforms.device) if scored else None
+    for part in range(num_parts):
+        logits = logits_of(part, chosen)
+        finite.append(logits.isfinite().all())
+        if logits.shape[0] > batch:
+            conditional, unconditional = logits.chunk(2)
+            logits = unconditional + scale * (conditional - unconditional)
+            logits = conditional if scale == 1 else logits
+        allowed = None if restriction is None else restriction.allowed(part, chosen)
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, -torch.inf)
+        value = pick(
+            logits,
+            uniforms[:, part],
+            temperature=of_part(settings.temperature, part),
+            top_k=of_part(settings.top_k, part),
+            top_p=of_part(settings.top_p, part),
+        )
+        if log_prob is not None:
+            log_prob = log_prob + logits.log_softmax(-1).gather(1, value[:, None])[:, 0]
+        if restriction is not None:
+            value = restriction.part(part, value, chosen)
+        chosen.append(value)
+    return Chosen(torch.stack(chosen, dim=-1), finite, log_prob)
 
 
 def pick(

@@ -7,6 +7,7 @@ values, D channels of a head, R is B, or 2B with guidance.
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int64
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from mergevq.config.generator import GeneratorConfig, SamplingSettings
 from mergevq.generator.network import Chosen, Embed, Restriction, make_block
-from mergevq.generator.sampling import of_part, pick
+from mergevq.generator.sampling import choose_parts
 from mergevq.nn.attention import attend
 from mergevq.nn.llama import Projection, RmsNorm
 
@@ -69,37 +70,14 @@ class Subindices(nn.Module):
         scored: bool = False,
     ) -> Chosen:
         """Choose the parts of one token for each image, in turn; see `network.Head.choose`."""
-        batch, num_parts = uniforms.shape
-        chosen: list[Tensor] = []
+        repeats = len(states) // len(uniforms)
         memory: list[tuple[Tensor, Tensor]] = []
-        inputs = states
-        finite = [states.isfinite().all()]
-        log_prob = states.new_zeros(batch, dtype=torch.float32) if scored else None
-        for part in range(num_parts):
-            logits = self.step(inputs, memory, part)
-            finite.append(logits.isfinite().all())
-            if states.shape[0] > batch:
-                conditional, unconditional = logits.chunk(2)
-                logits = unconditional + scale * (conditional - unconditional)
-                logits = conditional if scale == 1 else logits
-            allowed = None if restriction is None else restriction.allowed(part, chosen)
-            if allowed is not None:
-                logits = logits.masked_fill(~allowed, -torch.inf)
-            value = pick(
-                logits,
-                uniforms[:, part],
-                temperature=of_part(settings.temperature, part),
-                top_k=of_part(settings.top_k, part),
-                top_p=of_part(settings.top_p, part),
-            )
-            if log_prob is not None:
-                log_prob = log_prob + logits.log_softmax(-1).gather(1, value[:, None])[:, 0]
-            if restriction is not None:
-                value = restriction.part(part, value, chosen)
-            chosen.append(value)
-            if part + 1 < num_parts:
-                inputs = embed(part, value.repeat(len(states) // batch))
-        return Chosen(torch.stack(chosen, dim=-1), finite, log_prob)
+
+        def logits_of(part: int, chosen: Sequence[Tensor]) -> Tensor:
+            before = embed(part - 1, chosen[-1].repeat(repeats)) if chosen else states
+            return self.step(before, memory, part)
+
+        return choose_parts(logits_of, uniforms, scale, settings, restriction, scored=scored)
 
     def step(
         self, x: Float[Tensor, "n c"], memory: list[tuple[Tensor, Tensor]], part: int
