@@ -12,7 +12,7 @@ Weights = Literal["float32", "bf16", "int8"]
 _MIN_TEMPERATURE = 1e-3
 """Below this a draw is the most likely value, to the precision of float32."""
 NUM_RELATIONS = 9
-"""What a cell may be in order `stream`: new, a copy of one of seven neighbours, or of another."""
+"""Relations of a cell in order `stream`: new, a copy of one of seven neighbours, or of another."""
 Reads = Literal["cells", "kept"]
 """Tokens of a sequence: all cells of the grid in raster order, or the kept tokens."""
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from mergevq.config.generator import (
+    Anchored,
     Head,
     Masked,
     OneByOne,
     Order,
+    Raster,
     SamplingSettings,
     Several,
     Stream,
@@ -36,14 +38,24 @@ VARIANTS = {
     ],
     Stream: [Stream(tokens_per_step=4)],
 }
+
+
+def orders_of(member):
+    """A kind of order and what else it can be."""
+    return [member(), *VARIANTS.get(member, [])]
+
+
+PAIRS = [
+    *((order, HEADS[0]) for member in get_args(Order) for order in orders_of(member)),
+    # A head does not know the order, but one that restricts parts and one that does not.
+    *((order, head) for head in HEADS[1:] for order in (Raster(), Anchored())),
+]
 CONFIGS = [
     pytest.param(
-        replace(TINY, order=order, head=replace(TINY.head) if head is type(TINY.head) else head()),
-        id=f"{order.kind}{number or ''}-{head().kind}",
+        replace(TINY, order=order, head=head(sizes=TINY.head.sizes)),
+        id=f"{order.kind}{number}-{head().kind}",
     )
-    for member in get_args(Order)
-    for number, order in enumerate([member(), *VARIANTS.get(member, [])])
-    for head in HEADS
+    for number, (order, head) in enumerate(PAIRS)
 ]
 EVERY = pytest.mark.parametrize("config", CONFIGS)
 NUM_KEPT = 5

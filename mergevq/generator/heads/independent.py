@@ -48,6 +48,10 @@ class Independent(nn.Module):
         embed: Embed,  # noqa: ARG002
     ) -> list[Float[Tensor, "n _"]]:
         """Logits, float32, of each part."""
+        return self._logits(states)
+
+    def _logits(self, states: Float[Tensor, "n c"]) -> list[Float[Tensor, "n _"]]:
+        """The same, of which the parts themselves are no input."""
         x = states[:, None]
         for block in self.blocks:
             x = block(x)
@@ -60,13 +64,13 @@ class Independent(nn.Module):
         uniforms: Float[Tensor, "b p"],
         scale: float,
         settings: SamplingSettings,
-        embed: Embed,
+        embed: Embed,  # noqa: ARG002
         restriction: Restriction | None = None,
         *,
         scored: bool = False,
     ) -> Chosen:
         """Choose the parts of one token for each image; see `network.Head.choose`."""
-        logits = self(states, uniforms[:0].long(), embed)
+        logits = self._logits(states)
 
         def logits_of(part: int, chosen: Sequence[Tensor]) -> Tensor:  # noqa: ARG001
             return logits[part]
