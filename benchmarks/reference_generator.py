@@ -37,6 +37,7 @@ class Loop:
         way: str,
         *,
         greedy: bool = False,
+        guidance: float | None = None,
         order: Tensor | None = None,
         counts: list[int] | None = None,
     ) -> None:
@@ -45,15 +46,17 @@ class Loop:
         Args:
             state: weights by name.
             config: sizes and order.
-            labels: classes (B,).
+            labels: classes (B,); with guidance the second half is those of no class.
             num_kept: K.
             way: one of `WAYS`.
             greedy: take the most likely value, instead of drawing from torch's default generator.
+            guidance: scale, between the two halves of the batch; both get the same tokens.
             order: of order `random`, slots (B, K) as they are decoded.
             counts: of order `random`, tokens decoded in each step.
         """
         self.state, self.config, self.num_kept = state, config, num_kept
         self.way, self.greedy, self.order, self.counts = way, greedy, order, counts
+        self.guidance = guidance
         self.kv_bytes = 0
         self.device = state["class_embedding.weight"].device
         cells = torch.arange(config.num_tokens, device=self.device)
@@ -196,8 +199,12 @@ class Loop:
             logits = functional.linear(hidden, self.state[f"head.outputs.{part}.weight"]).float()
             if part == 0 and allowed is not None:
                 logits = logits.masked_fill(~allowed, -torch.inf)
+            if self.guidance is not None:
+                conditional, unconditional = logits.chunk(2)
+                logits = unconditional + self.guidance * (conditional - unconditional)
             drawn = logits.softmax(-1).multinomial(1)[:, 0]
             value = logits.argmax(-1) if self.greedy else drawn
+            value = value if self.guidance is None else value.repeat(2)
             if part == 0 and self.config.order.kind == "anchor" and self.parts.shape[1]:
                 value = self.parts[:, -1, 0] + value
             chosen.append(value)

@@ -16,7 +16,7 @@ REFERENCE = Path(__file__).resolve().parents[2] / "benchmarks" / "reference_gene
 PLAIN = load_reference(REFERENCE)
 
 
-def greedy_tokens(model, way, labels, order, num_steps=None):
+def greedy_tokens(model, way, labels, order, num_steps=None, guidance=None):
     """Tokens that a plain loop decodes, in all steps."""
     config = model.config
     state = model.network.state_dict() | {
@@ -31,6 +31,7 @@ def greedy_tokens(model, way, labels, order, num_steps=None):
         5,
         way,
         greedy=True,
+        guidance=guidance,
         order=order if config.order.kind == "random" else None,
         counts=arccos_schedule(5, num_steps or 5),
     )
@@ -64,6 +65,28 @@ def test_plain_loops_decode_the_tokens_that_we_decode(order, way):
     assert torch.equal(indices, sampled.indices)
     if order == "anchor":
         assert torch.equal(parts[..., 0], sampled.anchors)
+
+
+@pytest.mark.parametrize("order", ["raster", "random"])
+def test_plain_loops_guide_as_we_do(order):
+    model, labels = tiny_generator(order), torch.tensor([0, 1, 2])
+    settings = SamplingSettings(
+        temperature=0.0,
+        guidance_scale=3.0,
+        passes=Several(num_steps=3) if order == "random" else OneByOne(),
+    )
+    sampled = sample(
+        model, labels=labels, num_kept=5, seed=0, image_ids=range(3), settings=settings
+    )
+    slots = draw(0, range(3), 5, 2, model.device).order.repeat(2, 1)
+    rows = torch.cat([labels, torch.full_like(labels, model.config.null_class)])
+    num_steps = 3 if order == "random" else None
+    parts = greedy_tokens(model, "buffer", rows, slots, num_steps, guidance=3.0)
+    indices = model.network.indices(parts)
+    if order == "random":
+        indices = torch.zeros_like(indices).scatter(1, slots, indices)
+    assert torch.equal(indices[:3], sampled.indices)
+    assert torch.equal(indices[3:], sampled.indices)
 
 
 # ----------------------------------------------------------------------------- what is measured
