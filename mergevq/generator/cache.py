@@ -33,6 +33,8 @@ class _Memory:
         shape = (config.num_layers, batch, config.key_heads, num_slots, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
+        # Cut once: a decoding step asks for those of every layer.
+        self.layers = list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
         positions = cell_positions(config.grid_size, device)[None]
         self.turns = rotation(positions, config.head_dim)
         """Turns of all cells, worked out once."""
@@ -82,7 +84,7 @@ class FullCache(_Memory):
                 f"{end} inputs must fit into the cache's {self.keys.shape[3]} slots; reset it "
                 "before the next sequence"
             )
-        keys, values = self.keys[layer], self.values[layer]
+        keys, values = self.layers[layer]
         keys[:, :, self.length : end] = key
         values[:, :, self.length : end] = value
         return attend(
@@ -230,7 +232,7 @@ class SlotCache(_Memory):
         """
         dtype = self.keys.dtype
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        keys, values = self.keys[layer], self.values[layer]
+        keys, values = self.layers[layer]
         if self.filled == 0:
             count = key.shape[2]
             keys[:, :, :count], values[:, :, :count] = key, value

@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 
@@ -61,6 +62,17 @@ def test_the_layout_changes_no_product(shape, dtype, generator):
     assert product.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(product, x @ given.mT, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(1, 24), (1, 1, 24), (2, 1, 24), (1, 2, 24), (3, 1, 24)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_has_the_same_bits_among_few_rows_as_among_many(shape, dtype, generator):
+    layer = PackedLinear(weight(24, 10, dtype))
+    many = torch.randn(16, 24, generator=generator).to(dtype)
+    few = many[: math.prod(shape[:-1])]
+    product = layer(few.reshape(shape))
+    assert product.shape == (*shape[:-1], 10)
+    assert torch.equal(product.flatten(0, -2), layer(many)[: len(few)])
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
