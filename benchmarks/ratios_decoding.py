@@ -108,7 +108,8 @@ def _generator(order: Order) -> Autoregressive:
 def _alike(plain: Tensor, ours: Tensor) -> None:
     """As many parts of as many images; that they are equal is a test of float32."""
     # Orders with slots give all of them, decoded or not.
-    assert plain.shape[0] == ours.shape[0] and plain.shape[2] == ours.shape[2]
+    assert plain.shape[0] == ours.shape[0]
+    assert plain.shape[2] == ours.shape[2]
     assert plain.shape[1] <= ours.shape[1]
 
 

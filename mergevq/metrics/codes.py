@@ -132,23 +132,25 @@ class CodebookUsage:
         shape = (window or shortest, len(spec.sizes))
         self.window = torch.full(shape, -1, dtype=torch.int64, device=device)
         self.num_seen = 0
+        # Not sizes, and `>=`: 2**63 does not fit the tensor's type.
+        self._last = torch.tensor([size - 1 for size in spec.sizes], device=device)
+        # Place of the first part without such a value, among all parts seen, and that value.
+        self._outside = torch.full((2,), -1, dtype=torch.int64, device=device)
 
     def update(self, parts: Int64[Tensor, "*shape p"]) -> None:
         """Add tokens, in order; the oldest ones leave.
 
-        Raises:
-            ValueError: a part has no such value.
+        It does not wait for the device: a part that has no such value is an error of `compute` and
+        `state_dict`, which read.
         """
         tokens = parts.detach().flatten(0, -2).to(self.window.device)
-        # Not `>= size`: 2**63 does not fit the tensor's type.
-        last = torch.tensor([size - 1 for size in self.spec.sizes], device=tokens.device)
-        outside = ((tokens < 0) | (tokens > last)).nonzero().tolist()
-        if outside:
-            row, part = outside[0]
-            raise ValueError(
-                f"codebook usage: part {part} ({int(tokens[row, part])}) of token "
-                f"{self.num_seen + row} must be in [0, {self.spec.sizes[part]})"
-            )
+        if len(tokens) == 0:
+            return
+        is_outside = ((tokens < 0) | (tokens > self._last)).flatten()
+        first = is_outside.int().argmax(0, keepdim=True)
+        found = torch.cat([first + self.num_seen * tokens.shape[1], tokens.take(first)])
+        is_first = is_outside.any() & (self._outside[0] < 0)
+        self._outside = torch.where(is_first, found, self._outside)
         self.num_seen += len(tokens)
         tokens = tokens[-len(self.window) :]
         start = self.num_seen - len(tokens)
@@ -159,8 +161,9 @@ class CodebookUsage:
         """Statistics of the windows of all ranks together; sorts them: not for every step.
 
         Raises:
-            ValueError: there was no token.
+            ValueError: there was no token, or a part of one had no such value.
         """
+        self._require_codes()
         tokens = distributed.gather(self.window).cpu()
         return codebook_statistics(tokens[tokens[:, 0] >= 0], self.spec)
 
@@ -168,7 +171,11 @@ class CodebookUsage:
         """The windows of all ranks as one list of tokens, the oldest first; every rank must call.
 
         In this order they say which one leaves next.
+
+        Raises:
+            ValueError: a part of a token had no such value.
         """
+        self._require_codes()
         by_age = self.window.roll(-(self.num_seen % len(self.window)), 0)
         tokens = distributed.gather(by_age[None]).transpose(0, 1).flatten(0, 1)
         return {"tokens": tokens[tokens[:, 0] >= 0]}
@@ -180,12 +187,24 @@ class CodebookUsage:
         outside the codebook is a ValueError.
         """
         self.window.fill_(-1)
+        self._outside.fill_(-1)
         self.num_seen = 0
         tokens = state["tokens"]
         if tokens.ndim == 1:
             # Older checkpoints have indices.
             tokens = self.spec.split(tokens)
         self.update(tokens if distributed.is_main() else tokens[:0])
+        self._require_codes()
+
+    def _require_codes(self) -> None:
+        """Raise `ValueError` if a part seen had no such value; waits for the device."""
+        place, value = self._outside.tolist()
+        if place >= 0:
+            token, part = divmod(place, len(self.spec.sizes))
+            raise ValueError(
+                f"codebook usage: part {part} ({value}) of token {token} must be in "
+                f"[0, {self.spec.sizes[part]})"
+            )
 
 
 class CollapseMonitor:

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mergevq.config.training import TokenizerRun
 from mergevq.data.codes import CodeSpec
@@ -127,8 +128,41 @@ def test_many_bits_are_counted_in_the_window_alone():
 def test_an_index_outside_the_codebook_is_named(index):
     usage = CodebookUsage(bits(2))
     usage.update(torch.zeros(10, 1, dtype=torch.int64))
-    with pytest.raises(ValueError, match=rf"part 0 \({index}\) of token 11 must be in \[0, 4\)"):
-        usage.update(torch.tensor([[0], [index]]))
+    usage.update(torch.tensor([[0], [index]]))
+    usage.update(torch.tensor([[7], [0]]))
+    for read in (usage.compute, usage.state_dict):
+        with pytest.raises(
+            ValueError, match=rf"part 0 \({index}\) of token 11 must be in \[0, 4\)"
+        ):
+            read()
+    saved = {"tokens": torch.tensor([[0], [index]])}
+    with pytest.raises(ValueError, match=rf"part 0 \({index}\) of token 1 must be in"):
+        usage.load_state_dict(saved)
+    usage.load_state_dict({"tokens": torch.tensor([[0], [3]])})
+    assert usage.compute().num_tokens == 2
+
+
+def test_the_part_outside_the_codebook_is_named():
+    usage = CodebookUsage(CodeSpec(sizes=(3, 5), dim=2))
+    usage.update(torch.tensor([[[0, 4]], [[2, 5]]]))
+    with pytest.raises(ValueError, match=r"part 1 \(5\) of token 1 must be in \[0, 5\)"):
+        usage.compute()
+
+
+class NoReads(TorchDispatchMode):
+    """Fails where a number is read from the device, or a shape depends on one."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.name() not in {"aten::_local_scalar_dense", "aten::nonzero", "aten::item"}
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_of_training_does_not_wait_for_the_counts(generator):
+    usage = CodebookUsage(bits(4))
+    with NoReads():
+        for num_tokens in (3, 0, 40):
+            usage.update(torch.randint(16, (num_tokens, 1), generator=generator))
+    assert usage.compute().num_tokens == 16
 
 
 def test_a_codebook_without_tokens_is_an_error():
