@@ -1,4 +1,4 @@
-"""Decoding of size B in bf16 with guidance, against the loops of the authors of each order.
+"""Decoding of size B with guidance, against bf16 loops like those of the authors of each order.
 
 Both ways stand in the middle of a sequence of 256 cells, the caches full of made-up keys, and take
 the same steps from there.
@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from benchmarks import reference_generator
 from benchmarks.entry import Entry, Pair
-from mergevq.config.generator import OneByOne, Order, Random, Raster, SamplingSettings, Several
+from mergevq.config.generator import (
+    OneByOne,
+    Order,
+    Random,
+    Raster,
+    SamplingSettings,
+    Several,
+    Weights,
+)
 from mergevq.generator.autoregressive import Autoregressive
 from mergevq.generator.bench import (
     NUM_RANDOM_STEPS,
@@ -32,8 +40,8 @@ _IN_A_ROW = 16
 class _Ours:
     """Sampling of the package."""
 
-    def __init__(self, order: Order, num_images: int) -> None:
-        generator = as_weights(_generator(order), "bf16")
+    def __init__(self, order: Order, weights: Weights, num_images: int) -> None:
+        generator = as_weights(_generator(order), weights)
         config = generator.config
         in_parallel = config.order.in_parallel
         passes = Several(num_steps=NUM_RANDOM_STEPS) if in_parallel else OneByOne()
@@ -113,16 +121,17 @@ def _alike(plain: Tensor, ours: Tensor) -> None:
     assert plain.shape[1] <= ours.shape[1]
 
 
-def _entry(name: str, order: Order, num_images: int) -> Entry:
+def _entry(name: str, order: Order, weights: Weights, num_images: int) -> Entry:
     images = "1 image" if num_images == 1 else f"{num_images} images"
     return Entry(
-        f"decode a step, {name}, guidance, size B, bf16, {images}",
-        lambda: Pair(_Plain(order, num_images), _Ours(order, num_images), _alike),
+        f"decode a step, {name}, guidance, size B, {weights}, {images}",
+        lambda: Pair(_Plain(order, num_images), _Ours(order, weights, num_images), _alike),
     )
 
 
+_CASES: tuple[tuple[Weights, int], ...] = (("bf16", 1), ("fp16", 1), ("bf16", 8))
 ENTRIES = tuple(
-    _entry(name, order, num_images)
+    _entry(name, order, weights, num_images)
     for name, order in (("raster order", Raster()), ("RandAR in 64 passes", Random()))
-    for num_images in (1, 8)
+    for weights, num_images in _CASES
 )

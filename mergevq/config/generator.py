@@ -8,7 +8,7 @@ from mergevq.config.base import Device, Precision, require
 from mergevq.config.ranges import check_numbers
 
 GuidanceSchedule = Literal["constant", "linear", "cosine", "power"]
-Weights = Literal["float32", "bf16", "int8"]
+Weights = Literal["float32", "fp16", "bf16", "int8"]
 _MIN_TEMPERATURE = 1e-3
 """Below this a draw is the most likely value, to the precision of float32."""
 NUM_RELATIONS = 9

@@ -1,4 +1,4 @@
-"""Weights for decoding: laid out as the processor reads them, or stored in 8 bits.
+"""Weights for decoding: laid out as the processor reads them, or stored in fewer bits.
 
 Decoding multiplies a few rows by every matrix there is, so it waits for memory, and how a matrix
 lies there decides its speed. On CPUs `PackedLinear` keeps each in the blocks of oneDNN, which
@@ -7,7 +7,9 @@ half as many bytes as bf16: each row of a matrix is stored as integers of -127 t
 activations keep their type, nothing is calibrated, and `logit_error` says what it costs in
 accuracy. With more than a few rows at a time the kernel for it is slower than bf16, so the same
 rounded weights are then multiplied in bf16, in a layout that is made at the first such call and
-kept beside the integers; guidance makes two rows of an image. `DecodingBlock` puts either into a
+kept beside the integers; guidance makes two rows of an image. `Fp16Linear` reads 16 bits and
+multiplies in float32: of one or two rows that is faster than bf16, of many slower, and nearer to
+float32 in either case. `DecodingBlock` puts either into a
 block with fewer modules to call.
 
 Shape letters: O outputs, I inputs, B batch, T tokens.
@@ -31,6 +33,9 @@ _KERNEL_WIDTH = 32
 _KERNEL_ROWS = 4
 # From 4 rows on oneDNN's product in bf16 is faster than that of 1 or 2, with the same bits.
 _FEWEST_ROWS = 4
+_HALF_MAX = torch.finfo(torch.float16).max
+_EXACT: tuple[Weights, ...] = ("float32", "fp16")
+"""Weights that are multiplied in float32."""
 
 
 class PackedLinear(nn.Module):
@@ -70,6 +75,37 @@ def _outside_of_graphs(
 ) -> Float[Tensor, "*shape o"]:
     """The product of a `PackedLinear`, whose layout compilers cannot read, between two graphs."""
     return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+
+class Fp16Linear(nn.Module):
+    """A linear layer without bias on a CPU, whose weight is float16; the rest is float32."""
+
+    def __init__(self, weight: Float[Tensor, "o i"]) -> None:
+        """Lay out a weight."""
+        super().__init__()
+        # No buffer, as in `PackedLinear`.
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight.detach().float(), None)
+
+    @staticmethod
+    def serves(weight: Float[Tensor, "o i"]) -> bool:
+        """Whether this processor has the product, and float16 the range of the weight."""
+        if weight.device.type != "cpu" or weight.abs().max() > _HALF_MAX:
+            return False
+        return "fbgemm" in torch.backends.quantized.supported_engines
+
+    def forward(self, x: Float[Tensor, "*shape i"]) -> Float[Tensor, "*shape o"]:
+        """Multiply."""
+        if torch.compiler.is_compiling():
+            return _half_outside_of_graphs(x, self.packed)  # pyright: ignore[reportCallIssue]
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+
+
+@torch.compiler.disable
+def _half_outside_of_graphs(
+    x: Float[Tensor, "*shape i"], packed: torch.ScriptObject
+) -> Float[Tensor, "*shape o"]:
+    """The product of an `Fp16Linear`, between two graphs as that of `PackedLinear`."""
+    return torch.ops.quantized.linear_dynamic_fp16(x, packed)
 
 
 class Int8Linear(nn.Module):
@@ -119,7 +155,7 @@ class DecodingBlock(nn.Module):
         """Take `block` apart; it is of no use afterwards."""
         super().__init__()
         attention, ffn = block.attention, block.ffn
-        self.dtype = torch.float32 if weights == "float32" else torch.bfloat16
+        self.dtype = torch.float32 if weights in _EXACT else torch.bfloat16
         # Not registered as submodules, of which a module finds the names last.
         self.layers = (
             _layer(attention.qkv.weight * block.attention_norm.weight, weights),
@@ -148,7 +184,7 @@ def as_weights(generator: AnyGenerator, weights: Weights) -> AnyGenerator:
 
     Args:
         generator: in evaluation mode, where it is to sample.
-        weights: `bf16` and `int8` have activations in bf16.
+        weights: `bf16` and `int8` have activations in bf16, `fp16` in float32.
     """
     copied = copy.deepcopy(generator).requires_grad_(requires_grad=False)
     for layers in copied.layers:
@@ -157,14 +193,19 @@ def as_weights(generator: AnyGenerator, weights: Weights) -> AnyGenerator:
                 layers[number] = DecodingBlock(layer, weights)
             elif isinstance(layer, Projection):
                 layers[number] = _layer(layer.weight, weights)
-    return copied if weights == "float32" else copied.to(torch.bfloat16)
+    return copied if weights in _EXACT else copied.to(torch.bfloat16)
 
 
 def _layer(weight: Float[Tensor, "o i"], weights: Weights) -> nn.Module:
     """The layer to multiply by a weight with."""
     if weights == "int8":
         return Int8Linear(weight, torch.bfloat16)
-    weight = weight.to(torch.float32 if weights == "float32" else torch.bfloat16)
+    if weights == "fp16":
+        if Fp16Linear.serves(weight):
+            return Fp16Linear(weight)
+        # The same numbers but beyond float16's range, in the time of float32.
+        weight = weight.float().half().float().where(weight.abs() <= _HALF_MAX, weight.float())
+    weight = weight.to(torch.float32 if weights in _EXACT else torch.bfloat16)
     if PackedLinear.serves(weight):
         return PackedLinear(weight)
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")

@@ -1,13 +1,16 @@
 import math
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 
+from mergevq.config.generator import Weights
 from mergevq.generator.weights import (
     DecodingBlock,
+    Fp16Linear,
     Int8Linear,
     PackedLinear,
     as_weights,
@@ -96,7 +99,13 @@ def test_a_block_for_decoding_equals_the_block(qk_norm, key_heads, generator):
 
 
 @pytest.mark.parametrize(
-    ("weights", "layer"), [("float32", PackedLinear), ("bf16", PackedLinear), ("int8", Int8Linear)]
+    ("weights", "layer"),
+    [
+        ("float32", PackedLinear),
+        ("fp16", Fp16Linear),
+        ("bf16", PackedLinear),
+        ("int8", Int8Linear),
+    ],
 )
 def test_every_linear_layer_is_replaced_in_a_copy(weights, layer):
     model = tiny_generator("raster")
@@ -107,7 +116,8 @@ def test_every_linear_layer_is_replaced_in_a_copy(weights, layer):
     num_linear = sum(isinstance(module, nn.Linear) for module in model.modules())
     assert len(layers) == num_linear == 14
     assert all(isinstance(part, layer) for part in layers)
-    assert copied.network.dtype == (torch.float32 if weights == "float32" else torch.bfloat16)
+    exact = weights in {"float32", "fp16"}
+    assert copied.network.dtype == (torch.float32 if exact else torch.bfloat16)
     assert model.network.dtype == torch.float32
 
 
@@ -128,18 +138,48 @@ def test_no_matrix_is_kept_twice():
 @pytest.mark.parametrize("order", ORDERS)
 def test_logits_are_close_and_not_equal(order):
     model, given = tiny_generator(order), tiny_batch(order)
-    errors = [logit_error(model, as_weights(model, w), given) for w in ("float32", "bf16", "int8")]
+    errors = [
+        logit_error(model, as_weights(model, weights), given) for weights in get_args(Weights)
+    ]
     assert errors[0] < 1e-5
-    assert errors[0] < errors[1] < errors[2] < 0.1
+    assert errors == sorted(errors)
+    assert errors[1] < 2e-3
+    assert errors[3] < 0.1
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 5, 16])
+def test_half_a_weight_is_multiplied_in_float32(rows, generator):
+    given = weight()
+    x = torch.randn(16, 1, 64, generator=generator)
+    layer = Fp16Linear(given)
+    expected = x[:rows].double() @ given.half().double().mT
+    torch.testing.assert_close(layer(x[:rows]).double(), expected, rtol=1e-5, atol=1e-5)
+    # Among any number of rows.
+    assert torch.equal(layer(x[:rows]), layer(x)[:rows])
+
+
+@pytest.mark.parametrize("has_kernel", [False, True])
+def test_half_weights_without_the_kernel_or_beyond_the_range_are_float32(has_kernel, monkeypatch):
+    model, given = tiny_generator("raster"), tiny_batch("raster")
+    expected = as_weights(model, "fp16").logits(given)
+    if has_kernel:
+        with torch.no_grad():
+            model.network.head.outputs[-1].weight[0, 0] = 1e5
+    else:
+        monkeypatch.setattr(Fp16Linear, "serves", lambda _: False)
+    found = as_weights(model, "fp16")
+    assert isinstance(found.network.head.outputs[-1], PackedLinear)
+    torch.testing.assert_close(found.logits(given)[0], expected[0], rtol=1e-4, atol=1e-4)
+    assert logit_error(model, found, given) < 2e-3
 
 
 COMPILED = """
 import sys, torch
 from mergevq.generator.weights import as_weights
 from tests.support.generators import tiny_generator
-for weights in ("float32", "bf16", "int8"):
+for weights in ("float32", "fp16", "bf16", "int8"):
     model = as_weights(tiny_generator("raster"), weights)
-    dtype = torch.float32 if weights == "float32" else torch.bfloat16
+    dtype = torch.float32 if weights in ("float32", "fp16") else torch.bfloat16
     torch.manual_seed(0)
     x = torch.randn(2, 1, model.config.dim).to(dtype)
     with torch.no_grad():
