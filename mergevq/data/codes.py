@@ -163,10 +163,11 @@ def check_values(indices: Int64[Tensor, "*shape"], num_values: int) -> None:
     """Raise `ValueError` when an index is outside a codebook of so many entries."""
     if indices.numel() == 0 or torch.compiler.is_compiling():
         return
-    low, high = indices.aminmax()
+    # Together, as each read waits for the device.
+    low, high = torch.stack(indices.aminmax()).tolist()
     # Not `high >= num_values`: 2**63 does not fit the tensor's type.
     if low < 0 or high > num_values - 1:
         raise ValueError(
-            f"indices ({int(low)} to {int(high)}) must be between 0 and {num_values - 1}, the "
+            f"indices ({low} to {high}) must be between 0 and {num_values - 1}, the "
             f"last of {num_values} codes; these are tokens of another tokenizer"
         )

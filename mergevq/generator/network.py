@@ -366,8 +366,7 @@ def check_range(name: str, values: Int64[Tensor, "*shape"], highest: int, meanin
     """
     if values.numel() == 0 or torch.compiler.is_compiling():
         return
-    low, high = values.aminmax()
+    # Together, as each read waits for the device.
+    low, high = torch.stack(values.aminmax()).tolist()
     if low < 0 or high > highest:
-        raise ValueError(
-            f"{name} ({int(low)} to {int(high)}) must be between 0 and {highest}, {meaning}"
-        )
+        raise ValueError(f"{name} ({low} to {high}) must be between 0 and {highest}, {meaning}")

@@ -39,6 +39,7 @@ from mergevq.training.generator_step import GeneratorLearner, build, fitted_conf
 from mergevq.training.initial import initialize_generator_from
 from tests.support.generators import KINDS
 from tests.support.parts import tokenizer_config
+from tests.support.reads import host_reads
 from tests.support.small import shrink_generator
 
 WORLD = distributed.World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
@@ -340,6 +341,17 @@ def test_every_parameter_gets_a_gradient(material):
         learner.step(dataset.batch(range(4), state.generator.config.num_kept))
         without = [n for n, p in state.generator.named_parameters() if p.grad is None]
         assert without == [], order
+
+
+@pytest.mark.parametrize("order", ["merge", "random"])
+def test_a_step_reads_the_ranges_of_its_batch_and_whether_it_is_finite(material, order):
+    learner, dataset = built(small(material, order))
+    batch = dataset.batch(range(4), learner.state.generator.config.num_kept)
+    learner.step(batch)
+    with host_reads() as reads:
+        learner.step(batch)
+    # Indices, labels, and the guard of the step.
+    assert reads == ["tolist"] * 3
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(material):

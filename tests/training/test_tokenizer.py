@@ -38,6 +38,7 @@ from mergevq.training.tokenizer_step import TokenizerLearner, build, recovering
 from tests.support.leaves import replaced
 from tests.support.parts import changed
 from tests.support.ranks import train_on_two_ranks
+from tests.support.reads import host_reads
 from tests.support.small import shrink
 
 WORLD = distributed.World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
@@ -487,6 +488,15 @@ def test_a_checkpoint_with_other_parts_is_refused_by_name():
         put_state(state, without)
     with pytest.raises(ValueError, match=r"lacks \[\] and has \['more'\] besides"):
         put_state(state, saved | {"more": 1})
+
+
+def test_a_step_reads_whether_each_side_is_finite_and_nothing_else():
+    learner = build(small(), WORLD, num_classes=0)
+    learner.step(batch())
+    with host_reads() as reads:
+        learner.step(batch())
+    # The first is K, which is drawn on the host.
+    assert reads == ["aten::_local_scalar_dense", "tolist", "tolist"]
 
 
 def test_the_log_tells_the_least_even_bits():
