@@ -151,6 +151,7 @@ def test_cache_bytes_by_formula(speeds):
     # Prefix 2, then: all but the last token; K and window; an instruction and a token for each slot
     # but the last token; all kept tokens but the last.
     slots = {"raster": 2 + 15, "merge": 2 + 4 + 2, "random": 2 + 7, "anchor": 2 + 3, "masked": 0}
+    slots["stream"] = slots["raster"]
     # Keys and values of two layers, two images, two heads of 16 channels: ours on CPUs in float32,
     # those of the plain loops in the type of their weights.
     one = 2 * 2 * 2 * 2 * 16 * 4
