@@ -22,12 +22,13 @@ from mergevq.metrics.image import Mean, psnr
 
 FileFormat = Literal["JPEG", "WebP", "AVIF", "JXL"]
 
-_QUALITIES: dict[FileFormat, range] = {
+QUALITIES: dict[FileFormat, range] = {
     "JPEG": range(1, 96),
     "WebP": range(101),
     "AVIF": range(101),
     "JXL": range(1, 100),
 }
+"""Settings of the encoders, worst first."""
 # Tables made for the image: without them JPEG is some 200 bytes larger.
 _OPTIONS: dict[FileFormat, dict[str, Any]] = {
     "JPEG": {"optimize": True},
@@ -48,6 +49,13 @@ def file_formats() -> tuple[FileFormat, ...]:
         importlib.import_module(_JXL)
         found.append("JXL")
     return tuple(found)
+
+
+def encoded(image: Image.Image, file_format: FileFormat, quality: int) -> bytes:
+    """Content of the file of an RGB image, at one of `QUALITIES`."""
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, quality=quality, **_OPTIONS[file_format])
+    return buffer.getvalue()
 
 
 class CompressedImage(NamedTuple):
@@ -71,22 +79,16 @@ def compress_within(
         file_format: of the files.
         budgets: bytes of each.
     """
-    qualities, original = _QUALITIES[file_format], to_tensor(image)[None]
-
-    @functools.cache
-    def encoded(quality: int) -> bytes:
-        buffer = io.BytesIO()
-        image.save(buffer, file_format, quality=quality, **_OPTIONS[file_format])
-        return buffer.getvalue()
-
+    qualities, original = QUALITIES[file_format], to_tensor(image)[None]
+    file = functools.cache(functools.partial(encoded, image, file_format))
     found = []
     for budget in budgets:
         # Files grow with quality, but for a few bytes here and there.
-        position = bisect.bisect_right(qualities, budget, key=lambda q: len(encoded(q))) - 1
+        position = bisect.bisect_right(qualities, budget, key=lambda q: len(file(q))) - 1
         quality = qualities[max(0, position)]
-        with Image.open(io.BytesIO(encoded(quality))) as decoded:
+        with Image.open(io.BytesIO(file(quality))) as decoded:
             value = psnr(original, to_tensor(decoded.convert("RGB"))[None])
-        found.append(CompressedImage(quality, len(encoded(quality)), float(value)))
+        found.append(CompressedImage(quality, len(file(quality)), float(value)))
     return found
 
 
