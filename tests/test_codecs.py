@@ -79,4 +79,5 @@ def test_the_record_holds_real_files_and_the_plot_is_drawn(picture, tmp_path):
             fits = file["mean_bytes"] <= len(data)
             assert (file["num_above_budget"] == 0) == fits
             assert (file["num_better"]["psnr"] == 1) == (file["psnr"] > row["mvq"]["psnr"])
-    assert Image.open(tmp_path / "out" / "codecs.png").width > 600
+    with Image.open(tmp_path / "out" / "codecs.png") as plot:
+        assert plot.width > 600
