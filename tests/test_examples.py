@@ -40,6 +40,21 @@ def test_an_example_is_a_short_notebook(name):
             assert not re.search(r"(?m)^[^#\n]", body), body
 
 
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_opens_as_a_notebook_with_the_same_code(name):
+    jupytext = pytest.importorskip("jupytext", reason="notebooks are read with jupytext")
+    text = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
+    notebook = jupytext.read(ROOT / "examples" / f"{name}.py")
+    kinds = [cell.cell_type for cell in notebook.cells]
+    assert len(kinds) == len(re.findall(r"(?m)^# %%", text))
+    assert kinds[0] == "markdown"
+    assert kinds.count("code") >= 2
+    assert notebook.cells[0].source.startswith("# ")
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(code)
+    assert ast.dump(ast.parse("\n".join(code))) == ast.dump(ast.parse(text))
+
+
 def test_the_readme_has_a_line_for_each_example():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     section = readme.partition("## Examples\n")[2].partition("\n## ")[0]
