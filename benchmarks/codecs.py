@@ -4,8 +4,8 @@
 
 Each picture is reduced to a short side of `--side` pixels by means of areas, which leaves nothing
 of the file that it came from. `mergevq compress` then writes it at every K, and each other format
-answers three times: with its best file of at most as many bytes, and with its smallest files of at
-least the PSNR and at most the LPIPS of the `.mvq`. Whole files count, headers included.
+answers twice: with its best file of at most as many bytes, and with its smallest file of at least
+the PSNR of the `.mvq`. Whole files count, headers included.
 
 Writes OUT/codecs.json, for `docs/tables.py`, and OUT/codecs.png.
 """
@@ -14,8 +14,10 @@ import argparse
 import bisect
 import functools
 import io
+import multiprocessing
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,18 +95,10 @@ class Rival:
         place = bisect.bisect_right(self.qualities, budget, key=lambda q: len(self.data(q)))
         return self.file(self.qualities[max(0, place - 1)])
 
-    def least(self, good: Callable[[int], bool]) -> int:
-        """Bytes of the smallest file that is as good; of the largest where none is."""
-        place = bisect.bisect_left(self.qualities, 1, key=good)
+    def as_sharp(self, least: float) -> int:
+        """Bytes that a PSNR takes; of the largest file where none has it."""
+        place = bisect.bisect_left(self.qualities, least, key=self.psnr)
         return len(self.data(self.qualities[min(place, len(self.qualities) - 1)]))
-
-    def as_sharp(self, own: File) -> int:
-        """Bytes that the PSNR of a file takes."""
-        return self.least(lambda quality: self.psnr(quality) >= own.psnr)
-
-    def as_near(self, own: File) -> int:
-        """Bytes that the LPIPS of a file takes."""
-        return self.least(lambda quality: self.lpips(quality) <= own.lpips)
 
 
 class Comparison(NamedTuple):
@@ -116,8 +110,6 @@ class Comparison(NamedTuple):
     """The best of as many bytes."""
     as_sharp: dict[FileFormat, int]
     """Bytes that the same PSNR takes."""
-    as_near: dict[FileFormat, int]
-    """Bytes that the same LPIPS takes."""
 
 
 def compare(
@@ -138,8 +130,7 @@ def compare(
                 num_pixels=picture.width * picture.height,
                 own=own,
                 within={name: rival.within(len(data)) for name, rival in rivals.items()},
-                as_sharp={name: rival.as_sharp(own) for name, rival in rivals.items()},
-                as_near={name: rival.as_near(own) for name, rival in rivals.items()},
+                as_sharp={name: rival.as_sharp(own.psnr) for name, rival in rivals.items()},
             )
         )
     return found
@@ -175,10 +166,7 @@ def results(count: int, found: Sequence[Comparison]) -> dict[str, Any]:
                     "lpips": sum(file.lpips < own.lpips for own, file in pairs),
                 },
                 # Where the smallest file is better already, less would have done.
-                "share_of_bytes": {
-                    "psnr": mean([c.as_sharp[name] / c.own.num_bytes for c in found]),
-                    "lpips": mean([c.as_near[name] / c.own.num_bytes for c in found]),
-                },
+                "share_of_bytes": mean([c.as_sharp[name] / c.own.num_bytes for c in found]),
             }
         )
     return {"num_kept": count, MVQ: summary(found, [each.own for each in found]), "files": rows}
@@ -217,25 +205,42 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--side", type=int, default=512, help="short side in pixels")
     found.add_argument("--lpips", help="file or folder with LPIPS weights")
     found.add_argument("--lpips-trunk", default="alex", choices=("alex", "vgg", "squeeze"))
+    found.add_argument("--workers", type=int, default=1, help="processes")
     found.add_argument("--out", type=Path, default=Path("runs/codecs"))
     return found
 
 
-def main(argv: list[str]) -> int:
-    options = parser().parse_args(argv)
+class Looked(NamedTuple):
+    """Everything about one picture."""
+
+    name: str
+    pixels: torch.Tensor
+    found: list[Comparison]
+
+
+def look(options: argparse.Namespace, path: Path) -> Looked:
     prepare_to_compute()
+    codec = PictureCodec.from_pretrained(options.model)
     perceptual = load_perceptual(options.lpips_trunk, options.lpips)
     if perceptual is None:
         raise SystemExit("name the weights of LPIPS: --lpips FILE")
+    picture = reduced(load_picture(path), options.side)
+    found = compare(codec, picture, options.num_kept, perceptual)
+    print(path.stem, file=sys.stderr, flush=True)
+    return Looked(path.stem, to_uint8(to_tensor(picture)), found)
+
+
+def main(argv: list[str]) -> int:
+    options = parser().parse_args(argv)
+    paths = sorted(options.folder.iterdir())
+    counts = options.num_kept = sorted(options.num_kept)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
+        looked = list(pool.map(functools.partial(look, options), paths))
+    hashes, found = ImageHashes(), [each.found for each in looked]
+    for number, each in enumerate(looked):
+        hashes.update(each.pixels[None], torch.tensor([number]))
     codec = PictureCodec.from_pretrained(options.model)
-    counts, paths = sorted(options.num_kept), sorted(options.folder.iterdir())
-    hashes, found, pictures = ImageHashes(), [], []
-    for number, path in enumerate(paths):
-        picture = reduced(load_picture(path), options.side)
-        hashes.update(to_uint8(to_tensor(picture))[None], torch.tensor([number]))
-        pictures.append({"name": path.stem, "width": picture.width, "height": picture.height})
-        found.append(compare(codec, picture, counts, perceptual))
-        print(f"{number + 1} of {len(paths)}: {path.stem}", file=sys.stderr, flush=True)
     rows = [results(count, [each[number] for each in found]) for number, count in enumerate(counts)]
     options.out.mkdir(parents=True, exist_ok=True)
     record = {
@@ -246,10 +251,13 @@ def main(argv: list[str]) -> int:
         "precision": precision_name(codec.tokenizer.computes_in()),
         "lpips": options.lpips_trunk,
         "data": {
-            "num_images": len(pictures),
+            "num_images": len(looked),
             "short_side": options.side,
             "pixels_sha256": hashes.compute(),
-            "pictures": pictures,
+            "pictures": [
+                {"name": each.name, "height": each.pixels.shape[1], "width": each.pixels.shape[2]}
+                for each in looked
+            ],
         },
         "results": rows,
     }

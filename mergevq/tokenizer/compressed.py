@@ -463,14 +463,16 @@ def _shortest(
     models: tuple[MapModel | None, ...] = (None,)
     if source is not None:
         models = map_models(math.prod(grid_shape), source.num_kept)
-    streams: list[tuple[MapModel | None, bytes]] = []
+    streams: list[tuple[MapModel | None, Writer]] = []
     for model in models:
         writer = Writer()
         if source is not None and model is not None:
             code_maps(writer, model, source.index, grid_shape, source.num_kept)
-        code_tokens(writer, parts, sizes, source, grid_shape)
-        streams.append((model, writer.to_bytes()))
-    return min(streams, key=lambda stream: len(stream[1]))
+        streams.append((model, writer))
+    # Tokens cost the same behind either, and most of the time.
+    model, writer = min(streams, key=lambda stream: len(stream[1].to_bytes()))
+    code_tokens(writer, parts, sizes, source, grid_shape)
+    return model, writer.to_bytes()
 
 
 # ------------------------------------------------------------------------------------- reading
