@@ -6,7 +6,14 @@ from typing import Any
 
 from PIL import Image
 
-from mergevq.demo.drawing import class_choices, draw, edit, square
+from mergevq.demo.drawing import (
+    class_choices,
+    compared,
+    draw,
+    draw_with_both_caches,
+    edit,
+    square,
+)
 from mergevq.demo.tokens import enlarged
 from mergevq.demo.widgets import (
     Place,
@@ -66,6 +73,46 @@ def generate_tab(place: Place, pairs: Sequence[Pair]) -> None:
             show_progress="minimal",
         )
         stop.click(None, None, None, cancels=[event], api_visibility="private")
+        orders = [pair.generator.config.order.kind for pair in pairs]
+        if "merge" in orders:
+            _caches(place, pairs[orders.index("merge")], [name, guidance, num_images, seed])
+
+
+def _caches(place: Place, pair: Pair, controls: Sequence[Any]) -> None:
+    """Pictures of MergeAR with its compressed cache and with a full one, and what both take."""
+    gradio, choices = place.gradio, class_choices(pair)
+
+    def shown(
+        name: str, guidance: float | int, num_images: float | int, seed: float | int
+    ) -> Generator[tuple[_Pictures, _Pictures, str], None, None]:
+        chosen = name if name in choices else None
+        for both in draw_with_both_caches(
+            pair, chosen, float(guidance), int(num_images), int(seed)
+        ):
+            small, full = ([saved(each, place.folder) for each in way.pictures] for way in both)
+            yield small, full, compared(*both)
+
+    gradio.Markdown(
+        "MergeAR keeps one place in its cache for each distinct token, not one for each cell. "
+        "The same pictures with its compressed cache and with a full one:"
+    )
+    with gradio.Row():
+        button = gradio.Button("Compare caches")
+        stop = gradio.Button("Stop comparing", variant="stop")
+    text = gradio.Markdown()
+    with gradio.Row():
+        shelves = []
+        for label in ("compressed cache", "full cache"):
+            with gradio.Column(min_width=280):
+                shelves.append(gallery(place, label))
+    event = button.click(
+        each_or_error(gradio, shown),
+        list(controls),
+        [*shelves, text],
+        api_name="caches",
+        show_progress="minimal",
+    )
+    stop.click(None, None, None, cancels=[event], api_visibility="private")
 
 
 def edit_tab(place: Place, pairs: Sequence[Pair], page: Any) -> None:  # noqa: ANN401 - of an optional extra

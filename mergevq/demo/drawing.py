@@ -4,8 +4,10 @@ Shape letters: B images, L grid cells, T tokens of a sequence.
 """
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,6 +17,7 @@ from torch import Tensor
 from mergevq.config.generator import SampleRun, SamplingSettings
 from mergevq.data.prepare import crop_square, to_rgb
 from mergevq.demo.tokens import enlarged
+from mergevq.generator.build import with_full_cache
 from mergevq.generator.generation import (
     Pair,
     class_labels,
@@ -59,18 +62,67 @@ def draw(
         ValueError: there is no such class, or a number is out of range.
     """
     run = _run(pair, class_name, guidance, num_images, seed)
-    generator, config = pair.generator, pair.generator.config
-    image_ids = range(run.num_images)
-    for part in sample_in_steps(
-        generator,
-        labels=class_labels(run, config.num_classes, image_ids),
-        num_kept=config.num_kept,
-        seed=run.seed,
-        image_ids=image_ids,
-        settings=run.settings,
-        every=math.ceil(config.num_states(config.num_kept) / _NUM_LOOKS),
-    ):
+    for part in _looks(pair, run):
         yield [enlarged(to_pil(image)) for image in _decode(pair, part)]
+
+
+class Drawn(NamedTuple):
+    """Pictures, and what sampling them took so far."""
+
+    pictures: list[Image.Image]
+    seconds: float
+    """Sampling alone, without the tokenizer."""
+    num_bytes: int
+    """Memory of keys and values."""
+
+
+def draw_with_both_caches(
+    pair: Pair, class_name: str | None, guidance: float, num_images: int, seed: int
+) -> Iterator[tuple[Drawn, Drawn]]:
+    """Sample the same pictures with MergeAR's compressed cache and with a full one, in turns.
+
+    Both share the machine evenly, a few steps of the one after a few of the other. The arguments
+    are those of `draw`.
+
+    Yields:
+        The compressed and the full cache, a few times.
+
+    Raises:
+        ValueError: there is no such class, a number is out of range, or the order is not `merge`.
+    """
+    full = with_full_cache(pair.generator)
+    if full is None:
+        kind = pair.generator.config.order.kind
+        raise ValueError(f"order ({kind}) must be merge: caches of others are not compressed")
+    run = _run(pair, class_name, guidance, num_images, seed)
+    ways = pair, pair._replace(generator=full)
+    looks, seconds = [_looks(way, run) for way in ways], [0.0, 0.0]
+    while True:
+        drawn = []
+        for number, (way, steps) in enumerate(zip(ways, looks, strict=True)):
+            start = time.perf_counter()
+            part = next(steps, None)
+            seconds[number] += time.perf_counter() - start
+            if part is None:
+                return
+            pictures = [enlarged(to_pil(image)) for image in _decode(way, part)]
+            drawn.append(Drawn(pictures, seconds[number], part.sampled.kv_bytes))
+        yield drawn[0], drawn[1]
+
+
+def compared(small: Drawn, full: Drawn) -> str:
+    """Bytes and time of both caches in a sentence for each, as Markdown."""
+    alike = sum(
+        one.tobytes() == other.tobytes()
+        for one, other in zip(small.pictures, full.pictures, strict=True)
+    )
+    share = small.num_bytes / full.num_bytes
+    return (
+        f"Compressed: **{small.num_bytes / 1e6:.2f} MB** of keys and values, "
+        f"{small.seconds:.1f} s. Full: **{full.num_bytes / 1e6:.2f} MB**, {full.seconds:.1f} s. "
+        f"The compressed cache takes {share:.0%} of the memory; {alike} of "
+        f"{len(small.pictures)} pictures are the same to the pixel."
+    )
 
 
 def edit(
@@ -110,6 +162,20 @@ def edit(
 def square(pair: Pair, picture: Image.Image) -> Image.Image:
     """The part of a picture that is edited, as the tokenizer sees it, enlarged."""
     return enlarged(crop_square(to_rgb(picture), pair.tokenizer.config.image_size))
+
+
+def _looks(pair: Pair, run: SampleRun) -> Iterator[Partial]:
+    """Sequences while they are decoded, a few times."""
+    config, image_ids = pair.generator.config, range(run.num_images)
+    return sample_in_steps(
+        pair.generator,
+        labels=class_labels(run, config.num_classes, image_ids),
+        num_kept=config.num_kept,
+        seed=run.seed,
+        image_ids=image_ids,
+        settings=run.settings,
+        every=math.ceil(config.num_states(config.num_kept) / _NUM_LOOKS),
+    )
 
 
 def _run(

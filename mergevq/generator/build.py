@@ -3,7 +3,9 @@
 Another one is a class in `config/generator.py`, a file, and a case here.
 """
 
+import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import assert_never
 
@@ -65,6 +67,21 @@ def build_head(config: GeneratorConfig) -> Head:
             return Independent(config)
         case _:
             assert_never(config.head)
+
+
+def with_full_cache(generator: AnyGenerator) -> Autoregressive | None:
+    """A generator of order `merge` with the same weights whose cache keeps every token.
+
+    It samples the same tokens, up to rounding, in more memory.
+
+    Returns:
+        The generator; None for other orders, whose caches are not compressed.
+    """
+    if not isinstance(generator, Autoregressive) or not isinstance(generator.order, Merge):
+        return None
+    twin = copy.copy(generator)
+    twin.order = replace(generator.order, compresses=False)
+    return twin
 
 
 def load_generator(path: str | Path, *, revision: str | None = None) -> AnyGenerator:

@@ -122,6 +122,7 @@ class SlotCache(_Memory):
         num_slots: int,
         device: torch.device,
         dtype: torch.dtype,
+        reuses: bool = True,
     ) -> None:
         """Allocate slots.
 
@@ -132,9 +133,12 @@ class SlotCache(_Memory):
             num_slots: of each row; `slots_for` gives a number that suffices.
             device: where keys and values are.
             dtype: their type.
+            reuses: whether the slot of a duplicate that nobody will see again takes another token;
+                without it every token stays where it is, and a mask hides it: the same attention
+                in the memory of a full cache, to compare with.
         """
         super().__init__(config, batch=batch, num_slots=num_slots, device=device, dtype=dtype)
-        self.window, self.num_prefix = window, config.num_prefix
+        self.window, self.num_prefix, self.reuses = window, config.num_prefix, reuses
         self.rows = torch.arange(batch, device=device)[:, None]
         most = num_slots - self.num_prefix
         self.codes = torch.empty(batch, most, dtype=torch.int64, device=device)
@@ -164,6 +168,8 @@ class SlotCache(_Memory):
         self._recent: deque[list[int | None]] = deque(maxlen=self.window)
         # Where the next token goes: one slot, or another in each row.
         self._slot: int | Int64[Tensor, "b 1"] = 0
+        # Slots that later tokens see; only where none is used again.
+        self._visible = torch.ones(batch, self.keys.shape[3], dtype=torch.bool)
 
     def advance(self, count: int) -> None:
         """Do nothing: an input is kept in the slot that it was given."""
@@ -184,15 +190,19 @@ class SlotCache(_Memory):
         seen = self._lengths.copy()
         leaves = self.window > 0 and len(self._recent) == self.window
         leaving = self._recent[0] if leaves else [None] * batch
-        slots, orders, recent = [], [], []
+        slots, left, orders, recent = [], [], [], []
         for row, (code, slot) in enumerate(zip(codes.tolist(), leaving, strict=True)):
             known = self._known[row]
             is_new = code not in known
             orders.append(known.setdefault(code, len(known)))
-            if slot is None:
+            hidden = slot
+            if slot is None or not self.reuses:
                 slot = self._lengths[row]
-                self._lengths[row] += is_new or self.window > 0
+                self._lengths[row] += is_new or self.window > 0 or not self.reuses
+            if self.window == 0 and not is_new:
+                hidden = slot
             slots.append(slot)
+            left.append(hidden)
             recent.append(None if is_new else slot)
         if max(slots) >= num_slots:
             raise RuntimeError(
@@ -206,10 +216,20 @@ class SlotCache(_Memory):
         self.filled = max(seen)
         is_same = len(set(slots)) == 1
         self._slot = slots[0] if is_same else torch.tensor(slots, device=codes.device)[:, None]
+        if not self.reuses:
+            return self._hide(left)
         if min(seen) == self.filled:
             return None
         lengths = torch.tensor(seen, device=codes.device)[:, None, None]
         return torch.arange(self.filled, device=codes.device) < lengths
+
+    def _hide(self, slots: list[int | None]) -> Bool[Tensor, "b 1 m"]:
+        """Slots that this token sees; those given, one of a row, no later token will."""
+        seen = self._visible[:, None, : self.filled].to(self.keys.device, copy=True)
+        for row, slot in enumerate(slots):
+            if slot is not None:
+                self._visible[row, slot] = False
+        return seen
 
     def attend(
         self,

@@ -128,6 +128,9 @@ def test_every_tab_answers(client, folder):
         assert [pixels(sample["image"])[0] for sample in samples] == [(256, 256)] * 3
     both = client.predict("all in turn", 1, 2, 0, api_name="/sample")
     assert [len(samples) for samples in both] == [2, 2]
+    *both, text = client.predict("cat", 2, 3, 0, api_name="/caches")
+    assert [len(samples) for samples in both] == [3, 3]
+    assert "3 of 3 pictures are the same" in text
     (left, right), text = client.predict(picture, 4, 16, api_name="/compare")
     assert pixels(left) != pixels(right)
     assert text.startswith("Left: 4 of 16 tokens, 43 bits")

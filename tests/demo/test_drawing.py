@@ -7,7 +7,14 @@ from PIL import Image
 
 from mergevq.config.generator import SamplingSettings
 from mergevq.data.prepare import load_picture
-from mergevq.demo.drawing import class_choices, draw, edit, square
+from mergevq.demo.drawing import (
+    class_choices,
+    compared,
+    draw,
+    draw_with_both_caches,
+    edit,
+    square,
+)
 from mergevq.generator.generation import decode_sampled, load_pair, masked_origin
 from mergevq.generator.sampling import sample
 from mergevq.report.pictures import to_pil
@@ -57,6 +64,27 @@ def test_the_last_pictures_are_those_of_sampling_at_once(pairs, order):
     assert len(looks) == (6 if order == "random" else 8)
     for shown, image in zip(looks[-1], images, strict=True):
         assert np.array_equal(small(shown), np.asarray(to_pil(image)))
+
+
+def test_both_caches_give_the_same_pictures_and_the_full_one_takes_more(pairs):
+    pair = pairs["merge"]
+    looks = list(draw_with_both_caches(pair, None, 2.0, 2, 5))
+    for (small, full), pictures in zip(looks, draw(pair, None, 2.0, 2, 5), strict=True):
+        assert [each.tobytes() for each in small.pictures] == [each.tobytes() for each in pictures]
+        assert [each.tobytes() for each in full.pictures] == [each.tobytes() for each in pictures]
+    # Rows of two images with guidance, two heads of 16 channels, four bytes, keys and values; the
+    # window is 1: slots of prefix, K = 6 tokens and one more, and of the prefix and all but a cell.
+    window, size = pair.generator.config.order.window, 2 * 4 * 2 * 16 * 4
+    assert small.num_bytes == (2 + 6 + window) * size
+    assert full.num_bytes == (2 + 15) * size
+    assert 0 < looks[0][0].seconds < small.seconds
+    words = compared(small, full._replace(pictures=[small.pictures[0], Image.new("RGB", (2, 2))]))
+    assert f"{small.num_bytes / full.num_bytes:.0%} of the memory; 1 of 2 pictures" in words
+
+
+def test_caches_of_other_orders_are_not_compared(pairs):
+    with pytest.raises(ValueError, match=r"order \(random\) must be merge"):
+        next(draw_with_both_caches(pairs["random"], None, 1.0, 1, 0))
 
 
 @pytest.mark.parametrize("order", ["merge", "masked"])

@@ -224,6 +224,20 @@ def test_pictures_are_generated_step_by_step_in_two_orders(page, monkeypatch):
     assert fits(page)
 
 
+def test_a_compressed_cache_is_seen_beside_a_full_one(page):
+    panel = tab(page, "Generate")
+    set_slider(panel, "pictures", 2)
+    panel.get_by_role("button", name="Compare caches").click()
+    panel.get_by_text("2 of 2 pictures are the same").wait_for()
+    until(lambda: len(sources(panel)) == 4)
+    small, full = (
+        pixels(panel.locator(".pictures", has_text=label).locator("img").first)
+        for label in ("compressed cache", "full cache")
+    )
+    assert np.array_equal(small, full)
+    assert fits(page)
+
+
 def test_a_generation_can_be_stopped(page, monkeypatch):
     draw, shown = draw_tabs.draw, []
 
@@ -237,7 +251,7 @@ def test_a_generation_can_be_stopped(page, monkeypatch):
     panel = tab(page, "Generate")
     panel.get_by_role("button", name="Generate").click()
     until(lambda: len(shown) >= 2)
-    panel.get_by_role("button", name="Stop").click()
+    panel.get_by_role("button", name="Stop", exact=True).click()
     time.sleep(2)
     stopped = len(shown)
     time.sleep(2)

@@ -91,6 +91,19 @@ def test_without_a_window_a_duplicate_is_seen_by_itself_alone():
     assert [rows[1] for rows in seen] == [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 4]]
 
 
+@pytest.mark.parametrize("window", [0, 1, 2, 3])
+def test_without_reuse_the_same_tokens_are_seen_each_in_a_slot_of_its_own(generator, window):
+    config = replace(MERGE, order=replace(MERGE.order, window=window), grid_size=(4, 5))
+    codes = torch.randint(6, (3, 19), generator=generator)
+    tight = slot_cache(3, SlotCache.slots_for(config, 6, window), config)
+    full = SlotCache(config, window=window, batch=3, num_slots=2 + 19, reuses=False, **CPU)
+    assert place_all(full, codes) == place_all(tight, codes)
+    # The last token was written too.
+    assert full.filled == 2 + 18
+    assert full.keys.shape[3] > tight.keys.shape[3]
+    assert place_all(full, codes[:, :7]) == place_all(tight, codes[:, :7])
+
+
 def test_only_the_filled_slots_are_read():
     cache = slot_cache()
     cache.keys.fill_(torch.nan)

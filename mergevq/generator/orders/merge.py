@@ -43,6 +43,8 @@ class Merge:
     """All cells in raster order with duplicates hidden (`seams.Order`)."""
 
     config: config.Merge
+    compresses: bool = True
+    """Whether its cache is compressed; see `SlotCache`."""
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Do nothing: the order has no weights."""
@@ -87,7 +89,8 @@ class Merge:
     ) -> SlotCache:
         """A slot for each distinct token and for the window."""
         config, window = network.config, self.config.window
-        num_distinct = num_kept if _is_held(settings) else config.num_tokens
+        held = self.compresses and _is_held(settings)
+        num_distinct = num_kept if held else config.num_tokens
         return SlotCache(
             config,
             window=window,
@@ -95,6 +98,7 @@ class Merge:
             num_slots=SlotCache.slots_for(config, num_distinct, window),
             device=network.device,
             dtype=cache_type(network),
+            reuses=self.compresses,
         )
 
     def rules(
