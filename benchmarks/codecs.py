@@ -4,8 +4,7 @@
 
 Each picture is reduced to a short side of `--side` pixels by means of areas, which leaves nothing
 of the file that it came from. `mergevq compress` then writes it at every K, and each other format
-answers twice: with its best file of at most as many bytes, and with its smallest file of at least
-the PSNR of the `.mvq`. Whole files count, headers included.
+answers with its best file of at most as many bytes. Whole files count, headers included.
 
 Writes OUT/codecs.json, for `docs/tables.py`, and OUT/codecs.png.
 """
@@ -95,11 +94,6 @@ class Rival:
         place = bisect.bisect_right(self.qualities, budget, key=lambda q: len(self.data(q)))
         return self.file(self.qualities[max(0, place - 1)])
 
-    def as_sharp(self, least: float) -> int:
-        """Bytes that a PSNR takes; of the largest file where none has it."""
-        place = bisect.bisect_left(self.qualities, least, key=self.psnr)
-        return len(self.data(self.qualities[min(place, len(self.qualities) - 1)]))
-
 
 class Comparison(NamedTuple):
     """One picture at one K."""
@@ -108,8 +102,6 @@ class Comparison(NamedTuple):
     own: File
     within: dict[FileFormat, File]
     """The best of as many bytes."""
-    as_sharp: dict[FileFormat, int]
-    """Bytes that the same PSNR takes."""
 
 
 def compare(
@@ -130,7 +122,6 @@ def compare(
                 num_pixels=picture.width * picture.height,
                 own=own,
                 within={name: rival.within(len(data)) for name, rival in rivals.items()},
-                as_sharp={name: rival.as_sharp(own.psnr) for name, rival in rivals.items()},
             )
         )
     return found
@@ -165,8 +156,6 @@ def results(count: int, found: Sequence[Comparison]) -> dict[str, Any]:
                     "psnr": sum(file.psnr > own.psnr for own, file in pairs),
                     "lpips": sum(file.lpips < own.lpips for own, file in pairs),
                 },
-                # Where the smallest file is better already, less would have done.
-                "share_of_bytes": mean([c.as_sharp[name] / c.own.num_bytes for c in found]),
             }
         )
     return {"num_kept": count, MVQ: summary(found, [each.own for each in found]), "files": rows}
@@ -201,7 +190,7 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("folder", type=Path, help="pictures, all files of it")
     found.add_argument("--model", default=BUNDLED_TOKENIZER)
-    found.add_argument("--num-kept", type=int, nargs="+", default=[36, 64, 144])
+    found.add_argument("--num-kept", type=int, nargs="+", default=[36, 144])
     found.add_argument("--side", type=int, default=512, help="short side in pixels")
     found.add_argument("--lpips", help="file or folder with LPIPS weights")
     found.add_argument("--lpips-trunk", default="alex", choices=("alex", "vgg", "squeeze"))
