@@ -4,8 +4,8 @@
 next `<!-- end -->`. A MODEL is a folder of docs/results with the files that commands wrote, copied:
 `reconstruction.json` and `generation.json` are `evaluation.json` of `mergevq evaluate`,
 `probe_linear.json` and `probe_knn.json` are `probe.json` of `mergevq probe`, and `generator.json`
-is `config.json` of the generator. Every number and every condition comes from them, and a table
-holds only what was measured alike.
+is `config.json` of the generator; `codecs.json` is written by `benchmarks/codecs.py`. Every number
+and every condition comes from them, and a table holds only what was measured alike.
 """
 
 import hashlib
@@ -115,6 +115,15 @@ def generation_rows(records: Mapping[str, Record]) -> list[Record]:
     return [{**record, "order": order, "sampling": ", ".join(words), "num_kept": kept}]
 
 
+def codec_rows(records: Mapping[str, Record]) -> list[Record]:
+    """A row for the `.mvq` files of each K, and one for each format beside them."""
+    found = []
+    for result in records["codecs"]["results"]:
+        own = {"file_format": f"`.mvq`, K = {result['num_kept']}", **result["mvq"]}
+        found += [own, *result["files"]]
+    return found
+
+
 # ---------------------------------------------------------------------------------------- tables
 
 _RECONSTRUCTION = Table(
@@ -153,6 +162,25 @@ TABLES: Mapping[str, Table] = {
         | {"bits, given": ("bits.total", ".0f")}
         | {"bits of source as coded": ("bits.source_coded", ".0f")}
         | {"bits, recovered": ("bits.tokens", ".0f")}
+    ),
+    "codecs": Table(
+        files={"codecs": "codec comparison"},
+        rows=codec_rows,
+        columns={
+            "files": ("file_format", "s"),
+            "bytes": ("mean_bytes", ".0f"),
+            "bits per pixel": ("bits_per_pixel", ".3f"),
+            "PSNR (dB)": ("psnr", ".2f"),
+            "LPIPS": ("lpips", ".3f"),
+            "pictures with more dB": (r"num_better\.psnr", "d"),
+            "with less LPIPS": (r"num_better\.lpips", "d"),
+            "above its size": ("num_above_budget", "d"),
+        },
+        alike=("data.pixels_sha256", "lpips", "precision"),
+        facts=(
+            *("photographs data.num_images", "short side in pixels data.short_side"),
+            *("LPIPS lpips", "model model.hash", "precision precision", *_WRITTEN),
+        ),
     ),
     "probe": Table(
         files={"probe_linear": "linear probe", "probe_knn": "knn probe"},

@@ -12,6 +12,7 @@ from mergevq.metrics.baselines import file_formats
 from mergevq.metrics.lpips import Perceptual
 from mergevq.runtime.files import write_tensors
 from mergevq.tokenizer.compressed import PictureCodec, compress_image, decompress_image
+from tests.support.tables import tables
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*differs from the published LPIPS:UserWarning")
 
@@ -76,5 +77,9 @@ def test_the_record_holds_real_files_and_the_plot_is_drawn(picture, tmp_path):
             fits = file["mean_bytes"] <= len(data)
             assert (file["num_above_budget"] == 0) == fits
             assert (file["num_better"]["psnr"] == 1) == (file["psnr"] > row["mvq"]["psnr"])
+    head, _, first, *_ = tables.table("codecs", ["out"], tmp_path).splitlines()
+    assert head.startswith("| model | files | bytes | bits per pixel | PSNR (dB) | LPIPS |")
+    size = record["results"][0]["mvq"]["mean_bytes"]
+    assert first.startswith(f"| `out` | `.mvq`, K = 12 | {size:.0f} |")
     with Image.open(tmp_path / "out" / "codecs.png") as plot:
         assert plot.width > 600
