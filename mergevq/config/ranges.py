@@ -85,6 +85,10 @@ RANGES = {
     "GroupedLfq.num_bits": Range(1, 256),
     "group_bits": Range(1, 16),
     "levels": Range(3, 1000),  # Of more, the bound of a channel would round to one level more.
+    "codebook_size": Range(2, 2**20),
+    "EmaUpdate.decay": _ALL_BUT_ONE,
+    "restart_below": _SHARE,
+    "codebook_weight": _WEIGHT,
     "sample_temperature": _TEMPERATURE,
     "confidence_weight": _WEIGHT,
     "CnnDecoder.num_layers": Range(0, 2**12),

@@ -8,14 +8,13 @@ Rules: a count is `num_*`, `None` means off, a derived quantity is a property an
 `__post_init__` only validates.
 """
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mergevq.config.base import MAX_PIXELS, Device, Precision, require
 from mergevq.config.generator import GeneratorConfig, SamplingSettings, check_passes
 from mergevq.config.objective import LossConfig, SelfDistillation, Teacher
-from mergevq.config.parts import NUM_KEYS, Merge, NoRegularizer, PatchStem, Regularizer
+from mergevq.config.parts import NUM_KEYS, Binary, Merge, NoRegularizer, PatchStem, Regularizer
 from mergevq.config.ranges import check_numbers
 from mergevq.config.tokenizer import KeptConfig, TokenizerConfig
 
@@ -216,7 +215,7 @@ class TokenizerRun:
                 f"change them, {way_out}"
             )
         require(
-            math.prod(model.quantizer.sizes) == 2**model.quantizer.dim,
+            isinstance(model.quantizer, Binary),
             f"init_codes (components) needs codes of bits, not model.quantizer.kind "
             f"{model.quantizer.kind}; change it, {way_out}",
         )

@@ -36,6 +36,8 @@ class CodeSpec:
     """Values of each part."""
     dim: int
     """Channels of latents and of codes, D."""
+    is_binary: bool = False
+    """Whether each channel of a code is a bit of the token."""
 
     @property
     def num_values(self) -> int:
@@ -51,11 +53,6 @@ class CodeSpec:
     def has_index(self) -> bool:
         """Whether a token's parts are also one index: their values are at most 2**63."""
         return has_index(self.sizes)
-
-    @property
-    def is_binary(self) -> bool:
-        """Whether parts are bits alone, so that tokens can differ in a number of bits."""
-        return all(size & (size - 1) == 0 for size in self.sizes)
 
     def join(self, parts: Int64[Tensor, "*b p"]) -> Int64[Tensor, "*b"]:
         """Index of each token.

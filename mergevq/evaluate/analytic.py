@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from mergevq.config.parts import Merge
+from mergevq.config.parts import Binary, Merge
 from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.data.layouts import source_bits, unmerge
 from mergevq.metrics.baselines import BaselineMeasurement
@@ -36,7 +36,7 @@ class AnalyticBaseline:
     """
 
     def __init__(self, config: TokenizerConfig, positions: Sequence[int]) -> None:
-        bits = math.prod(config.quantizer.sizes) == 2**config.quantizer.dim
+        bits = isinstance(config.quantizer, Binary)
         self._config = config
         self._positions = torch.tensor(sorted(positions if bits else ()), dtype=torch.int64)
         self._pixels: list[UInt8[Tensor, "n 3 h w"]] = []

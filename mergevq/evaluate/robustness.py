@@ -288,7 +288,7 @@ def require_bits(tokenizer: Tokenizer) -> int:
         ValueError: channels are not bits, so that near codes are not those of few flips.
     """
     spec = tokenizer.quantizer.spec
-    if spec.is_binary and spec.bits == spec.dim:
+    if spec.is_binary:
         return spec.dim
     raise ValueError(
         f"codes of {spec.dim} channels with {spec.sizes} values have no bits to flip; robustness "

@@ -94,6 +94,11 @@ def is_active() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def place() -> tuple[int, int]:
+    """Rank of this process, and the number of ranks."""
+    return (dist.get_rank(), dist.get_world_size()) if is_active() else (0, 1)
+
+
 def is_main() -> bool:
     """Whether this process is the one that writes files and logs."""
     return not is_active() or dist.get_rank() == 0

@@ -15,6 +15,7 @@ from mergevq.tokenizer.expanders.unmerge import Unmerge
 from mergevq.tokenizer.losses.gram import Gram
 from mergevq.tokenizer.quantizers.bernoulli import Bernoulli
 from mergevq.tokenizer.quantizers.bsq import Bsq
+from mergevq.tokenizer.quantizers.codebook import Codebook
 from mergevq.tokenizer.quantizers.fsq import Fsq
 from mergevq.tokenizer.quantizers.grouped_lfq import GroupedLfq
 from mergevq.tokenizer.quantizers.lfq import Lfq
@@ -53,7 +54,9 @@ def build_reducer(config: settings.Reducer, dim: int) -> Merge | Pool | Queries:
             assert_never(config)
 
 
-def build_quantizer(config: settings.Quantizer) -> Lfq | GroupedLfq | Bsq | Bernoulli | Fsq:
+def build_quantizer(
+    config: settings.Quantizer,
+) -> Lfq | GroupedLfq | Bsq | Bernoulli | Fsq | Codebook:
     """Quantizer of a kind."""
     match config:
         case settings.Lfq():
@@ -66,6 +69,8 @@ def build_quantizer(config: settings.Quantizer) -> Lfq | GroupedLfq | Bsq | Bern
             return Bernoulli(config)
         case settings.Fsq():
             return Fsq(config)
+        case settings.Codebook():
+            return Codebook(config)
         case _:
             assert_never(config)
 

@@ -10,6 +10,7 @@ the encoder, D channels of codes, E channels that a decoder is given, P parts of
 from collections.abc import Mapping
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
@@ -187,6 +188,23 @@ class Quantizer(Protocol):
         The weight of `commitment` and `entropy` is in `LossConfig`, that of a term which only this
         kind has in its settings, as `NAME_weight`. A term that is no mean over images takes its
         means over all ranks.
+        """
+        ...
+
+
+@runtime_checkable
+class Follower(Protocol):
+    """A quantizer with codes that are no weights: they follow the latents of each step."""
+
+    def follow(
+        self, latents: Float[Tensor, "n d"], parts: Int64[Tensor, "n p"], generator: torch.Generator
+    ) -> None:
+        """Move codes after a step of training that was taken; every rank calls it.
+
+        Args:
+            latents: of this rank's tokens, as many on every rank.
+            parts: the same tokens quantized.
+            generator: draws for the step, the same numbers on every rank.
         """
         ...
 

@@ -42,6 +42,10 @@ _FREE_OF_TOKENIZERS = (
     "quantizer.codebook_entropy",
     "quantizer.sample_temperature",
     "quantizer.confidence_weight",
+    "quantizer.gradient",
+    "quantizer.update.codebook_weight",
+    "quantizer.update.decay",
+    "quantizer.update.restart_below",
 )
 """Settings that may differ from those of a tokenizer that training starts from: weights fit any
 size and K, and layer scale is where fresh weights begin."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.profiler import record_function
 
@@ -33,7 +33,7 @@ from mergevq.runtime.optim import (
     learning_rate,
     set_learning_rate,
 )
-from mergevq.runtime.random import BatchNumbers, draw_num_kept
+from mergevq.runtime.random import BatchNumbers, draw_num_kept, step_generator
 from mergevq.tokenizer.build import build_regularizer, build_terms
 from mergevq.tokenizer.losses.adversarial import (
     Discriminator,
@@ -51,7 +51,7 @@ from mergevq.tokenizer.losses.terms import (
     term_weights,
     total,
 )
-from mergevq.tokenizer.seams import Regularizer, StepDraws, Term, TokenizerOutput
+from mergevq.tokenizer.seams import Follower, Regularizer, StepDraws, Term, TokenizerOutput
 from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training.fit import Number, cut
 from mergevq.training.initial import Start, initial_tokenizer
@@ -209,7 +209,7 @@ class TokenizerLearner:
             Numbers for the log, and the reconstruction of each part for the discriminator.
         """
         run, state = self.run, self.state
-        sums, reconstructions, tokens = {}, [], []
+        sums, reconstructions, tokens, latents = {}, [], [], []
         state.discriminator.requires_grad_(requires_grad=False)
         state.optimizer.zero_grad(set_to_none=True)
         targets = self.self_targets(parts, num_kept)
@@ -233,6 +233,7 @@ class TokenizerLearner:
                 state.scaler.scale(loss / len(parts)).backward()
             reconstructions.append(output.reconstruction.detach())
             tokens.append(output.encoded.parts)
+            latents.append(output.encoded.latents.detach())
             for name, value in [("loss", loss), *losses.items()]:
                 sums[name] = sums.get(name, 0) + value.detach() / len(parts)
         every = distributed.gather(torch.cat(tokens), equal=True)
@@ -247,6 +248,7 @@ class TokenizerLearner:
         norm = clip(self.objective.parameters(), run.optim.clip_norm)
         if state.guard.check(state.step, sums | {"grad_norm": norm}):
             state.scaler.step(state.optimizer)
+            self._follow(torch.cat(latents), torch.cat(tokens))
             state.ema.update()
             if isinstance(run.teacher, SelfDistillation):
                 _update_teacher(state, run.teacher.momentum)
@@ -256,6 +258,13 @@ class TokenizerLearner:
         state.scaler.update()
         numbers = sums | norms | {"grad_norm": norm, "num_skipped": state.guard.num_skipped}
         return numbers, reconstructions
+
+    def _follow(self, latents: Float[Tensor, "b k d"], parts: Int64[Tensor, "b k p"]) -> None:
+        """Let codes that are no weights follow this rank's tokens."""
+        quantizer = self.state.tokenizer.quantizer
+        if isinstance(quantizer, Follower):
+            generator = step_generator(self.run.train.seed, "codebook", self.state.step)
+            quantizer.follow(latents.flatten(0, 1), parts.flatten(0, 1), generator)
 
     def _uniforms(
         self, place: int, num_parts: int, part: Batch, num_kept: int

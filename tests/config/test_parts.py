@@ -10,7 +10,10 @@ from mergevq.config.parts import (
     Bsq,
     CnnDecoder,
     CnnStem,
+    Codebook,
+    EmaUpdate,
     Fsq,
+    GradientUpdate,
     GroupedLfq,
     Lfq,
     Merge,
@@ -157,6 +160,11 @@ def test_bits_are_grouped_by_their_component():
             "levels () must be those of at least one channel",
         ),
         (GroupedLfq, {"num_bits": 264}, "num_bits (264) must be between 1 and 256"),
+        (Codebook, {"codebook_size": 1}, "codebook_size (1) must be between 2 and 1048576"),
+        (Codebook, {"dim": 0}, "dim (0) must be between 1 and"),
+        (GradientUpdate, {"codebook_weight": -1.0}, "codebook_weight (-1.0) must be between 0"),
+        (EmaUpdate, {"decay": 1.0}, "decay (1.0) must be at least 0 and below 1"),
+        (EmaUpdate, {"restart_below": 1.5}, "restart_below (1.5) must be between 0 and 1"),
         (Unmerge, {"num_layers": 0}, "num_layers (0) must be between 1 and"),
         (Unmerge, {"dim": 100}, "expander.dim (100) must be a multiple of expander.num_heads (8)"),
         (Unmerge, {"dim": 102, "num_heads": 2}, "expander.dim (102) must be a multiple of 4"),
@@ -210,6 +218,8 @@ def test_levels_are_parts():
 def test_weights_are_the_settings_that_are_called_so():
     assert weights_of(Bernoulli(confidence_weight=0.5)) == {"confidence": 0.5}
     assert weights_of(Lfq()) == {}
+    assert weights_of(Codebook(update=GradientUpdate(codebook_weight=0.5))) == {"codebook": 0.5}
+    assert weights_of(Codebook(update=EmaUpdate())) == {}
     assert weights_of(LossConfig(source_weight=3.0))["source"] == 3
 
 

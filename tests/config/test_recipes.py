@@ -23,6 +23,7 @@ TOKENIZER_RECIPES = (
     "digits32_bsq",
     "digits32_bernoulli",
     "digits32_fsq",
+    "digits32_vq",
     "digits32_perturb",
     "digits32_pool",
     "digits32_queries",

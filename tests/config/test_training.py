@@ -12,7 +12,7 @@ from mergevq.config import generator, objective, parts, tokenizer, training
 from mergevq.config.generator import GeneratorConfig
 from mergevq.config.kinds import kind_of
 from mergevq.config.objective import Dino, Kl, LossConfig
-from mergevq.config.parts import Fsq, GroupedLfq
+from mergevq.config.parts import Codebook, Fsq, GroupedLfq
 from mergevq.config.tokenizer import KeptConfig
 from mergevq.config.training import (
     DataConfig,
@@ -227,6 +227,10 @@ def test_components_start_only_codes_of_which_each_channel_is_a_bit():
     values = components_run()
     model = dataclasses.replace(values["model"], quantizer=Fsq(levels=(8, 8, 8)))
     with pytest.raises(ValueError, match=r"needs codes of bits, not model\.quantizer\.kind fsq"):
+        TokenizerRun(**values | {"model": model})
+    # 512 entries of 9 channels are no bits either.
+    model = dataclasses.replace(values["model"], quantizer=Codebook(codebook_size=512, dim=9))
+    with pytest.raises(ValueError, match=r"needs codes of bits, not model\.quantizer\.kind codeb"):
         TokenizerRun(**values | {"model": model})
     grouped = GroupedLfq(num_bits=8, group_bits=4)
     TokenizerRun(**values | {"model": dataclasses.replace(values["model"], quantizer=grouped)})

@@ -29,8 +29,8 @@ CLASSES = sorted(
     key=lambda item: item.__name__,
 )
 RUNS = {
-    # With a teacher that has a part of its own.
-    "tokenizer": replace(RECIPES["digits32"](), teacher=HuggingFace()),
+    # With a quantizer and a teacher that have a part of their own.
+    "tokenizer": replace(RECIPES["digits32_vq"](), teacher=HuggingFace()),
     "generator": RECIPES["digits32_ar"](),
 }
 UNIONS = [(model, union) for model, run in RUNS.items() for union in unions(type(run))]

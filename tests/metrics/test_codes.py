@@ -27,7 +27,7 @@ def test_source_accuracy_is_the_share_of_cells_per_image():
 
 def bits(num_bits):
     """Tokens of so many bits."""
-    return CodeSpec(sizes=(2**num_bits,), dim=num_bits)
+    return CodeSpec(sizes=(2**num_bits,), dim=num_bits, is_binary=True)
 
 
 def usage_of(indices, num_bits, batch_size=None):
@@ -165,7 +165,8 @@ def test_a_codebook_without_tokens_is_an_error():
 
 def test_tokens_without_an_index_are_told_apart_by_their_parts(generator):
     sizes = (2**40, 2**40)
-    wide, usage = CodeSpec(sizes=sizes, dim=80), CodebookUsage(CodeSpec(sizes=sizes, dim=80))
+    wide = CodeSpec(sizes=sizes, dim=80, is_binary=True)
+    usage = CodebookUsage(wide)
     low, high = torch.tensor([[0, 2**40 - 1]]), torch.tensor([[2**40 - 1, 0]])
     usage.update(torch.cat([low, high, low, low]))
     statistics = usage.compute()
@@ -176,9 +177,12 @@ def test_tokens_without_an_index_are_told_apart_by_their_parts(generator):
     assert statistics.bit_probs.tolist() == [0.25] * 40 + [0.75] * 40
 
 
-@pytest.mark.parametrize("sizes", [(4, 8), (3, 5, 2)])
-def test_counting_rows_and_counting_indices_are_the_same(sizes, generator):
-    spec = CodeSpec(sizes=sizes, dim=2)
+@pytest.mark.parametrize(
+    ("sizes", "is_binary"), [((4, 8), True), ((4, 8), False), ((3, 5, 2), False)]
+)
+def test_counting_rows_and_counting_indices_are_the_same(sizes, is_binary, generator):
+    # Entries of a table are numbers without bits, however many there are.
+    spec = CodeSpec(sizes=sizes, dim=2, is_binary=is_binary)
     parts = torch.stack([torch.randint(size, (50,), generator=generator) for size in sizes], -1)
     found = codebook_statistics(parts, spec)
     rows, counts = parts.unique(dim=0, return_counts=True)

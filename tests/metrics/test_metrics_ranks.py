@@ -23,7 +23,7 @@ INDICES = torch.arange(9) * 5 % 16
 
 def accumulated(ranks_items):
     """Every accumulator, fed with some of the items."""
-    mean, usage = Mean("l1"), CodebookUsage(CodeSpec(sizes=(16,), dim=4))
+    mean, usage = Mean("l1"), CodebookUsage(CodeSpec(sizes=(16,), dim=4, is_binary=True))
     statistics, rows = FrechetStatistics(3), Rows("features")
     for items in ranks_items:
         positions = torch.tensor(items)

@@ -48,6 +48,11 @@ def leaf_kinds(cls, skip=()):
     return found
 
 
+def fields_of(cls):
+    """Names of a dataclass's settings."""
+    return {field.name for field in dataclasses.fields(cls)}
+
+
 def value_at(instance, path):
     """The setting of that dotted name; `ABSENT` where the part is of another kind."""
     for step in path.split("."):
@@ -68,7 +73,8 @@ COMPANIONS = {
 def replaced(instance, changes):
     """A copy with settings changed by dotted name, all at once.
 
-    Another kind is a small part, and brings the kind that it cannot do without.
+    Another kind is a small part, and brings the kind that it cannot do without, or that it is
+    inside of.
     """
     inside, own, kinds = {}, {}, {}
     for path, value in changes.items():
@@ -87,9 +93,12 @@ def replaced(instance, changes):
             kinds.setdefault(name, kind)
     for name in {*inside, *kinds}:
         part = getattr(instance, name)
+        members = parts_of(typing.get_type_hints(type(instance))[name])
+        needed = {path.partition(".")[0].partition("[")[0] for path in inside.get(name, {})}
         if name in kinds and part.kind != kinds[name]:
-            hint = typing.get_type_hints(type(instance))[name]
-            part = small_part(parts_of(hint)[kinds[name]])
+            part = small_part(members[kinds[name]])
+        elif name not in kinds and members and not needed <= fields_of(type(part)):
+            part = small_part(next(each for each in members.values() if needed <= fields_of(each)))
         own[name] = replaced(part, inside.get(name, {}))
     return replace(instance, **own)
 

@@ -4,7 +4,7 @@ A term of the loss that one kind alone has is weighted by its own setting NAME_w
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Literal
 
 from mergevq.config.base import require
@@ -152,14 +152,82 @@ class Fsq:
         return len(self.levels)
 
 
-Quantizer = Lfq | GroupedLfq | Bsq | Bernoulli | Fsq
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GradientUpdate:
+    """Codes are weights, which the loss `codebook` draws to the latents that chose them."""
+
+    kind: Literal["gradient"] = "gradient"
+    codebook_weight: float = 1.0
+    """Weight of that loss, the mean squared distance of codes to their latents."""
+
+    def __post_init__(self) -> None:
+        """Reject a negative weight."""
+        check_numbers(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmaUpdate:
+    """Codes are running means of the latents that chose them, and no weights."""
+
+    kind: Literal["ema"] = "ema"
+    decay: float = 0.99
+    """Share of the old counts and sums that a step keeps."""
+    restart_below: float = 0.1
+    """A code whose count falls below this share of the mean count becomes a latent of the step,
+    drawn at random; 0 is never."""
+
+    def __post_init__(self) -> None:
+        """Reject shares that are none."""
+        check_numbers(self)
+
+
+Update = GradientUpdate | EmaUpdate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Codebook:
+    """The nearest entry of a table of codes that is learned."""
+
+    kind: Literal["codebook"] = "codebook"
+    codebook_size: int = 1024
+    """V: codes of the table."""
+    dim: int = 8
+    """D: channels of latents and of codes."""
+    l2_norm: bool = True
+    """Latents and codes have length 1, so that the nearest code is that of the largest cosine."""
+    gradient: Literal["straight_through", "rotation"] = "straight_through"
+    """From a code to its latent: as it is, or rotated and scaled as the latent is to its code."""
+    update: Update = field(default_factory=GradientUpdate)
+    """How codes are learned."""
+
+    def __post_init__(self) -> None:
+        """Reject a table of one code, and codes of no channel."""
+        check_numbers(self)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Values of each part of a token."""
+        return (self.codebook_size,)
+
+
+Binary = Lfq | GroupedLfq | Bsq | Bernoulli
+"""Quantizers each of whose channels is a bit of the token."""
+Quantizer = Binary | Fsq | Codebook
 
 
 def weights_of(part: object) -> dict[str, float]:
-    """Weights of losses by the loss's name: the settings that are called `NAME_weight`."""
-    names = [field.name for field in fields(part)]  # pyright: ignore[reportArgumentType]
-    weights = [name for name in names if name.endswith("_weight")]
-    return {name.removesuffix("_weight"): getattr(part, name) for name in weights}
+    """Weights of losses by the loss's name: the settings that are called `NAME_weight`.
+
+    Those of settings inside the part are among them.
+    """
+    found: dict[str, float] = {}
+    for item in fields(part):  # pyright: ignore[reportArgumentType]
+        value = getattr(part, item.name)
+        if is_dataclass(value):
+            found |= weights_of(value)
+        elif item.name.endswith("_weight"):
+            found[item.name.removesuffix("_weight")] = value
+    return found
 
 
 def bits_of(sizes: tuple[int, ...]) -> float:

@@ -22,6 +22,7 @@ from mergevq.config.recipes.digits import (
     digits32_pool,
     digits32_queries,
     digits32_stream,
+    digits32_vq,
 )
 from mergevq.config.recipes.imagenet256 import (
     imagenet256_g,
@@ -96,6 +97,7 @@ TOKENIZER_RECIPES: dict[str, Callable[[], TokenizerRun]] = {
         digits32_bsq,
         digits32_bernoulli,
         digits32_fsq,
+        digits32_vq,
         digits32_perturb,
         digits32_pool,
         digits32_queries,

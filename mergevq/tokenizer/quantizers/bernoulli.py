@@ -43,7 +43,7 @@ class Bernoulli(nn.Module):
     def __init__(self, config: settings.Bernoulli) -> None:
         """Take the settings; there are no weights."""
         super().__init__()
-        self.spec = CodeSpec(sizes=config.sizes, dim=config.dim)
+        self.spec = CodeSpec(sizes=config.sizes, dim=config.dim, is_binary=True)
         self.sample_temperature = config.sample_temperature
 
     def forward(

@@ -42,7 +42,7 @@ class GroupedLfq(nn.Module):
         """Take the settings; there are no weights."""
         super().__init__()
         self.config = config
-        self.spec = CodeSpec(sizes=config.sizes, dim=config.dim)
+        self.spec = CodeSpec(sizes=config.sizes, dim=config.dim, is_binary=True)
 
     def forward(
         self, latents: Float[Tensor, "*b d"], _uniforms: Float[Tensor, "*b d"] | None = None

@@ -51,7 +51,7 @@ class Lfq(nn.Module):
     def __init__(self, config: settings.Lfq) -> None:
         """Take the settings; there are no weights."""
         super().__init__()
-        self.spec = CodeSpec(sizes=config.sizes, dim=config.dim)
+        self.spec = CodeSpec(sizes=config.sizes, dim=config.dim, is_binary=True)
         self.entropy_temperature = config.entropy_temperature
 
     def forward(
