@@ -86,6 +86,9 @@ RANGES = {
     "group_bits": Range(1, 16),
     "levels": Range(3, 1000),  # Of more, the bound of a channel would round to one level more.
     "codebook_size": Range(2, 2**20),
+    "num_codebooks": Range(1, 256),
+    "book_dim": _WIDTH,
+    "orthogonality_weight": _WEIGHT,
     "EmaUpdate.decay": _ALL_BUT_ONE,
     "restart_below": _SHARE,
     "codebook_weight": _WEIGHT,

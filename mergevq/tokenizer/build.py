@@ -19,6 +19,7 @@ from mergevq.tokenizer.quantizers.codebook import Codebook
 from mergevq.tokenizer.quantizers.fsq import Fsq
 from mergevq.tokenizer.quantizers.grouped_lfq import GroupedLfq
 from mergevq.tokenizer.quantizers.lfq import Lfq
+from mergevq.tokenizer.quantizers.product import Product
 from mergevq.tokenizer.reducers.merge import Merge
 from mergevq.tokenizer.reducers.pool import Pool
 from mergevq.tokenizer.reducers.queries import Queries
@@ -54,9 +55,9 @@ def build_reducer(config: settings.Reducer, dim: int) -> Merge | Pool | Queries:
             assert_never(config)
 
 
-def build_quantizer(
+def build_quantizer(  # noqa: PLR0911 - one return for each kind
     config: settings.Quantizer,
-) -> Lfq | GroupedLfq | Bsq | Bernoulli | Fsq | Codebook:
+) -> Lfq | GroupedLfq | Bsq | Bernoulli | Fsq | Codebook | Product:
     """Quantizer of a kind."""
     match config:
         case settings.Lfq():
@@ -71,6 +72,8 @@ def build_quantizer(
             return Fsq(config)
         case settings.Codebook():
             return Codebook(config)
+        case settings.Product():
+            return Product(config)
         case _:
             assert_never(config)
 

@@ -42,6 +42,7 @@ _FREE_OF_TOKENIZERS = (
     "quantizer.codebook_entropy",
     "quantizer.sample_temperature",
     "quantizer.confidence_weight",
+    "quantizer.orthogonality_weight",
     "quantizer.gradient",
     "quantizer.update.codebook_weight",
     "quantizer.update.decay",

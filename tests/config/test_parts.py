@@ -19,6 +19,7 @@ from mergevq.config.parts import (
     Merge,
     PatchDecoder,
     PatchStem,
+    Product,
     Unmerge,
     bits_of,
     weights_of,
@@ -162,6 +163,9 @@ def test_bits_are_grouped_by_their_component():
         (GroupedLfq, {"num_bits": 264}, "num_bits (264) must be between 1 and 256"),
         (Codebook, {"codebook_size": 1}, "codebook_size (1) must be between 2 and 1048576"),
         (Codebook, {"dim": 0}, "dim (0) must be between 1 and"),
+        (Product, {"num_codebooks": 0}, "num_codebooks (0) must be between 1 and 256"),
+        (Product, {"book_dim": 0}, "book_dim (0) must be between 1 and"),
+        (Product, {"orthogonality_weight": -1.0}, "orthogonality_weight (-1.0) must be between 0"),
         (GradientUpdate, {"codebook_weight": -1.0}, "codebook_weight (-1.0) must be between 0"),
         (EmaUpdate, {"decay": 1.0}, "decay (1.0) must be at least 0 and below 1"),
         (EmaUpdate, {"restart_below": 1.5}, "restart_below (1.5) must be between 0 and 1"),
@@ -215,11 +219,18 @@ def test_levels_are_parts():
     assert bits_of(quantizer.sizes) == pytest.approx(7.9069, abs=1e-4)
 
 
+def test_tables_are_parts():
+    quantizer = Product(num_codebooks=3, codebook_size=32, book_dim=5)
+    assert (quantizer.sizes, quantizer.dim) == ((32, 32, 32), 15)
+    assert bits_of(quantizer.sizes) == 15
+
+
 def test_weights_are_the_settings_that_are_called_so():
     assert weights_of(Bernoulli(confidence_weight=0.5)) == {"confidence": 0.5}
     assert weights_of(Lfq()) == {}
     assert weights_of(Codebook(update=GradientUpdate(codebook_weight=0.5))) == {"codebook": 0.5}
     assert weights_of(Codebook(update=EmaUpdate())) == {}
+    assert weights_of(Product()) == {"orthogonality": 0.1, "codebook": 1.0}
     assert weights_of(LossConfig(source_weight=3.0))["source"] == 3
 
 

@@ -24,6 +24,7 @@ TOKENIZER_RECIPES = (
     "digits32_bernoulli",
     "digits32_fsq",
     "digits32_vq",
+    "digits32_product",
     "digits32_perturb",
     "digits32_pool",
     "digits32_queries",

@@ -14,6 +14,7 @@ from mergevq.config.parts import (
     PatchDecoder,
     PatchStem,
     Pool,
+    Product,
     Queries,
     Unmerge,
 )
@@ -59,6 +60,7 @@ _SMALL = (
     Bsq(num_bits=8),
     Bernoulli(num_bits=8),
     Codebook(codebook_size=64, dim=4),
+    Product(codebook_size=16, book_dim=4),
     Unmerge(dim=16, num_layers=1, num_heads=2),
     MaskTokens(dim=16, num_layers=1, num_heads=2),
     CnnDecoder(channels=8, num_res_blocks=1, num_layers=1, num_heads=2, layer_scale=0.1),

@@ -210,9 +210,45 @@ class Codebook:
         return (self.codebook_size,)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Product:
+    """The nearest entries of several learned tables, each of channels of its own."""
+
+    kind: Literal["product"] = "product"
+    num_codebooks: int = 2
+    """F: tables, each a part of the token."""
+    codebook_size: int = 512
+    """V: codes of each table."""
+    book_dim: int = 8
+    """D: channels of each table."""
+    orthogonality_weight: float = 0.1
+    """Weight of the loss `orthogonality`, the mean squared cosine of a token's codes of two tables:
+    1 / D of random directions, 0 at right angles."""
+    l2_norm: bool = True
+    """Latents and codes of each table have length 1."""
+    gradient: Literal["straight_through", "rotation"] = "straight_through"
+    """From a code to its latent: as it is, or rotated and scaled as the latent is to its code."""
+    update: Update = field(default_factory=GradientUpdate)
+    """How codes are learned."""
+
+    def __post_init__(self) -> None:
+        """Reject no tables, tables of one code, and codes of no channel."""
+        check_numbers(self)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Values of each part of a token, one for each table."""
+        return (self.codebook_size,) * self.num_codebooks
+
+    @property
+    def dim(self) -> int:
+        """Channels of latents and of codes."""
+        return self.num_codebooks * self.book_dim
+
+
 Binary = Lfq | GroupedLfq | Bsq | Bernoulli
 """Quantizers each of whose channels is a bit of the token."""
-Quantizer = Binary | Fsq | Codebook
+Quantizer = Binary | Fsq | Codebook | Product
 
 
 def weights_of(part: object) -> dict[str, float]:

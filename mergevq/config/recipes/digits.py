@@ -27,6 +27,7 @@ from mergevq.config.parts import (
     Merge,
     Perturb,
     Pool,
+    Product,
     Quantizer,
     Queries,
     Unmerge,
@@ -140,6 +141,15 @@ def digits32_vq() -> TokenizerRun:
     Hardware and time: not measured, 640 steps of 64 images. Expected: not measured.
     """
     return _with_quantizer(Codebook(codebook_size=256), "digits32_vq", entropy_weight=0.0)
+
+
+def digits32_product() -> TokenizerRun:
+    """Digits as `digits32` has them, with two learned codebooks of 16 codes at right angles.
+
+    Source: FQGAN (arXiv:2411.16681). Hardware and time: not measured, 640 steps of 64 images.
+    Expected: not measured.
+    """
+    return _with_quantizer(Product(codebook_size=16), "digits32_product", entropy_weight=0.0)
 
 
 def _with_quantizer(
