@@ -2,7 +2,8 @@
 
 Source: van den Oord et al. 2017, "Neural Discrete Representation Learning", section 3
 (arXiv:1711.00937); with codes of length 1 as in Sun et al. 2024, "Autoregressive Model Beats
-Diffusion" (LlamaGen), section 3.1 (arXiv:2406.06525). Ways to learn it: `mergevq.tokenizer.tables`.
+Diffusion" (LlamaGen), section 3.1 (arXiv:2406.06525). Ways to learn it are those of a table:
+`mergevq.tokenizer.quantizers.tables`.
 
 Shape letters: B batch, K tokens, D channels, N tokens of a step.
 """
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 
 from mergevq.config import parts as settings
 from mergevq.data.codes import CodeSpec
+from mergevq.tokenizer.quantizers.tables import Table, follow, near_codes
 from mergevq.tokenizer.seams import Quantized
-from mergevq.tokenizer.tables import Table, follow, near_codes
 
 
 class Codebook(nn.Module):

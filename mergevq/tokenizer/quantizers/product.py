@@ -22,8 +22,8 @@ from torch.nn import functional
 
 from mergevq.config import parts as settings
 from mergevq.data.codes import CodeSpec
+from mergevq.tokenizer.quantizers.tables import Table, follow, near_codes
 from mergevq.tokenizer.seams import Quantized
-from mergevq.tokenizer.tables import Table, follow, near_codes
 
 
 class Product(nn.Module):

@@ -187,10 +187,11 @@ def follow(
 def nearest(latents: Float[Tensor, "*b d"], codes: Float[Tensor, "v d"]) -> Int64[Tensor, "*b"]:
     """Number of the code nearest to each latent; of equally near ones the first."""
     flat = latents.reshape(-1, latents.shape[-1])
-    # Under a compiler shapes are fixed or symbols: one piece is all there is.
-    at_once = len(flat) if torch.compiler.is_compiling() else max(1, _MAX_SCORES // len(codes))
     half_norms = codes.square().sum(-1) / 2
-    found = [(piece @ codes.T - half_norms).argmax(-1) for piece in flat.split(at_once)]
+    # A graph of any number of images cannot have as many pieces as these make.
+    is_graph = torch.compiler.is_compiling()
+    pieces = [flat] if is_graph else flat.split(max(1, _MAX_SCORES // len(codes)))
+    found = [(piece @ codes.T - half_norms).argmax(-1) for piece in pieces]
     return torch.cat(found).view(latents.shape[:-1])
 
 

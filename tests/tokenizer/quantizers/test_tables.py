@@ -4,8 +4,15 @@ import pytest
 import torch
 
 from mergevq.config.parts import EmaUpdate, GradientUpdate
-from mergevq.tokenizer import tables
-from mergevq.tokenizer.tables import RunningMeans, Table, follow, near_codes, nearest, rotate
+from mergevq.tokenizer.quantizers import tables
+from mergevq.tokenizer.quantizers.tables import (
+    RunningMeans,
+    Table,
+    follow,
+    near_codes,
+    nearest,
+    rotate,
+)
 from tests.support.quantize import value_and_gradient
 from tests.support.ranks import free_port, run_on_ranks, take_place
 
