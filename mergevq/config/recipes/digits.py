@@ -306,8 +306,8 @@ def digits32_stream() -> GeneratorRun:
     """Codes and source map of `digits32` in one stream: 64 cells, each new or a copy it names.
 
     Tokens: `mergevq encode --model runs/digits32/model --data digits --num-kept 16 20 24
-    --out runs/digits32/tokens`. Hardware and time: 2 CPU cores, 600 steps of 64 sequences.
-    Expected: docs/results.md, "Codes and map in one stream".
+    --out runs/digits32/tokens`. Hardware and time: not measured, 600 steps of 64 sequences.
+    Expected: not measured.
     """
     run = digits32_ar()
     return replace(run, model=replace(run.model, order=Stream()), out="runs/digits32_stream")
