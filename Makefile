@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: help quickstart test slow check ledger bench-check docs fix
+.PHONY: help quickstart test slow check ledger bench-check results docs fix
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -14,7 +14,7 @@ quickstart: .venv/installed-quickstart  ## train on handwritten digits and write
 # Workers and the processes of tests would each compile every module anew.
 unexport PYTHONDONTWRITEBYTECODE
 # One thread: the tests' tensors are too small to share.
-test slow check ledger bench-check: export OMP_NUM_THREADS := 1
+test slow check ledger bench-check results: export OMP_NUM_THREADS := 1
 test: .venv/installed-dev  ## run the default tests
 	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
@@ -33,6 +33,9 @@ ledger: .venv/installed-dev  ## losses of every recipe equal those of BASE, by d
 
 bench-check: .venv/installed-dev  ## ratios to plain definitions are not much below those of docs/results/ratios.json
 	$(BIN)/python -m benchmarks.ratios --check
+
+results: .venv/installed-dev  ## measure the models of the package again, with the data and weights in FOLDER
+	$(BIN)/python -m benchmarks.results $(FOLDER)
 
 docs: .venv/installed-docs  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
