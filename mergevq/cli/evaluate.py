@@ -13,6 +13,7 @@ import tyro
 
 from mergevq.cli.options import (
     _PLAIN,
+    MAY_BE_EMPTY,
     Counts,
     Sampling,
     SamplingOptions,
@@ -212,6 +213,8 @@ def generation(  # noqa: PLR0913 - each is an option
     samples: Path | None = None,
     out: Path = Path("evaluations/generation"),
     classifier: Path | None = None,
+    classifier_outputs: Annotated[tuple[int, ...], MAY_BE_EMPTY] = (),
+    val_data: str | None = None,
     data: str | None = None,
     max_pixels: int = MAX_PIXELS,
     neighbours: int = 8,
@@ -236,6 +239,9 @@ def generation(  # noqa: PLR0913 - each is an option
         samples: evaluate these instead, a folder of images or an `.npz` with arr_0.
         out: where samples and results go.
         classifier: TorchScript file that tells the generator's classes, for class accuracy.
+        classifier_outputs: its outputs that are the generator's classes, in order, where it has
+            more: 0 217 482 ..
+        val_data: held-out images of the same classes, to tell how often the classifier is right.
         data: training images, to show the nearest of them beside some samples.
         max_pixels: largest picture of these and of samples that is read, as width times height.
         neighbours: samples shown so.
@@ -252,6 +258,8 @@ def generation(  # noqa: PLR0913 - each is an option
         run=run,
         samples=as_text(samples),
         classifier=as_text(classifier),
+        classifier_outputs=classifier_outputs,
+        val_data=val_data,
         data=data,
         max_pixels=max_pixels,
         num_looked_up=neighbours,
@@ -280,6 +288,7 @@ def guidance(  # noqa: PLR0913 - each is an option
     num: Annotated[int, tyro.conf.arg(aliases=["--num-images"])] = 50_000,
     out: Path = Path("evaluations/guidance"),
     classifier: Path | None = None,
+    classifier_outputs: Annotated[tuple[int, ...], MAY_BE_EMPTY] = (),
     npz: tyro.conf.FlagCreatePairsOff[bool] = False,
     batch_size: int = 64,
 ) -> None:
@@ -302,6 +311,8 @@ def guidance(  # noqa: PLR0913 - each is an option
             --num-images.
         out: where the folders of the scales and the results go.
         classifier: TorchScript file that tells the generator's classes, for class accuracy.
+        classifier_outputs: its outputs that are the generator's classes, in order, where it has
+            more: 0 217 482 ..
         npz: also write OUT/SCALE/samples.npz (arr_0), as the ADM evaluator reads it.
         batch_size: images at once.
     """
@@ -312,6 +323,7 @@ def guidance(  # noqa: PLR0913 - each is an option
             out=str(out),
             run=sampling.run(num_images=num, batch_size=batch_size),
             classifier=as_text(classifier),
+            classifier_outputs=classifier_outputs,
             write_array=npz,
             batch_size=batch_size,
             device=sampling.device,

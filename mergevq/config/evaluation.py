@@ -123,6 +123,10 @@ class GenerationSettings:
     """Images that are there already instead: a folder, or an `.npz` with arr_0."""
     classifier: str | None = None
     """TorchScript file that tells the generator's classes; None leaves class accuracy out."""
+    classifier_outputs: tuple[int, ...] = ()
+    """Its outputs that are the generator's classes, in order; none is all that it has."""
+    val_data: str | None = None
+    """Held-out images of the same classes, on which the classifier's accuracy is measured too."""
     data: str | None = None
     """Training images, to find nearest neighbours in; None leaves them out."""
     max_pixels: int = MAX_PIXELS
@@ -146,6 +150,10 @@ class GenerationSettings:
         require(
             self.classifier is None or self.run is not None,
             "--classifier needs the classes, which only a generator has (--model)",
+        )
+        require(
+            self.classifier is not None or not (self.classifier_outputs or self.val_data),
+            "--classifier-outputs and --val-data need a --classifier",
         )
 
 

@@ -22,6 +22,7 @@ from mergevq.config.evaluation import GenerationSettings
 from mergevq.config.identity import Identity, require_same_classes
 from mergevq.config.records import GenerationRecord
 from mergevq.data.images import open_images
+from mergevq.evaluate.classes import Classifier, open_classifier, real_accuracy
 from mergevq.evaluate.neighbours import Neighbours, nearest_neighbours, neighbour_picture
 from mergevq.evaluate.samples import (
     ARRAY,
@@ -123,6 +124,7 @@ def _evaluate(
         labels=None if classifier is None else _labels(settings, pair, samples),
         batch_size=settings.batch_size,
     )
+    real = _real_accuracy(settings, pair, classifier, size, world)
     neighbours = _look_up(settings, scores, extractor, size, world)
     if not distributed.is_main():
         return None
@@ -145,9 +147,9 @@ def _evaluate(
             "array": str(out / ARRAY) if settings.write_array else None,
         },
         "extractor": extractor_record(extractor),
-        "classifier": None if classifier is None else extractor_record(classifier),
+        "classifier": None if classifier is None else extractor_record(classifier.network),
         "reference": reference_record(settings.reference, reference),
-        **json_numbers(scores.numbers),
+        **json_numbers(scores.numbers | real),
         "left_out": scores.left_out,
         "nearest_distances": None if neighbours is None else neighbours.distance.tolist(),
     }
@@ -242,7 +244,7 @@ def measure_generation(  # noqa: PLR0913 - what is compared, by what
     reference: Gaussian,
     reference_features: Float[Tensor, "r f"] | None,
     unscored: str | None = None,
-    classifier: FeatureExtractor | None = None,
+    classifier: Classifier | None = None,
     labels: Int64[Tensor, "n"] | None = None,
     batch_size: int,
     seed: int = 0,
@@ -257,7 +259,7 @@ def measure_generation(  # noqa: PLR0913 - what is compared, by what
         reference_features: of some training images, on the main rank; None leaves out what needs
             needs them.
         unscored: why the extractor has no class score; None measures it.
-        classifier: gives class probabilities; None leaves class accuracy out.
+        classifier: tells classes; None leaves class accuracy out.
         labels: classes of the samples, where there is a classifier.
         batch_size: images at once.
         seed: of the subsets of the kernel distance.
@@ -275,8 +277,8 @@ def measure_generation(  # noqa: PLR0913 - what is compared, by what
                 probabilities.update(extractor.probabilities(pixels), positions)
             hashes.update(pixels, positions)
             if classifier is not None and labels is not None:
-                chosen = classifier.probabilities(pixels).argmax(1).cpu()
-                correct.update((chosen == labels[positions]).float()[:, None], positions)
+                told = classifier.classes(pixels)
+                correct.update((told == labels[positions]).float()[:, None], positions)
             progress.update(len(positions))
     progress.close()
     everything = features.compute()
@@ -341,23 +343,34 @@ def _feature_scores(
 
 def _classifier(
     settings: GenerationSettings, pair: Pair | None, device: torch.device
-) -> FeatureExtractor | None:
-    """The classifier that was asked for.
-
-    Raises:
-        ValueError: its classes are not the generator's.
-    """
+) -> Classifier | None:
+    """The classifier that was asked for; see `open_classifier`."""
     if settings.classifier is None or pair is None:
         return None
-    classifier = FeatureExtractor(settings.classifier, device)
-    num_classes = pair.generator.config.num_classes
-    found = classifier.probabilities(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[1]
-    if found != num_classes:
-        raise ValueError(
-            f"classifier {settings.classifier} tells {found} classes and the generator has "
-            f"{num_classes}; give one of the same classes in the same order"
-        )
-    return classifier
+    outputs, num_classes = settings.classifier_outputs, pair.generator.config.num_classes
+    return open_classifier(settings.classifier, outputs, num_classes, device)
+
+
+def _real_accuracy(
+    settings: GenerationSettings,
+    pair: Pair | None,
+    classifier: Classifier | None,
+    size: int,
+    world: distributed.World,
+) -> dict[str, float]:
+    """Class accuracy on real images, where there are any to measure it on."""
+    if settings.val_data is None or classifier is None or pair is None:
+        return {}
+    accuracy = real_accuracy(
+        classifier,
+        settings.val_data,
+        pair.class_names,
+        world,
+        image_size=size,
+        max_pixels=settings.max_pixels,
+        batch_size=settings.batch_size,
+    )
+    return {"class_accuracy_real": accuracy}
 
 
 def _look_up(

@@ -443,6 +443,15 @@ TOGETHER = {
     },
     ("generator", "model.grid_size"): {"model.grid_size": (4, 16)},
     ("generation", "samples"): {"samples": "@others", "run": None},
+    ("generation", "classifier_outputs"): {
+        "classifier": "@colours.pt",
+        "classifier_outputs": (2, 0),
+    },
+    ("generation", "val_data"): {
+        "classifier": "@colours.pt",
+        "classifier_outputs": (1, 0),
+        "val_data": "@others",
+    },
 }
 """Changes that need another beside them."""
 _WORKERS = "loads in other processes, and loads the same"

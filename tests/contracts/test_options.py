@@ -153,6 +153,14 @@ NEEDS = {
     ("sample", "keep_from"): {"keep_from": Path("a.png"), "mask": Path("b.png")},
     ("sample", "mask"): {"keep_from": Path("a.png"), "mask": Path("b.png")},
     ("sample", "images"): {"again": Path("samples.json")},
+    **{
+        (command, name): {"classifier": Path("classes.pt")}
+        for command, name in (
+            ("evaluate generation", "classifier_outputs"),
+            ("evaluate generation", "val_data"),
+            ("evaluate guidance", "classifier_outputs"),
+        )
+    },
     **{("compress", name): {"lpips": 0.25} for name in ("lpips_weights", "lpips_trunk")},
     **{
         (command, name): {"steps": 4} for command in SAMPLING for name in ("schedule", "confidence")
@@ -199,7 +207,7 @@ CALLED = {
         "probe knn": "path",
         "probe finetune": "path",
     },
-    "val_data": "val_path",
+    "val_data": dict.fromkeys(("probe linear", "probe knn", "probe finetune"), "val_path"),
     "val_images": "num_eval_images",
     "image_batch_size": "batch_size",
     "linear_epochs": "num_epochs",
