@@ -241,7 +241,8 @@ def generation(  # noqa: PLR0913 - each is an option
         classifier: TorchScript file that tells the generator's classes, for class accuracy.
         classifier_outputs: its outputs that are the generator's classes, in order, where it has
             more: 0 217 482 ..
-        val_data: held-out images of the same classes, to tell how often the classifier is right.
+        val_data: held-out images, of which as many as samples are measured too: their distance, the
+            ratio to it, and how often the classifier is right.
         data: training images, to show the nearest of them beside some samples.
         max_pixels: largest picture of these and of samples that is read, as width times height.
         neighbours: samples shown so.

@@ -126,7 +126,7 @@ class GenerationSettings:
     classifier_outputs: tuple[int, ...] = ()
     """Its outputs that are the generator's classes, in order; none is all that it has."""
     val_data: str | None = None
-    """Held-out images of the same classes, on which the classifier's accuracy is measured too."""
+    """Held-out images, of which as many as there are samples are measured too."""
     data: str | None = None
     """Training images, to find nearest neighbours in; None leaves them out."""
     max_pixels: int = MAX_PIXELS
@@ -152,8 +152,8 @@ class GenerationSettings:
             "--classifier needs the classes, which only a generator has (--model)",
         )
         require(
-            self.classifier is not None or not (self.classifier_outputs or self.val_data),
-            "--classifier-outputs and --val-data need a --classifier",
+            self.classifier is not None or not self.classifier_outputs,
+            "--classifier-outputs needs a --classifier",
         )
 
 

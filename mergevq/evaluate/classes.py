@@ -1,4 +1,4 @@
-"""A classifier that tells the classes of a generator, and how often it is right on real images.
+"""A classifier that tells the classes of a generator.
 
 Shape letters: B images, H and W pixels.
 """
@@ -11,12 +11,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from mergevq.data.batches import eval_batches
-from mergevq.data.images import open_images
 from mergevq.metrics.extractor import FeatureExtractor
-from mergevq.metrics.image import Mean, to_uint8
-from mergevq.runtime.distributed import World
-from mergevq.runtime.logs import Progress
 
 
 class Classifier(NamedTuple):
@@ -58,52 +53,3 @@ def open_classifier(
             f"classifier_outputs ({max(chosen)}) must be below the {found} outputs of {path}"
         )
     return Classifier(network, chosen)
-
-
-def real_accuracy(
-    classifier: Classifier,
-    data: str,
-    class_names: Sequence[str],
-    world: World,
-    *,
-    image_size: int,
-    max_pixels: int,
-    batch_size: int,
-) -> float:
-    """Share of real images whose class is told, over all ranks.
-
-    Args:
-        classifier: of the generator's classes.
-        data: images, best held out ones; see `DataConfig.path`.
-        class_names: of the generator, in order; none are not compared.
-        world: this process.
-        image_size: side of an image in pixels, that of the samples.
-        max_pixels: largest picture that is read, as width times height.
-        batch_size: images at once on each rank.
-
-    Raises:
-        ValueError: the images are of other classes, or of none.
-    """
-    dataset = open_images(data, max_pixels=max_pixels)
-    if dataset.num_classes != len(classifier.outputs) or (
-        class_names and list(dataset.class_names) != list(class_names)
-    ):
-        raise ValueError(
-            f"{data} has the {dataset.num_classes} classes {', '.join(dataset.class_names)}, and "
-            f"must have the {len(classifier.outputs)} of the generator: {', '.join(class_names)}"
-        )
-    correct, progress = Mean("class accuracy"), Progress(len(dataset), unit="image")
-    batches = eval_batches(
-        dataset,
-        image_size=image_size,
-        batch_size=batch_size * world.world_size,
-        rank=world.rank,
-        world_size=world.world_size,
-        num_workers=0,
-    )
-    for batch in batches:
-        told = classifier.classes(to_uint8(batch.image).to(world.device))
-        correct.update((told == batch.label).double())
-        progress.update(len(told) * world.world_size)
-    progress.close()
-    return correct.compute().mean

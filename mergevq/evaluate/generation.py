@@ -22,8 +22,9 @@ from mergevq.config.evaluation import GenerationSettings
 from mergevq.config.identity import Identity, require_same_classes
 from mergevq.config.records import GenerationRecord
 from mergevq.data.images import open_images
-from mergevq.evaluate.classes import Classifier, open_classifier, real_accuracy
+from mergevq.evaluate.classes import Classifier, open_classifier
 from mergevq.evaluate.neighbours import Neighbours, nearest_neighbours, neighbour_picture
+from mergevq.evaluate.real import Real, measure_real
 from mergevq.evaluate.samples import (
     ARRAY,
     Samples,
@@ -124,7 +125,16 @@ def _evaluate(
         labels=None if classifier is None else _labels(settings, pair, samples),
         batch_size=settings.batch_size,
     )
-    real = _real_accuracy(settings, pair, classifier, size, world)
+    real = _real(
+        settings,
+        pair,
+        size,
+        world,
+        num_images=samples.num_images,
+        extractor=extractor,
+        reference=reference.statistics,
+        classifier=classifier,
+    )
     neighbours = _look_up(settings, scores, extractor, size, world)
     if not distributed.is_main():
         return None
@@ -133,6 +143,7 @@ def _evaluate(
         images = open_images(settings.data, max_pixels=settings.max_pixels)
         picture = neighbour_picture(samples, images, neighbours, size)
         picture.save(out / "nearest_neighbours.png")
+    frechet = extractor.metric_name("frechet")
     record: GenerationRecord = {
         "kind": "generation evaluation",
         "settings": to_json(settings),
@@ -149,7 +160,7 @@ def _evaluate(
         "extractor": extractor_record(extractor),
         "classifier": None if classifier is None else extractor_record(classifier.network),
         "reference": reference_record(settings.reference, reference),
-        **json_numbers(scores.numbers | real),
+        **json_numbers(scores.numbers | _beside(real, extractor, scores.numbers[frechet])),
         "left_out": scores.left_out,
         "nearest_distances": None if neighbours is None else neighbours.distance.tolist(),
     }
@@ -351,26 +362,45 @@ def _classifier(
     return open_classifier(settings.classifier, outputs, num_classes, device)
 
 
-def _real_accuracy(
+def _real(
     settings: GenerationSettings,
     pair: Pair | None,
-    classifier: Classifier | None,
     size: int,
     world: distributed.World,
-) -> dict[str, float]:
-    """Class accuracy on real images, where there are any to measure it on."""
-    if settings.val_data is None or classifier is None or pair is None:
-        return {}
-    accuracy = real_accuracy(
-        classifier,
+    *,
+    num_images: int,
+    extractor: FeatureExtractor,
+    reference: Gaussian,
+    classifier: Classifier | None,
+) -> Real | None:
+    """Numbers of as many held-out images; None where there are none."""
+    if settings.val_data is None:
+        return None
+    return measure_real(
         settings.val_data,
-        pair.class_names,
+        num_images,
         world,
         image_size=size,
+        extractor=extractor,
+        reference=reference,
+        classifier=classifier,
+        class_names=() if pair is None else pair.class_names,
         max_pixels=settings.max_pixels,
         batch_size=settings.batch_size,
     )
-    return {"class_accuracy_real": accuracy}
+
+
+def _beside(real: Real | None, extractor: FeatureExtractor, frechet: float) -> dict[str, float]:
+    """Numbers of real images by name, and the ratio of the samples' distance to theirs."""
+    if real is None:
+        return {}
+    numbers = {
+        extractor.metric_name("frechet_real"): real.frechet,
+        extractor.metric_name("frechet_ratio"): frechet / real.frechet,
+    }
+    if real.class_accuracy is not None:
+        numbers["class_accuracy_real"] = real.class_accuracy
+    return numbers
 
 
 def _look_up(

@@ -17,9 +17,13 @@ INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e9
 """Digest of `inception-2015-12-05.pt` (95,607,719 bytes), the TorchScript translation of the
 original Inception graph that NVIDIA publishes with StyleGAN2-ADA and that clean-fid and k-diffusion
 use."""
-MetricKind = Literal["frechet", "class_score", "kernel", "precision", "recall"]
+MetricKind = Literal[
+    "frechet", "frechet_real", "frechet_ratio", "class_score", "kernel", "precision", "recall"
+]
 _INCEPTION_NAMES: dict[MetricKind, str] = {
     "frechet": "fid",
+    "frechet_real": "fid_real",
+    "frechet_ratio": "fid_ratio",
     "class_score": "inception_score",
     "kernel": "kid",
     "precision": "precision",

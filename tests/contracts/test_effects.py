@@ -424,6 +424,7 @@ VALUES["generation"] = {
     "extractor": "@colours-2.pt",
     "classifier": "@colours.pt",
     "data": "@others",
+    "val_data": "@others",
     "max_pixels": TOO_FEW,
     "samples": "@others",
     "run.model": "@merge-2",
@@ -446,11 +447,6 @@ TOGETHER = {
     ("generation", "classifier_outputs"): {
         "classifier": "@colours.pt",
         "classifier_outputs": (2, 0),
-    },
-    ("generation", "val_data"): {
-        "classifier": "@colours.pt",
-        "classifier_outputs": (1, 0),
-        "val_data": "@others",
     },
 }
 """Changes that need another beside them."""

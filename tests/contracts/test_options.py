@@ -157,7 +157,6 @@ NEEDS = {
         (command, name): {"classifier": Path("classes.pt")}
         for command, name in (
             ("evaluate generation", "classifier_outputs"),
-            ("evaluate generation", "val_data"),
             ("evaluate guidance", "classifier_outputs"),
         )
     },

@@ -202,6 +202,16 @@ def test_classes_come_in_turn(tmp_path, sampled_folder):
     assert record["metrics"]["class_accuracy"] == pytest.approx(float(expected))
 
 
+def test_real_images_are_measured_beside_as_many_samples(tmp_path, sampled_folder):
+    run = sample_run(sampled_folder, num_images=6)
+    images = str(sampled_folder / "images")
+    record = evaluate_generation(settings(sampled_folder, tmp_path, run=run, val_data=images))
+    metrics = record["metrics"]
+    ratio = metrics["frechet_colours"] / metrics["frechet_real_colours"]
+    assert metrics["frechet_ratio_colours"] == pytest.approx(ratio)
+    assert "class_accuracy_real" not in metrics
+
+
 def test_as_many_images_of_each_class_and_a_warning_if_not(tmp_path, sampled_folder):
     numbers = range(6)
     labels = class_labels(sample_run(sampled_folder, num_images=6), 3, numbers)
