@@ -51,6 +51,7 @@ from mergevq.metrics.extractor import FeatureExtractor
 from mergevq.metrics.image import to_uint8
 from mergevq.report.pictures import contact_sheet, to_pil
 from mergevq.runtime.random import BatchNumbers
+from mergevq.runtime.run import environment
 from mergevq.tokenizer.encode import encode
 from mergevq.tokenizer.expanders.unmerge import Unmerge
 from mergevq.tokenizer.tokenizer import Tokenizer
@@ -105,10 +106,10 @@ def measure(
         raise TypeError(f"order ({run.model.order.kind}) must be autoregressive")
     found = bits(pair.generator, tokens, options.num_kept)
     if run.model.order.is_anchored:
-        found["inferred bits"] = inferred_bits(pair.tokenizer, tokens, options.num_kept)
+        found["inferred_bits"] = inferred_bits(pair.tokenizer, tokens, options.num_kept)
     return {
         "parameters": sum(each.numel() for each in pair.generator.parameters()),
-        "training CPU seconds": seconds,
+        "training_cpu_seconds": seconds,
         **found,
         **judged_samples(pair, run, judge, options.num_samples),
     }
@@ -124,7 +125,7 @@ def held_out_batches(tokens: TokenDataset, num_kept: int) -> Iterator[TokenBatch
 @torch.no_grad()
 def bits(generator: Autoregressive, tokens: TokenDataset, num_kept: int) -> dict[str, float]:
     """Bits of a held-out image, of its codes and of its map, and passes that it takes."""
-    sums, count = {"code bits": 0.0, "map bits": 0.0}, 0
+    sums, count = {"code_bits": 0.0, "map_bits": 0.0}, 0
     for batch in held_out_batches(tokens, num_kept):
         sequences = to_sequences(generator, batch)
         rows = len(sequences.indices)
@@ -134,7 +135,7 @@ def bits(generator: Autoregressive, tokens: TokenDataset, num_kept: int) -> dict
         parts = zip(generator.config.part_names, generator.logits(sequences), targets, strict=True)
         for name, logits, target in parts:
             hit = logits.log_softmax(-1).gather(-1, target[..., None]).sum().item()
-            sums["map bits" if name.startswith(_MAPS) else "code bits"] -= hit / math.log(2)
+            sums["map_bits" if name.startswith(_MAPS) else "code_bits"] -= hit / math.log(2)
         count += rows
     return {name: total / count for name, total in sums.items()} | {
         "passes": float(generator.config.num_states(num_kept))
@@ -188,8 +189,8 @@ def judged_samples(
     contact_sheet(rows).save(Path(run.out, "samples.png"))
     taken = np.concatenate([judge(batch) for batch in images])
     return {
-        "class accuracy": float((taken == asked).mean()),
-        "sampling CPU seconds": seconds / num_samples,
+        "class_accuracy": float((taken == asked).mean()),
+        "sampling_cpu_seconds": seconds / num_samples,
     }
 
 
@@ -266,7 +267,13 @@ def main(arguments: Sequence[str]) -> None:
     )
     image_size = Tokenizer.from_pretrained(options.tokenizer).config.image_size
     judge, real = make_judge(options, image_size)
-    result: dict[str, Any] = {"settings": vars(options), "real accuracy": real, "arms": {}}
+    result: dict[str, Any] = {
+        "kind": "contest",
+        "settings": vars(options),
+        "environment": environment(torch.device("cpu")),
+        "real_accuracy": real,
+        "arms": {},
+    }
     written = out / "contest.json"
     if written.is_file():
         result["arms"] = json.loads(written.read_text(encoding="utf-8"))["arms"]

@@ -4,7 +4,8 @@
 next `<!-- end -->`. A MODEL is a folder of docs/results with the files that commands wrote, copied:
 `reconstruction.json` and `generation.json` are `evaluation.json` of `mergevq evaluate`,
 `probe_linear.json` and `probe_knn.json` are `probe.json` of `mergevq probe`, and `generator.json`
-is `config.json` of the generator; `codecs.json` is written by `benchmarks/codecs.py`. Every number
+is `config.json` of the generator; `codecs.json` and `contest.json`
+are written by `benchmarks/codecs.py` and `benchmarks/contest.py`. Every number
 and every condition comes from them, and a table holds only what was measured alike.
 """
 
@@ -124,6 +125,18 @@ def codec_rows(records: Mapping[str, Record]) -> list[Record]:
     return found
 
 
+def contest_rows(records: Mapping[str, Record]) -> list[Record]:
+    """A row for each arm: what all seeds share, and of each number its mean and every seed's."""
+    found = []
+    for arm, seeds in records["contest"]["arms"].items():
+        each = list(seeds.values())
+        for one in each:
+            one["bits"] = one["code_bits"] + one["map_bits"] + one.get("inferred_bits", 0)
+        numbers = {name: [one[name] for one in each] for name in each[0]}
+        found.append({"arm": f"`{arm}`", **numbers})
+    return found
+
+
 # ---------------------------------------------------------------------------------------- tables
 
 _RECONSTRUCTION = Table(
@@ -162,6 +175,28 @@ TABLES: Mapping[str, Table] = {
         | {"bits, given": ("bits.total", ".0f")}
         | {"bits of source as coded": ("bits.source_coded", ".0f")}
         | {"bits, recovered": ("bits.tokens", ".0f")}
+    ),
+    "contest": Table(
+        files={"contest": "contest"},
+        rows=contest_rows,
+        columns={
+            "arm": ("arm", "s"),
+            "parameters": ("parameters", ",.0f"),
+            "passes": ("passes", ".0f"),
+            "bits of codes": ("code_bits", ".1f"),
+            "bits of the map": ("map_bits", ".1f"),
+            "bits inferred": ("inferred_bits", ".1f"),
+            "bits, total": ("bits", ".1f"),
+            "class accuracy": ("class_accuracy", ".1%"),
+            "CPU seconds of training": ("training_cpu_seconds", ".0f"),
+            "of a sample": ("sampling_cpu_seconds", ".3f"),
+        },
+        alike=("settings.data", "settings.num_kept", "settings.recipe"),
+        facts=(
+            *("data settings.data", "tokenizer settings.tokenizer", "K settings.num_kept"),
+            *("recipe settings.recipe", "seeds settings.seeds", "samples settings.num_samples"),
+            *("class accuracy of real images real_accuracy", *_WRITTEN),
+        ),
     ),
     "codecs": Table(
         files={"codecs": "codec comparison"},
@@ -285,10 +320,19 @@ def _columns(
 
 
 def _cell(row: Mapping[str, Any], place: str, form: str) -> str:
-    """A value as it is shown: a dash where it was not measured; infinite ones are null in JSON."""
+    """A value as it is shown: a dash where it was not measured, of several their mean and each."""
     if place not in row:
         return "-"
-    return "inf" if row[place] is None else format(row[place], form).replace("%", " %")
+    value = row[place]
+    if isinstance(value, list):
+        mean, *each = (_text(one, form) for one in (sum(value) / len(value), *value))
+        return mean if set(each) == {mean} else f"{mean} ({', '.join(each)})"
+    return _text(value, form)
+
+
+def _text(value: object, form: str) -> str:
+    """A value in a format; infinite ones are null in JSON."""
+    return "inf" if value is None else format(value, form).replace("%", " %")
 
 
 def require_equal(place: str, values: Mapping[str, Any]) -> None:
