@@ -23,7 +23,14 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "docs/results.md")
 _MARKER = re.compile(r"(<!-- table:([^\n]*?)-->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
 _USUAL = {"guidance_schedule": "constant", "guidance_power": 2.0, "guidance_interval": [0.0, 1.0]}
-_USUAL |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "budget": True, "num_steps": None}
+_USUAL |= {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "budget": True,
+    "num_steps": None,
+    "candidates": 1,
+}
 _USUAL |= {"passes": {"kind": "one", "budget": True}}
 """Settings of sampling that a row need not show; some are of records of format 1."""
 _WRITTEN = ("device environment.device", "torch environment.torch", "commit environment.git_commit")

@@ -75,6 +75,8 @@ class SamplingOptions:
     """in masked order, scale of the noise on the confidence by which tokens are kept."""
     budget: bool = True
     """in merge order, hold an image to K distinct tokens."""
+    candidates: int = 1
+    """samples drawn for each image, of which the one that its class makes likeliest is kept."""
     seed: int = 0
     """seed of the run."""
     weights: Weights = "float32"
@@ -120,6 +122,7 @@ class SamplingOptions:
                 top_k=_one_or_several(self.top_k),
                 top_p=_one_or_several(self.top_p),
                 passes=self._passes(),
+                candidates=self.candidates,
             ),
         )
 

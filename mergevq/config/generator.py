@@ -37,6 +37,8 @@ class Raster:
     """Tokens that one state of the transformer predicts, one after the other in the head."""
     names_copies: ClassVar[bool] = False
     """Whether the first parts of a token are which earlier cell it is a copy of."""
+    is_exact: ClassVar[bool] = True
+    """Whether likelihoods of sequences are exact, and not estimates of a bound."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +61,7 @@ class Merge:
     fills_in: ClassVar[bool] = False
     tokens_per_step: ClassVar[int] = 1
     names_copies: ClassVar[bool] = False
+    is_exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Reject a negative window."""
@@ -81,6 +84,7 @@ class Random:
     fills_in: ClassVar[bool] = True
     tokens_per_step: ClassVar[int] = 1
     names_copies: ClassVar[bool] = False
+    is_exact: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +100,7 @@ class Anchored:
     fills_in: ClassVar[bool] = False
     tokens_per_step: ClassVar[int] = 1
     names_copies: ClassVar[bool] = False
+    is_exact: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,6 +129,7 @@ class Masked:
     fills_in: ClassVar[bool] = False
     tokens_per_step: ClassVar[int] = 1
     names_copies: ClassVar[bool] = False
+    is_exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Reject settings that contradict each other."""
@@ -154,6 +160,7 @@ class Stream:
     in_parallel: ClassVar[bool] = False
     fills_in: ClassVar[bool] = False
     names_copies: ClassVar[bool] = True
+    is_exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Reject a number of cells below 1."""
@@ -449,6 +456,9 @@ class SamplingSettings:
     """Sample among the most likely values that together have this probability; 1 is all."""
     passes: Passes = field(default_factory=OneByOne)
     """Tokens decoded in one pass."""
+    candidates: int = 1
+    """Samples drawn for each image, of which that one is kept which its class makes likeliest in
+    proportion to its likelihood without a class (ILLUME)."""
 
     def __post_init__(self) -> None:
         """Reject what is no distribution."""
@@ -508,12 +518,17 @@ class SampleRun:
         )
 
 
-def check_passes(config: GeneratorConfig, settings: SamplingSettings) -> None:
-    """Check that an order can decode as many tokens in a pass as settings ask for.
+def check_sampling(config: GeneratorConfig, settings: SamplingSettings) -> None:
+    """Check that a generator can sample as settings ask for.
 
     Raises:
-        ValueError: it decodes one.
+        ValueError: it decodes one token in a pass, or its likelihoods cannot rank samples.
     """
+    require(
+        settings.candidates == 1 or config.order.is_exact,
+        f"candidates ({settings.candidates}) must be 1 in order '{config.order.kind}', whose "
+        "likelihoods are estimates",
+    )
     require(
         config.order.in_parallel or isinstance(settings.passes, OneByOne),
         f"passes.kind ({settings.passes.kind}) must be 'one' in order '{config.order.kind}', which "

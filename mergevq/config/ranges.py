@@ -192,6 +192,7 @@ RANGES = {
     "top_k": Range(0, 2**63 - 1),
     "top_p": Range(1e-6, 1),  # Float32 tells no smaller share of a distribution from none.
     "classifier_outputs": Range(0, 2**31 - 1),
+    "SamplingSettings.candidates": Range(1, 2**20),
     "tokens_per_step": _TOKENS,
     "classes": _INT64,  # The generator's; sampling names them.
     "num_images": _IMAGES,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mergevq.config.base import MAX_PIXELS, Device, Precision, require
-from mergevq.config.generator import GeneratorConfig, SamplingSettings, check_passes
+from mergevq.config.generator import GeneratorConfig, SamplingSettings, check_sampling
 from mergevq.config.objective import LossConfig, SelfDistillation, Teacher
 from mergevq.config.parts import NUM_KEYS, Binary, Merge, NoRegularizer, PatchStem, Regularizer
 from mergevq.config.ranges import check_numbers
@@ -305,7 +305,7 @@ class GeneratorRun:
                 f"eval_num_kept ({num_kept}) must be one of kept.candidates "
                 f"{self.kept.candidates}: there are no tokens of another K",
             )
-        check_passes(self.model, self.sampling)
+        check_sampling(self.model, self.sampling)
         self.resolved_model  # noqa: B018 - checks that the nominal K is a candidate
 
     @property

@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from mergevq.config.generator import SamplingSettings, Several, check_passes
+from mergevq.config.generator import SamplingSettings, Several, check_sampling
 from mergevq.generator.network import Chosen, Restriction
-from mergevq.generator.seams import Decoder, Draws, Generator, Sampled
+from mergevq.generator.seams import Decoder, Draws, Generator, Sampled, Sequences
 from mergevq.runtime.random import numbered_seed
 
 Number = TypeVar("Number", int, float)
@@ -64,8 +64,71 @@ def sample(
         RuntimeError: a cache overflowed, or a state was not finite.
     """
     _check(generator, labels, image_ids, settings)
-    draws = generator.draws(seed, image_ids, num_kept, settings)
-    return _usable(generator.sample(labels.to(generator.device), num_kept, draws, settings))
+    labels, count = labels.to(generator.device), settings.candidates
+    found, ratios = [], []
+    for number in range(count):
+        # Numbers of their own, so that more candidates are others beside the same ones.
+        ids = [count * image_id + number for image_id in image_ids]
+        draws = generator.draws(seed, ids, num_kept, settings)
+        found.append(_usable(generator.sample(labels, num_kept, draws, settings)))
+        if count > 1:
+            ratios.append(class_ratio(generator, found[-1], labels, num_kept, draws.order))
+    return found[0] if count == 1 else _best(found, torch.stack(ratios))
+
+
+@torch.no_grad()
+def class_ratio(
+    generator: Generator,
+    sampled: Sampled,
+    labels: Int64[Tensor, "b"],
+    num_kept: int,
+    order: Int64[Tensor, "b t"],
+) -> Float[Tensor, "b"]:
+    """Log-likelihood of sequences with their class, less that without a class, in nats.
+
+    Likelihood alone is highest of flat images. Each sequence is looked at by itself: its number
+    does not depend on the others.
+
+    Args:
+        generator: whose samples these are; its likelihoods are exact.
+        sampled: sequences.
+        labels: their classes.
+        num_kept: K.
+        order: that they were decoded in, where the generator has one.
+    """
+    ratios = []
+    for row in range(len(labels)):
+        both = torch.tensor([int(labels[row]), generator.config.null_class], device=labels.device)
+        sequences = Sequences(
+            indices=sampled.indices[row].expand(2, -1),
+            class_label=both,
+            num_kept=num_kept,
+            anchors=None if sampled.anchors is None else sampled.anchors[row].expand(2, -1),
+            source_index=(
+                None if sampled.source_index is None else sampled.source_index[row].expand(2, -1)
+            ),
+            slots=order[row].expand(2, -1),
+        )
+        conditional, unconditional = generator.log_likelihood(sequences)
+        ratios.append(conditional - unconditional)
+    return torch.stack(ratios)
+
+
+def _best(found: Sequence[Sampled], ratios: Float[Tensor, "n b"]) -> Sampled:
+    """Of several samples of each image the one of the highest number, the first of equal ones."""
+    best, rows = ratios.argmax(0), torch.arange(ratios.shape[1], device=ratios.device)
+
+    def chosen(columns: Sequence[Tensor | None]) -> Tensor | None:
+        there = [column for column in columns if column is not None]
+        return torch.stack(there)[best, rows] if there else None
+
+    return found[0]._replace(
+        indices=torch.stack([one.indices for one in found])[best, rows],
+        source_index=chosen([one.source_index for one in found]),
+        anchors=chosen([one.anchors for one in found]),
+        # Each is looked at twice, with the class and without.
+        num_forward=sum(one.num_forward + 2 for one in found),
+    )
 
 
 @torch.no_grad()
@@ -100,6 +163,7 @@ def sample_in_steps(
     _check(generator, labels, image_ids, settings)
     if every < 1:
         raise ValueError(f"every ({every}) must be at least 1")
+    _require_one(settings, "are shown while they are decoded")
     draws = generator.draws(seed, image_ids, num_kept, settings)
     decoder = generator.decoder(labels.to(generator.device), num_kept, draws, settings)
     decoder.seek(0)
@@ -145,11 +209,18 @@ def inpaint(
             "what comes later, or have no kept tokens"
         )
     _check(generator, labels, image_ids, settings)
+    _require_one(settings, "keep tokens")
     draws = generator.draws(seed, image_ids, indices.shape[1], settings)
     device = generator.device
     return generator.inpaint(
         indices.to(device), keep.to(device), labels.to(device), draws, settings
     )
+
+
+def _require_one(settings: SamplingSettings, purpose: str) -> None:
+    """Raise `ValueError` where several candidates are drawn, which `sample` alone ranks."""
+    if settings.candidates != 1:
+        raise ValueError(f"candidates ({settings.candidates}) must be 1 where samples {purpose}")
 
 
 def run(decoder: Decoder) -> None:
@@ -397,7 +468,12 @@ def _check(
         raise ValueError(
             f"guidance_scale ({settings.guidance_scale}) must be 1 for a generator without classes"
         )
-    check_passes(generator.config, settings)
+    if settings.candidates != 1 and generator.config.num_classes == 0:
+        raise ValueError(
+            f"candidates ({settings.candidates}) must be 1 for a generator without classes, by "
+            "which samples are ranked"
+        )
+    check_sampling(generator.config, settings)
     num_parts = len(generator.config.part_names)
     for name in ("temperature", "top_k", "top_p"):
         setting = getattr(settings, name)

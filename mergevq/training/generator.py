@@ -205,7 +205,7 @@ class GeneratorTask:
         labels = torch.arange(_NUM_PICTURED) % max(1, config.num_classes)
         settings = run.sampling
         if config.num_classes == 0:
-            settings = replace(settings, guidance_scale=1.0)
+            settings = replace(settings, guidance_scale=1.0, candidates=1)
         sampled = sample(
             generator,
             labels=labels,

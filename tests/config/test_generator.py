@@ -15,7 +15,7 @@ from mergevq.config.generator import (
     SamplingSettings,
     Several,
     Subindices,
-    check_passes,
+    check_sampling,
     sized,
 )
 
@@ -80,10 +80,10 @@ def test_an_order_that_decodes_one_token_a_pass_is_not_asked_for_several():
     for order in get_args(Order):
         config = GeneratorConfig(order=order())
         if order in (Random, Masked):
-            check_passes(config, several)
+            check_sampling(config, several)
             continue
         with pytest.raises(ValueError, match=rf"must be 'one' in order '{order().kind}'"):
-            check_passes(config, several)
+            check_sampling(config, several)
 
 
 @pytest.mark.parametrize(
