@@ -202,6 +202,9 @@ RANGES = {
     "fractions": _SHARE,
     "radius": Range(0, 256),
     "num_looked_up": Range(1, 2**16),
+    "seeds": _INT64,
+    "bits": Range(1, 2**40),
+    "num_yardstick_images": Range(0, 2**32),
     "stop": Range(0, MAX_GUIDANCE),
     "step": Range(1e-3, MAX_GUIDANCE),  # A smaller one changes no score.
     "layers": Range(0, 2**12),
