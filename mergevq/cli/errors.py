@@ -26,6 +26,7 @@ RENAMED = {
     "num_steps": "steps",
     "num_shown": "show",
     "num_baseline_images": "baseline_images",
+    "num_yardstick_images": "yardstick_images",
     "num_features": "features",
     "num_looked_up": "neighbours",
     "write_array": "npz",

@@ -1,4 +1,4 @@
-"""Commands that train: `mergevq train`, `recipes` and `finetune-source`.
+"""Commands that train: `mergevq train`, `recipes`, `compare` and `finetune-source`.
 
 As in `mergevq.cli.main`, a signature is the options, a docstring is the help, and heavy modules are
 imported inside.
@@ -6,8 +6,10 @@ imported inside.
 
 import inspect
 import os
+import re
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Generic, Literal, TypeVar, get_args
@@ -15,12 +17,14 @@ from typing import Annotated, Generic, Literal, TypeVar, get_args
 import tyro
 
 from mergevq.cli.errors import parsed
-from mergevq.cli.options import MAY_BE_EMPTY
+from mergevq.cli.options import MAY_BE_EMPTY, Counts, as_text, whole_numbers
 from mergevq.cli.tables import print_table, summary
 from mergevq.config.base import Device, Precision, nearest
+from mergevq.config.contest import Arm, ContestSettings
+from mergevq.config.evaluation import TrunkName
 from mergevq.config.kinds import with_kinds
-from mergevq.config.recipes import RECIPES, SOURCE_RECIPES
-from mergevq.config.training import GeneratorRun, SourceRun
+from mergevq.config.recipes import RECIPES, SOURCE_RECIPES, TOKENIZER_RECIPES
+from mergevq.config.training import GeneratorRun, SourceRun, TokenizerRun
 from mergevq.runtime.environment import prepare_to_compute
 
 Run = TypeVar("Run")
@@ -109,6 +113,124 @@ def _recipe_list() -> str:
     return "\n".join(["recipes:", *lines])
 
 
+def compare(  # noqa: PLR0913 - each is an option
+    arms: tyro.conf.Positional[tuple[str, ...]],
+    *,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    settings: Annotated[tuple[str, ...], MAY_BE_EMPTY] = (),
+    data: str | None = None,
+    out: Path = Path("runs/compare"),
+    num_kept: Counts = (),
+    bits: Counts = (),
+    against: str | None = None,
+    lpips: Path | None = None,
+    lpips_trunk: TrunkName = "alex",
+    extractor: Path | None = None,
+    max_images: int | None = None,
+    yardstick_images: int = 2000,
+    show: int = 8,
+) -> None:
+    """Train tokenizers alike, each with several seeds, and measure all on the same held-out images.
+
+    Writes OUT/compare.json with every number of every seed, compare.md (the table), pictures.png
+    and rate_distortion.png (PSNR over total bits, all arms and yardsticks in one plot). Runs are in
+    OUT/ARM/SEED: what is finished there is not trained again, and what was stopped goes on.
+
+    Yardsticks take no training by gradients: mean image, class mean, nearest training image,
+    principal components of whole images with scalar quantizers, and `components`.
+
+    Args:
+        arms: each a recipe of a tokenizer, or in quotes a recipe and options of `mergevq train`, as
+            in "digits32 --model.quantizer.kind fsq"; NAME=RECIPE gives an arm a shorter name.
+        seeds: each arm is trained with each; they replace train.seed.
+        settings: of `mergevq train`, for all arms, as in train.num-steps=120; those of an arm count
+            more.
+        data: images of all arms, in any form that training reads; the recipes' own by default.
+        out: where runs and results go.
+        num_kept: K, one or several (36,64,144), at which all arms that have it are measured.
+        bits: of an image, one or several: each arm is measured at the K whose bits, tokens and
+            layout together, are nearest below. With neither these nor K each arm has its own K.
+        against: arm that is the control. A gap to it is shown if it has the same sign with every
+            seed and is wider than the spread of the control; else it is not shown.
+        lpips: file or folder with LPIPS weights; without them LPIPS is left out.
+        lpips_trunk: network of LPIPS.
+        extractor: TorchScript file for Frechet distance and feature cosine, which are left out
+            without. Only the Inception-2015 file gives a distance called FID.
+        max_images: only so many held-out images, evenly spaced.
+        yardstick_images: training images that yardsticks are made of; 0 leaves yardsticks out.
+        show: held-out images in pictures.png; 0 for none.
+    """
+    contest = ContestSettings(
+        arms=tuple(_arm(text, settings) for text in arms),
+        data=data,
+        out=str(out),
+        seeds=seeds,
+        num_kept=whole_numbers("num_kept", num_kept),
+        bits=whole_numbers("bits", bits),
+        against=against,
+        lpips=as_text(lpips),
+        lpips_trunk=lpips_trunk,
+        extractor=as_text(extractor),
+        max_images=max_images,
+        num_yardstick_images=yardstick_images,
+        num_shown=show,
+    )
+    prepare_to_compute()
+    from mergevq.training.contest import run
+    from mergevq.training.contest.table import table
+
+    print(table(run.compare(contest)))
+    print(f"results: {out}")
+
+
+def _arm(text: str, settings: Sequence[str]) -> Arm:
+    """An arm as it is typed.
+
+    Raises:
+        ValueError: it names no recipe of a tokenizer, or sets what the comparison sets.
+    """
+    try:
+        first, *own = shlex.split(text)
+    except ValueError:
+        raise ValueError(
+            f"arms ({text}) must be a recipe and options, with quotes closed"
+        ) from None
+    name, equals, recipe = first.partition("=")
+    if not equals:
+        name, recipe = (
+            re.sub(r"[^\w.=+-]+", "_", " ".join([first, *(w.lstrip("-") for w in own)])),
+            first,
+        )
+    if recipe not in TOKENIZER_RECIPES:
+        raise ValueError(
+            f"arms ({text}) must each begin with a recipe for a tokenizer: "
+            f"{', '.join(TOKENIZER_RECIPES)}{nearest(recipe, TOKENIZER_RECIPES)}"
+        )
+    shared = [
+        word
+        for setting in settings
+        for option, _, value in [setting.partition("=")]
+        for word in (f"--{option.removeprefix('--')}", *shlex.split(value))
+    ]
+    start = TOKENIZER_RECIPES[recipe]()
+    run, left = with_kinds(start, [*shared, *own])
+    run = parsed(
+        lambda: tyro.cli(
+            TokenizerRun,
+            default=run,
+            args=left,
+            prog=f"mergevq compare: arm {name}",
+            config=(tyro.conf.AvoidSubcommands,),
+            registry=_REGISTRY,
+        )
+    )
+    if (run.train.seed, run.out) != (start.train.seed, start.out):
+        raise ValueError(
+            f"arms ({text}) must leave seed and out to the comparison: give --seeds and --out"
+        )
+    return Arm(name=name, run=run)
+
+
 Recipe = Literal["none", "imagenet256_g_source", "imagenet256_gr_source"]
 """Names of `SOURCE_RECIPES`, and that of the defaults."""
 
@@ -194,4 +316,7 @@ def finetune_source(  # noqa: PLR0913 - each is an option
     print(f"tokenizer: {done.directory}")
 
 
-COMMANDS: dict[str, Callable[..., object]] = {"finetune-source": finetune_source}
+COMMANDS: dict[str, Callable[..., object]] = {
+    "compare": compare,
+    "finetune-source": finetune_source,
+}

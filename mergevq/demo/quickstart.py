@@ -6,7 +6,6 @@ them, and `report.html` and the pictures beside it are made from these and can b
 
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -24,12 +23,10 @@ from mergevq.demo.sections import (
 from mergevq.demo.trial import examine, examine_generator
 from mergevq.report.page import Highlight, write_report
 from mergevq.report.plots import has_plots
-from mergevq.runtime.artefacts import load_model
 from mergevq.runtime.run import RunDirectory, read_run_record
 from mergevq.runtime.settings import changed_settings, to_json
 from mergevq.tokenizer.encode import encode
-from mergevq.training.generator import train as train_generator
-from mergevq.training.tokenizer import train as train_tokenizer
+from mergevq.training.train import finish, is_finished
 
 logger = logging.getLogger("mergevq")
 
@@ -92,8 +89,8 @@ def run_and_report(run: TokenizerRun, generator: GeneratorRun, out: Path) -> Fin
     tokens = replace(generator.tokens, path=str(out / "tokens"), tokenizer=str(model))
     generator = replace(generator, tokens=tokens, out=str(out / "generator"))
     _check_directory(run, generator, out)
-    if not _is_finished(run) or not _is_finished(generator):
-        _finish(run, lambda resume: train_tokenizer(run, resume=resume, brief=True))
+    if not is_finished(run) or not is_finished(generator):
+        finish(run, brief=True)
         encode(
             model,
             run.data.path,
@@ -102,7 +99,7 @@ def run_and_report(run: TokenizerRun, generator: GeneratorRun, out: Path) -> Fin
             num_workers=run.data.num_workers,
             device=run.train.device,
         )
-        _finish(generator, lambda resume: train_generator(generator, resume=resume, brief=True))
+        finish(generator, brief=True)
     else:
         logger.warning(
             "%s and %s are trained already, so only the report is made again; delete %s to train "
@@ -127,24 +124,6 @@ def run_and_report(run: TokenizerRun, generator: GeneratorRun, out: Path) -> Fin
         highlights=reached,
     )
     return Finished(report, model, RunDirectory(generator.out).model, reached)
-
-
-def _finish(run: TokenizerRun | GeneratorRun, train: Callable[[bool], object]) -> None:
-    """Train what is left of a run.
-
-    Raises:
-        RuntimeError: training was interrupted.
-    """
-    if _is_finished(run):
-        return
-    directory = RunDirectory(run.out)
-    train(directory.record.is_file())
-    if not _is_finished(run):
-        done = _steps_done(directory, run)
-        raise RuntimeError(
-            f"training stopped at step {done} of {run.train.num_steps}; the same command goes on "
-            "from there"
-        )
 
 
 def _check_directory(run: TokenizerRun, generator: GeneratorRun, out: Path) -> None:
@@ -178,16 +157,3 @@ def _check_directory(run: TokenizerRun, generator: GeneratorRun, out: Path) -> N
             f"{out} holds a quickstart with other settings ({named}); choose another directory "
             f"with --out, or delete {out}"
         )
-
-
-def _is_finished(run: TokenizerRun | GeneratorRun) -> bool:
-    """Whether the saved model is that of the last step."""
-    return _steps_done(RunDirectory(run.out), run) >= run.train.num_steps
-
-
-def _steps_done(directory: RunDirectory, run: TokenizerRun | GeneratorRun) -> int:
-    """Steps behind the saved model; 0 where there is none."""
-    if not directory.model.is_dir():
-        return 0
-    kind = "tokenizer" if isinstance(run, TokenizerRun) else "generator"
-    return load_model(directory.model, kind=kind).record["extra"]["step"]

@@ -17,7 +17,10 @@ logger = logging.getLogger("mergevq")
 _DPI = 160
 PLOT_SCALE = 0.6
 """`Picture.scale` that shows a plot at the size its letters are made for, sharp on fine screens."""
-_COLOURS = ("#2457d6", "#d9730d", "#0f8a5f", "#8b3fd1", "#c42b4f")
+_COLOURS = (
+    *("#2457d6", "#d9730d", "#0f8a5f", "#8b3fd1", "#c42b4f"),
+    *("#12879c", "#7a5b21", "#5f6b7a", "#d44fa0", "#8aa60a"),
+)
 _INK = "#33383f"
 _GRID = "#e6e8ec"
 
@@ -55,7 +58,12 @@ def has_plots(left_out: Path | str) -> bool:
 
 
 def line_plot(
-    panels: Sequence[Panel], *, x_label: str, num_columns: int = 2, share_y: bool = False
+    panels: Sequence[Panel],
+    *,
+    x_label: str,
+    num_columns: int = 2,
+    share_y: bool = False,
+    size: tuple[float, float] = (3.6, 2.7),
 ) -> Image.Image:
     """Draw curves over a common kind of x.
 
@@ -64,12 +72,14 @@ def line_plot(
         x_label: of all panels.
         num_columns: panels side by side.
         share_y: one range of y for all panels, so that they can be compared.
+        size: width and height of a panel, in inches.
     """
     from matplotlib.figure import Figure
 
     num_columns = min(num_columns, len(panels))
     num_rows = math.ceil(len(panels) / num_columns)
-    figure = Figure(figsize=(3.6 * num_columns, 2.7 * num_rows), dpi=_DPI, layout="constrained")
+    figsize = (size[0] * num_columns, size[1] * num_rows)
+    figure = Figure(figsize=figsize, dpi=_DPI, layout="constrained")
     axes = None
     for number, panel in enumerate(panels):
         neighbour = axes if share_y else None

@@ -1,0 +1,1 @@
+"""Comparisons of tokenizers that are trained alike."""
