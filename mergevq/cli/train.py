@@ -190,7 +190,7 @@ def _arm(text: str, settings: Sequence[str]) -> Arm:
         ValueError: it names no recipe of a tokenizer, or sets what the comparison sets.
     """
     try:
-        first, *own = shlex.split(text)
+        first, *own = shlex.split(text) or [""]
     except ValueError:
         raise ValueError(
             f"arms ({text}) must be a recipe and options, with quotes closed"

@@ -10,9 +10,10 @@ import tyro
 
 from mergevq.cli.main import main
 from mergevq.cli.train import COMMANDS, Recipe
-from mergevq.config.parts import PatchDecoder, PatchStem
+from mergevq.config.parts import Fsq, PatchDecoder, PatchStem
 from mergevq.config.recipes import RECIPES, SOURCE_RECIPES
 from mergevq.config.training import SourceRun
+from mergevq.training.contest import run as contest
 from tests.training.test_source import NUM_KEPT, material  # noqa: F401 - a fixture
 
 
@@ -172,3 +173,59 @@ def test_help_shows_the_settings_of_the_chosen_kind(capsys):
     assert "(default: patch)" in printed
     assert "--model.stem.width INT" in printed
     assert "--model.stem.channels" not in printed
+
+
+# ----------------------------------------------------------------------------------- comparing
+
+
+def compared(monkeypatch, *arguments):
+    """Settings that comparing is called with."""
+    seen = []
+    monkeypatch.setattr(contest, "compare", seen.append)
+    monkeypatch.setattr("mergevq.training.contest.table.table", str)
+    assert main(["compare", *arguments]) == 0
+    return seen[0]
+
+
+def test_an_arm_is_a_recipe_with_options_of_its_own_and_those_of_all(monkeypatch):
+    settings = compared(
+        monkeypatch,
+        *("digits32", "digits32 --model.quantizer.kind fsq", "few=digits32_pool --optim.lr 1e-4"),
+        *("--settings", "train.num-steps=7", "kept.candidates=16 32", "optim.lr=5e-4"),
+    )
+    merge, fsq, few = settings.arms
+    assert [arm.name for arm in settings.arms] == [
+        "digits32",
+        "digits32_model.quantizer.kind_fsq",
+        "few",
+    ]
+    start = RECIPES["digits32"]()
+    assert merge.run == replace(
+        start,
+        kept=replace(start.kept, candidates=(16, 32)),
+        optim=replace(start.optim, lr=5e-4),
+        train=replace(start.train, num_steps=7),
+    )
+    assert fsq.run == replace(merge.run, model=replace(start.model, quantizer=Fsq()))
+    # Its own option counts more.
+    assert (few.run.train.num_steps, few.run.optim.lr) == (7, 1e-4)
+    assert few.run.model == RECIPES["digits32_pool"]().model
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ("digits32_ar", "arms (digits32_ar) must each begin with a recipe for a tokenizer: "),
+        ("x=digits3", "did you mean 'digits32'?"),
+        ("", "must each begin with a recipe"),
+        ("digits32 --out 'a", "must be a recipe and options, with quotes closed"),
+        ("digits32 --train.seed 3", "must leave seed and out to the comparison"),
+        ("digits32 --out elsewhere", "must leave seed and out to the comparison"),
+        ("../x=digits32", "arm (../x) must have a name of letters"),
+    ],
+)
+def test_what_is_no_arm_is_refused_in_one_line(arm, message, capsys):
+    assert main(["compare", arm]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 
+from mergevq.config.contest import ContestSettings
 from mergevq.config.evaluation import (
     GenerationSettings,
     Quality,
@@ -25,7 +26,7 @@ from tests.contracts.test_settings import example
 RUNS = [
     *(TokenizerRun, GeneratorRun, SampleRun, SamplingSettings, ProbeRun, SourceRun),
     *(ReconstructionSettings, RobustnessSettings, GenerationSettings, GuidanceSettings),
-    *(LinearConfig, KnnConfig, FinetuneConfig, Quality),
+    *(LinearConfig, KnnConfig, FinetuneConfig, Quality, ContestSettings),
 ]
 MEMBERS = sorted(
     {

@@ -9,7 +9,16 @@ from dataclasses import replace
 
 import pytest
 
-from mergevq.config import evaluation, generator, objective, parts, probing, tokenizer, training
+from mergevq.config import (
+    contest,
+    evaluation,
+    generator,
+    objective,
+    parts,
+    probing,
+    tokenizer,
+    training,
+)
 from mergevq.config.generator import SampleRun, SamplingSettings
 from mergevq.config.kinds import unions
 from mergevq.config.objective import HuggingFace
@@ -23,7 +32,16 @@ from tests.support.leaves import replaced, value_at
 CLASSES = sorted(
     {
         item
-        for module in (evaluation, generator, objective, parts, probing, tokenizer, training)
+        for module in (
+            contest,
+            evaluation,
+            generator,
+            objective,
+            parts,
+            probing,
+            tokenizer,
+            training,
+        )
         for _, item in inspect.getmembers(module, dataclasses.is_dataclass)
     },
     key=lambda item: item.__name__,

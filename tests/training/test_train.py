@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from mergevq.config.recipes import RECIPES, recipe
+from mergevq.runtime.run import RunDirectory
 from mergevq.training import train as training
 
 
@@ -21,3 +22,28 @@ def test_a_run_is_trained_by_the_loop_of_its_kind(name, monkeypatch, tmp_path):
     assert training.train(run) == training.train(run, resume=True) == tmp_path
     kind = "generator" if hasattr(run, "tokens") else "tokenizer"
     assert calls == [(kind, run, False), (kind, run, True)]
+
+
+@pytest.mark.parametrize("name", ["digits32", "digits32_ar"])
+def test_only_what_is_left_of_a_run_is_trained(name, monkeypatch, tmp_path):
+    run = replace(recipe(name), out=str(tmp_path))
+    run = replace(run, train=replace(run.train, num_steps=5))
+    directory, calls = RunDirectory(tmp_path), []
+
+    def trained(_, *, resume, brief):
+        calls.append((resume, brief))
+        directory.model.mkdir(exist_ok=True)
+        directory.record.touch()
+
+    for kind in ("tokenizer", "generator"):
+        monkeypatch.setattr(training, f"train_{kind}", trained)
+    # The first time it is stopped after two steps.
+    monkeypatch.setattr(
+        training, "read_record", lambda _: {"extra": {"step": 5 if len(calls) > 1 else 2}}
+    )
+    assert not training.is_finished(run), "there is no model"
+    with pytest.raises(RuntimeError, match="stopped at step 2 of 5; the same command goes on"):
+        training.finish(run)
+    assert training.finish(run, brief=True) == directory.model
+    assert training.finish(run) == directory.model, "it is finished"
+    assert calls == [(False, False), (True, True)]
