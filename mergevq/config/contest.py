@@ -139,10 +139,10 @@ def _require_different(name: str, values: tuple[object, ...]) -> None:
 
 
 class PointRecord(Numbers):
-    """What was measured of one trained arm at one K."""
+    """Numbers of one trained arm at one K."""
 
     label: str
-    """What was asked for, such as `K = 20`, `296 bits` or `own K`."""
+    """Request that it answers, such as `K = 20`, `296 bits` or `own K`."""
     num_kept: int
     bits_tokens: float
     bits_layout: float

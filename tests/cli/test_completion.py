@@ -18,7 +18,7 @@ def after(line):
 
 def test_nothing_is_followed_by_every_command():
     assert after("") == [*COMMANDS, *GROUPS]
-    assert after("comp") == ["compress", "completion"]
+    assert after("comp") == ["compress", "completion", "compare"]
 
 
 def test_a_group_is_followed_by_its_commands():

@@ -1,4 +1,4 @@
-"""What is made of measurements: verdicts against a control, a table in Markdown, and curves."""
+"""Results of measurements: verdicts against a control, a table in Markdown, and curves."""
 
 import math
 import statistics

@@ -1,4 +1,4 @@
-"""What is measured at which K, by the bits of each."""
+"""K at which arms are measured, by the bits of each."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Verdicts by hand, and what a table has."""
+"""Verdicts by hand, and tables."""
 
 import math
 
