@@ -19,12 +19,12 @@ from mergevq.evaluate.analytic import NAME as COMPONENTS
 from mergevq.evaluate.analytic import AnalyticBaseline
 from mergevq.evaluate.compare import Evaluations, Outcome
 from mergevq.evaluate.subject import json_numbers
-from mergevq.evaluate.yardsticks import TrainingImages, yardsticks
 from mergevq.metrics.comparison import Originals, comparison
 from mergevq.metrics.extractor import FeatureExtractor
 from mergevq.metrics.image import to_uint8
 from mergevq.metrics.lpips import Perceptual
 from mergevq.metrics.references import ImageHashes
+from mergevq.metrics.yardsticks import TrainingImages, yardsticks
 from mergevq.runtime.device import autocast, resolve_precision
 from mergevq.tokenizer.tokenizer import Tokenizer
 

@@ -26,9 +26,9 @@ from mergevq.config.contest import (
 )
 from mergevq.config.training import TokenizerRun
 from mergevq.data.batches import open_train_val
-from mergevq.evaluate.yardsticks import TrainingImages
 from mergevq.metrics.extractor import FeatureExtractor
 from mergevq.metrics.lpips import load_perceptual
+from mergevq.metrics.yardsticks import TrainingImages
 from mergevq.report.pictures import contact_sheet, to_pil
 from mergevq.report.plots import Panel, has_plots, line_plot
 from mergevq.runtime.artefacts import model_hash

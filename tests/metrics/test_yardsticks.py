@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mergevq.evaluate.yardsticks import (
+from mergevq.metrics.yardsticks import (
     TrainingImages,
     class_means,
     fit_levels,
