@@ -13,6 +13,8 @@ _MIN_TEMPERATURE = 1e-3
 """Below this a draw is the most likely value, to the precision of float32."""
 NUM_RELATIONS = 9
 """Relations of a cell in order `stream`: new, a copy of one of seven neighbours, or of another."""
+_NUM_BLOCKS = 4
+"""Blocks of bits where no schedule is given, as in BAR's code."""
 Reads = Literal["cells", "kept"]
 """Tokens of a sequence: all cells of the grid in raster order, or the kept tokens."""
 
@@ -204,7 +206,42 @@ class Independent:
         _check_sizes(self.sizes)
 
 
-Head = Subindices | Independent
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bits:
+    """A token as several sub-indices, its bits say, predicted block by block (BAR)."""
+
+    kind: Literal["bits"] = "bits"
+    sizes: tuple[int, ...] = (2,) * 18
+    """Values of each sub-index, as in `Subindices`; with 2 each these are the bits of a token."""
+    schedule: tuple[int, ...] = ()
+    """Sub-indices in each block: they are predicted at once, from the blocks before. Empty is four
+    blocks, or one for each of fewer sub-indices, as even as may be."""
+    width: int | None = None
+    """Width of the head; None is that of the transformer."""
+    num_layers: int = 3
+    """Feed-forward layers, each scaled, shifted and gated by the state."""
+
+    def __post_init__(self) -> None:
+        """Reject parts without a choice, more tokens than indices, and blocks of other parts."""
+        check_numbers(self)
+        _check_sizes(self.sizes)
+        require(
+            sum(self.block_sizes) == len(self.sizes),
+            f"schedule {self.schedule} has {sum(self.schedule)} sub-indices in its blocks and must "
+            f"have all {len(self.sizes)} of sizes; leave it empty for even blocks",
+        )
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """Sub-indices in each block."""
+        if self.schedule:
+            return self.schedule
+        count = min(_NUM_BLOCKS, len(self.sizes))
+        # Rest in the last blocks, of which more is known.
+        return tuple((len(self.sizes) + block) // count for block in range(count))
+
+
+Head = Subindices | Independent | Bits
 """How the parts of a token are predicted."""
 
 

@@ -177,6 +177,8 @@ RANGES = {
     "num_decoder_layers": _LAYERS,
     "Subindices.sizes": Range(2, 2**63 - 1),
     "Independent.sizes": Range(2, 2**63 - 1),
+    "Bits.sizes": Range(2, 2**63 - 1),
+    "Bits.schedule": Range(1, 63),
     "num_classes": Range(0, 2**32),
     "grid_size": _SIDE,
     "kept_candidates": _TOKENS,

@@ -12,6 +12,7 @@ from typing import assert_never
 from mergevq.config import generator as settings
 from mergevq.generator import seams
 from mergevq.generator.autoregressive import Autoregressive
+from mergevq.generator.heads.bits import Bits
 from mergevq.generator.heads.independent import Independent
 from mergevq.generator.heads.subindices import Subindices
 from mergevq.generator.nat import Nat
@@ -65,6 +66,8 @@ def build_head(config: GeneratorConfig) -> Head:
             return Subindices(config)
         case settings.Independent():
             return Independent(config)
+        case settings.Bits():
+            return Bits(config, config.head)
         case _:
             assert_never(config.head)
 

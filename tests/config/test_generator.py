@@ -7,6 +7,7 @@ import pytest
 
 from mergevq.config.generator import (
     GENERATOR_SIZES,
+    Bits,
     GeneratorConfig,
     Masked,
     Merge,
@@ -62,6 +63,14 @@ def test_an_unknown_size_is_refused():
         (Subindices, {"sizes": (1, 8)}, "sizes (1, 8) must all be between 2 and"),
         (Subindices, {"sizes": (2**40, 2**24)}, f"sizes {(2**40, 2**24)} must be numbers"),
         (Subindices, {"num_layers": 0}, "num_layers (0) must be between 1 and"),
+        (Bits, {"sizes": ()}, "sizes () must be numbers of values from 2"),
+        (
+            Bits,
+            {"sizes": (2,) * 8, "schedule": (2, 2, 3)},
+            "schedule (2, 2, 3) has 7 sub-indices in its blocks and must have all 8 of sizes",
+        ),
+        (Bits, {"schedule": (0, 18)}, "schedule (0, 18) must all be between 1 and 63"),
+        (Bits, {"width": 0}, "width (0) must be between 1 and"),
         (Masked, {"reuse": True}, "reuse (True) needs disentangle (False)"),
         (Masked, {"disentangle": True}, "visible_weight (0.1) must be 0 with disentangle"),
         (Masked, {"visible_weight": -0.1}, "visible_weight (-0.1) must be between 0 and 1"),

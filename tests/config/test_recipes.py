@@ -59,6 +59,7 @@ LEARNS_FROM = {
     "digits32_maskgit": "digits32",
     "digits32_enat": "digits32",
     "digits32_stream": "digits32",
+    "digits32_bits": "digits32",
     "photos64_mergear": "photos64",
     "photos64_wide_mergear": "photos64_wide",
     "photos64_wide_randar": "photos64_wide",

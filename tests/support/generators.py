@@ -50,8 +50,11 @@ _PARTS = {
 
 
 def changed(config, *, order=None, **values):
-    """The same generator with another kind of order, or other settings of it or of its head."""
-    parts = {"order": KINDS[order]() if order else config.order, "head": config.head}
+    """The same generator with another kind of order, another head, or other settings of these."""
+    parts = {
+        "order": KINDS[order]() if order else config.order,
+        "head": values.pop("head", config.head),
+    }
     for name, part in _PARTS.items():
         if name in values:
             setting = name.removeprefix("num_head_") if part == "head" else name

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mergevq.config.generator import SamplingSettings, Stream
+from mergevq.config.generator import Bits, SamplingSettings, Stream, Subindices
 from mergevq.generator.orders.stream import (
     OTHER,
     legal_groups,
@@ -17,6 +17,8 @@ from mergevq.generator.orders.stream import (
 from mergevq.generator.sampling import sample
 from mergevq.generator.seams import Sequences
 from tests.support.generators import TINY, numbers_for, tiny_generator
+
+ONE_BIT = Subindices(sizes=(2,))
 
 
 def partitions(num_cells, num_kept=None):
@@ -64,12 +66,12 @@ def test_relations_and_groups_give_the_map_back_and_are_legal(grid, count):
     assert torch.equal(back.gather(2, relation[..., None])[..., 0], groups)
 
 
-def tiny(tokens_per_step):
-    """A generator of 2 x 2 cells, any K, and tokens of one bit."""
+def tiny(tokens_per_step, head=ONE_BIT):
+    """A generator of 2 x 2 cells, any K, and tokens of a bit or two."""
     return tiny_generator(
         "stream",
         tokens_per_step=tokens_per_step,
-        sizes=(2,),
+        head=head,
         grid_size=(2, 2),
         num_kept=2,
         kept_candidates=(1, 2, 3, 4),
@@ -78,10 +80,12 @@ def tiny(tokens_per_step):
 
 @pytest.mark.parametrize("tokens_per_step", [1, 2, 4])
 @pytest.mark.parametrize("num_kept", [1, 2, 3, 4])
-def test_probabilities_of_all_codes_and_maps_sum_to_one(tokens_per_step, num_kept):
-    model = tiny(tokens_per_step)
+@pytest.mark.parametrize("head", [ONE_BIT, Bits(sizes=(2, 2))], ids=["subindices", "bits"])
+def test_probabilities_of_all_codes_and_maps_sum_to_one(tokens_per_step, num_kept, head):
+    model = tiny(tokens_per_step, head)
     maps = partitions(4, num_kept)
-    codes = torch.tensor(list(itertools.product(range(2), repeat=num_kept)))
+    num_codes = model.config.num_codes
+    codes = torch.tensor(list(itertools.product(range(num_codes), repeat=num_kept)))
     groups = maps.repeat_interleave(len(codes), 0)
     indices = codes.repeat(len(maps), 1).gather(1, groups)
     label = torch.zeros(len(groups), dtype=torch.int64)
@@ -91,8 +95,9 @@ def test_probabilities_of_all_codes_and_maps_sum_to_one(tokens_per_step, num_kep
 
 
 @pytest.mark.parametrize("tokens_per_step", [1, 2])
-def test_samples_have_the_probabilities_that_they_are_given(tokens_per_step):
-    model, number = tiny(tokens_per_step), 4000
+@pytest.mark.parametrize("head", [ONE_BIT, Bits(sizes=(2,))], ids=["subindices", "bits"])
+def test_samples_have_the_probabilities_that_they_are_given(tokens_per_step, head):
+    model, number = tiny(tokens_per_step, head), 4000
     found = sample(
         model,
         labels=torch.zeros(number, dtype=torch.int64),

@@ -1,0 +1,159 @@
+"""The head that predicts the bits of a token block by block, each from the blocks before it.
+
+Source: BAR (github.com/noctrog/BAR): masked bits of a token, a few unmasked at a time.
+
+Parts that are not predicted yet are masked: a vector of their own stands for them. One network
+takes visible and masked parts and predicts all that are masked, each by itself; the state enters as
+scale, shift and gate of its layers. Asked once for each block of a fixed schedule, it gives the
+exact probability of a token: the product over blocks, and in a block over parts, given the blocks
+before. One block for all parts is the assumption that they are independent, given the state.
+
+Parts that an order puts before the bits (a cell, a relation) are a block each, as an order's rules
+for one depend on those before.
+
+Differs: blocks are in a fixed order, where BAR unmasks the parts of the largest logits, whose
+tokens have no known probability; training is on that probability, all blocks of the schedule, where
+BAR draws masks at random; the number of masked parts is a learned vector, where BAR has a network
+over Fourier features of their share; embeddings of parts are those of the transformer; the
+condition passes one SiLU, not one more in each layer.
+
+Shape letters: N tokens, B images, P parts of a token, S blocks, C channels, W width, R is B, or 2B
+with guidance.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mergevq.config import generator as config
+from mergevq.config.generator import GeneratorConfig, SamplingSettings
+from mergevq.generator.network import Chosen, Embed, Restriction
+from mergevq.generator.sampling import choose_parts
+from mergevq.nn.llama import Projection, RmsNorm, SwiGlu
+
+
+class Bits(nn.Module):
+    """Predicts the parts of one token block by block, from the state and the blocks before."""
+
+    def __init__(self, sizes: GeneratorConfig, head: config.Bits) -> None:
+        """Build the layers and one output layer for each part."""
+        super().__init__()
+        width = head.width or sizes.dim
+        num_parts = len(sizes.part_sizes)
+        self.starts = block_starts(sizes, head)
+        """First part of each block."""
+        self.masks = nn.Embedding(num_parts, sizes.dim)
+        self.counts = nn.Embedding(num_parts, width)
+        self.inputs = nn.ModuleList(Projection(sizes.dim, width) for _ in range(2))
+        self.state_norm = RmsNorm(sizes.dim)
+        self.input_norm = RmsNorm(width)
+        self.blocks = nn.ModuleList(Modulated(width) for _ in range(head.num_layers))
+        self.norm = RmsNorm(width)
+        self.modulations = nn.ModuleList([Projection(width, 2 * width)])
+        self.outputs = nn.ModuleList(Projection(width, size) for size in sizes.part_sizes)
+
+    @property
+    def layers(self) -> list[nn.ModuleList]:
+        """Projections, which decoding may replace by faster ones."""
+        return [self.inputs, self.modulations, self.outputs]
+
+    @torch.no_grad()
+    def reset_outputs(self) -> None:
+        """Make all values equally likely, and every layer the identity, as training starts."""
+        projections = [block.get_submodule("modulation") for block in self.blocks]
+        for projection in (*projections, *self.modulations, *self.outputs):
+            nn.init.zeros_(projection.get_parameter("weight"))
+
+    def forward(
+        self, states: Float[Tensor, "n c"], parts: Int64[Tensor, "n p"], embed: Embed
+    ) -> list[Float[Tensor, "n _"]]:
+        """Logits, float32, of each part given the true blocks before its own.
+
+        Args:
+            states: of the transformer, one for each token.
+            parts: of the tokens.
+            embed: embeddings of one part.
+        """
+        known = [embed(part, parts[:, part]) for part in range(self.starts[-1])]
+        inputs = torch.stack([self._input(known[:start], states) for start in self.starts], dim=1)
+        found = self._predict(inputs, states[:, None], self.starts)
+        blocks = [sum(start <= part for start in self.starts) - 1 for part in range(parts.shape[1])]
+        return [
+            output(found[:, block]).float()
+            for output, block in zip(self.outputs, blocks, strict=True)
+        ]
+
+    def choose(
+        self,
+        states: Float[Tensor, "r c"],
+        uniforms: Float[Tensor, "b p"],
+        scale: float,
+        settings: SamplingSettings,
+        embed: Embed,
+        restriction: Restriction | None = None,
+        *,
+        scored: bool = False,
+    ) -> Chosen:
+        """Choose the parts of one token for each image; see `network.Head.choose`."""
+        repeats = len(states) // len(uniforms)
+        # What the network found for the block at hand.
+        found: list[Tensor] = []
+
+        def logits_of(part: int, chosen: Sequence[Tensor]) -> Tensor:
+            if part in self.starts:
+                known = [embed(number, part) for number, part in enumerate(chosen)]
+                inputs = self._input([each.repeat(repeats, 1) for each in known], states)
+                found[:] = [self._predict(inputs[:, None], states[:, None], (part,))[:, 0]]
+            return self.outputs[part](found[0]).float()
+
+        return choose_parts(logits_of, uniforms, scale, settings, restriction, scored=scored)
+
+    def _input(
+        self, known: Sequence[Float[Tensor, "n c"]], states: Float[Tensor, "n c"]
+    ) -> Float[Tensor, "n c"]:
+        """Sum of the embeddings of the first parts and of the vectors of the masked ones."""
+        masked = self.masks.weight[len(known) :].sum(0).expand_as(states)
+        return torch.stack([*known, masked], dim=0).sum(0)
+
+    def _predict(
+        self, inputs: Float[Tensor, "n s c"], states: Float[Tensor, "n 1 c"], starts: Sequence[int]
+    ) -> Float[Tensor, "n s w"]:
+        """What the output layers read: one row for each block, which sees the parts before it."""
+        to_inputs, to_condition = self.inputs
+        num_known = torch.tensor(starts, device=inputs.device)
+        condition = to_condition(self.state_norm(states)) + self.counts(num_known)
+        condition = functional.silu(condition)
+        x = self.input_norm(to_inputs(inputs))
+        for block in self.blocks:
+            x = block(x, condition)
+        scale, shift = self.modulations[0](condition).chunk(2, dim=-1)
+        return self.norm(x) * (1 + scale) + shift
+
+
+class Modulated(nn.Module):
+    """A residual feed-forward layer whose scale, shift and gate are functions of a condition."""
+
+    def __init__(self, width: int) -> None:
+        """Make the projections; the gated layer has 8/3 of the width."""
+        super().__init__()
+        self.norm = RmsNorm(width)
+        self.modulation = Projection(width, 3 * width)
+        self.ffn = SwiGlu(width, 8 * width // 3)
+
+    def forward(
+        self, x: Float[Tensor, "n s w"], condition: Float[Tensor, "n s w"]
+    ) -> Float[Tensor, "n s w"]:
+        """Apply to each row alone."""
+        scale, shift, gate = self.modulation(condition).chunk(3, dim=-1)
+        return x + gate * self.ffn(self.norm(x) * (1 + scale) + shift)
+
+
+def block_starts(sizes: GeneratorConfig, head: config.Bits) -> tuple[int, ...]:
+    """First part of each block: parts of the order one by one, bits by the schedule."""
+    per_cell = len(sizes.part_sizes) // sizes.order.tokens_per_step
+    blocks = (1,) * (per_cell - len(head.sizes)) + head.block_sizes
+    return tuple(accumulate(blocks * sizes.order.tokens_per_step, initial=0))[:-1]

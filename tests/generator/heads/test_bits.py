@@ -1,0 +1,155 @@
+"""The head that predicts bits block by block, each from the blocks before it."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mergevq.config.generator import Anchored, Bits, Raster, SamplingSettings, Stream
+from mergevq.generator.build import build_generator
+from mergevq.generator.heads.bits import block_starts
+from tests.support.generators import TINY
+
+STRINGS = torch.tensor(list(itertools.product(range(2), repeat=3)))
+PLAIN = SamplingSettings()
+SCHEDULES = [(3,), (1, 2), (1, 1, 1)]
+
+
+def bits_network(schedule, order=None, **changes):
+    """Three bits of a token, and random weights everywhere."""
+    head = Bits(sizes=(2,) * sum(schedule), schedule=schedule, num_layers=2, **changes)
+    config = replace(TINY, head=head, order=order or Raster())
+    network = build_generator(config).eval().network
+    numbers = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            noise = torch.randn(parameter.shape, generator=numbers)
+            parameter.copy_(noise * 0.3 + (parameter == 1))
+    return network
+
+
+def log_probs(network, states, parts):
+    """Log-probability of each token, by the definition: a sum over its parts."""
+    logits = network.head(states.expand(len(parts), -1), parts, network.embed_part)
+    return sum(
+        part.detach().log_softmax(-1).gather(1, parts[:, number, None])[:, 0]
+        for number, part in enumerate(logits)
+    )
+
+
+def state(rows=1):
+    return torch.randn(rows, TINY.dim, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("width", [None, 20])
+def test_probabilities_of_all_tokens_sum_to_one(schedule, width):
+    network = bits_network(schedule, width=width)
+    found = log_probs(network, state(), STRINGS)
+    assert found.exp().sum().item() == pytest.approx(1, abs=1e-6)
+    # Not because all are alike.
+    assert found.std() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("order", "starts"),
+    [
+        (Raster(), (0, 1)),
+        # The cell at which a token opens first; relation and group, and that for each cell.
+        (Anchored(), (0, 1, 2)),
+        (Stream(tokens_per_step=2), (0, 1, 2, 3, 5, 6, 7, 8)),
+    ],
+)
+def test_a_part_depends_on_earlier_blocks_alone(order, starts, generator):
+    network = bits_network((1, 2), order)
+    sizes, head = network.config.part_sizes, network.config.head
+    assert block_starts(network.config, head) == starts
+    parts = torch.stack([torch.randint(size, (3,), generator=generator) for size in sizes], -1)
+    before = network.head(state(3), parts, network.embed_part)
+    ends = (*starts[1:], len(sizes))
+    for changed, size in enumerate(sizes):
+        other = parts.clone()
+        other[:, changed] = (other[:, changed] + 1) % size
+        after = network.head(state(3), other, network.embed_part)
+        end = next(end for end in ends if end > changed)
+        assert all(map(torch.equal, before[:end], after[:end]))
+        assert not any(map(torch.equal, before[end:], after[end:]))
+
+
+def test_one_block_is_independent_parts_and_the_first_block_of_any_schedule():
+    one, three = bits_network((3,)), bits_network((1, 1, 1))
+    three.load_state_dict(one.state_dict())
+    states = state().expand(8, -1)
+    logits = one.head(states, STRINGS, one.embed_part)
+    # No part depends on another: each has the same probabilities whatever they are.
+    assert all(torch.equal(part, part[:1].expand_as(part)) for part in logits)
+    first = three.head(states, STRINGS, three.embed_part)[0]
+    torch.testing.assert_close(first, logits[0])
+    assert log_probs(three, state(), STRINGS).sub(log_probs(one, state(), STRINGS)).std() > 0.1
+
+
+def set_by_hand(network, *, both):
+    """P(a=1) = .6, P(b=1) = .9 after a=1 and .2 after a=0; .62 where both are of one block."""
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.zero_()
+        for name, weight in network.named_parameters():
+            if "norm" in name:
+                weight.fill_(1)
+        # Inputs are the axes: 0 with nothing known, 1 after a = 0, 2 after a = 1.
+        network.head.inputs[0].weight.copy_(torch.eye(TINY.dim))
+        network.head.masks.weight[0, 0] = 1
+        network.part_embeddings[0].weight[0, 1] = 1
+        network.part_embeddings[0].weight[1, 2] = 1
+        length = math.sqrt(TINY.dim)
+        network.head.outputs[0].weight[1, 0] = math.log(0.6 / 0.4) / length
+        if both:
+            network.head.outputs[1].weight[1, 0] = math.log(0.62 / 0.38) / length
+        network.head.outputs[1].weight[1, 1] = math.log(0.2 / 0.8) / length
+        network.head.outputs[1].weight[1, 2] = math.log(0.9 / 0.1) / length
+
+
+def test_two_bits_by_hand_cost_their_mutual_information_more_at_once():
+    pairs = torch.tensor(list(itertools.product(range(2), repeat=2)))
+    found = []
+    for schedule in ((1, 1), (2,)):
+        network = bits_network(schedule)
+        set_by_hand(network, both=len(schedule) == 1)
+        found.append(-log_probs(network, state(), pairs))
+    in_turn, at_once = found
+    assert in_turn[3].item() == pytest.approx(0.6162, abs=2e-4)
+    assert at_once[3].item() == pytest.approx(0.9889, abs=2e-4)
+    gap = ((-in_turn).exp() * (at_once - in_turn)).sum()
+    assert gap.item() == pytest.approx(0.2689, abs=2e-4)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_choosing_follows_the_joint_distribution(schedule):
+    network, count = bits_network(schedule), 20_000
+    expected = count * log_probs(network, state(), STRINGS).exp()
+    uniforms = torch.rand(count, 3, generator=torch.Generator().manual_seed(2))
+    chosen = network.choose(state().expand(count, -1), uniforms, 1.0, PLAIN, scored=True)
+    observed = torch.bincount(chosen.parts @ torch.tensor([4, 2, 1]), minlength=8)
+    # 24.3 is exceeded by one in a thousand, with 7 degrees of freedom.
+    assert ((observed - expected).square() / expected).sum() < 24.3
+    torch.testing.assert_close(
+        chosen.log_prob[:50], log_probs(network, state(), chosen.parts[:50]), rtol=0, atol=1e-4
+    )
+
+
+def test_guided_branches_see_the_same_bits(generator):
+    network = bits_network((1, 2))
+    states = torch.randn(6, TINY.dim, generator=generator)
+    chosen = network.choose(states, torch.zeros(3, 3), 2.0, SamplingSettings(temperature=0.0))
+    logits = network.head(states, chosen.parts.repeat(2, 1), network.embed_part)
+    for part, found in zip(logits, chosen.parts.unbind(-1), strict=True):
+        assert torch.equal(found, (part[3:] + 2 * (part[:3] - part[3:])).argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("num_bits", "sizes"), [(2, (1, 1)), (4, (1, 1, 1, 1)), (8, (2, 2, 2, 2)), (18, (4, 4, 5, 5))]
+)
+def test_without_a_schedule_blocks_are_even(num_bits, sizes):
+    assert Bits(sizes=(2,) * num_bits).block_sizes == sizes
