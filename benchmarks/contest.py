@@ -12,6 +12,12 @@ measured on the same held-out images:
     stream      codes and map in one stream, one cell a step
     stream4     the same, four cells a step
 
+Arms that are asked for by name are MergeAR with another head over the parts of a token:
+
+    independent the parts of the recipe, each from the state alone
+    bits        the bits of a token, in four blocks, each from those before it
+    bits1       the same network, all bits at once
+
 Bits are of an image: those of codes, and those of the map. Of `anchor` the map's are those of the
 cells at which tokens open, and `inferred` what the source predictor needs for the other cells,
 given codes and openings. Samples are judged by a support vector machine fitted to real images
@@ -38,7 +44,18 @@ from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mergevq.config.generator import Anchored, Merge, Order, SampleRun, SamplingSettings, Stream
+from mergevq.config.generator import (
+    Anchored,
+    Bits,
+    GeneratorConfig,
+    Head,
+    Independent,
+    Merge,
+    Order,
+    SampleRun,
+    SamplingSettings,
+    Stream,
+)
 from mergevq.config.recipes import GENERATOR_RECIPES
 from mergevq.config.training import GeneratorRun
 from mergevq.data.batches import eval_batches
@@ -58,12 +75,15 @@ from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training.generator import train
 from mergevq.training.generator_step import to_sequences
 
-ARMS: dict[str, Order] = {
+ORDERS: dict[str, Order] = {
     "merge": Merge(),
     "anchor": Anchored(),
     "stream": Stream(),
     "stream4": Stream(tokens_per_step=4),
 }
+"""Arms that differ in their order."""
+HEADS = ("independent", "bits", "bits1")
+"""Arms of order `merge` that differ in their head."""
 HELD_OUT = 0.2
 """Share of the images that no arm is trained on."""
 _BATCH = 50
@@ -75,15 +95,19 @@ Judge = Callable[[Float[Tensor, "b 3 h w"]], NDArray[np.int64]]
 
 
 def arm_run(options: argparse.Namespace, tokens: Path, arm: str, seed: int) -> GeneratorRun:
-    """The recipe with an arm's order."""
+    """The recipe with an arm's order and head."""
     run = GENERATOR_RECIPES[options.recipe]()
+    order = ORDERS.get(arm, Merge())
+    head = head_of(run.model, arm) if arm in HEADS else run.model.head
     kept = (options.num_kept,)
     train_config = replace(run.train, seed=seed, eval_num_kept=kept, device=options.device)
     if options.steps is not None:
         train_config = replace(train_config, num_steps=options.steps)
     return replace(
         run,
-        model=replace(run.model, order=ARMS[arm], num_kept=options.num_kept, kept_candidates=kept),
+        model=replace(
+            run.model, order=order, head=head, num_kept=options.num_kept, kept_candidates=kept
+        ),
         tokens=replace(
             run.tokens, path=str(tokens), tokenizer=options.tokenizer, val_fraction=HELD_OUT
         ),
@@ -91,6 +115,16 @@ def arm_run(options: argparse.Namespace, tokens: Path, arm: str, seed: int) -> G
         train=train_config,
         out=str(Path(options.out, f"{arm}-{seed}")),
     )
+
+
+def head_of(model: GeneratorConfig, arm: str) -> Head:
+    """The head of an arm, over the tokens of a recipe and with as many layers."""
+    if arm == "independent":
+        return Independent(sizes=model.head.sizes, num_layers=model.head.num_layers)
+    num_bits = model.num_codes.bit_length() - 1
+    schedule = (num_bits,) if arm == "bits1" else ()
+    sizes = (2,) * num_bits
+    return Bits(sizes=sizes, schedule=schedule, num_layers=model.head.num_layers)
 
 
 def measure(
@@ -247,7 +281,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--recipe", default="digits32_ar")
     parser.add_argument("--num-kept", type=int, default=20)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--arms", nargs="+", default=list(ORDERS), choices=[*ORDERS, *HEADS])
     parser.add_argument("--steps", type=int)
     parser.add_argument("--extractor")
     parser.add_argument("--num-judged", type=int, default=2000)
