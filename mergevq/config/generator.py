@@ -220,6 +220,12 @@ class Bits:
     """Width of the head; None is that of the transformer."""
     num_layers: int = 3
     """Feed-forward layers, each scaled, shifted and gated by the state."""
+    masking: Literal["schedule", "mixed"] = "schedule"
+    """Parts that training masks: each block of the schedule and all after it, in turn, which is the
+    exact likelihood in a pass for each block; or, in one pass, random bits for half of the tokens
+    and a random block and all after it for the others."""
+    visible_weight: float = 0.1
+    """Weight of visible parts in the loss with `mixed`, beside 1 for masked ones."""
 
     def __post_init__(self) -> None:
         """Reject parts without a choice, more tokens than indices, and blocks of other parts."""
@@ -310,6 +316,11 @@ class GeneratorConfig:
             self.num_tokens % self.order.tokens_per_step == 0,
             f"tokens_per_step ({self.order.tokens_per_step}) must divide the {self.num_tokens} "
             "cells of the grid",
+        )
+        require(
+            not (isinstance(self.head, Bits) and self.head.masking == "mixed")
+            or not isinstance(self.order, Masked),
+            "head.masking (mixed) must be 'schedule' in order 'masked', which masks whole tokens",
         )
         self._check_kept()
 

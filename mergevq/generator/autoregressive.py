@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from mergevq.config.generator import GeneratorConfig, SamplingSettings
-from mergevq.generator.network import Network, described
+from mergevq.generator.network import Network, Predicted, described
 from mergevq.generator.sampling import draw, run
 from mergevq.generator.seams import (
     Decoder,
@@ -79,34 +79,42 @@ class Autoregressive(nn.Module):
         return self.network.layers
 
     def draw(self, sequences: Sequences, numbers: Numbers) -> Sequences:
-        """Fill in what is random about a batch: in training dropped labels, and its order."""
+        """Fill in what is random about a batch: its order, in training dropped labels and masks."""
         if self.training:
             dropped = numbers.uniform("dropped classes")
             label = self.network.drop_classes(sequences.class_label, dropped)
             sequences = sequences._replace(class_label=label)
+            if self.network.num_uniforms:
+                shape = self.config.num_states(sequences.num_kept), self.network.num_uniforms
+                sequences = sequences._replace(masking=numbers.uniform("masked parts", *shape))
         return self.order.draw(sequences, numbers)
 
     def forward(self, sequences: Sequences) -> GeneratorLoss:
         """Cross-entropy of a batch of sequences for which everything is drawn.
 
+        With `masking` it is that of masked parts, and of visible ones by their weight; `nll` is
+        then no likelihood but the sum over parts of the mean over tokens that have them masked.
         Dropout alone draws from torch's default generator.
 
         Raises:
             ValueError: a shape, a token, a label or K is not this generator's.
         """
         layout = self.layout(sequences)
+        predicted = self._predict(layout, sequences.masking)
+        targets = layout.targets.unbind(-1)
+        weights: Sequence[Tensor | None] = [None] * len(targets)
+        if predicted.weights is not None:
+            weights = predicted.weights.unbind(-1)
         smoothed, hits = [], []
-        for logits, target in zip(
-            self._layout_logits(layout), layout.targets.unbind(-1), strict=True
-        ):
+        for logits, target, weight in zip(predicted.logits, targets, weights, strict=True):
             log_probs = logits.log_softmax(-1)
             hit = -log_probs.gather(-1, target[..., None])[..., 0]
             # Illegal values have no probability and take no share of the smoothing.
             legal = log_probs > -torch.inf
             spread = -log_probs.masked_fill(~legal, 0).sum(-1) / legal.sum(-1)
             smoothing = self.config.label_smoothing
-            smoothed.append(((1 - smoothing) * hit + smoothing * spread).mean())
-            hits.append(hit.detach().mean())
+            smoothed.append(_mean((1 - smoothing) * hit + smoothing * spread, weight))
+            hits.append(_mean(hit.detach(), None if weight is None else weight == 1))
         losses = torch.stack(smoothed)
         return GeneratorLoss(total=losses.sum(), parts=losses, nll=torch.stack(hits).sum())
 
@@ -228,9 +236,26 @@ class Autoregressive(nn.Module):
 
     def _layout_logits(self, layout: Layout) -> list[Float[Tensor, "b t _"]]:
         """Logits of all parts, each given the true parts before it; illegal ones are -inf."""
+        return self._predict(layout, None).logits
+
+    def _predict(self, layout: Layout, masking: Float[Tensor, "b t q"] | None) -> Predicted:
+        """The same, or with numbers for it, logits given the parts that these leave visible."""
         network = self.network
         states = network.transform(layout.inputs, network.turns(layout.positions), layout.mask)
-        logits = network.part_logits(states[:, layout.reads], layout.parts)
+        states = states[:, layout.reads]
+        if masking is None:
+            predicted = Predicted(network.part_logits(states, layout.parts), None)
+        else:
+            predicted = network.masked(states, layout.parts, masking)
         for part, allowed in layout.allowed.items():
-            logits[part] = logits[part].masked_fill(~allowed, -torch.inf)
-        return logits
+            predicted.logits[part] = predicted.logits[part].masked_fill(~allowed, -torch.inf)
+        return predicted
+
+
+def _mean(
+    values: Float[Tensor, "b t"], weights: Float[Tensor, "b t"] | Bool[Tensor, "b t"] | None
+) -> Float[Tensor, ""]:
+    """Mean by some weights, 0 where all are 0; None is the plain mean."""
+    if weights is None:
+        return values.mean()
+    return (weights * values).sum() / weights.sum().clamp_min(torch.finfo(values.dtype).tiny)

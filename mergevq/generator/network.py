@@ -11,7 +11,8 @@ What it calls is here too: a cache of keys and values, and a head.
 
 Shape letters: B batch, L grid cells, T tokens of a sequence, P parts of a token, C channels,
 N inputs, M keys, H and G heads of queries and of keys, D channels of a head, V values of a part,
-R and S each B or 1 (states of a head: R is 2B with guidance, conditional ones first).
+Q random numbers of a
+token, R and S each B or 1 (states of a head: R is 2B with guidance, conditional ones first).
 """
 
 import functools
@@ -154,6 +155,40 @@ class Head(Protocol):
         ...
 
 
+class Predicted(NamedTuple):
+    """What a network learns from: logits of each part of some tokens."""
+
+    logits: list[Float[Tensor, "*b _"]]
+    """Float32, given the parts before it, or those that are visible."""
+    weights: Float[Tensor, "*b p"] | None
+    """Weight of each part in the loss; 1 is a masked part. None is the mean over all."""
+
+
+@runtime_checkable
+class RandomHead(Protocol):
+    """A head that can learn from parts masked at random (`Head` is the rest of it)."""
+
+    num_uniforms: int
+    """Q: random numbers of a token; 0 is a head that learns as others do."""
+
+    def masked(
+        self,
+        states: Float[Tensor, "n c"],
+        parts: Int64[Tensor, "n p"],
+        embed: Embed,
+        uniforms: Float[Tensor, "n q"],
+    ) -> Predicted:
+        """Mask some parts of each token and predict all.
+
+        Args:
+            states: of the transformer, one for each token.
+            parts: of the tokens.
+            embed: embeddings of one part.
+            uniforms: numbers in [0, 1) that decide.
+        """
+        ...
+
+
 class Network(nn.Module):
     """Embeddings of class, K and tokens, transformer blocks, and a head."""
 
@@ -292,6 +327,26 @@ class Network(nn.Module):
         """Logits, float32, of each part of each token, given the true parts before it."""
         logits = self.head(states.flatten(0, 1), parts.flatten(0, 1), self.embed_part)
         return [part.unflatten(0, parts.shape[:2]) for part in logits]
+
+    @property
+    def num_uniforms(self) -> int:
+        """Random numbers by which the head masks the parts of a token in training."""
+        return self.head.num_uniforms if isinstance(self.head, RandomHead) else 0
+
+    def masked(
+        self,
+        states: Float[Tensor, "b t c"],
+        parts: Int64[Tensor, "b t p"],
+        uniforms: Float[Tensor, "b t q"],
+    ) -> Predicted:
+        """Predictions of tokens some of whose parts are masked; see `RandomHead.masked`."""
+        if not isinstance(self.head, RandomHead):
+            raise TypeError(f"head ({self.config.head.kind}) must be one that masks parts")
+        flat = (each.flatten(0, 1) for each in (states, parts))
+        found = self.head.masked(*flat, self.embed_part, uniforms.flatten(0, 1).to(states.device))
+        shape = parts.shape[:2]
+        logits = [part.unflatten(0, shape) for part in found.logits]
+        return Predicted(logits, found.weights.unflatten(0, shape))
 
     def choose(
         self,

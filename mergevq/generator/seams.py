@@ -49,6 +49,9 @@ class Sequences(NamedTuple):
     stages: Int64[Tensor, "b t"] | None = None
     """Pass in which each token becomes known, for a generator that decodes in parallel: 0 before
     the last one, 1 in the last one, 2 in one to come; tokens of stage 2 are predicted."""
+    masking: Float[Tensor, "b s q"] | None = None
+    """Q numbers in [0, 1) for each of S states, by which a head that masks parts at random
+    (`network.RandomHead`) learns; None outside of training and for other heads."""
 
     def cut(self, num_parts: int) -> list["Sequences"]:
         """Equal shares of the batch, one after the other."""

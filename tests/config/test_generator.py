@@ -36,6 +36,10 @@ def refused(settings, **values):
         ({"num_kept": 100}, "num_kept (100) must be one of kept_candidates (144,)"),
         ({"grid_size": (8, 8)}, "num_kept (144) must be between 1 and the 64 cells of the 8 x 8"),
         ({"num_layers": 0}, "num_layers (0) must be between 1 and"),
+        (
+            {"order": Masked(), "head": Bits(masking="mixed")},
+            "head.masking (mixed) must be 'schedule' in order 'masked'",
+        ),
         ({"dropout": 1.0}, "dropout (1.0) must be at least 0 and below 1"),
     ],
 )

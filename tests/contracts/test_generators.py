@@ -1,6 +1,7 @@
 """Every order and every head of a generator keeps these; a new member enters by existing."""
 
 import dataclasses
+import functools
 import json
 from dataclasses import replace
 from typing import get_args
@@ -10,6 +11,7 @@ import torch
 
 from mergevq.config.generator import (
     Anchored,
+    Bits,
     Head,
     Masked,
     OneByOne,
@@ -49,6 +51,7 @@ PAIRS = [
     *((order, HEADS[0]) for member in get_args(Order) for order in orders_of(member)),
     # A head does not know the order, but one that restricts parts and one that does not.
     *((order, head) for head in HEADS[1:] for order in (Raster(), Anchored())),
+    (Raster(), functools.partial(Bits, masking="mixed")),
 ]
 CONFIGS = [
     pytest.param(

@@ -12,28 +12,37 @@ Parts that an order puts before the bits (a cell, a relation) are a block each, 
 for one depend on those before.
 
 Differs: blocks are in a fixed order, where BAR unmasks the parts of the largest logits, whose
-tokens have no known probability; training is on that probability, all blocks of the schedule, where
-BAR draws masks at random; the number of masked parts is a learned vector, where BAR has a network
-over Fourier features of their share; embeddings of parts are those of the transformer; the
-condition passes one SiLU, not one more in each layer.
+tokens have no known probability; training is on that probability, all blocks of the schedule, or,
+with `masking` set to `mixed`, by BAR's random masks for half of the tokens and a random block and
+all after it for the others, as BAR's leave nothing visible in one token of thousands alone; the
+number of masked parts is a learned vector, where BAR has a network over Fourier features of their
+share; embeddings of parts are those of the transformer; the condition passes one SiLU, not one more
+in each layer.
 
-Shape letters: N tokens, B images, P parts of a token, S blocks, C channels, W width, R is B, or 2B
-with guidance.
+Shape letters: N tokens, B images, P parts of a token, S blocks, C channels, W width, Q random
+numbers of a token, R is B, or 2B with guidance.
 """
 
 from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mergevq.config import generator as config
 from mergevq.config.generator import GeneratorConfig, SamplingSettings
-from mergevq.generator.network import Chosen, Embed, Restriction
+from mergevq.generator.network import Chosen, Embed, Predicted, Restriction
 from mergevq.generator.sampling import choose_parts
 from mergevq.nn.llama import Projection, RmsNorm, SwiGlu
+
+_NUM_DRAWS = 3
+"""Random numbers of a token besides one for each bit: block, way of masking, masked share."""
+_SHARE = 0.5
+"""Tokens of which a block and all after it are masked, and no other bits."""
+_LOGIT_STD = 0.8
+"""Spread of the logit of the masked share, as in BAR's code."""
 
 
 class Bits(nn.Module):
@@ -46,6 +55,10 @@ class Bits(nn.Module):
         num_parts = len(sizes.part_sizes)
         self.starts = block_starts(sizes, head)
         """First part of each block."""
+        self.num_bits, self.visible_weight = len(head.sizes), head.visible_weight
+        self.per_cell = num_parts // sizes.order.tokens_per_step
+        self.num_uniforms = _NUM_DRAWS + self.num_bits if head.masking == "mixed" else 0
+        """Random numbers of a token in training (`network.RandomHead`)."""
         self.masks = nn.Embedding(num_parts, sizes.dim)
         self.counts = nn.Embedding(num_parts, width)
         self.inputs = nn.ModuleList(Projection(sizes.dim, width) for _ in range(2))
@@ -80,12 +93,50 @@ class Bits(nn.Module):
         """
         known = [embed(part, parts[:, part]) for part in range(self.starts[-1])]
         inputs = torch.stack([self._input(known[:start], states) for start in self.starts], dim=1)
-        found = self._predict(inputs, states[:, None], self.starts)
+        num_known = torch.tensor(self.starts, device=inputs.device)
+        found = self._predict(inputs, states[:, None], num_known)
         blocks = [sum(start <= part for start in self.starts) - 1 for part in range(parts.shape[1])]
         return [
             output(found[:, block]).float()
             for output, block in zip(self.outputs, blocks, strict=True)
         ]
+
+    def masked(
+        self,
+        states: Float[Tensor, "n c"],
+        parts: Int64[Tensor, "n p"],
+        embed: Embed,
+        uniforms: Float[Tensor, "n q"],
+    ) -> Predicted:
+        """Mask some parts of each token and predict all; see `network.RandomHead.masked`."""
+        masks = self.draw_masks(uniforms)
+        known = [embed(part, values) for part, values in enumerate(parts.unbind(-1))]
+        chosen = torch.where(masks[..., None], self.masks.weight, torch.stack(known, dim=1))
+        num_known = (~masks).sum(-1, keepdim=True)
+        found = self._predict(chosen.sum(1, keepdim=True), states[:, None], num_known)[:, 0]
+        weights = masks + self.visible_weight * ~masks
+        return Predicted([output(found).float() for output in self.outputs], weights)
+
+    def draw_masks(self, uniforms: Float[Tensor, "n q"]) -> Bool[Tensor, "n p"]:
+        """Parts of each token to mask, by its numbers; at least one.
+
+        A block is drawn, and all after it is masked: for half of the tokens with the whole block,
+        for the others with some bits of the block's cell, of which a number is drawn as BAR does
+        and any are as likely.
+        """
+        device = uniforms.device
+        starts = torch.tensor(self.starts, device=device)
+        parts = torch.arange(len(self.outputs), device=device)
+        start = starts[(uniforms[:, :1] * len(starts)).long()]
+        # Of a logit that is normal, as the share of visible parts in BAR: either is as likely.
+        share = (_LOGIT_STD * torch.special.ndtri(uniforms[:, 2:3])).sigmoid()
+        count = (share * self.num_bits).round().clamp(1, self.num_bits)
+        some = uniforms[:, _NUM_DRAWS:].argsort(-1).argsort(-1) < count
+        end = (start // self.per_cell + 1) * self.per_cell
+        place = (parts - end + self.num_bits).clamp(0, self.num_bits - 1)
+        is_bit = (parts >= end - self.num_bits) & (parts < end)
+        at_random = (parts >= end) | (is_bit & some.gather(1, place))
+        return torch.where(uniforms[:, 1:2] < _SHARE, parts >= start, at_random)
 
     def choose(
         self,
@@ -107,7 +158,8 @@ class Bits(nn.Module):
             if part in self.starts:
                 known = [embed(number, part) for number, part in enumerate(chosen)]
                 inputs = self._input([each.repeat(repeats, 1) for each in known], states)
-                found[:] = [self._predict(inputs[:, None], states[:, None], (part,))[:, 0]]
+                num_known = torch.tensor([part], device=inputs.device)
+                found[:] = [self._predict(inputs[:, None], states[:, None], num_known)[:, 0]]
             return self.outputs[part](found[0]).float()
 
         return choose_parts(logits_of, uniforms, scale, settings, restriction, scored=scored)
@@ -120,11 +172,13 @@ class Bits(nn.Module):
         return torch.stack([*known, masked], dim=0).sum(0)
 
     def _predict(
-        self, inputs: Float[Tensor, "n s c"], states: Float[Tensor, "n 1 c"], starts: Sequence[int]
+        self,
+        inputs: Float[Tensor, "n s c"],
+        states: Float[Tensor, "n 1 c"],
+        num_known: Int64[Tensor, "*_ s"],
     ) -> Float[Tensor, "n s w"]:
-        """What the output layers read: one row for each block, which sees the parts before it."""
+        """What the output layers read, by the number of parts that each row of inputs has."""
         to_inputs, to_condition = self.inputs
-        num_known = torch.tensor(starts, device=inputs.device)
         condition = to_condition(self.state_norm(states)) + self.counts(num_known)
         condition = functional.silu(condition)
         x = self.input_norm(to_inputs(inputs))

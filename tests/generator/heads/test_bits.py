@@ -10,7 +10,7 @@ import torch
 from mergevq.config.generator import Anchored, Bits, Raster, SamplingSettings, Stream
 from mergevq.generator.build import build_generator
 from mergevq.generator.heads.bits import block_starts
-from tests.support.generators import TINY
+from tests.support.generators import TINY, numbers_for, tiny_batch, tiny_generator
 
 STRINGS = torch.tensor(list(itertools.product(range(2), repeat=3)))
 PLAIN = SamplingSettings()
@@ -153,3 +153,75 @@ def test_guided_branches_see_the_same_bits(generator):
 )
 def test_without_a_schedule_blocks_are_even(num_bits, sizes):
     assert Bits(sizes=(2,) * num_bits).block_sizes == sizes
+
+
+@pytest.mark.parametrize("order", [Raster(), Anchored(), Stream(tokens_per_step=2)])
+def test_random_masks_hide_a_block_and_all_after_it_or_random_bits(order, generator):
+    count, head = 4000, bits_network((1, 2), order, masking="mixed").head
+    starts, per_cell = head.starts, head.per_cell
+    uniforms = torch.rand(count, head.num_uniforms, generator=generator)
+    masks = head.draw_masks(uniforms)
+    assert masks.any(-1).all()
+    places = torch.arange(masks.shape[1])
+    first = masks.int().argmax(-1)
+    is_suffix = (masks == (places >= first[:, None])).all(-1)
+    by_schedule = uniforms[:, 1] < 0.5
+    assert is_suffix[by_schedule].all()
+    shares = torch.bincount(first[by_schedule], minlength=masks.shape[1]) / by_schedule.sum()
+    for place, share in enumerate(shares.tolist()):
+        assert share == pytest.approx((place in starts) / len(starts), abs=0.05)
+    # Three bits of a cell: an order's parts are never masked where one of its bits is visible.
+    assert not is_suffix[~by_schedule].all()
+    for start in range(0, masks.shape[1], per_cell):
+        named, bits = masks[:, start : start + per_cell].split((per_cell - 3, 3), dim=-1)
+        assert bits[named.any(-1)].all()
+        later = masks[:, start + per_cell :]
+        assert later[bits.any(-1)].all()
+
+
+def test_random_bits_are_any_of_a_number_near_half(generator):
+    head = bits_network((1, 2), masking="mixed").head
+    uniforms = torch.rand(4000, head.num_uniforms, generator=generator)
+    uniforms[:, 1] = 0.75
+    masks = head.draw_masks(uniforms)
+    # Of 3 bits round(3 m), at least 1: m is above 1/2 in half of the tokens, and above 5/6 where a
+    # normal number is above 2.01 = ln(5) / 0.8.
+    shares = torch.bincount(masks.sum(-1), minlength=4) / len(masks)
+    assert shares.tolist() == pytest.approx([0, 0.5, 0.478, 0.022], abs=0.03)
+    means = masks.float().mean(0)
+    torch.testing.assert_close(means, means.mean().expand(3), rtol=0, atol=0.03)
+
+
+def test_masked_as_the_schedule_does_the_logits_are_those_of_the_block():
+    network = bits_network((1, 2), masking="mixed")
+    states = state().expand(8, -1)
+    exact = network.head(states, STRINGS, network.embed_part)
+    for block, start in enumerate(network.head.starts):
+        uniforms = torch.full((8, network.head.num_uniforms), 0.25)
+        uniforms[:, 0] = (block + 0.5) / 2
+        found = network.head.masked(states, STRINGS, network.embed_part, uniforms)
+        expected = [1.0 if part >= start else 0.1 for part in range(3)]
+        torch.testing.assert_close(found.weights, torch.tensor([expected] * 8))
+        for part in range(start, 1 if block == 0 else 3):
+            torch.testing.assert_close(found.logits[part], exact[part])
+
+
+def test_masks_weigh_the_loss_and_evaluation_is_exact():
+    model = tiny_generator("raster", head=Bits(sizes=(2, 2, 2), masking="mixed"), dropout=0.0)
+    given = tiny_batch("raster", config=model.config)
+    drawn = model.draw(given, numbers_for(given))
+    assert drawn.masking is None
+    nll = -model.log_likelihood(given).mean() / model.config.num_tokens
+    torch.testing.assert_close(model(drawn).nll, nll.detach())
+    drawn = model.train().draw(given, numbers_for(given))
+    assert drawn.masking.shape == (4, model.config.num_tokens, 6)
+    layout = model.layout(drawn)
+    states = model.network.transform(layout.inputs, model.network.turns(layout.positions))
+    found = model.network.masked(states[:, layout.reads], layout.parts, drawn.masking)
+    for number, logits in enumerate(found.logits):
+        target, weight = layout.targets[..., number], found.weights[..., number].flatten()
+        cost = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), target.flatten(), reduction="none", label_smoothing=0.1
+        )
+        expected = (cost * weight).sum() / weight.sum()
+        torch.testing.assert_close(model(drawn).parts[number], expected)
