@@ -17,6 +17,7 @@ Arms that are asked for by name are MergeAR with another head over the parts of 
     independent the parts of the recipe, each from the state alone
     bits        the bits of a token, in four blocks, each from those before it
     bits1       the same network, all bits at once
+    bits_mixed  four blocks, trained by masks at random and not on every block
 
 Bits are of an image: those of codes, and those of the map. Of `anchor` the map's are those of the
 cells at which tokens open, and `inferred` what the source predictor needs for the other cells,
@@ -82,7 +83,7 @@ ORDERS: dict[str, Order] = {
     "stream4": Stream(tokens_per_step=4),
 }
 """Arms that differ in their order."""
-HEADS = ("independent", "bits", "bits1")
+HEADS = ("independent", "bits", "bits1", "bits_mixed")
 """Arms of order `merge` that differ in their head."""
 HELD_OUT = 0.2
 """Share of the images that no arm is trained on."""
@@ -123,8 +124,12 @@ def head_of(model: GeneratorConfig, arm: str) -> Head:
         return Independent(sizes=model.head.sizes, num_layers=model.head.num_layers)
     num_bits = model.num_codes.bit_length() - 1
     schedule = (num_bits,) if arm == "bits1" else ()
-    sizes = (2,) * num_bits
-    return Bits(sizes=sizes, schedule=schedule, num_layers=model.head.num_layers)
+    return Bits(
+        sizes=(2,) * num_bits,
+        schedule=schedule,
+        num_layers=model.head.num_layers,
+        masking="mixed" if arm == "bits_mixed" else "schedule",
+    )
 
 
 def measure(

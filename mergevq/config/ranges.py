@@ -179,6 +179,7 @@ RANGES = {
     "Independent.sizes": Range(2, 2**63 - 1),
     "Bits.sizes": Range(2, 2**63 - 1),
     "Bits.schedule": Range(1, 63),
+    "Bits.visible_weight": _ALL_BUT_ONE,  # A weight of 1 is that of masked parts.
     "num_classes": Range(0, 2**32),
     "grid_size": _SIDE,
     "kept_candidates": _TOKENS,

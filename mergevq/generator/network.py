@@ -342,11 +342,14 @@ class Network(nn.Module):
         """Predictions of tokens some of whose parts are masked; see `RandomHead.masked`."""
         if not isinstance(self.head, RandomHead):
             raise TypeError(f"head ({self.config.head.kind}) must be one that masks parts")
-        flat = (each.flatten(0, 1) for each in (states, parts))
-        found = self.head.masked(*flat, self.embed_part, uniforms.flatten(0, 1).to(states.device))
+        numbers = uniforms.flatten(0, 1).to(states.device)
+        found = self.head.masked(
+            states.flatten(0, 1), parts.flatten(0, 1), self.embed_part, numbers
+        )
         shape = parts.shape[:2]
         logits = [part.unflatten(0, shape) for part in found.logits]
-        return Predicted(logits, found.weights.unflatten(0, shape))
+        weights = None if found.weights is None else found.weights.unflatten(0, shape)
+        return Predicted(logits, weights)
 
     def choose(
         self,

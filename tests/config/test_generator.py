@@ -75,6 +75,7 @@ def test_an_unknown_size_is_refused():
         ),
         (Bits, {"schedule": (0, 18)}, "schedule (0, 18) must all be between 1 and 63"),
         (Bits, {"width": 0}, "width (0) must be between 1 and"),
+        (Bits, {"visible_weight": 1.0}, "visible_weight (1.0) must be at least 0 and below 1"),
         (Masked, {"reuse": True}, "reuse (True) needs disentangle (False)"),
         (Masked, {"disentangle": True}, "visible_weight (0.1) must be 0 with disentangle"),
         (Masked, {"visible_weight": -0.1}, "visible_weight (-0.1) must be between 0 and 1"),

@@ -225,3 +225,10 @@ def test_masks_weigh_the_loss_and_evaluation_is_exact():
         )
         expected = (cost * weight).sum() / weight.sum()
         torch.testing.assert_close(model(drawn).parts[number], expected)
+
+
+def test_a_head_that_masks_nothing_is_not_asked_for_masks():
+    network = tiny_generator("raster").network
+    assert network.num_uniforms == 0
+    with pytest.raises(TypeError, match=r"head \(subindices\) must be one that masks parts"):
+        network.masked(state()[None], torch.zeros(1, 1, 2).long(), torch.zeros(1, 1, 3))
