@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from mergevq.config.generator import Bits, Independent
 from mergevq.config.parts import (
     Bernoulli,
     Bsq,
@@ -65,11 +66,16 @@ _SMALL = (
     MaskTokens(dim=16, num_layers=1, num_heads=2),
     CnnDecoder(channels=8, num_res_blocks=1, num_layers=1, num_heads=2, layer_scale=0.1),
     PatchDecoder(width=16, num_heads=2, blocks="ca"),
+    Independent(sizes=(16, 16)),
+    Bits(sizes=(2,) * 8, num_layers=1),
 )
 
 
 def small_part(cls):
-    """A part of this class that is quick and fits small tokenizers with patches of 4 pixels."""
+    """A part of this class that is quick and fits small tokenizers with patches of 4 pixels.
+
+    Heads of generators fit tokens of 8 bits.
+    """
     return {type(part): part for part in _SMALL}.get(cls) or cls()
 
 
