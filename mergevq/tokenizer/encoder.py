@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.nn.blocks import NORM_EPS, initialize
-from mergevq.nn.norm import GroupNorm
+from mergevq.nn.norm import GroupNorm, LayerNorm
 from mergevq.nn.positions import sincos_2d, to_tokens
 from mergevq.tokenizer.build import build_reducer, build_stem
 from mergevq.tokenizer.seams import TokenSet
@@ -40,7 +40,11 @@ class Encoder(nn.Module):
         self.stem = build_stem(config.stem)
         self.class_token = nn.Parameter(torch.randn(config.dim) * 1e-6)
         self.reducer = build_reducer(config.reducer, config.dim)
-        self.norm = GroupNorm(config.stem.num_groups, config.dim, eps=NORM_EPS)
+        self.norm = (
+            GroupNorm(config.stem.num_groups, config.dim, eps=NORM_EPS)
+            if config.reducer.gives == "source"
+            else LayerNorm(config.dim, eps=NORM_EPS)
+        )
         self.to_latents = nn.Linear(config.dim, config.quantizer.dim)
         # Drawn after the projection was made, so that a seed gives the weights it always gave.
         initialize(self.reducer)
@@ -68,5 +72,11 @@ class Encoder(nn.Module):
         return self.reducer(tokens, class_token, grid_shape, num_kept, num_layers=num_layers)
 
     def latents(self, tokens: Float[Tensor, "b k c"]) -> Float[Tensor, "b k d"]:
-        """Project kept tokens to D real channels: norm over the image, SiLU, linear."""
-        return self.to_latents(functional.silu(self.norm(tokens.mT).mT))
+        """Project kept tokens to D real channels: norm, SiLU, linear.
+
+        The norm is over the image; over each token where tokens are ordered, so that none depends
+        on those behind it.
+        """
+        over_image = isinstance(self.norm, GroupNorm)
+        normed = self.norm(tokens.mT).mT if over_image else self.norm(tokens)
+        return self.to_latents(functional.silu(normed))

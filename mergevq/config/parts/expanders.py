@@ -56,9 +56,9 @@ class MaskTokens:
         # Sine and cosine of row and column.
         require(self.dim % 4 == 0, f"expander.dim ({self.dim}) must be a multiple of 4")
 
-    def given_dims(self, code_dim: int) -> tuple[int, int | None]:
+    def given_dims(self, code_dim: int) -> tuple[int, int | None]:  # noqa: ARG002
         """Channels of a decoder's input and of its style (None: no style), of codes of D."""
-        return self.dim, code_dim
+        return self.dim, None
 
 
 Expander = Unmerge | MaskTokens

@@ -3,7 +3,8 @@
 Source: Yu et al. 2024, "An Image is Worth 32 Tokens for Reconstruction and Generation", section 3.2
 (arXiv:2406.07550).
 
-Differs: these blocks give the input of any decoder, where the authors' are the decoder.
+Differs: these blocks give the input of any decoder, where the authors' are the decoder. Its norms
+get no style, which would carry codes past these blocks.
 
 Shape letters: B batch, L grid tokens, K kept tokens, D channels of codes, E channels given.
 """
@@ -43,7 +44,7 @@ class MaskTokens(nn.Module):
     def forward(
         self, codes: Float[Tensor, "b k d"], layout: Layout, grid_shape: tuple[int, int]
     ) -> Given:
-        """Let the cells of a grid read the codes, which are the style as well.
+        """Let the cells of a grid read the codes.
 
         Raises:
             ValueError: there are more codes than slots.
@@ -61,7 +62,7 @@ class MaskTokens(nn.Module):
         x = torch.cat([cells, read], dim=1)
         for block in self.blocks:
             x = block(x)
-        return Given(self.norm(x[:, : cells.shape[1]]), grid_shape, codes)
+        return Given(self.norm(x[:, : cells.shape[1]]), grid_shape, None)
 
     def train_pass(
         self,

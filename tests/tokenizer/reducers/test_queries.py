@@ -50,8 +50,7 @@ def test_queries_and_slots_have_no_order_but_their_own():
 def test_a_code_is_a_map_of_its_own_query_alone():
     model = Tokenizer(shrink(digits32_queries()).model)
     tokens = torch.randn(1, 16, model.config.dim, requires_grad=True)
-    # Without the norm over tokens, which sees all of them.
-    latents = model.encoder.to_latents(tokens)
+    latents = model.encoder.latents(tokens)
     (gradient,) = torch.autograd.grad(latents[0, 5].sum(), tokens)
     assert gradient[0, 5].abs().min() > 0
     assert gradient[0].abs().sum() == gradient[0, 5].abs().sum()
@@ -95,6 +94,15 @@ def test_more_tokens_than_queries_are_refused():
     _, expander = parts()
     with pytest.raises(ValueError, match=r"tokens \(7\) must be at most 6, the queries"):
         expander(torch.zeros(1, 7, 3), Ordered(7), GRID)
+
+
+def test_codes_reach_pixels_through_the_expander_alone():
+    model = Tokenizer(shrink(digits32_queries()).model)
+    codes = torch.randn(2, 16, model.quantizer.spec.dim)
+    with torch.no_grad():
+        model.expander.from_codes.weight.zero_()
+        first, second = model.decode(codes, Ordered(16))
+    assert torch.equal(first, second)
 
 
 def test_a_view_has_as_many_tokens_as_the_image():
