@@ -14,7 +14,15 @@ from typing import Literal
 from mergevq.config.base import MAX_PIXELS, Device, Precision, require
 from mergevq.config.generator import GeneratorConfig, SamplingSettings, check_sampling
 from mergevq.config.objective import LossConfig, SelfDistillation, Teacher
-from mergevq.config.parts import NUM_KEYS, Binary, Merge, NoRegularizer, PatchStem, Regularizer
+from mergevq.config.parts import (
+    NUM_KEYS,
+    Binary,
+    Merge,
+    NoRegularizer,
+    PatchStem,
+    Queries,
+    Regularizer,
+)
 from mergevq.config.ranges import check_numbers
 from mergevq.config.tokenizer import KeptConfig, TokenizerConfig
 
@@ -194,8 +202,25 @@ class TokenizerRun:
         )
         if self.init_codes == "components":
             self._check_components()
+        if self.regularizer.drops:
+            self._check_drops()
         for num_kept in (*self.kept.candidates, *self.train.eval_num_kept):
             replace(self.model, num_kept=num_kept)
+
+    def _check_drops(self) -> None:
+        """Reject dropping of tokens of which the first ones are no tokens of the image."""
+        kind, reducer = self.regularizer.kind, self.model.reducer
+        if not isinstance(reducer, Queries):
+            raise ValueError(
+                f"regularizer.kind ({kind}) drops the last tokens, and those that "
+                f"model.reducer.kind ({reducer.kind}) leaves are the end of the picture: set "
+                "model.reducer.kind to queries"
+            )
+        require(
+            reducer.nested,
+            f"regularizer.kind ({kind}) needs model.reducer.nested True: otherwise fewer tokens "
+            "are others than the first of more, which are trained",
+        )
 
     def _check_components(self) -> None:
         """Reject an architecture whose weights cannot be set to analytic codes."""

@@ -10,7 +10,7 @@ Shape letters: B batch, N tokens, M keys, K kept tokens, C channels, H and W gri
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -56,19 +56,24 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(
-        self, x: Float[Tensor, "b n c"], sizes: Float[Tensor, "b n"] | None = None
+        self,
+        x: Float[Tensor, "b n c"],
+        sizes: Float[Tensor, "b n"] | None = None,
+        mask: Bool[Tensor, "*mask n"] | None = None,
     ) -> Attended:
         """Attend.
 
         Args:
             x: tokens.
+            mask: true where a token (axis before the last) sees another, without sizes; None is
+                all.
             sizes: grid tokens in each; a token that stands for s of them is attended to as s
                 would be, through log s added to its logits (paper, equation 14). None is all 1.
         """
         batch, num_tokens, dim = x.shape
         qkv = self.qkv(x).reshape(batch, num_tokens, 3, self.num_heads, dim // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        bias = None if sizes is None else sizes.log().to(query.dtype)[:, None, None, :]
+        bias = mask if sizes is None else sizes.log().to(query.dtype)[:, None, None, :]
         mixed = attend(query, key, value, bias)
         tokens = self.proj(mixed.transpose(1, 2).reshape(batch, num_tokens, dim))
         return Attended(tokens, key.mean(1))
@@ -202,9 +207,11 @@ class ContextBlock(nn.Module):
         self.norm2 = LayerNorm(dim, eps=NORM_EPS)
         self.mlp = Mlp(dim)
 
-    def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-        """Let the tokens look at each other."""
-        x = x + self.attn(self.norm1(x)).tokens
+    def forward(
+        self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "*mask n"] | None = None
+    ) -> Float[Tensor, "b n c"]:
+        """Let the tokens look at each other, or at those of a mask as `Attention` has it."""
+        x = x + self.attn(self.norm1(x), mask=mask).tokens
         return x + self.mlp(self.norm2(x))
 
 

@@ -24,6 +24,7 @@ from mergevq.tokenizer.reducers.merge import Merge
 from mergevq.tokenizer.reducers.pool import Pool
 from mergevq.tokenizer.reducers.queries import Queries
 from mergevq.tokenizer.regularizers.perturb import Perturb
+from mergevq.tokenizer.regularizers.tail_drop import TailDrop
 from mergevq.tokenizer.seams import Term
 from mergevq.tokenizer.stems import cnn_stem, patch_stem
 
@@ -78,13 +79,15 @@ def build_quantizer(  # noqa: PLR0911 - one return for each kind
             assert_never(config)
 
 
-def build_regularizer(config: settings.Regularizer) -> Perturb | None:
+def build_regularizer(config: settings.Regularizer) -> Perturb | TailDrop | None:
     """Regularizer of a kind, which training uses; None leaves codes as they are."""
     match config:
         case settings.NoRegularizer():
             return None
         case settings.Perturb():
             return Perturb(config)
+        case settings.TailDrop():
+            return TailDrop(config)
         case _:
             assert_never(config)
 

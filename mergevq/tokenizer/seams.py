@@ -209,6 +209,15 @@ class Follower(Protocol):
         ...
 
 
+class Regularized(NamedTuple):
+    """Tokens for the expander."""
+
+    codes: Float[Tensor, "b k d"]
+    """Codes, through which gradients pass to the latents."""
+    lengths: Int64[Tensor, "b"] | None
+    """Tokens that each image has, the first of its codes; None is all."""
+
+
 class StepDraws(NamedTuple):
     """Numbers that a regularizer goes by in a step of training, for the images at hand.
 
@@ -236,8 +245,8 @@ class Regularizer(Protocol):
 
     def __call__(
         self, quantized: Quantized, /, *, quantizer: Quantizer, draws: StepDraws
-    ) -> Float[Tensor, "b k d"]:
-        """Codes for the expander; gradients pass to the latents.
+    ) -> Regularized:
+        """Tokens for the expander.
 
         Args:
             quantized: tokens of the images.
@@ -267,6 +276,7 @@ class Expander(Protocol):
         grid_shape: tuple[int, int],
         *,
         inferred: Bool[Tensor, "b"] | None,
+        lengths: Int64[Tensor, "b"] | None = None,
     ) -> Expanded:
         """Expand in training: every parameter takes part in the result.
 
@@ -276,6 +286,8 @@ class Expander(Protocol):
             layout: the encoder's.
             grid_shape: (height, width) in cells.
             inferred: images that are expanded by the inferred layout; None is none.
+            lengths: tokens of each image, the first ones; no other has any effect. None is all;
+                with a source map, all are there.
         """
         ...
 

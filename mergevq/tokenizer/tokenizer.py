@@ -40,7 +40,7 @@ from mergevq.tokenizer.build import (
 )
 from mergevq.tokenizer.encoder import Embedded, Encoder
 from mergevq.tokenizer.features import pool_features, require_stage
-from mergevq.tokenizer.seams import Encoded, Quantized, TokenizerOutput, TokenSet
+from mergevq.tokenizer.seams import Encoded, Quantized, Regularized, TokenizerOutput, TokenSet
 
 
 class Reconstruction(NamedTuple):
@@ -445,7 +445,7 @@ class Tokenizer(nn.Module):
         source_gradient: float = 0.0,
         recovers: Bool[Tensor, "b"] | None = None,
         uniforms: Float[Tensor, "b k d"] | None = None,
-        regularize: Callable[[Quantized], Float[Tensor, "b k d"]] | None = None,
+        regularize: Callable[[Quantized], Regularized] | None = None,
     ) -> TokenizerOutput:
         """One training pass, without checks: every parameter takes part in it.
 
@@ -459,18 +459,25 @@ class Tokenizer(nn.Module):
                 none.
             uniforms: numbers in [0, 1) of the tokens, for a quantizer that draws in training; None
                 draws nothing.
-            regularize: gives the codes that the expander is given, of those that there are; the
+            regularize: gives the tokens that the expander is given, of those that there are; the
                 losses, and the tokens returned, are without it. None leaves them as they are.
         """
         out = self.encoder(image, num_kept)
         encoded, quantization = self._tokens(out, self.grid_shape(image), uniforms)
-        codes = encoded.codes if regularize is None else regularize(quantization)
+        codes, lengths = encoded.codes, None
+        if regularize is not None:
+            codes, lengths = regularize(quantization)
         fixed = codes.detach()
         seen = fixed + source_gradient * (codes - fixed)
         # Until quantization starts, bounded latents keep the decoder's input on the codes' scale.
         tokens = codes if quantized else encoded.latents.tanh()
         expanded = self.expander.train_pass(
-            tokens, seen, encoded.layout, encoded.grid_shape, inferred=recovers
+            tokens,
+            seen,
+            encoded.layout,
+            encoded.grid_shape,
+            inferred=recovers,
+            lengths=lengths,
         )
         reconstruction = self.decoder(expanded.given)
         view_class_token = None

@@ -138,7 +138,8 @@ def initial_tokenizer(run: TokenizerRun, start: Start | None = None) -> Tokenize
     """
     candidates = run.kept.candidates
     # The saved model remembers which K it was trained on, and what its bits are of.
-    config = replace(run.model, kept_range=(min(candidates), max(candidates)))
+    least = 1 if run.regularizer.drops else min(candidates)
+    config = replace(run.model, kept_range=(least, max(candidates)))
     if run.init_codes == "components":
         if start is None:
             raise ValueError("init_codes (components) needs components: see find_start")

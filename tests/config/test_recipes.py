@@ -28,6 +28,8 @@ TOKENIZER_RECIPES = (
     "digits32_perturb",
     "digits32_pool",
     "digits32_queries",
+    "digits32_tail_drop",
+    "digits32_nested",
     "photos64",
     "photos64_wide",
     "tiny64_g",

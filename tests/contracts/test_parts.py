@@ -264,7 +264,7 @@ def test_tokens_do_not_depend_on_autocast(part):
 
 @of("quantizer")
 @pytest.mark.parametrize("kind", [part.partition("=")[2] for part in KINDS["regularizer"]])
-def test_a_regularizer_changes_codes_and_no_gradient(part, kind):
+def test_a_regularizer_changes_tokens_and_no_gradient(part, kind):
     model = small(part)
     regularizer = build_regularizer(replaced(digits32(), {"regularizer.kind": kind}).regularizer)
     if regularizer is None:
@@ -278,12 +278,16 @@ def test_a_regularizer_changes_codes_and_no_gradient(part, kind):
         tokens=torch.rand(2, NUM_KEPT, num_draws, generator=numbers),
         progress=torch.tensor(0.5),
     )
-    codes = regularizer(quantized, quantizer=model.quantizer, draws=draws)
+    codes, lengths = regularizer(quantized, quantizer=model.quantizer, draws=draws)
     assert codes.shape == quantized.codes.shape
     assert codes.dtype == quantized.codes.dtype
-    assert not torch.equal(codes, quantized.codes)
+    assert torch.equal(codes, quantized.codes) == (lengths is not None)
     again = regularizer(quantized, quantizer=model.quantizer, draws=draws)
-    assert torch.equal(codes, again)
+    assert torch.equal(codes, again.codes)
+    if lengths is not None:
+        assert torch.equal(lengths, again.lengths)
+        assert bool((lengths >= 1).all())
+        assert lengths[0] < lengths[1] <= NUM_KEPT
     assert not list(regularizer.parameters())
     found, expected = (
         torch.autograd.grad(value.sum(), latents, retain_graph=True)[0]

@@ -64,10 +64,21 @@ def value_at(instance, path):
 
 
 COMPANIONS = {
-    ("reducer", "queries"): ("expander", "mask_tokens"),
-    ("expander", "mask_tokens"): ("reducer", "queries"),
+    ("reducer", "queries"): {"expander.kind": "mask_tokens"},
+    ("expander", "mask_tokens"): {"reducer.kind": "queries"},
+    ("regularizer", "tail_drop"): {"model.reducer.kind": "queries", "model.reducer.nested": True},
 }
-"""Kinds that need another part to be of a kind."""
+"""Changes that a kind of a part cannot do without."""
+
+
+def _with_companions(instance, changes):
+    """The changes, and before them those that they cannot do without."""
+    named = {path.partition(".")[0] for path in changes}
+    for (name, kind), needed in COMPANIONS.items():
+        is_of_kind = changes.get(f"{name}.kind") == kind or f"{name}[{kind}]" in named
+        if is_of_kind and hasattr(instance, name):
+            changes = {**needed, **changes}
+    return changes
 
 
 def replaced(instance, changes):
@@ -76,6 +87,7 @@ def replaced(instance, changes):
     Another kind is a small part, and brings the kind that it cannot do without, or that it is
     inside of.
     """
+    changes = _with_companions(instance, changes)
     inside, own, kinds = {}, {}, {}
     for path, value in changes.items():
         first, _, rest = path.partition(".")
@@ -88,9 +100,6 @@ def replaced(instance, changes):
             own[name] = value
         if kind:
             kinds[name] = kind
-    for needing, (name, kind) in COMPANIONS.items():
-        if needing in kinds.items() and hasattr(instance, name):
-            kinds.setdefault(name, kind)
     for name in {*inside, *kinds}:
         part = getattr(instance, name)
         members = parts_of(typing.get_type_hints(type(instance))[name])

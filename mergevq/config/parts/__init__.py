@@ -24,7 +24,7 @@ from mergevq.config.parts.quantizers import (
     weights_of,
 )
 from mergevq.config.parts.reducers import NUM_KEYS, Merge, MergeShape, Pool, Queries, Reducer
-from mergevq.config.parts.regularizers import NoRegularizer, Perturb, Regularizer
+from mergevq.config.parts.regularizers import NoRegularizer, Perturb, Regularizer, TailDrop
 from mergevq.config.parts.stems import CnnStem, PatchStem, Stem
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "Reducer",
     "Regularizer",
     "Stem",
+    "TailDrop",
     "Unmerge",
     "Update",
     "bits_of",

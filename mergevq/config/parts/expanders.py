@@ -42,6 +42,8 @@ class MaskTokens:
     kind: Literal["mask_tokens"] = "mask_tokens"
     dim: int = 384
     """Width."""
+    absent: Literal["cut", "token"] = "cut"
+    """In place of a token that an image does not have: nothing, or a learned token (FlexTok)."""
     num_layers: int = 4
     """Transformer blocks."""
     num_heads: int = 8

@@ -130,6 +130,8 @@ class Queries:
     kind: Literal["queries"] = "queries"
     num_queries: int = 144
     """Queries: the most tokens that can be kept; fewer keep the first of them."""
+    nested: bool = False
+    """Run all queries whatever K is, so that tokens of a smaller K are the first of a larger."""
     num_layers: int = 12
     """Transformer blocks."""
     num_heads: int = 8

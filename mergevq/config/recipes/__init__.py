@@ -19,11 +19,13 @@ from mergevq.config.recipes.digits import (
     digits32_fsq,
     digits32_gq32,
     digits32_maskgit,
+    digits32_nested,
     digits32_perturb,
     digits32_pool,
     digits32_product,
     digits32_queries,
     digits32_stream,
+    digits32_tail_drop,
     digits32_vq,
 )
 from mergevq.config.recipes.imagenet256 import (
@@ -105,6 +107,8 @@ TOKENIZER_RECIPES: dict[str, Callable[[], TokenizerRun]] = {
         digits32_perturb,
         digits32_pool,
         digits32_queries,
+        digits32_tail_drop,
+        digits32_nested,
         photos64,
         photos64_wide,
         tiny64_g,

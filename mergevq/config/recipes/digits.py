@@ -31,6 +31,7 @@ from mergevq.config.parts import (
     Product,
     Quantizer,
     Queries,
+    TailDrop,
     Unmerge,
 )
 from mergevq.config.tokenizer import KeptConfig, TokenizerConfig
@@ -218,6 +219,41 @@ def digits32_queries() -> TokenizerRun:
         loss=replace(run.loss, recovered_share=0.0),
         train=replace(run.train, num_steps=1500, eval_num_kept=(16, 64)),
         out="runs/digits32_queries",
+    )
+
+
+def digits32_tail_drop() -> TokenizerRun:
+    """`digits32_queries` with 64 tokens of which any first ones decode, as One-D-Piece.
+
+    Source: One-D-Piece (arXiv:2501.10064). Hardware and time: not measured, 1,500 steps of 64
+    images. Expected: not measured.
+    """
+    run = digits32_queries()
+    reducer = Queries(num_queries=64, num_layers=4, num_heads=2, nested=True)
+    return replace(
+        run,
+        model=replace(run.model, reducer=reducer),
+        kept=KeptConfig(candidates=(64,)),
+        regularizer=TailDrop(),
+        train=replace(run.train, eval_num_kept=(1, 4, 16, 64)),
+        out="runs/digits32_tail_drop",
+    )
+
+
+def digits32_nested() -> TokenizerRun:
+    """`digits32_tail_drop` with powers of two, and a learned token for dropped ones, as FlexTok.
+
+    Source: FlexTok (arXiv:2502.13967). Hardware and time: not measured, 1,500 steps of 64 images.
+    Expected: not measured.
+    """
+    run = digits32_tail_drop()
+    return replace(
+        run,
+        model=replace(
+            run.model, expander=MaskTokens(dim=64, num_layers=2, num_heads=2, absent="token")
+        ),
+        regularizer=TailDrop(lengths="powers"),
+        out="runs/digits32_nested",
     )
 
 

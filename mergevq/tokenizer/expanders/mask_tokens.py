@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mergevq.config import parts as settings
 from mergevq.data.layouts import Layout
@@ -39,12 +40,25 @@ class MaskTokens(nn.Module):
             ContextBlock(dim, config.num_heads) for _ in range(config.num_layers)
         )
         self.norm = LayerNorm(dim, eps=NORM_EPS)
+        self.absent = None
+        if config.absent == "token":
+            self.absent = nn.Parameter(torch.randn(dim) * 0.02)
         initialize(self)
 
     def forward(
-        self, codes: Float[Tensor, "b k d"], layout: Layout, grid_shape: tuple[int, int]
+        self,
+        codes: Float[Tensor, "b k d"],
+        layout: Layout,
+        grid_shape: tuple[int, int],
+        lengths: Int64[Tensor, "b"] | None = None,
     ) -> Given:
         """Let the cells of a grid read the codes.
+
+        Args:
+            codes: of ordered tokens.
+            layout: theirs.
+            grid_shape: (height, width) in cells.
+            lengths: tokens that each image has, the first ones; None is all.
 
         Raises:
             ValueError: there are more codes than slots.
@@ -59,10 +73,27 @@ class MaskTokens(nn.Module):
         read = read + self.slots[:num_kept].to(read.dtype)
         cells = self.mask + sincos_2d(grid_shape, len(self.mask), codes.device)
         cells = cells.to(read.dtype).expand(len(codes), -1, -1)
+        read, mask = self._present(read, lengths, cells.shape[1])
         x = torch.cat([cells, read], dim=1)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, mask)
         return Given(self.norm(x[:, : cells.shape[1]]), grid_shape, None)
+
+    def _present(
+        self, read: Float[Tensor, "b k e"], lengths: Int64[Tensor, "b"] | None, num_cells: int
+    ) -> tuple[Float[Tensor, "b n e"], Bool[Tensor, "b 1 1 m"] | None]:
+        """Embedded codes without those that are absent, and which inputs are seen (None: all)."""
+        if self.absent is None and lengths is None:
+            return read, None
+        num_kept, num_slots = read.shape[1], len(self.slots)
+        slots = torch.arange(num_slots, device=read.device)
+        ends = num_kept if lengths is None else lengths[:, None]
+        present = (slots < ends).expand(len(read), -1)
+        if self.absent is None:
+            return read, functional.pad(present[:, None, None, :num_kept], (num_cells, 0), value=1)
+        absent = (self.absent + self.slots).to(read.dtype)
+        padded = functional.pad(read, (0, 0, 0, num_slots - num_kept))
+        return torch.where(present[..., None], padded, absent), None
 
     def train_pass(
         self,
@@ -72,9 +103,10 @@ class MaskTokens(nn.Module):
         grid_shape: tuple[int, int],
         *,
         inferred: Bool[Tensor, "b"] | None,  # noqa: ARG002 - the order is known of every image
+        lengths: Int64[Tensor, "b"] | None = None,
     ) -> Expanded:
         """Expand in training; there is no loss of its own."""
-        return Expanded(self(codes, layout, grid_shape), {})
+        return Expanded(self(codes, layout, grid_shape, lengths), {})
 
     def infer(
         self,

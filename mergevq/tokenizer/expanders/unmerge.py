@@ -50,11 +50,20 @@ class Unmerge(nn.Module):
         grid_shape: tuple[int, int],
         *,
         inferred: Bool[Tensor, "b"] | None,
+        lengths: Int64[Tensor, "b"] | None = None,
     ) -> Expanded:
         """Unmerge by the given map, or by the predicted one where `inferred`.
 
         The loss `source` is the predictor's cross-entropy against the given map.
+
+        Raises:
+            ValueError: there are `lengths`.
         """
+        if lengths is not None:
+            raise ValueError(
+                f"each of the {layout.num_kept} tokens of a source map has cells, and none can be "
+                "dropped; take a tokenizer whose model.reducer.kind is queries"
+            )
         source = require_source(layout, "unmerging")
         logits = self.predictor(seen, grid_shape)
         used = source

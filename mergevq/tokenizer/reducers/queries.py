@@ -27,6 +27,7 @@ class Queries(nn.Module):
     def __init__(self, config: settings.Queries, dim: int) -> None:
         """Make the blocks; the encoder initialises them after its projection."""
         super().__init__()
+        self.nested = config.nested
         self.queries = nn.Parameter(torch.randn(config.num_queries, dim) * dim**-0.5)
         self.blocks = nn.ModuleList(
             EncoderBlock(dim, config.num_heads, config.layer_scale, config.norm_eps)
@@ -43,13 +44,15 @@ class Queries(nn.Module):
         *,
         num_layers: int | None = None,
     ) -> TokenSet:
-        """Run the first `num_layers` blocks (None: all) with the first `num_kept` queries."""
+        """Run the first `num_layers` blocks (None: all) and keep the first `num_kept` queries."""
         cells = grid + sincos_2d(grid_shape, grid.shape[-1], grid.device).to(grid.dtype)
-        queries = self.queries[:num_kept].to(grid.dtype).expand(len(grid), -1, -1)
+        num_run = len(self.queries) if self.nested else num_kept
+        queries = self.queries[:num_run].to(grid.dtype).expand(len(grid), -1, -1)
         recompute = self.checkpointing and self.training
         x = torch.cat([class_token, cells, queries], dim=1)
         x = run_blocks(self.blocks, x, num_layers, recompute=recompute)
-        return TokenSet(x[:, -num_kept:], x[:, 0], Ordered(num_kept))
+        kept = x[:, 1 + cells.shape[1] :][:, :num_kept]
+        return TokenSet(kept, x[:, 0], Ordered(num_kept))
 
     def implied(
         self,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mergevq.config import parts as settings
 from mergevq.data.codes import CodeSpec
-from mergevq.tokenizer.seams import Quantized, Quantizer, StepDraws
+from mergevq.tokenizer.seams import Quantized, Quantizer, Regularized, StepDraws
 
 
 class Perturb(nn.Module):
@@ -36,7 +36,7 @@ class Perturb(nn.Module):
 
     def forward(
         self, quantized: Quantized, *, quantizer: Quantizer, draws: StepDraws
-    ) -> Float[Tensor, "b k d"]:
+    ) -> Regularized:
         """Replace tokens; the gradient passes straight through, of wrong codes too."""
         config, codes = self.config, quantized.codes
         ratio = self._ratio(draws.progress)
@@ -45,7 +45,7 @@ class Perturb(nn.Module):
         parts = quantizer.near(quantized.parts, draws.tokens[..., 1:], config.num_near * ratio)
         # The added zero carries the gradient, and leaves codes as `decode` has them.
         wrong = quantizer.decode(parts).to(codes.dtype) + (codes - codes.detach())
-        return torch.where(replaced[..., None], wrong, codes)
+        return Regularized(torch.where(replaced[..., None], wrong, codes), None)
 
     def _ratio(self, progress: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """Share of the first values that is left."""

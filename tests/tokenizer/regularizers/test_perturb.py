@@ -23,7 +23,8 @@ def perturbed(config, *, num_images=50, num_kept=40, progress=0.0):
         ),
         progress=torch.tensor(progress),
     )
-    codes = regularizer(quantized, quantizer=quantizer, draws=draws)
+    codes, lengths = regularizer(quantized, quantizer=quantizer, draws=draws)
+    assert lengths is None
     return (codes != quantized.codes).sum(-1)
 
 
