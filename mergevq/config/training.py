@@ -217,9 +217,9 @@ class TokenizerRun:
                 "model.reducer.kind to queries"
             )
         require(
-            reducer.nested,
-            f"regularizer.kind ({kind}) needs model.reducer.nested True: otherwise fewer tokens "
-            "are others than the first of more, which are trained",
+            reducer.nested or reducer.causal,
+            f"regularizer.kind ({kind}) needs model.reducer.nested or model.reducer.causal True: "
+            "otherwise fewer tokens are others than the first of more, which are trained",
         )
 
     def _check_components(self) -> None:

@@ -170,9 +170,11 @@ class EncoderBlock(nn.Module):
         self.mlp = Mlp(dim)
         self.ls2 = LayerScale(dim, layer_scale)
 
-    def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-        """Let the tokens look at each other."""
-        x = x + self.ls1(self.attn(self.norm1(x)).tokens)
+    def forward(
+        self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "*mask n"] | None = None
+    ) -> Float[Tensor, "b n c"]:
+        """Let the tokens look at each other, or at those of a mask as `Attention` has it."""
+        x = x + self.ls1(self.attn(self.norm1(x), mask=mask).tokens)
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
@@ -182,17 +184,19 @@ def run_blocks(
     num_layers: int | None,
     *,
     recompute: bool,
+    mask: Bool[Tensor, "*mask n"] | None = None,
 ) -> Float[Tensor, "b n c"]:
-    """Run the first blocks of a stack, each of which takes tokens alone.
+    """Run the first blocks of a stack, each of which takes tokens and a mask alone.
 
     Args:
         blocks: the stack.
         x: tokens.
         num_layers: blocks to run; None is all.
         recompute: keep no activations for the backward pass, which computes them again.
+        mask: which tokens each sees; None is all.
     """
     for block in list(blocks)[:num_layers]:
-        x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        x = checkpoint(block, x, mask, use_reentrant=False) if recompute else block(x, mask)
     return x
 
 

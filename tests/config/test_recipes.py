@@ -28,6 +28,7 @@ TOKENIZER_RECIPES = (
     "digits32_perturb",
     "digits32_pool",
     "digits32_queries",
+    "digits32_causal",
     "digits32_tail_drop",
     "digits32_nested",
     "photos64",

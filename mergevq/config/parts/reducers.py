@@ -132,6 +132,9 @@ class Queries:
     """Queries: the most tokens that can be kept; fewer keep the first of them."""
     nested: bool = False
     """Run all queries whatever K is, so that tokens of a smaller K are the first of a larger."""
+    causal: bool = False
+    """A query sees the grid and the queries before it, and the grid sees no query (SEED); tokens of
+    a smaller K are then the first of a larger one too."""
     num_layers: int = 12
     """Transformer blocks."""
     num_heads: int = 8

@@ -222,6 +222,17 @@ def digits32_queries() -> TokenizerRun:
     )
 
 
+def digits32_causal() -> TokenizerRun:
+    """`digits32_queries` whose queries see only those before them, as SEED.
+
+    Source: SEED (arXiv:2307.08041). Hardware and time: not measured, 1,500 steps of 64 images.
+    Expected: not measured.
+    """
+    run = digits32_queries()
+    reducer = Queries(num_queries=64, num_layers=4, num_heads=2, causal=True)
+    return replace(run, model=replace(run.model, reducer=reducer), out="runs/digits32_causal")
+
+
 def digits32_tail_drop() -> TokenizerRun:
     """`digits32_queries` with 64 tokens of which any first ones decode, as One-D-Piece.
 

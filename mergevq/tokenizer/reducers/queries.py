@@ -1,17 +1,19 @@
 """Learned queries that read the grid, and are all that is kept of it.
 
 Source: Yu et al. 2024, "An Image is Worth 32 Tokens for Reconstruction and Generation", section 3.2
-(arXiv:2406.07550).
+(arXiv:2406.07550); Ge et al. 2023, "Planting a SEED of Vision in Large Language Model", section 3
+(causal queries, arXiv:2307.08041).
 
 Differs: the code of a token is a linear map of its own query's output. In the authors' published
-models it is one of several neighbouring queries, whose outputs are reshaped where they are to be
-transposed.
+models of the first it is one of several neighbouring queries, whose outputs are reshaped where they
+are to be transposed. Causal queries are in one sequence with the grid; SEED's look at features of a
+frozen network by cross-attention.
 
 Shape letters: B batch, K kept tokens, L grid tokens, C channels.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mergevq.config import parts as settings
@@ -27,7 +29,7 @@ class Queries(nn.Module):
     def __init__(self, config: settings.Queries, dim: int) -> None:
         """Make the blocks; the encoder initialises them after its projection."""
         super().__init__()
-        self.nested = config.nested
+        self.nested, self.causal = config.nested, config.causal
         self.queries = nn.Parameter(torch.randn(config.num_queries, dim) * dim**-0.5)
         self.blocks = nn.ModuleList(
             EncoderBlock(dim, config.num_heads, config.layer_scale, config.norm_eps)
@@ -50,7 +52,10 @@ class Queries(nn.Module):
         queries = self.queries[:num_run].to(grid.dtype).expand(len(grid), -1, -1)
         recompute = self.checkpointing and self.training
         x = torch.cat([class_token, cells, queries], dim=1)
-        x = run_blocks(self.blocks, x, num_layers, recompute=recompute)
+        mask = None
+        if self.causal:
+            mask = causal_mask(1 + cells.shape[1], num_run, x.device)
+        x = run_blocks(self.blocks, x, num_layers, recompute=recompute, mask=mask)
         kept = x[:, 1 + cells.shape[1] :][:, :num_kept]
         return TokenSet(kept, x[:, 0], Ordered(num_kept))
 
@@ -62,3 +67,15 @@ class Queries(nn.Module):
     ) -> Ordered:
         """The layout of `num_kept` queries."""
         return Ordered(num_kept)
+
+
+def causal_mask(num_seen: int, num_queries: int, device: torch.device) -> Bool[Tensor, "n n"]:
+    """Which inputs each sees: tokens of the image all of their kind, a query those before it too.
+
+    Args:
+        num_seen: tokens of the image, in front of the queries.
+        num_queries: K.
+        device: where the mask is made.
+    """
+    ends = torch.arange(num_seen + num_queries, device=device)
+    return ends <= ends[:, None].clamp_min(num_seen - 1)

@@ -11,7 +11,7 @@ from mergevq.config.recipes.digits import digits32_ar, digits32_pool, digits32_q
 from mergevq.data.layouts import Ordered
 from mergevq.data.tokens.files import TokenRecord
 from mergevq.tokenizer.expanders.mask_tokens import MaskTokens
-from mergevq.tokenizer.reducers.queries import Queries
+from mergevq.tokenizer.reducers.queries import Queries, causal_mask
 from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training.generator_step import fitted_config
 from tests.support.small import shrink
@@ -64,6 +64,38 @@ def test_fewer_tokens_are_those_of_the_first_queries():
         reducer.queries[4:].fill_(9.0)
     again = reducer(grid(), torch.zeros(2, 1, 8), GRID, 4)
     assert torch.equal(found.tokens, again.tokens)
+
+
+def with_changed_queries(causal):
+    """Tokens, latents and class token of three blocks, before and after query 3 changed."""
+    torch.manual_seed(0)
+    config = shrink(digits32_queries()).model
+    model = Tokenizer(replace(config, reducer=replace(config.reducer, causal=causal)))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    image = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.no_grad():
+        first = model.encode(image, 16)
+        model.encoder.reducer.queries[3] += 1.0
+        return model, image, first, model.encode(image, 16)
+
+
+def test_no_token_changes_with_a_query_after_it():
+    model, image, first, again = with_changed_queries(causal=True)
+    assert torch.equal(first.latents[:, :3], again.latents[:, :3])
+    assert torch.equal(first.class_token, again.class_token)
+    assert (first.latents[:, 3:] != again.latents[:, 3:]).any(-1).all()
+    with torch.no_grad():
+        fewer = model.encode(image, 4)
+    torch.testing.assert_close(fewer.latents, again.latents[:, :4], rtol=0, atol=1e-5)
+    # Without the mask they all change.
+    _, _, first, again = with_changed_queries(causal=False)
+    assert (first.latents != again.latents).any(-1).all()
+
+
+def test_the_mask_of_two_cells_and_two_queries():
+    rows = causal_mask(2, 2, torch.device("cpu")).int().tolist()
+    assert rows == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
 
 
 def test_where_a_cell_lies_matters_to_queries():
