@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, NamedTuple
 
 from mergevq.config.base import Device, Precision, require
+from mergevq.config.parts.checks import LayoutKind
 from mergevq.config.ranges import check_numbers
 
 GuidanceSchedule = Literal["constant", "linear", "cosine", "power"]
@@ -27,6 +28,8 @@ class Raster:
 
     reads: ClassVar[Reads] = "cells"
     """Tokens of a sequence."""
+    layout: ClassVar[LayoutKind] = "source"
+    """Layout that the tokens must have."""
     merges: ClassVar[bool] = False
     """Whether cells are copies of kept tokens, or kept tokens alone are read."""
     is_anchored: ClassVar[bool] = False
@@ -57,6 +60,7 @@ class Merge:
     """Train with a compiled block mask on CUDA; other devices ignore it."""
 
     reads: ClassVar[Reads] = "cells"
+    layout: ClassVar[LayoutKind] = "source"
     merges: ClassVar[bool] = True
     is_anchored: ClassVar[bool] = False
     in_parallel: ClassVar[bool] = False
@@ -80,6 +84,7 @@ class Random:
     query and key gets."""
 
     reads: ClassVar[Reads] = "kept"
+    layout: ClassVar[LayoutKind] = "source"
     merges: ClassVar[bool] = True
     is_anchored: ClassVar[bool] = False
     in_parallel: ClassVar[bool] = True
@@ -96,6 +101,7 @@ class Anchored:
     kind: Literal["anchor"] = "anchor"
 
     reads: ClassVar[Reads] = "kept"
+    layout: ClassVar[LayoutKind] = "source"
     merges: ClassVar[bool] = True
     is_anchored: ClassVar[bool] = True
     in_parallel: ClassVar[bool] = False
@@ -125,6 +131,7 @@ class Masked:
     the features that older ones have."""
 
     reads: ClassVar[Reads] = "cells"
+    layout: ClassVar[LayoutKind] = "source"
     merges: ClassVar[bool] = True
     is_anchored: ClassVar[bool] = False
     in_parallel: ClassVar[bool] = True
@@ -157,6 +164,7 @@ class Stream:
     """Cells that one state of the transformer predicts; more take fewer passes."""
 
     reads: ClassVar[Reads] = "cells"
+    layout: ClassVar[LayoutKind] = "source"
     merges: ClassVar[bool] = True
     is_anchored: ClassVar[bool] = False
     in_parallel: ClassVar[bool] = False
@@ -169,7 +177,23 @@ class Stream:
         check_numbers(self)
 
 
-Order = Raster | Merge | Random | Anchored | Masked | Stream
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ordered:
+    """The tokens of a tokenizer with ordered ones (`queries`), from the first to the last."""
+
+    kind: Literal["ordered"] = "ordered"
+
+    reads: ClassVar[Reads] = "kept"
+    layout: ClassVar[LayoutKind] = "ordered"
+    merges: ClassVar[bool] = True
+    is_anchored: ClassVar[bool] = False
+    in_parallel: ClassVar[bool] = False
+    fills_in: ClassVar[bool] = False
+    tokens_per_step: ClassVar[int] = 1
+    names_copies: ClassVar[bool] = False
+
+
+Order = Raster | Merge | Random | Anchored | Masked | Stream | Ordered
 """How sequences are ordered and decoded."""
 
 

@@ -19,6 +19,7 @@ from mergevq.generator.nat import Nat
 from mergevq.generator.network import Head, Network
 from mergevq.generator.orders.anchored import Anchored
 from mergevq.generator.orders.merge import Merge
+from mergevq.generator.orders.ordered import Ordered
 from mergevq.generator.orders.random import Random
 from mergevq.generator.orders.raster import Raster
 from mergevq.generator.orders.stream import Stream
@@ -27,7 +28,12 @@ from mergevq.runtime.settings import from_json
 
 GeneratorConfig = settings.GeneratorConfig
 Sequential = (
-    settings.Raster | settings.Merge | settings.Random | settings.Anchored | settings.Stream
+    settings.Raster
+    | settings.Merge
+    | settings.Random
+    | settings.Anchored
+    | settings.Stream
+    | settings.Ordered
 )
 """Orders of the autoregressive family."""
 AnyGenerator = Autoregressive | Nat
@@ -55,6 +61,8 @@ def build_order(order: Sequential, config: GeneratorConfig) -> seams.Order:
             return Anchored()
         case settings.Stream():
             return Stream(order)
+        case settings.Ordered():
+            return Ordered()
         case _:
             assert_never(order)
 

@@ -213,8 +213,9 @@ def decode_sampled(
 ) -> Float[Tensor, "b 3 h w"]:
     """Turn sampled tokens into images, in [-1, 1].
 
-    All cells in raster order are decoded as they are; kept tokens get the source map that the
-    tokenizer recovers from them and, where there are any, their anchors.
+    A layout that grid and K imply is that one. Otherwise all cells in raster order are decoded as
+    they are; kept tokens get the source map that the tokenizer recovers from them and, where there
+    are any, their anchors.
 
     Args:
         tokenizer: in evaluation mode, on any device.
@@ -234,7 +235,7 @@ def decode_sampled(
         tokens = indices[rows]
         if source is not None:
             known = Source(source.index.to(device)[rows], source.num_kept)
-        elif tokens.shape[1] == num_cells and sampled.anchors is None:
+        elif tokenizer.has_maps and tokens.shape[1] == num_cells and sampled.anchors is None:
             known = Source(torch.arange(num_cells, device=device).expand(size, -1), num_cells)
         else:
             anchors = sampled.anchors

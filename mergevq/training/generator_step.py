@@ -178,11 +178,15 @@ def fitted_config(run: GeneratorRun, record: TokenRecord) -> GeneratorConfig:
         ValueError: the tokens have another grid, number of bits, K or number of classes.
     """
     model = run.resolved_model
-    if record.layout != "source":
+    if record.layout != model.order.layout:
         raise ValueError(
-            f"the tokens of {run.tokens.path} are {record.layout}, without a place on the grid, "
-            f"and model.order.kind {model.order.kind} lays out cells or slots: take a tokenizer "
-            "whose model.reducer.kind is merge or pool"
+            f"the tokens of {run.tokens.path} are ordered, without a place on the grid, and "
+            f"model.order.kind {model.order.kind} lays out cells or slots: set model.order.kind to "
+            "ordered, or take a tokenizer whose model.reducer.kind is merge or pool"
+            if record.layout == "ordered"
+            else f"the tokens of {run.tokens.path} have a source map, and model.order.kind "
+            f"{model.order.kind} makes none: set model.order.kind to merge or random, or take a "
+            "tokenizer whose model.reducer.kind is queries"
         )
     if not record.has_index:
         raise ValueError(
@@ -213,7 +217,12 @@ def to_sequences(generator: AnyGenerator, batch: TokenBatch) -> Sequences:
     """Turn a batch of files into sequences of a generator, on its device."""
     config, device = generator.config, generator.device
     label = torch.where(batch.label < 0, config.null_class, batch.label).to(device)
-    indices, source = batch.indices, batch.source
+    indices = batch.indices
+    if config.order.layout == "ordered":
+        return Sequences(
+            indices=indices.to(device), class_label=label, num_kept=batch.layout.num_kept
+        )
+    source = batch.source
     if config.order.reads == "cells":
         return Sequences(
             indices=indices.gather(1, source.index).to(device),

@@ -6,6 +6,7 @@ from mergevq.config.generator import (
     Bits,
     GeneratorConfig,
     Masked,
+    Ordered,
     SamplingSettings,
     Several,
     Stream,
@@ -372,3 +373,22 @@ def digits32_bits() -> GeneratorRun:
     run = digits32_ar()
     head = Bits(sizes=(2,) * 8, schedule=(2, 2, 2, 2), num_layers=1)
     return replace(run, model=replace(run.model, head=head), out="runs/digits32_bits")
+
+
+def digits32_ordered() -> GeneratorRun:
+    """The 16 first tokens of `digits32_causal` one after the other, without a map.
+
+    Tokens: `mergevq encode --model runs/digits32_causal/model --data digits --num-kept 16
+    --out runs/digits32_causal/tokens`. Source: SEED (arXiv:2307.08041). Hardware and time: not
+    measured, 600 steps of 64 sequences. Expected: not measured.
+    """
+    run = digits32_ar()
+    return replace(
+        run,
+        model=replace(run.model, order=Ordered(), num_kept=16, kept_candidates=(16,)),
+        tokens=TokensConfig(
+            path="runs/digits32_causal/tokens", tokenizer="runs/digits32_causal/model"
+        ),
+        kept=KeptConfig(candidates=(16,)),
+        out="runs/digits32_ordered",
+    )
