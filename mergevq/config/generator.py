@@ -191,6 +191,7 @@ class Ordered:
     fills_in: ClassVar[bool] = False
     tokens_per_step: ClassVar[int] = 1
     names_copies: ClassVar[bool] = False
+    is_exact: ClassVar[bool] = True
 
 
 Order = Raster | Merge | Random | Anchored | Masked | Stream | Ordered
