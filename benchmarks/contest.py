@@ -46,15 +46,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mergevq.config.generator import (
-    Anchored,
-    Bits,
     GeneratorConfig,
-    Head,
-    Independent,
-    Merge,
-    Order,
     SampleRun,
     SamplingSettings,
+)
+from mergevq.config.parts.heads import (
+    Bits,
+    Head,
+    Independent,
+)
+from mergevq.config.parts.orders import (
+    Anchored,
+    Merge,
+    Order,
     Stream,
 )
 from mergevq.config.recipes import GENERATOR_RECIPES

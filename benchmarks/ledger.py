@@ -127,7 +127,7 @@ def generator_run(run, tokenizer, folder, out):
     """A recipe as a run of three steps on tokens of the small digits tokenizer."""
     run = find("shrink_generator", *SMALL)(run)
     candidates = run.kept.candidates
-    tokens = folder / "tokens-{}".format("-".join(map(str, candidates)))
+    tokens = folder / "-".join(["tokens", tokenizer.parent.name, *map(str, candidates)])
     if not tokens.exists():
         find("encode", *ENCODE)(
             tokenizer, "digits", tokens, num_kept=candidates, num_workers=0, device="cpu"
@@ -151,7 +151,10 @@ def write(path):
             find("train", *TOKENIZER)(tokenizer_run(make(), folder / name))
             ledger[name] = entry(folder / name)
         for name, make in find("GENERATOR_RECIPES", *RECIPES).items():
-            run = generator_run(make(), folder / "digits32" / "model", folder, folder / name)
+            run = make()
+            layout = getattr(getattr(run.model, "order", None), "layout", "source")
+            of = "digits32" if layout == "source" else "digits32_causal"
+            run = generator_run(run, folder / of / "model", folder, folder / name)
             find("train", *GENERATOR)(run)
             ledger[name] = entry(folder / name)
     Path(path).write_text(json.dumps(ledger), encoding="utf-8")

@@ -20,7 +20,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from mergevq.config.generator import GeneratorConfig
+from mergevq.config.generator import (
+    GeneratorConfig,
+)
 from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.runtime.artefacts import load_model, save_model, tokens_hash
 from mergevq.runtime.settings import from_json

@@ -13,12 +13,14 @@ from benchmarks import reference_generator
 from benchmarks.entry import Entry, Pair
 from mergevq.config.generator import (
     OneByOne,
-    Order,
-    Random,
-    Raster,
     SamplingSettings,
     Several,
     Weights,
+)
+from mergevq.config.parts.orders import (
+    Order,
+    Random,
+    Raster,
 )
 from mergevq.generator.autoregressive import Autoregressive
 from mergevq.generator.bench import (

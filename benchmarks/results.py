@@ -28,14 +28,14 @@ KINDS = {"reconstruction": "reconstruction", "generation": "generation"}
 
 
 class Evaluation(NamedTuple):
-    """What is measured again."""
+    """Measurement that is repeated."""
 
     model: str
     """Folder of docs/results."""
     file: str
     """Name of the JSON, without its ending."""
     command: list[str]
-    """What wrote it, without the place that it wrote to."""
+    """Words of the command that wrote it, without the place that it wrote to."""
 
 
 def evaluations(results: Path) -> Iterator[Evaluation]:

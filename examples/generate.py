@@ -10,7 +10,10 @@ from pathlib import Path
 import torch
 
 import mergevq
-from mergevq.config.generator import SampleRun, SamplingSettings
+from mergevq.config.generator import (
+    SampleRun,
+    SamplingSettings,
+)
 from mergevq.report.pictures import contact_sheet, to_pil
 
 OUT = Path("runs/examples/generate")

@@ -9,7 +9,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mergevq.config.generator import GeneratorConfig
+    from mergevq.config.generator import (
+        GeneratorConfig,
+    )
     from mergevq.config.recipes import recipe
     from mergevq.config.tokenizer import TokenizerConfig
     from mergevq.data.images import open_images

@@ -97,6 +97,8 @@ TESTED_WITH = {
     "config/parts/checks": "config/parts",
     "config/parts/decoders": "config/parts",
     "config/parts/expanders": "config/parts",
+    "config/parts/heads": "config/generator",
+    "config/parts/orders": "config/generator",
     "config/parts/quantizers": "config/parts",
     "config/parts/reducers": "config/parts",
     "config/parts/regularizers": "config/parts",

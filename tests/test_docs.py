@@ -13,7 +13,9 @@ import torch
 
 from mergevq.cli.about import candidates
 from mergevq.cli.main import COMMANDS, GROUPS
-from mergevq.config.generator import GENERATOR_SIZES
+from mergevq.config.generator import (
+    GENERATOR_SIZES,
+)
 from mergevq.config.kinds import unions
 from mergevq.config.parts import quantizers
 from mergevq.config.recipes import RECIPES

@@ -14,7 +14,9 @@ import tyro
 
 from mergevq.cli.tables import print_table
 from mergevq.config.base import Device
-from mergevq.config.generator import Weights
+from mergevq.config.generator import (
+    Weights,
+)
 from mergevq.config.objective import NoTeacher
 from mergevq.config.recipes import GENERATOR_RECIPES, TOKENIZER_RECIPES
 from mergevq.config.training import TokenizerRun

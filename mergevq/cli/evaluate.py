@@ -39,7 +39,9 @@ from mergevq.config.evaluation import (
     Subject,
     TrunkName,
 )
-from mergevq.config.generator import GuidanceSchedule
+from mergevq.config.generator import (
+    GuidanceSchedule,
+)
 from mergevq.config.records import GuidanceSettings, ReconstructionRecord, RobustnessRecord
 
 SubjectOptions = Annotated[Subject, tyro.conf.arg(name="")]

@@ -3,7 +3,9 @@
 import inspect
 from collections.abc import Callable, Sequence
 
-from mergevq.config.generator import Weights
+from mergevq.config.generator import (
+    Weights,
+)
 from mergevq.config.records import (
     BaselineRecord,
     GenerationRecord,

@@ -114,7 +114,7 @@ def _recipe_list() -> str:
 
 
 def compare(  # noqa: PLR0913 - each is an option
-    arms: tyro.conf.Positional[tuple[str, ...]],
+    arms: Annotated[tyro.conf.Positional[tuple[str, ...]], MAY_BE_EMPTY],
     *,
     seeds: tuple[int, ...] = (0, 1, 2),
     settings: Annotated[tuple[str, ...], MAY_BE_EMPTY] = (),

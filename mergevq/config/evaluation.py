@@ -4,7 +4,9 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from mergevq.config.base import BUNDLED_TOKENIZER, MAX_PIXELS, Device, Precision, require
-from mergevq.config.generator import SampleRun
+from mergevq.config.generator import (
+    SampleRun,
+)
 from mergevq.config.ranges import check_numbers
 
 TrunkName = Literal["vgg", "alex", "squeeze"]

@@ -13,7 +13,9 @@ from mergevq.config.evaluation import (
     RobustnessSettings,
     TrunkName,
 )
-from mergevq.config.generator import SampleRun
+from mergevq.config.generator import (
+    SampleRun,
+)
 from mergevq.config.probing import ProbeRun
 from mergevq.config.ranges import check_numbers
 from mergevq.config.tokenizer import TokenizerConfig

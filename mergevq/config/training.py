@@ -12,7 +12,11 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mergevq.config.base import MAX_PIXELS, Device, Precision, require
-from mergevq.config.generator import GeneratorConfig, SamplingSettings, check_sampling
+from mergevq.config.generator import (
+    GeneratorConfig,
+    SamplingSettings,
+    check_sampling,
+)
 from mergevq.config.objective import LossConfig, SelfDistillation, Teacher
 from mergevq.config.parts import (
     NUM_KEYS,

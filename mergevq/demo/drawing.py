@@ -14,7 +14,10 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
-from mergevq.config.generator import SampleRun, SamplingSettings
+from mergevq.config.generator import (
+    SampleRun,
+    SamplingSettings,
+)
 from mergevq.data.prepare import crop_square, to_rgb
 from mergevq.demo.tokens import enlarged
 from mergevq.generator.build import with_full_cache

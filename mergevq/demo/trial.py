@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from mergevq.config.generator import SampleRun
+from mergevq.config.generator import (
+    SampleRun,
+)
 from mergevq.config.probing import FeatureConfig, LinearConfig
 from mergevq.config.training import GeneratorRun, TokenizerRun
 from mergevq.data.batches import Batch, eval_batches, open_train_val

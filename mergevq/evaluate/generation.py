@@ -125,24 +125,13 @@ def _evaluate(
         labels=None if classifier is None else _labels(settings, pair, samples),
         batch_size=settings.batch_size,
     )
-    real = _real(
-        settings,
-        pair,
-        size,
-        world,
-        num_images=samples.num_images,
-        extractor=extractor,
-        reference=reference.statistics,
-        classifier=classifier,
-    )
+    against = Against(extractor, reference.statistics, classifier, size)
+    real = _real(settings, pair, against, samples.num_images, world)
     neighbours = _look_up(settings, scores, extractor, size, world)
     if not distributed.is_main():
         return None
     out.mkdir(parents=True, exist_ok=True)
-    if neighbours is not None and settings.data is not None:
-        images = open_images(settings.data, max_pixels=settings.max_pixels)
-        picture = neighbour_picture(samples, images, neighbours, size)
-        picture.save(out / "nearest_neighbours.png")
+    _picture(settings, samples, neighbours, size, out)
     frechet = extractor.metric_name("frechet")
     record: GenerationRecord = {
         "kind": "generation evaluation",
@@ -166,6 +155,21 @@ def _evaluate(
     }
     write_json(out / RECORD, record)
     return record
+
+
+def _picture(
+    settings: GenerationSettings,
+    samples: Samples,
+    neighbours: Neighbours | None,
+    size: int,
+    out: Path,
+) -> None:
+    """Draw some samples beside the nearest training images, where these were looked up."""
+    if neighbours is None or settings.data is None:
+        return
+    images = open_images(settings.data, max_pixels=settings.max_pixels)
+    picture = neighbour_picture(samples, images, neighbours, size)
+    picture.save(out / "nearest_neighbours.png")
 
 
 def _labels(
@@ -362,16 +366,23 @@ def _classifier(
     return open_classifier(settings.classifier, outputs, num_classes, device)
 
 
+class Against(NamedTuple):
+    """Networks and statistics that images are held against."""
+
+    extractor: FeatureExtractor
+    reference: Gaussian
+    """Statistics of the training set."""
+    classifier: Classifier | None
+    size: int
+    """Side of an image in pixels."""
+
+
 def _real(
     settings: GenerationSettings,
     pair: Pair | None,
-    size: int,
-    world: distributed.World,
-    *,
+    against: Against,
     num_images: int,
-    extractor: FeatureExtractor,
-    reference: Gaussian,
-    classifier: Classifier | None,
+    world: distributed.World,
 ) -> Real | None:
     """Numbers of as many held-out images; None where there are none."""
     if settings.val_data is None:
@@ -380,10 +391,10 @@ def _real(
         settings.val_data,
         num_images,
         world,
-        image_size=size,
-        extractor=extractor,
-        reference=reference,
-        classifier=classifier,
+        image_size=against.size,
+        extractor=against.extractor,
+        reference=against.reference,
+        classifier=against.classifier,
         class_names=() if pair is None else pair.class_names,
         max_pixels=settings.max_pixels,
         batch_size=settings.batch_size,

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from mergevq.config.base import FORMAT_VERSION
 from mergevq.config.evaluation import GenerationSettings
-from mergevq.config.generator import SampleRun
+from mergevq.config.generator import (
+    SampleRun,
+)
 from mergevq.data.arrays import ImageArray, ImageArrayWriter
 from mergevq.data.images import ImageDataset, open_images
 from mergevq.data.sample_files import SUMS, SampleFiles, is_sample_folder

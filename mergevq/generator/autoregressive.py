@@ -17,7 +17,10 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from mergevq.config.generator import GeneratorConfig, SamplingSettings
+from mergevq.config.generator import (
+    GeneratorConfig,
+    SamplingSettings,
+)
 from mergevq.generator.network import Network, Predicted, described
 from mergevq.generator.sampling import draw, run
 from mergevq.generator.seams import (

@@ -27,12 +27,14 @@ import torch
 from mergevq.config.generator import (
     GeneratorConfig,
     OneByOne,
-    Order,
-    Raster,
     SamplingSettings,
     Several,
     Weights,
     sized,
+)
+from mergevq.config.parts.orders import (
+    Order,
+    Raster,
 )
 from mergevq.generator.build import AnyGenerator, build_generator
 from mergevq.generator.seams import Sequences
@@ -49,6 +51,7 @@ NAMES = {
     "anchor": "anchored",
     "masked": "MaskGIT",
     "stream": "codes and map",
+    "ordered": "ordered tokens",
 }
 """Names of orders, by kind, in the printed table."""
 NOMINAL_KEPT = {256: 144, 1024: 256}

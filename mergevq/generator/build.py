@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import assert_never
 
-from mergevq.config import generator as settings
+from mergevq.config.generator import GeneratorConfig
+from mergevq.config.parts import heads, orders
 from mergevq.generator import seams
 from mergevq.generator.autoregressive import Autoregressive
 from mergevq.generator.heads.bits import Bits
@@ -26,14 +27,8 @@ from mergevq.generator.orders.stream import Stream
 from mergevq.runtime.artefacts import SavedModel, build_for, load_model, resolve, save_model
 from mergevq.runtime.settings import from_json
 
-GeneratorConfig = settings.GeneratorConfig
 Sequential = (
-    settings.Raster
-    | settings.Merge
-    | settings.Random
-    | settings.Anchored
-    | settings.Stream
-    | settings.Ordered
+    orders.Raster | orders.Merge | orders.Random | orders.Anchored | orders.Stream | orders.Ordered
 )
 """Orders of the autoregressive family."""
 AnyGenerator = Autoregressive | Nat
@@ -43,7 +38,7 @@ AnyGenerator = Autoregressive | Nat
 def build_generator(config: GeneratorConfig) -> AnyGenerator:
     """A generator with random weights from torch's default generator, in training mode."""
     network = Network(config, build_head(config))
-    if isinstance(config.order, settings.Masked):
+    if isinstance(config.order, orders.Masked):
         return Nat(config, config.order, network)
     return Autoregressive(config, build_order(config.order, config), network)
 
@@ -51,17 +46,17 @@ def build_generator(config: GeneratorConfig) -> AnyGenerator:
 def build_order(order: Sequential, config: GeneratorConfig) -> seams.Order:
     """The order of an autoregressive generator."""
     match order:
-        case settings.Raster():
+        case orders.Raster():
             return Raster()
-        case settings.Merge():
+        case orders.Merge():
             return Merge(order)
-        case settings.Random():
+        case orders.Random():
             return Random(order, config)
-        case settings.Anchored():
+        case orders.Anchored():
             return Anchored()
-        case settings.Stream():
+        case orders.Stream():
             return Stream(order)
-        case settings.Ordered():
+        case orders.Ordered():
             return Ordered()
         case _:
             assert_never(order)
@@ -70,11 +65,11 @@ def build_order(order: Sequential, config: GeneratorConfig) -> seams.Order:
 def build_head(config: GeneratorConfig) -> Head:
     """The head over the parts of a token."""
     match config.head:
-        case settings.Subindices():
+        case heads.Subindices():
             return Subindices(config)
-        case settings.Independent():
+        case heads.Independent():
             return Independent(config)
-        case settings.Bits():
+        case heads.Bits():
             return Bits(config, config.head)
         case _:
             assert_never(config.head)

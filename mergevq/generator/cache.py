@@ -12,7 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from mergevq.config.generator import GeneratorConfig
+from mergevq.config.generator import (
+    GeneratorConfig,
+)
 from mergevq.nn.attention import attend, attend_apart
 from mergevq.nn.llama import cell_positions, rotation
 

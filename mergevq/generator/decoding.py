@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask
 
-from mergevq.config.generator import SamplingSettings
+from mergevq.config.generator import (
+    SamplingSettings,
+)
 from mergevq.generator.cache import FullCache
 from mergevq.generator.network import Cache, Network, Restriction
 from mergevq.generator.sampling import guidance_scales

@@ -20,7 +20,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from mergevq.config.base import FORMAT_VERSION, Precision
-from mergevq.config.generator import SampleRun, SamplingSettings
+from mergevq.config.generator import (
+    SampleRun,
+    SamplingSettings,
+)
 from mergevq.data.layouts import Source
 from mergevq.data.prepare import crop_square, load_picture, load_square, to_tensor
 from mergevq.data.sample_files import SampleFiles

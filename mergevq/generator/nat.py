@@ -35,7 +35,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from mergevq.config.generator import GeneratorConfig, Masked, SamplingSettings, Several
+from mergevq.config.generator import (
+    GeneratorConfig,
+    SamplingSettings,
+    Several,
+)
+from mergevq.config.parts.orders import (
+    Masked,
+)
 from mergevq.generator.network import INITIAL_STD, Network, described, fill, make_block
 from mergevq.generator.sampling import (
     arccos_schedule,

@@ -26,7 +26,10 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
-from mergevq.config.generator import GeneratorConfig, SamplingSettings
+from mergevq.config.generator import (
+    GeneratorConfig,
+    SamplingSettings,
+)
 from mergevq.data.codes import CodeSpec
 from mergevq.nn.attention import additive_mask
 from mergevq.nn.llama import Block, Dropout, RmsNorm, Rotation, cell_positions, rotation
@@ -156,7 +159,7 @@ class Head(Protocol):
 
 
 class Predicted(NamedTuple):
-    """What a network learns from: logits of each part of some tokens."""
+    """Logits of each part of some tokens, from which a network learns."""
 
     logits: list[Float[Tensor, "*b _"]]
     """Float32, given the parts before it, or those that are visible."""

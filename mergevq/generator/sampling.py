@@ -19,7 +19,11 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from mergevq.config.generator import SamplingSettings, Several, check_sampling
+from mergevq.config.generator import (
+    SamplingSettings,
+    Several,
+    check_sampling,
+)
 from mergevq.generator.network import Chosen, Restriction
 from mergevq.generator.seams import Decoder, Draws, Generator, Sampled, Sequences
 from mergevq.runtime.random import numbered_seed
@@ -115,7 +119,7 @@ def class_ratio(
 
 
 def _best(found: Sequence[Sampled], ratios: Float[Tensor, "n b"]) -> Sampled:
-    """Of several samples of each image the one of the highest number, the first of equal ones."""
+    """Sample of the highest number among those of each image, the first of equal ones."""
     best, rows = ratios.argmax(0), torch.arange(ratios.shape[1], device=ratios.device)
 
     def chosen(columns: Sequence[Tensor | None]) -> Tensor | None:

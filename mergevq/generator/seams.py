@@ -25,7 +25,10 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from mergevq.config.generator import GeneratorConfig, SamplingSettings
+from mergevq.config.generator import (
+    GeneratorConfig,
+    SamplingSettings,
+)
 from mergevq.generator.network import Network
 
 

@@ -22,7 +22,9 @@ from jaxtyping import Float, Int8
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mergevq.config.generator import Weights
+from mergevq.config.generator import (
+    Weights,
+)
 from mergevq.generator.build import AnyGenerator
 from mergevq.generator.seams import Sequences
 from mergevq.nn.llama import Block, Mask, Projection, Recall, Rotation, gated, normalized

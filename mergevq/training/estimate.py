@@ -12,7 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from mergevq.config.generator import GeneratorConfig
+from mergevq.config.generator import (
+    GeneratorConfig,
+)
 from mergevq.config.parts import bits_of
 from mergevq.config.tokenizer import KeptConfig, TokenizerConfig
 from mergevq.config.training import GeneratorRun, TokenizerRun

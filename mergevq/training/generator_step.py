@@ -15,7 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from mergevq.config.generator import GeneratorConfig
+from mergevq.config.generator import (
+    GeneratorConfig,
+)
 from mergevq.config.training import GeneratorRun
 from mergevq.data.tokens.dataset import TokenBatch
 from mergevq.data.tokens.files import TokenRecord, require_tokenizer

@@ -23,7 +23,10 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from mergevq.config.generator import SamplingSettings, Several
+from mergevq.config.generator import (
+    SamplingSettings,
+    Several,
+)
 from mergevq.config.identity import Identity, require_same_classes
 from mergevq.config.training import SourceRun
 from mergevq.data.codes import split as split_index

@@ -10,7 +10,10 @@ import tyro
 
 from mergevq.cli.evaluate import COMMANDS
 from mergevq.cli.main import main
-from mergevq.config.generator import SamplingSettings, Several
+from mergevq.config.generator import (
+    SamplingSettings,
+    Several,
+)
 from mergevq.evaluate import generation as evaluate_generation
 from mergevq.evaluate.selftest import Check
 from tests.support.evaluations import write_images, write_network, write_tokenizer

@@ -10,7 +10,9 @@ from mergevq.config.evaluation import (
     RobustnessSettings,
     Subject,
 )
-from mergevq.config.generator import SampleRun
+from mergevq.config.generator import (
+    SampleRun,
+)
 
 SUBJECT = Subject(model="model", data="data")
 PATHS = {"reference": "r.npz", "extractor": "e.pt", "out": "out"}

@@ -7,17 +7,21 @@ import pytest
 
 from mergevq.config.generator import (
     GENERATOR_SIZES,
-    Bits,
     GeneratorConfig,
+    SamplingSettings,
+    Several,
+    check_sampling,
+    sized,
+)
+from mergevq.config.parts.heads import (
+    Bits,
+    Subindices,
+)
+from mergevq.config.parts.orders import (
     Masked,
     Merge,
     Order,
     Random,
-    SamplingSettings,
-    Several,
-    Subindices,
-    check_sampling,
-    sized,
 )
 
 

@@ -9,7 +9,9 @@ import sys
 import pytest
 
 from mergevq.config import generator, objective, parts, tokenizer, training
-from mergevq.config.generator import GeneratorConfig
+from mergevq.config.generator import (
+    GeneratorConfig,
+)
 from mergevq.config.kinds import kind_of
 from mergevq.config.objective import Dino, Kl, LossConfig
 from mergevq.config.parts import Codebook, Fsq, GroupedLfq

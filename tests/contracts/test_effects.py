@@ -24,7 +24,10 @@ from mergevq.config.evaluation import (
     RobustnessSettings,
     Subject,
 )
-from mergevq.config.generator import SampleRun, SamplingSettings
+from mergevq.config.generator import (
+    SampleRun,
+    SamplingSettings,
+)
 from mergevq.config.objective import SelfDistillation
 from mergevq.config.probing import FeatureConfig, FinetuneConfig, KnnConfig, LinearConfig, ProbeRun
 from mergevq.config.recipes.digits import digits32, digits32_ar

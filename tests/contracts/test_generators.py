@@ -10,15 +10,19 @@ import pytest
 import torch
 
 from mergevq.config.generator import (
-    Anchored,
-    Bits,
-    Head,
-    Masked,
     OneByOne,
-    Order,
-    Raster,
     SamplingSettings,
     Several,
+)
+from mergevq.config.parts.heads import (
+    Bits,
+    Head,
+)
+from mergevq.config.parts.orders import (
+    Anchored,
+    Masked,
+    Order,
+    Raster,
     Stream,
 )
 from mergevq.generator import network, seams

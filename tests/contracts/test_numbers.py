@@ -15,7 +15,10 @@ from mergevq.config.evaluation import (
     ReconstructionSettings,
     RobustnessSettings,
 )
-from mergevq.config.generator import SampleRun, SamplingSettings
+from mergevq.config.generator import (
+    SampleRun,
+    SamplingSettings,
+)
 from mergevq.config.kinds import unions
 from mergevq.config.probing import FinetuneConfig, KnnConfig, LinearConfig, ProbeRun
 from mergevq.config.ranges import RANGES

@@ -19,7 +19,10 @@ from mergevq.config import (
     tokenizer,
     training,
 )
-from mergevq.config.generator import SampleRun, SamplingSettings
+from mergevq.config.generator import (
+    SampleRun,
+    SamplingSettings,
+)
 from mergevq.config.kinds import unions
 from mergevq.config.objective import HuggingFace
 from mergevq.config.probing import FinetuneConfig, KnnConfig, LinearConfig, ProbeRun

@@ -7,7 +7,17 @@ import pytest
 import torch
 from PIL import Image
 
-from mergevq.config.generator import GeneratorConfig, Masked, Merge, Random, Subindices
+from mergevq.config.generator import (
+    GeneratorConfig,
+)
+from mergevq.config.parts.heads import (
+    Subindices,
+)
+from mergevq.config.parts.orders import (
+    Masked,
+    Merge,
+    Random,
+)
 from mergevq.generator.build import build_generator, save_generator
 from mergevq.runtime.artefacts import tokens_hash
 from mergevq.tokenizer.compressed import PictureCodec

@@ -5,7 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mergevq.config.generator import SamplingSettings
+from mergevq.config.generator import (
+    SamplingSettings,
+)
 from mergevq.data.prepare import load_picture
 from mergevq.demo.drawing import (
     class_choices,

@@ -11,7 +11,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mergevq.cli.main import main
-from mergevq.config.generator import SamplingSettings
+from mergevq.config.generator import (
+    SamplingSettings,
+)
 from mergevq.config.records import GenerationRecord
 from mergevq.data.arrays import ImageArray
 from mergevq.data.images import open_images

@@ -12,7 +12,10 @@ import torch
 
 from mergevq.cli.main import main
 from mergevq.config.evaluation import GenerationSettings
-from mergevq.config.generator import SampleRun, SamplingSettings
+from mergevq.config.generator import (
+    SampleRun,
+    SamplingSettings,
+)
 from mergevq.config.records import GuidanceRecord, GuidanceSettings
 from mergevq.evaluate import guidance_sweep
 from mergevq.evaluate.generation import evaluate_generation

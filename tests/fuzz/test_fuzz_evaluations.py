@@ -12,7 +12,16 @@ import pytest
 import torch
 
 from mergevq.cli.errors import speaks_for_itself
-from mergevq.config.generator import GeneratorConfig, Merge, SampleRun, Subindices
+from mergevq.config.generator import (
+    GeneratorConfig,
+    SampleRun,
+)
+from mergevq.config.parts.heads import (
+    Subindices,
+)
+from mergevq.config.parts.orders import (
+    Merge,
+)
 from mergevq.data.arrays import ImageArray
 from mergevq.generator.build import build_generator, save_generator
 from mergevq.generator.generation import make_again, write_samples

@@ -3,7 +3,10 @@ import itertools
 import pytest
 import torch
 
-from mergevq.config.generator import GeneratorConfig, sized
+from mergevq.config.generator import (
+    GeneratorConfig,
+    sized,
+)
 from mergevq.generator.build import build_generator
 from mergevq.generator.orders.anchored import legal_gaps
 from mergevq.generator.orders.random import slot_positions

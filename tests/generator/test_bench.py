@@ -4,7 +4,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mergevq.config.generator import OneByOne, SamplingSettings, Several
+from mergevq.config.generator import (
+    OneByOne,
+    SamplingSettings,
+    Several,
+)
 from mergevq.generator import bench as bench_generator
 from mergevq.generator.bench import grid_config, spread_steps
 from mergevq.generator.build import build_generator
@@ -122,7 +126,7 @@ def test_every_order_is_timed_with_every_type_and_beside_every_plain_loop(speeds
 
 def test_rates_agree_with_each_other(speeds):
     for speed in speeds:
-        assert speed.num_tokens == (4 if speed.order in {"random", "anchor"} else 16)
+        assert speed.num_tokens == (4 if speed.order in {"random", "anchor", "ordered"} else 16)
         assert speed.num_steps == speed.num_tokens
         assert speed.images_per_second * speed.num_tokens == pytest.approx(speed.tokens_per_second)
         seconds = speed.seconds_per_step * speed.num_steps / speed.num_images
@@ -151,7 +155,7 @@ def test_cache_bytes_by_formula(speeds):
     # Prefix 2, then: all but the last token; K and window; an instruction and a token for each slot
     # but the last token; all kept tokens but the last.
     slots = {"raster": 2 + 15, "merge": 2 + 4 + 2, "random": 2 + 7, "anchor": 2 + 3, "masked": 0}
-    slots["stream"] = slots["raster"]
+    slots |= {"stream": slots["raster"], "ordered": slots["anchor"]}
     # Keys and values of two layers, two images, two heads of 16 channels: ours on CPUs in float32,
     # those of the plain loops in the type of their weights.
     one = 2 * 2 * 2 * 2 * 16 * 4

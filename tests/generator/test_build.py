@@ -6,12 +6,16 @@ import pytest
 import torch
 
 from mergevq.config.generator import (
-    Merge,
     OneByOne,
-    Random,
     SamplingSettings,
     Several,
+)
+from mergevq.config.parts.heads import (
     Subindices,
+)
+from mergevq.config.parts.orders import (
+    Merge,
+    Random,
 )
 from mergevq.generator.build import build_generator, load_generator, save_generator
 from mergevq.generator.generation import read_sample_run

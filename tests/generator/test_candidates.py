@@ -5,7 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mergevq.config.generator import GeneratorConfig, Masked, SamplingSettings, check_sampling
+from mergevq.config.generator import (
+    GeneratorConfig,
+    SamplingSettings,
+    check_sampling,
+)
+from mergevq.config.parts.orders import (
+    Masked,
+)
 from mergevq.generator.sampling import class_ratio, inpaint, sample, sample_in_steps
 from mergevq.generator.seams import Sequences
 from tests.support.generators import ORDERS, tiny_generator

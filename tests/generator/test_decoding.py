@@ -5,7 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mergevq.config.generator import OneByOne, SamplingSettings, Several
+from mergevq.config.generator import (
+    OneByOne,
+    SamplingSettings,
+    Several,
+)
 from mergevq.data.layouts import Source, canonicalize
 from mergevq.generator.build import build_generator
 from mergevq.generator.decoding import full_cache, prefill, put_in

@@ -17,6 +17,8 @@ from mergevq.config.generator import (
     SampleRun,
     SamplingSettings,
     Several,
+)
+from mergevq.config.parts.heads import (
     Subindices,
 )
 from mergevq.data.layouts import Source

@@ -7,7 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mergevq.config.generator import SamplingSettings, Several
+from mergevq.config.generator import (
+    SamplingSettings,
+    Several,
+)
 from mergevq.generator.sampling import arccos_schedule, draw, even_schedule
 from mergevq.generator.seams import Sequences
 from mergevq.runtime.random import BatchNumbers

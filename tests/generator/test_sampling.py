@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mergevq.config.generator import OneByOne, SamplingSettings, Several
+from mergevq.config.generator import (
+    OneByOne,
+    SamplingSettings,
+    Several,
+)
 from mergevq.generator.sampling import (
     arccos_schedule,
     draw,
@@ -163,7 +167,9 @@ import sys
 import torch
 from mergevq.generator.seams import Sequences
 from tests.support.generators import tiny_generator
-from mergevq.config.generator import SamplingSettings
+from mergevq.config.generator import (
+    SamplingSettings,
+)
 from mergevq.generator.decoding import prefill
 
 model = tiny_generator(sys.argv[1])

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from mergevq.config.generator import Weights
+from mergevq.config.generator import (
+    Weights,
+)
 from mergevq.generator.weights import (
     DecodingBlock,
     Fp16Linear,

@@ -3,7 +3,9 @@
 import pytest
 
 from mergevq.config.evaluation import GenerationSettings
-from mergevq.config.generator import SampleRun
+from mergevq.config.generator import (
+    SampleRun,
+)
 from mergevq.metrics.references import make_reference
 
 

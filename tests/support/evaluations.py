@@ -8,7 +8,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mergevq.config.evaluation import Subject
-from mergevq.config.generator import GeneratorConfig, Merge, Subindices
+from mergevq.config.generator import (
+    GeneratorConfig,
+)
+from mergevq.config.parts.heads import (
+    Subindices,
+)
+from mergevq.config.parts.orders import (
+    Merge,
+)
 from mergevq.data.images import open_images
 from mergevq.evaluate.subject import Opened
 from mergevq.generator.build import build_generator, save_generator

@@ -5,7 +5,15 @@ from typing import get_args
 
 import torch
 
-from mergevq.config.generator import GeneratorConfig, Order, Subindices
+from mergevq.config.generator import (
+    GeneratorConfig,
+)
+from mergevq.config.parts.heads import (
+    Subindices,
+)
+from mergevq.config.parts.orders import (
+    Order,
+)
 from mergevq.generator.build import build_generator
 from mergevq.generator.seams import Sequences
 from mergevq.runtime.random import BatchNumbers

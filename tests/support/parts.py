@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-from mergevq.config.generator import Bits, Independent
 from mergevq.config.parts import (
     Bernoulli,
     Bsq,
@@ -18,6 +17,10 @@ from mergevq.config.parts import (
     Product,
     Queries,
     Unmerge,
+)
+from mergevq.config.parts.heads import (
+    Bits,
+    Independent,
 )
 from mergevq.config.tokenizer import TokenizerConfig
 

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import torch
 
-from mergevq.config.generator import SamplingSettings
+from mergevq.config.generator import (
+    SamplingSettings,
+)
 from mergevq.generator.sampling import inpaint, sample
 
 PLAIN = SamplingSettings()

@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 
-from mergevq.config.generator import Several
+from mergevq.config.generator import (
+    Several,
+)
 from mergevq.config.objective import (
     HuggingFace,
     Labels,

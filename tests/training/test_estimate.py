@@ -8,8 +8,16 @@ import torch
 from PIL import Image
 from torch import nn
 
-from mergevq.config.generator import GeneratorConfig, Raster, Subindices
+from mergevq.config.generator import (
+    GeneratorConfig,
+)
 from mergevq.config.objective import Labels, LossConfig
+from mergevq.config.parts.heads import (
+    Subindices,
+)
+from mergevq.config.parts.orders import (
+    Raster,
+)
 from mergevq.config.recipes import TOKENIZER_RECIPES
 from mergevq.config.tokenizer import KeptConfig
 from mergevq.config.training import DataConfig, TokenizerRun, TokenizerTrainConfig

@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mergevq.config.generator import SamplingSettings
+from mergevq.config.generator import (
+    SamplingSettings,
+)
 from mergevq.data.layouts import Source, canonicalize
 from mergevq.generator.build import build_generator
 from mergevq.generator.sampling import sample

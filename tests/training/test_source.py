@@ -6,7 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mergevq.config.generator import GeneratorConfig, Subindices
+from mergevq.config.generator import (
+    GeneratorConfig,
+)
+from mergevq.config.parts.heads import (
+    Subindices,
+)
 from mergevq.config.training import OptimConfig, SourceRun
 from mergevq.data.layouts import Source, canonicalize
 from mergevq.data.tokens.dataset import open_tokens

@@ -3,17 +3,9 @@
 from dataclasses import replace
 
 from mergevq.config.generator import (
-    Bits,
     GeneratorConfig,
-    Masked,
-    Ordered,
     SamplingSettings,
     Several,
-    Stream,
-    Subindices,
-)
-from mergevq.config.generator import (
-    Merge as MergeOrder,
 )
 from mergevq.config.objective import Labels, LossConfig
 from mergevq.config.parts import (
@@ -34,6 +26,18 @@ from mergevq.config.parts import (
     Queries,
     TailDrop,
     Unmerge,
+)
+from mergevq.config.parts.heads import (
+    Bits,
+    Subindices,
+)
+from mergevq.config.parts.orders import (
+    Masked,
+    Ordered,
+    Stream,
+)
+from mergevq.config.parts.orders import (
+    Merge as MergeOrder,
 )
 from mergevq.config.tokenizer import KeptConfig, TokenizerConfig
 from mergevq.config.training import (

@@ -4,17 +4,19 @@ from dataclasses import replace
 
 from mergevq.config.generator import (
     GeneratorConfig,
-    Random,
-    Raster,
     SamplingSettings,
     Several,
     sized,
 )
-from mergevq.config.generator import (
-    Merge as MergeOrder,
-)
 from mergevq.config.objective import DINOV2_BASE, HuggingFace, LossConfig
 from mergevq.config.parts import CnnDecoder, CnnStem, PatchStem
+from mergevq.config.parts.orders import (
+    Merge as MergeOrder,
+)
+from mergevq.config.parts.orders import (
+    Random,
+    Raster,
+)
 from mergevq.config.tokenizer import KeptConfig, TokenizerConfig, with_cnn
 from mergevq.config.training import (
     DataConfig,

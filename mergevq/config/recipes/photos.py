@@ -2,9 +2,14 @@
 
 from dataclasses import replace
 
-from mergevq.config.generator import Random, Several
+from mergevq.config.generator import (
+    Several,
+)
 from mergevq.config.objective import NoTeacher
 from mergevq.config.parts import PatchDecoder, PatchStem, Unmerge
+from mergevq.config.parts.orders import (
+    Random,
+)
 from mergevq.config.recipes.tiny64 import tiny64_gr, tiny64_mergear
 from mergevq.config.tokenizer import KeptConfig
 from mergevq.config.training import (

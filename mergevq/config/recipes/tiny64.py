@@ -3,19 +3,21 @@
 from dataclasses import replace
 
 from mergevq.config.generator import (
-    Anchored,
     GeneratorConfig,
-    Random,
-    Raster,
     SamplingSettings,
     Several,
     sized,
 )
-from mergevq.config.generator import (
-    Merge as MergeOrder,
-)
 from mergevq.config.objective import LossConfig, SelfDistillation
 from mergevq.config.parts import CnnDecoder, CnnStem, Merge, PatchStem, Unmerge
+from mergevq.config.parts.orders import (
+    Anchored,
+    Random,
+    Raster,
+)
+from mergevq.config.parts.orders import (
+    Merge as MergeOrder,
+)
 from mergevq.config.tokenizer import KeptConfig, TokenizerConfig, with_cnn
 from mergevq.config.training import (
     DataConfig,

@@ -31,8 +31,11 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mergevq.config import generator as config
-from mergevq.config.generator import GeneratorConfig, SamplingSettings
+from mergevq.config.generator import (
+    GeneratorConfig,
+    SamplingSettings,
+)
+from mergevq.config.parts import heads as config
 from mergevq.generator.network import Chosen, Embed, Predicted, Restriction
 from mergevq.generator.sampling import choose_parts
 from mergevq.nn.llama import Projection, RmsNorm, SwiGlu
@@ -177,7 +180,7 @@ class Bits(nn.Module):
         states: Float[Tensor, "n 1 c"],
         num_known: Int64[Tensor, "*_ s"],
     ) -> Float[Tensor, "n s w"]:
-        """What the output layers read, by the number of parts that each row of inputs has."""
+        """Input of the output layers, by the number of parts that each row of inputs has."""
         to_inputs, to_condition = self.inputs
         condition = to_condition(self.state_norm(states)) + self.counts(num_known)
         condition = functional.silu(condition)

@@ -14,7 +14,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from mergevq.config.generator import GeneratorConfig, SamplingSettings
+from mergevq.config.generator import (
+    GeneratorConfig,
+    SamplingSettings,
+)
 from mergevq.generator.network import Chosen, Embed, Restriction, make_block
 from mergevq.generator.sampling import choose_parts
 from mergevq.nn.llama import Projection, RmsNorm

@@ -22,8 +22,12 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from mergevq.config import generator as config
-from mergevq.config.generator import GeneratorConfig, OneByOne, SamplingSettings
+from mergevq.config.generator import (
+    GeneratorConfig,
+    OneByOne,
+    SamplingSettings,
+)
+from mergevq.config.parts import orders as config
 from mergevq.generator.cache import SlotCache
 from mergevq.generator.decoding import SequenceDecoder, cache_type, lay_out, turns_at
 from mergevq.generator.network import Cache, Network, Restriction

@@ -16,7 +16,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mergevq.config.generator import GeneratorConfig, SamplingSettings
+from mergevq.config.generator import (
+    GeneratorConfig,
+    SamplingSettings,
+)
 from mergevq.generator.cache import FullCache
 from mergevq.generator.decoding import SequenceDecoder, full_cache, lay_out, turns_at
 from mergevq.generator.network import Cache, Network

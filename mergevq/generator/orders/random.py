@@ -21,8 +21,11 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mergevq.config import generator as config
-from mergevq.config.generator import GeneratorConfig, SamplingSettings
+from mergevq.config.generator import (
+    GeneratorConfig,
+    SamplingSettings,
+)
+from mergevq.config.parts import orders as config
 from mergevq.generator.cache import FullCache
 from mergevq.generator.decoding import full_cache
 from mergevq.generator.network import INITIAL_STD, Network

@@ -28,8 +28,14 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 from torch.nn import functional
 
-from mergevq.config import generator as settings
-from mergevq.config.generator import NUM_RELATIONS, GeneratorConfig, SamplingSettings
+from mergevq.config.generator import (
+    GeneratorConfig,
+    SamplingSettings,
+)
+from mergevq.config.parts import orders as settings
+from mergevq.config.parts.orders import (
+    NUM_RELATIONS,
+)
 from mergevq.generator.cache import FullCache
 from mergevq.generator.decoding import SequenceDecoder, full_cache, lay_out, turns_at
 from mergevq.generator.network import Cache, Network, check_range

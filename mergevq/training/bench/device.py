@@ -21,7 +21,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from mergevq.config.generator import GeneratorConfig, Order
+from mergevq.config.generator import (
+    GeneratorConfig,
+)
+from mergevq.config.parts.orders import (
+    Order,
+)
 from mergevq.config.training import TokenizerRun
 from mergevq.generator.bench import Speed, bench_generator, compared
 from mergevq.generator.bench import line as generator_line

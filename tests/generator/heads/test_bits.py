@@ -7,7 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mergevq.config.generator import Anchored, Bits, Raster, SamplingSettings, Stream
+from mergevq.config.generator import (
+    SamplingSettings,
+)
+from mergevq.config.parts.heads import (
+    Bits,
+)
+from mergevq.config.parts.orders import (
+    Anchored,
+    Raster,
+    Stream,
+)
 from mergevq.generator.build import build_generator
 from mergevq.generator.heads.bits import block_starts
 from tests.support.generators import TINY, numbers_for, tiny_batch, tiny_generator

@@ -6,7 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mergevq.config.generator import Independent, SamplingSettings
+from mergevq.config.generator import (
+    SamplingSettings,
+)
+from mergevq.config.parts.heads import (
+    Independent,
+)
 from mergevq.generator.build import build_generator
 from tests.support.generators import TINY
 

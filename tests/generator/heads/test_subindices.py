@@ -3,7 +3,9 @@ import math
 import pytest
 import torch
 
-from mergevq.config.generator import SamplingSettings
+from mergevq.config.generator import (
+    SamplingSettings,
+)
 from mergevq.generator.sampling import check_finite
 from tests.support.generators import TINY, tiny_generator
 

@@ -6,7 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mergevq.config.generator import SampleRun, SamplingSettings
+from mergevq.config.generator import (
+    SampleRun,
+    SamplingSettings,
+)
 from mergevq.config.recipes.digits import digits32_ar, digits32_causal, digits32_ordered
 from mergevq.data.images import open_images
 from mergevq.data.layouts import Ordered as OrderedLayout

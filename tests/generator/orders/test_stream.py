@@ -6,7 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mergevq.config.generator import Bits, SamplingSettings, Stream, Subindices
+from mergevq.config.generator import (
+    SamplingSettings,
+)
+from mergevq.config.parts.heads import (
+    Bits,
+    Subindices,
+)
+from mergevq.config.parts.orders import (
+    Stream,
+)
 from mergevq.generator.orders.stream import (
     OTHER,
     legal_groups,

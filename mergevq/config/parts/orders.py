@@ -1,0 +1,191 @@
+"""Settings of the orders of a generator, a tagged union; no torch."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from mergevq.config.base import require
+from mergevq.config.parts.checks import LayoutKind
+from mergevq.config.ranges import check_numbers
+
+NUM_RELATIONS = 9
+"""Relations of a cell in order `stream`: new, a copy of one of seven neighbours, or of another."""
+Reads = Literal["cells", "kept"]
+"""Tokens of a sequence: all cells of the grid in raster order, or the kept tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Raster:
+    """All cells row by row (LlamaGen)."""
+
+    kind: Literal["raster"] = "raster"
+
+    reads: ClassVar[Reads] = "cells"
+    """Tokens of a sequence."""
+    layout: ClassVar[LayoutKind] = "source"
+    """Layout that the tokens must have."""
+    merges: ClassVar[bool] = False
+    """Whether cells are copies of kept tokens, or kept tokens alone are read."""
+    is_anchored: ClassVar[bool] = False
+    """Whether the first part of a token is the cell at which it opens."""
+    in_parallel: ClassVar[bool] = False
+    """Whether several tokens can be decoded in one pass."""
+    fills_in: ClassVar[bool] = False
+    """Whether some tokens can be kept and the others sampled."""
+    tokens_per_step: ClassVar[int] = 1
+    """Tokens that one state of the transformer predicts, one after the other in the head."""
+    names_copies: ClassVar[bool] = False
+    """Whether the first parts of a token are which earlier cell it is a copy of."""
+    is_exact: ClassVar[bool] = True
+    """Whether likelihoods of sequences are exact, and not estimates of a bound."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Merge:
+    """All cells row by row, merged duplicates hidden (MergeAR)."""
+
+    kind: Literal["merge"] = "merge"
+    window: int = 2
+    """Duplicates stay visible to this many tokens after them."""
+    groups: Literal["code", "source"] = "code"
+    """Tokens are duplicates if their codes are equal, as in sampling, or (in training only) if the
+    tokenizer merged them."""
+    flex_attention: bool = False
+    """Train with a compiled block mask on CUDA; other devices ignore it."""
+
+    reads: ClassVar[Reads] = "cells"
+    layout: ClassVar[LayoutKind] = "source"
+    merges: ClassVar[bool] = True
+    is_anchored: ClassVar[bool] = False
+    in_parallel: ClassVar[bool] = False
+    fills_in: ClassVar[bool] = False
+    tokens_per_step: ClassVar[int] = 1
+    names_copies: ClassVar[bool] = False
+    is_exact: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Reject a negative window."""
+        check_numbers(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Random:
+    """The kept tokens in random order, each after an instruction that names its slot (RandAR)."""
+
+    kind: Literal["random"] = "random"
+    rotate_instruction: bool = True
+    """Rotate a position-instruction vector itself by its slot, besides the rotation that every
+    query and key gets."""
+
+    reads: ClassVar[Reads] = "kept"
+    layout: ClassVar[LayoutKind] = "source"
+    merges: ClassVar[bool] = True
+    is_anchored: ClassVar[bool] = False
+    in_parallel: ClassVar[bool] = True
+    fills_in: ClassVar[bool] = True
+    tokens_per_step: ClassVar[int] = 1
+    names_copies: ClassVar[bool] = False
+    is_exact: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Anchored:
+    """The kept tokens in canonical order, each with the cell at which it opens."""
+
+    kind: Literal["anchor"] = "anchor"
+
+    reads: ClassVar[Reads] = "kept"
+    layout: ClassVar[LayoutKind] = "source"
+    merges: ClassVar[bool] = True
+    is_anchored: ClassVar[bool] = True
+    in_parallel: ClassVar[bool] = False
+    fills_in: ClassVar[bool] = False
+    tokens_per_step: ClassVar[int] = 1
+    names_copies: ClassVar[bool] = False
+    is_exact: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Masked:
+    """All cells in a few passes, the most confident first (MaskGIT; ENAT with `disentangle`)."""
+
+    kind: Literal["masked"] = "masked"
+    masking: Literal["arccos", "beta"] = "arccos"
+    """Distribution of the share of tokens that training hides: arccos(u) / (pi / 2) of an even u
+    (mean 0.64, MaskGIT), or Beta(12, 3) (mean 0.8, ENAT)."""
+    visible_weight: float = 0.1
+    """Weight of visible tokens in the loss, beside 1 for hidden ones; 0 with `disentangle`, which
+    predicts hidden tokens alone."""
+    disentangle: bool = False
+    """Encode visible tokens by themselves, and let hidden ones attend to them in a decoder."""
+    num_decoder_layers: int = 1
+    """Transformer blocks of hidden tokens with `disentangle`; `num_layers` are of visible ones."""
+    reuse: bool = False
+    """With `disentangle`, encode in each pass only the tokens of the pass before, which attend to
+    the features that older ones have."""
+
+    reads: ClassVar[Reads] = "cells"
+    layout: ClassVar[LayoutKind] = "source"
+    merges: ClassVar[bool] = True
+    is_anchored: ClassVar[bool] = False
+    in_parallel: ClassVar[bool] = True
+    fills_in: ClassVar[bool] = False
+    tokens_per_step: ClassVar[int] = 1
+    names_copies: ClassVar[bool] = False
+    is_exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Reject settings that contradict each other."""
+        check_numbers(self)
+        require(
+            not self.disentangle or self.visible_weight == 0,
+            f"visible_weight ({self.visible_weight}) must be 0 with disentangle: visible tokens "
+            "are not predicted",
+        )
+        require(
+            self.disentangle or not self.reuse,
+            "reuse (True) needs disentangle (False): only features of visible tokens alone can be "
+            "used again",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stream:
+    """All cells row by row, each a new token or a copy of an earlier cell that it names."""
+
+    kind: Literal["stream"] = "stream"
+    tokens_per_step: int = 1
+    """Cells that one state of the transformer predicts; more take fewer passes."""
+
+    reads: ClassVar[Reads] = "cells"
+    layout: ClassVar[LayoutKind] = "source"
+    merges: ClassVar[bool] = True
+    is_anchored: ClassVar[bool] = False
+    in_parallel: ClassVar[bool] = False
+    fills_in: ClassVar[bool] = False
+    names_copies: ClassVar[bool] = True
+    is_exact: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Reject a number of cells below 1."""
+        check_numbers(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ordered:
+    """The tokens of a tokenizer with ordered ones (`queries`), from the first to the last."""
+
+    kind: Literal["ordered"] = "ordered"
+
+    reads: ClassVar[Reads] = "kept"
+    layout: ClassVar[LayoutKind] = "ordered"
+    merges: ClassVar[bool] = True
+    is_anchored: ClassVar[bool] = False
+    in_parallel: ClassVar[bool] = False
+    fills_in: ClassVar[bool] = False
+    tokens_per_step: ClassVar[int] = 1
+    names_copies: ClassVar[bool] = False
+    is_exact: ClassVar[bool] = True
+
+
+Order = Raster | Merge | Random | Anchored | Masked | Stream | Ordered
+"""How sequences are ordered and decoded."""
