@@ -17,6 +17,7 @@ import importlib
 import io
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -120,7 +121,10 @@ def on_generator(model):
     order = model.order
     if hasattr(order, "flex_attention"):
         order = replace(order, flex_attention=False)
-    return replace(model, head=replace(model.head, sizes=(16, 16)), order=order)
+    head = model.head
+    if math.prod(head.sizes) != 256:
+        head = replace(head, sizes=(16, 16))
+    return replace(model, head=head, order=order)
 
 
 def generator_run(run, tokenizer, folder, out):

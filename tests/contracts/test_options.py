@@ -534,7 +534,7 @@ TRAIN_VALUES = {
         "model.stem[patch].width": 64,
     },
     ("digits32", "model.image_size"): {"model.image_size": 36},
-    ("digits32_ar", "model.head[bits].schedule"): {"model.head[bits].schedule": (2,)},
+    ("digits32_ar", "model.head[bits].schedule"): {"model.head[bits].schedule": (3, 5)},
     ("digits32_ar", "model.order[masked].disentangle"): {
         "model.order[masked].disentangle": True,
         "model.order[masked].visible_weight": 0.0,
