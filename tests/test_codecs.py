@@ -47,6 +47,7 @@ def test_a_rival_answers_with_its_best_file_of_as_many_bytes(picture):
     assert rival.within(own.num_bytes) == fitting[-1]
 
 
+@pytest.mark.slow
 def test_the_record_holds_real_files_and_the_plot_is_drawn(picture, tmp_path):
     pytest.importorskip("constriction", reason="files need the codec extra")
     pytest.importorskip("matplotlib", reason="plots need the eval extra")

@@ -219,6 +219,7 @@ def short(run, tmp_path):
 
 
 @pytest.mark.parametrize("name", SHRUNK_APART)
+@pytest.mark.slow  # .ci/run trains them for the ledger.
 def test_a_shrunk_recipe_trains(name, tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
     # Curves are alike for all, and take longer than the steps.

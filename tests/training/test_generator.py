@@ -734,6 +734,7 @@ SHRUNK_APART = {
 
 
 @pytest.mark.parametrize("name", SHRUNK_APART)
+@pytest.mark.slow  # .ci/run trains them for the ledger.
 def test_a_shrunk_recipe_trains(name, tmp_path, material):
     tokens = TokensConfig(path=str(material / "tokens"), tokenizer=str(material / "tokenizer"))
     made = train(replace(shrunk(name), tokens=tokens, out=str(tmp_path / "run")))
