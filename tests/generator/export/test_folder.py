@@ -187,9 +187,11 @@ def test_the_example_needs_no_torch(exported, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     model = Tokenizer.from_pretrained("digits32", precision="float32")
-    indices = model.encode(to_tensor(Image.open(picture))[None], 20).indices[0]
+    with Image.open(picture) as opened:
+        indices = model.encode(to_tensor(opened)[None], 20).indices[0]
     assert f"tokens: {' '.join(map(str, indices.tolist()))}" in done.stdout
-    assert Image.open(out).size == (96, 32)
+    with Image.open(out) as opened:
+        assert opened.size == (96, 32)
 
 
 @pytest.mark.slow
