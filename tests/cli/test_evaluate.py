@@ -58,6 +58,7 @@ def test_help_does_not_wait_for_torch():
     assert finished.returncode == 0, finished.stderr
 
 
+@pytest.mark.slow
 def test_reconstruction_prints_a_column_for_each_k(tmp_path, folder, capsys):
     run(
         "reconstruction",

@@ -228,6 +228,7 @@ def test_a_shrunk_recipe_trains(name, tmp_path, monkeypatch):
     assert (model / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_training_starts_from_the_weights_of_the_vit(tmp_path):
     pytest.importorskip("sklearn")
     run = short(TOKENIZER_RUNS["tiny64_gr"](), tmp_path)

@@ -117,6 +117,7 @@ def test_images_that_are_there_cannot_be_guided(tmp_path, folder):
 # ---------------------------------------------------------------------------------------- sweep
 
 
+@pytest.mark.slow
 def test_each_scale_is_the_evaluation_of_that_scale(tmp_path, folder, capsys):
     swept = settings(folder, tmp_path / "sweep")
     record = evaluate_guidance(swept)

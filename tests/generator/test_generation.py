@@ -498,6 +498,7 @@ def test_a_generator_of_the_package_finds_its_tokenizer_there(name):
     assert known_tokenizer(name) == name.partition("_")[0]
 
 
+@pytest.mark.slow
 def test_sampling_needs_no_model_of_ones_own(tmp_path, capsys):
     assert main(["sample", "--num", "1", "--out", str(tmp_path / "out")]) == 0
     record = json.loads((tmp_path / "out/samples.json").read_text())

@@ -668,6 +668,7 @@ def test_training_reduces_the_loss_and_writes_everything(tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
 def test_sigterm_to_all_processes_saves_and_the_run_goes_on(tmp_path, num_workers):
     pytest.importorskip("sklearn")
     script = textwrap.dedent(f"""

@@ -212,6 +212,7 @@ def test_what_is_not_skipped_is_divided_by_its_probability(generator):
 # --------------------------------------------------------------------------------- training
 
 
+@pytest.mark.slow
 def test_sixteen_images_are_learnt_by_heart_whatever_their_labels(tmp_path, generator):
     labels = torch.randint(2, (16,), generator=generator)
     for number, label in enumerate(labels.tolist()):

@@ -132,6 +132,7 @@ def test_a_part_of_the_data_is_held_out_without_other_images(folder, tmp_path):
     assert "held out of the data" in summary(record)[0]
 
 
+@pytest.mark.slow
 def test_fine_tuning_stands_beside_frozen_features_and_pixels(folder, tmp_path):
     method = FinetuneConfig(num_epochs=2, batch_size=12, precision="float32", linear=LINEAR)
     record = probe(run(folder, tmp_path / "out", method))

@@ -26,6 +26,7 @@ def measured(tmp_path, *options):
     return json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_a_lent_machine_is_measured_with_one_command(tmp_path, capsys):
     record = measured(tmp_path, "--batch-sizes", "1", "--reference", str(REFERENCE))
     assert record["left_out"] == []
