@@ -28,21 +28,18 @@ is not measured again.
 """
 
 import argparse
-import importlib
 import json
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from numpy.typing import NDArray
 from torch import Tensor
 
 from mergevq.config.generator import (
@@ -71,6 +68,7 @@ from mergevq.generator.autoregressive import Autoregressive
 from mergevq.generator.generation import Pair, class_labels, generate, load_pair
 from mergevq.metrics.extractor import FeatureExtractor
 from mergevq.metrics.image import to_uint8
+from mergevq.metrics.judge import Judge, fit_judge
 from mergevq.report.pictures import contact_sheet, to_pil
 from mergevq.runtime.random import BatchNumbers
 from mergevq.runtime.run import environment
@@ -94,9 +92,6 @@ HELD_OUT = 0.2
 _BATCH = 50
 _MAPS = ("relation", "group", "anchor")
 """Beginnings of the names of parts that are of the map."""
-_GREY_SIDE = 8
-Judge = Callable[[Float[Tensor, "b 3 h w"]], NDArray[np.int64]]
-"""From images in [-1, 1] to classes."""
 
 
 def arm_run(options: argparse.Namespace, tokens: Path, arm: str, seed: int) -> GeneratorRun:
@@ -221,49 +216,43 @@ def judged_samples(
     settings = SamplingSettings(guidance_scale=run.sampling.guidance_scale)
     samples = SampleRun(num_images=num_samples, settings=settings)
     classes = pair.generator.config.num_classes
-    asked = class_labels(samples, classes, range(num_samples)).numpy()
+    asked = class_labels(samples, classes, range(num_samples))
     images, started = [], time.process_time()
     for first in range(0, num_samples, _BATCH):
         ids = range(first, min(first + _BATCH, num_samples))
         images.append(generate(pair, samples, ids)[1])
     seconds = time.process_time() - started
-    shown = [to_pil(image) for image in torch.cat(images)[: 4 * classes]]
+    image = torch.cat(images)
+    shown = [to_pil(one) for one in image[: 4 * classes]]
     rows = [shown[first : first + classes] for first in range(0, len(shown), classes)]
     contact_sheet(rows).save(Path(run.out, "samples.png"))
-    taken = np.concatenate([judge(batch) for batch in images])
     return {
-        "class_accuracy": float((taken == asked).mean()),
+        "class_accuracy": judge.accuracy(image, asked),
         "sampling_cpu_seconds": seconds / num_samples,
     }
 
 
 def make_judge(options: argparse.Namespace, image_size: int) -> tuple[Judge, float]:
     """A support vector machine, and its accuracy on a fifth of the images, which it had not."""
-    extractor = None if options.extractor is None else FeatureExtractor(options.extractor)
-
-    def features(image: Float[Tensor, "b 3 h w"]) -> NDArray[np.float32]:
-        if extractor is None:
-            grey = image.mean(1, keepdim=True)
-            return torch.nn.functional.adaptive_avg_pool2d(grey, _GREY_SIDE).flatten(1).numpy()
-        return extractor.features(to_uint8(image)).float().numpy()
-
     dataset = open_images(options.data)
-    seen = [
-        (features(batch.image), batch.label.numpy())
-        for batch in eval_batches(
-            dataset,
-            image_size=image_size,
-            batch_size=_BATCH,
-            max_images=min(len(dataset), options.num_judged),
-            num_workers=0,
-        )
-    ]
-    rows, labels = (np.concatenate(part) for part in zip(*seen, strict=True))
+    seen = eval_batches(
+        dataset,
+        image_size=image_size,
+        batch_size=_BATCH,
+        max_images=min(len(dataset), options.num_judged),
+        num_workers=0,
+    )
+    pairs = [(batch.image, batch.label) for batch in seen]
+    image, label = (torch.cat(part) for part in zip(*pairs, strict=True))
     # Data may be sorted by class: every fifth image is of all of them.
-    held_out = np.arange(len(rows)) % 5 == 0
-    svm = importlib.import_module("sklearn.svm").SVC().fit(rows[~held_out], labels[~held_out])
-    accuracy = float((svm.predict(rows[held_out]) == labels[held_out]).mean())
-    return lambda image: svm.predict(features(image)), accuracy
+    held_out = torch.arange(len(image)) % 5 == 0
+    real = [(image[~held_out], label[~held_out])]
+    if options.extractor is None:
+        judge = fit_judge(real)
+    else:
+        extractor = FeatureExtractor(options.extractor)
+        judge = fit_judge(real, lambda image: extractor.features(to_uint8(image)))
+    return judge, judge.accuracy(image[held_out], label[held_out])
 
 
 def table(found: dict[str, dict[str, dict[str, float]]]) -> str:

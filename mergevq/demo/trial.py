@@ -1,14 +1,11 @@
 """A finished run of the quickstart, measured and pictured."""
 
-import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from jaxtyping import Float
-from numpy.typing import NDArray
+from jaxtyping import Float, Int64
 from PIL import Image
 from torch import Tensor
 
@@ -24,6 +21,7 @@ from mergevq.evaluate.probe.linear import ProbeRow, probe_rows
 from mergevq.generator.generation import class_labels, generate, load_pair
 from mergevq.generator.weights import as_weights
 from mergevq.metrics.codes import CodebookStatistics
+from mergevq.metrics.judge import Judge, fit_judge
 from mergevq.report.lettering import shown_names
 from mergevq.report.pictures import merge_map, to_pil
 from mergevq.runtime.device import autocast, resolve_device
@@ -38,10 +36,6 @@ _MAX_PICTURED = 10
 _SAMPLES_PER_CLASS = 20
 """Images a class that the generator is judged by."""
 _SAMPLES_AT_ONCE = 50
-_CLASSIFIED_SIZE = 8
-"""Side of the grey images a classifier sees, in pixels: that of the handwritten digits."""
-Classifier = Callable[[NDArray[np.float32]], NDArray[np.int64]]
-"""From rows of grey pixels to classes."""
 _PROBED_SIZE = 16
 """Side of the pixels that are probed beside the tokens."""
 _PROBE = LinearConfig(rates=(1e-3, 1e-2), num_epochs=30)
@@ -138,8 +132,8 @@ def examine(run: TokenizerRun) -> Trial:
     train_set, _ = open_train_val(run.data)
     probes, recognised = [], {}
     if dataset.num_classes > 0:
-        classify = _classifier(_batches(run, train_set))
-        recognised = {k: _recognise(tokenizer, batches, k, classify) for k in num_kepts}
+        judge = _judge(_batches(run, train_set))
+        recognised = {k: _recognise(tokenizer, batches, k, judge) for k in num_kepts}
         probes = probe_rows(
             tokenizer,
             _batches(run, train_set),
@@ -175,26 +169,33 @@ def _batches(run: TokenizerRun, dataset: ImageDataset) -> Sequence[Batch]:
     )
 
 
+def _judge(batches: Sequence[Batch]) -> Judge:
+    """A classifier of real images."""
+    return fit_judge((batch.image, batch.label) for batch in batches)
+
+
+def _stacked(batches: Sequence[Batch]) -> tuple[Float[Tensor, "n 3 h w"], Int64[Tensor, "n"]]:
+    """All images and their classes."""
+    return torch.cat([batch.image for batch in batches]), torch.cat([b.label for b in batches])
+
+
 @torch.no_grad()
 def _recognise(
-    tokenizer: Tokenizer, batches: Sequence[Batch], num_kept: int, classify: Classifier
+    tokenizer: Tokenizer, batches: Sequence[Batch], num_kept: int, judge: Judge
 ) -> Recognised:
     """Judge images and their reconstructions by a classifier."""
+    image, label = _stacked(batches)
     device = next(tokenizer.parameters()).device
     given, recovered = (
-        [
-            _grey(tokenizer.reconstruct(batch.image.to(device), num_kept, source).image.cpu())
-            for batch in batches
-        ]
+        torch.cat(
+            [
+                tokenizer.reconstruct(batch.image.to(device), num_kept, source).image.cpu()
+                for batch in batches
+            ]
+        )
         for source in ("given", "recovered")
     )
-    real, labels = _grey_rows(batches)
-    return Recognised(
-        *(
-            float((classify(rows) == labels).mean())
-            for rows in (np.concatenate(given), np.concatenate(recovered), real)
-        )
-    )
+    return Recognised(*(judge.accuracy(part, label) for part in (given, recovered, image)))
 
 
 def _examples(
@@ -260,11 +261,10 @@ def examine_generator(run: GeneratorRun, data: TokenizerRun) -> GeneratorTrial:
         bar.update(len(ids))
     bar.close()
     images = torch.cat(parts)
-    asked = class_labels(samples, num_classes, range(samples.num_images)).numpy()
+    asked = class_labels(samples, num_classes, range(samples.num_images))
     train_set, held_out = (list(_batches(data, part)) for part in open_train_val(data.data))
-    real_rows, real_labels = _grey_rows(held_out)
-    classify = _classifier(train_set)
-    sampled = _grey(images)
+    real, real_label = _stacked(held_out)
+    judge = _judge(train_set)
     return GeneratorTrial(
         run=run,
         record=read_run_record(directory.record),
@@ -274,27 +274,10 @@ def examine_generator(run: GeneratorRun, data: TokenizerRun) -> GeneratorTrial:
         class_names=list(pair.class_names),
         samples=[[to_pil(image) for image in images[asked == c]] for c in range(num_classes)],
         nearest=_nearest(images[:num_classes], train_set),
-        accuracy=float((classify(sampled) == asked).mean()),
-        real_accuracy=float((classify(real_rows) == real_labels).mean()),
-        num_real=len(real_labels),
+        accuracy=judge.accuracy(images, asked),
+        real_accuracy=judge.accuracy(real, real_label),
+        num_real=len(real),
     )
-
-
-def _classifier(batches: Sequence[Batch]) -> Classifier:
-    """scikit-learn's support vector machine, fitted to grey images of 8 x 8 pixels."""
-    return importlib.import_module("sklearn.svm").SVC().fit(*_grey_rows(batches)).predict
-
-
-def _grey(images: Float[Tensor, "n 3 h w"]) -> NDArray[np.float32]:
-    """Small grey images in rows."""
-    grey = images.mean(1, keepdim=True)
-    return torch.nn.functional.adaptive_avg_pool2d(grey, _CLASSIFIED_SIZE).flatten(1).numpy()
-
-
-def _grey_rows(batches: Sequence[Batch]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Real images as a classifier sees them, and their classes."""
-    rows = np.concatenate([_grey(batch.image) for batch in batches])
-    return rows, torch.cat([batch.label for batch in batches]).numpy()
 
 
 def _nearest(samples: Float[Tensor, "n 3 h w"], batches: Sequence[Batch]) -> list[Image.Image]:
