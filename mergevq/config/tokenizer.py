@@ -6,12 +6,15 @@ from typing import Literal
 
 from mergevq.config.base import require
 from mergevq.config.parts import (
+    Branched,
+    Branches,
     CnnDecoder,
     CnnStem,
     Decoder,
     Expander,
     Lfq,
     Merge,
+    OneBranch,
     PatchDecoder,
     PatchStem,
     Quantizer,
@@ -33,6 +36,8 @@ class TokenizerConfig:
     """From pixels to grid tokens."""
     reducer: Reducer = field(default_factory=Merge)
     """From grid tokens to kept tokens."""
+    branches: Branches = field(default_factory=OneBranch)
+    """From kept tokens to latents, and from codes to teacher and expander."""
     quantizer: Quantizer = field(default_factory=Lfq)
     """From kept tokens to codes."""
     expander: Expander = field(default_factory=Unmerge)
@@ -59,6 +64,7 @@ class TokenizerConfig:
         )
         self.reducer.check_kept((self.grid_size, self.grid_size), self.num_kept)
         self._check_layout()
+        self._check_branches()
         low, high = self.kept_range or (1, 1)
         require(low <= high, f"kept_range {self.kept_range} must be a smallest and a largest K")
         require_heads("encoder width", self.dim, self.reducer.num_heads, "reducer.num_heads")
@@ -70,9 +76,9 @@ class TokenizerConfig:
         if isinstance(self.decoder, PatchDecoder):
             num_named = len(self.decoder.bit_components)
             require(
-                num_named in (0, self.quantizer.dim),
+                num_named in (0, self.decoded_dim),
                 f"decoder.bit_components ({num_named}) must name a component for each of the "
-                f"{self.quantizer.dim} channels of a code, or be empty",
+                f"{self.decoded_dim} channels of a code, or be empty",
             )
 
     def _check_layout(self) -> None:
@@ -85,6 +91,40 @@ class TokenizerConfig:
             f"'{reducer.gives}', and model.expander.kind {expander.kind} reads "
             f"'{expander.reads}': set model.expander.kind to {others[reducer.gives]}",
         )
+
+    def _check_branches(self) -> None:
+        """Reject taps of blocks that are not there, and branches that the quantizer cuts apart."""
+        branches, quantizer, reducer = self.branches, self.quantizer, self.reducer
+        require(
+            branches.semantic_dim < quantizer.dim,
+            f"branches.semantic_dim ({branches.semantic_dim}) must be below the "
+            f"{quantizer.dim} channels of the quantizer's latents",
+        )
+        least = 0 if reducer.gives == "source" else 1
+        require(
+            all(least <= tap <= reducer.num_layers for tap in branches.taps),
+            f"branches.taps {branches.taps} must all be between {least} and the "
+            f"{reducer.num_layers} blocks (reducer.num_layers)"
+            + ": before the first one, queries are the same for every image"
+            * least,
+        )
+        if branches.semantic_dim > 0 and isinstance(quantizer, Branched):
+            require(
+                branches.semantic_dim == quantizer.branch_dims[0],
+                f"branches.semantic_dim ({branches.semantic_dim}) must be the first of "
+                f"quantizer.branch_dims {quantizer.branch_dims}",
+            )
+
+    @property
+    def decoded_dim(self) -> int:
+        """Channels of a code that expander and decoder are given, the last ones."""
+        branches = self.branches
+        return self.quantizer.dim - branches.semantic_dim * (branches.decodes == "pixel")
+
+    @property
+    def summary_dim(self) -> int:
+        """Channels of the summary of an image that a teacher is given."""
+        return self.branches.semantic_dim or self.dim
 
     @property
     def num_carried(self) -> int:

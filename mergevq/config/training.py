@@ -235,6 +235,11 @@ class TokenizerRun:
                 "which gives the first weights itself",
             )
         model, way_out = self.model, "or set init_codes to random"
+        require(
+            not model.branches.taps,
+            f"init_codes (components) needs model.branches.kind one, not {model.branches.kind}; "
+            f"change it, {way_out}",
+        )
         stem = model.stem
         if not isinstance(stem, PatchStem) or stem.norm or not isinstance(model.reducer, Merge):
             raise ValueError(

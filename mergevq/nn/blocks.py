@@ -185,6 +185,7 @@ def run_blocks(
     *,
     recompute: bool,
     mask: Bool[Tensor, "*mask n"] | None = None,
+    outputs: dict[int, Float[Tensor, "b n c"]] | None = None,
 ) -> Float[Tensor, "b n c"]:
     """Run the first blocks of a stack, each of which takes tokens and a mask alone.
 
@@ -194,9 +195,14 @@ def run_blocks(
         num_layers: blocks to run; None is all.
         recompute: keep no activations for the backward pass, which computes them again.
         mask: which tokens each sees; None is all.
+        outputs: gets the tokens after the blocks that it has numbers of, from 1; 0 is before them.
     """
-    for block in list(blocks)[:num_layers]:
-        x = checkpoint(block, x, mask, use_reentrant=False) if recompute else block(x, mask)
+    outputs = {} if outputs is None else outputs
+    for number, block in enumerate([None, *list(blocks)[:num_layers]]):
+        if block is not None:
+            x = checkpoint(block, x, mask, use_reentrant=False) if recompute else block(x, mask)
+        if number in outputs:
+            outputs[number] = x
     return x
 
 

@@ -52,6 +52,8 @@ HUB_FORM = "a model on Hugging Face as owner/name@revision, such as owner/name@m
 """How a model on the hub is written, for messages."""
 _TOKENS = ("image_size", "stem", "reducer", "quantizer")
 """Settings of a tokenizer that decide its tokens; each token file says its own K."""
+_ONE_BRANCH = {"kind": "one"}
+"""Branches of tokenizers from before there were others, which are left out of the hash."""
 
 
 class SavedModel(NamedTuple):
@@ -174,6 +176,9 @@ def tokens_hash(directory: str | Path) -> str:
         digest = old_tokens_identity(record["kind"], record["config"])
     else:
         settings = {name: record["config"].get(name) for name in _TOKENS}
+        branches = record["config"].get("branches", _ONE_BRANCH)
+        if branches != _ONE_BRANCH:
+            settings["branches"] = {n: v for n, v in branches.items() if n != "decodes"}
         digest = hashlib.sha256(json.dumps([record["kind"], settings], sort_keys=True).encode())
     with open_tensors(directory / WEIGHTS) as weights:
         for name in sorted(weights.keys()):

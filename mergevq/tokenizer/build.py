@@ -20,6 +20,8 @@ from mergevq.tokenizer.quantizers.fsq import Fsq
 from mergevq.tokenizer.quantizers.grouped_lfq import GroupedLfq
 from mergevq.tokenizer.quantizers.lfq import Lfq
 from mergevq.tokenizer.quantizers.product import Product
+from mergevq.tokenizer.quantizers.residual import Residual
+from mergevq.tokenizer.quantizers.shared import Shared
 from mergevq.tokenizer.reducers.merge import Merge
 from mergevq.tokenizer.reducers.pool import Pool
 from mergevq.tokenizer.reducers.queries import Queries
@@ -28,7 +30,10 @@ from mergevq.tokenizer.regularizers.tail_drop import TailDrop
 from mergevq.tokenizer.seams import Term
 from mergevq.tokenizer.stems import cnn_stem, patch_stem
 
-_LAYERS = ("num_layers", "num_res_blocks", "channel_mult", "blocks")
+_LAYERS = (
+    *("num_layers", "num_res_blocks", "channel_mult", "blocks"),
+    *("taps", "branch_dims", "depth"),
+)
 """Settings that say how many modules a part has."""
 
 
@@ -58,7 +63,7 @@ def build_reducer(config: settings.Reducer, dim: int) -> Merge | Pool | Queries:
 
 def build_quantizer(  # noqa: PLR0911 - one return for each kind
     config: settings.Quantizer,
-) -> Lfq | GroupedLfq | Bsq | Bernoulli | Fsq | Codebook | Product:
+) -> Lfq | GroupedLfq | Bsq | Bernoulli | Fsq | Codebook | Product | Shared | Residual:
     """Quantizer of a kind."""
     match config:
         case settings.Lfq():
@@ -75,6 +80,10 @@ def build_quantizer(  # noqa: PLR0911 - one return for each kind
             return Codebook(config)
         case settings.Product():
             return Product(config)
+        case settings.Shared():
+            return Shared(config)
+        case settings.Residual():
+            return Residual(config)
         case _:
             assert_never(config)
 
@@ -96,11 +105,11 @@ def build_expander(config: TokenizerConfig) -> Unmerge | MaskTokens:
     """Expander of a kind, for codes of the configuration's quantizer."""
     match config.expander:
         case settings.Unmerge():
-            return Unmerge(config.expander, config.quantizer.dim)
+            return Unmerge(config.expander, config.decoded_dim)
         case settings.MaskTokens():
             reducer, most = config.reducer, config.num_tokens
             num_slots = reducer.num_queries if isinstance(reducer, settings.Queries) else most
-            return MaskTokens(config.expander, config.quantizer.dim, num_slots)
+            return MaskTokens(config.expander, config.decoded_dim, num_slots)
         case _:
             assert_never(config.expander)
 
@@ -141,7 +150,7 @@ def build_terms(config: LossConfig, perceptual: Perceptual | None) -> tuple[Term
 def count_layers(config: TokenizerConfig) -> dict[str, int]:
     """Settings that say how many modules a tokenizer has, by their names."""
     counts: dict[str, int] = {}
-    for part in ("stem", "reducer", "quantizer", "expander", "decoder"):
+    for part in ("stem", "reducer", "branches", "quantizer", "expander", "decoder"):
         for name in _LAYERS:
             value = getattr(getattr(config, part), name, 0)
             number = value if isinstance(value, int) else len(value)

@@ -30,6 +30,36 @@ class Embedded(NamedTuple):
     """(height, width) in cells; their product is L."""
 
 
+class Projection(nn.Module):
+    """Channels of kept tokens as they were after some of the blocks: a norm and a map of each."""
+
+    def __init__(self, config: TokenizerConfig, dim: int) -> None:
+        """Make the layers, to `dim` channels."""
+        super().__init__()
+        self.gains = config.branches.gains
+        self.norms = nn.ModuleList(_norm(config) for _ in self.gains)
+        self.to_latents = nn.ModuleList(nn.Linear(config.dim, dim) for _ in self.gains)
+
+    def forward(self, taps: tuple[Float[Tensor, "b k c"], ...]) -> Float[Tensor, "b k d"]:
+        """Sum of the projections, each times its gain."""
+        layers = zip(self.norms, self.to_latents, taps, self.gains, strict=True)
+        return torch.stack(
+            [gain * project(_activated(norm, tokens)) for norm, project, tokens, gain in layers]
+        ).sum(0)
+
+
+def _norm(config: TokenizerConfig) -> GroupNorm | LayerNorm:
+    """The norm before a projection: over the image, or over each token where they are ordered."""
+    if config.reducer.gives == "source":
+        return GroupNorm(config.stem.num_groups, config.dim, eps=NORM_EPS)
+    return LayerNorm(config.dim, eps=NORM_EPS)
+
+
+def _activated(norm: nn.Module, tokens: Float[Tensor, "b k c"]) -> Float[Tensor, "b k c"]:
+    """Norm and SiLU."""
+    return functional.silu(norm(tokens.mT).mT if isinstance(norm, GroupNorm) else norm(tokens))
+
+
 class Encoder(nn.Module):
     """A stem, then transformer blocks that leave K tokens of the grid's."""
 
@@ -40,15 +70,16 @@ class Encoder(nn.Module):
         self.stem = build_stem(config.stem)
         self.class_token = nn.Parameter(torch.randn(config.dim) * 1e-6)
         self.reducer = build_reducer(config.reducer, config.dim)
-        self.norm = (
-            GroupNorm(config.stem.num_groups, config.dim, eps=NORM_EPS)
-            if config.reducer.gives == "source"
-            else LayerNorm(config.dim, eps=NORM_EPS)
-        )
-        self.to_latents = nn.Linear(config.dim, config.quantizer.dim)
+        self.norm = _norm(config)
+        semantic_dim, dim = config.branches.semantic_dim, config.quantizer.dim
+        self.to_latents = nn.Linear(config.dim, semantic_dim or dim)
         # Drawn after the projection was made, so that a seed gives the weights it always gave.
         initialize(self.reducer)
         initialize(self.to_latents)
+        self.tapped: Projection | None = None
+        if semantic_dim > 0:
+            self.tapped = Projection(config, dim - semantic_dim)
+            initialize(self.tapped)
 
     def forward(
         self, image: Float[Tensor, "b 3 h w"], num_kept: int, num_layers: int | None = None
@@ -69,14 +100,41 @@ class Encoder(nn.Module):
         """Run the first `num_layers` blocks (None: all) on what `embed` gave."""
         tokens, grid_shape = embedded
         class_token = self.class_token.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
-        return self.reducer(tokens, class_token, grid_shape, num_kept, num_layers=num_layers)
+        runs_all = num_layers in (None, len(self.reducer.blocks))
+        return self.reducer(
+            *(tokens, class_token, grid_shape, num_kept),
+            num_layers=num_layers,
+            taps=self.config.branches.taps if runs_all else (),
+        )
 
-    def latents(self, tokens: Float[Tensor, "b k c"]) -> Float[Tensor, "b k d"]:
-        """Project kept tokens to D real channels: norm, SiLU, linear.
+    def latents(self, out: TokenSet) -> Float[Tensor, "b k d"]:
+        """Project kept tokens after the last block to D real channels: norm, SiLU, linear.
 
         The norm is over the image; over each token where tokens are ordered, so that none depends
-        on those behind it.
+        on those behind it. Of two branches the last channels are of the taps.
         """
-        over_image = isinstance(self.norm, GroupNorm)
-        normed = self.norm(tokens.mT).mT if over_image else self.norm(tokens)
-        return self.to_latents(functional.silu(normed))
+        latents = self.to_latents(_activated(self.norm, out.tokens))
+        return latents if self.tapped is None else torch.cat([latents, self.tapped(out.taps)], -1)
+
+    def summary(
+        self, out: TokenSet, values: Float[Tensor, "b k d"] | None = None
+    ) -> Float[Tensor, "b c"]:
+        """Summary of the image for a teacher.
+
+        Args:
+            out: tokens after the last block.
+            values: codes of the tokens; None takes their latents.
+
+        Returns:
+            The class token; of two branches the mean of the semantic channels over the tokens.
+        """
+        if self.tapped is None:
+            return out.class_token
+        values = self.latents(out) if values is None else values
+        return values[..., : self.config.branches.semantic_dim].mean(1)
+
+    @property
+    def projections(self) -> list[nn.Module]:
+        """Modules between the blocks and the latents."""
+        found = [self.norm, self.to_latents]
+        return found if self.tapped is None else [*found, self.tapped]

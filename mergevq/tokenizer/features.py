@@ -49,7 +49,7 @@ def pool_features(
     """
     if pool == "class":
         return out.class_token
-    tokens = encoder.latents(out.tokens) if stage in _LAST else out.tokens
+    tokens = encoder.latents(out) if stage in _LAST else out.tokens
     if stage == "quantized":
         tokens = quantizer(tokens).codes
     if stage == "unmerged" or pool == "size_weighted_mean":

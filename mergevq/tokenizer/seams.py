@@ -28,6 +28,9 @@ class TokenSet(NamedTuple):
     """The encoder's summary of the image."""
     layout: Layout
     """Places of the tokens."""
+    taps: tuple[Float[Tensor, "b k c"], ...] = ()
+    """The same tokens as earlier blocks had them: means over the cells of each, where tokens were
+    merged later; of ordered tokens, their own."""
 
 
 class Quantized(NamedTuple):
@@ -72,7 +75,7 @@ class Encoded(NamedTuple):
     grid_shape: tuple[int, int]
     """(height, width) in cells; their product is L."""
     class_token: Float[Tensor, "b c"]
-    """The encoder's summary, aligned with the teacher."""
+    """The encoder's summary, aligned with the teacher unless semantic codes are."""
     latents: Float[Tensor, "b k d"]
     """Before quantization."""
     sizes: tuple[int, ...]
@@ -98,8 +101,9 @@ class TokenizerOutput(NamedTuple):
     """Tokens of the image."""
     losses: Mapping[str, Float[Tensor, ""]]
     """Losses of quantizer and expander, unweighted, by name."""
-    view_class_token: Float[Tensor, "b c"] | None
-    """Class token of the alignment view; None without one."""
+    summary: Float[Tensor, "b c"]
+    """Summary for the teacher, of the image or of the alignment view where there is one: the class
+    token, or of two branches the mean of the semantic codes."""
 
 
 class Stem(Protocol):
@@ -126,8 +130,13 @@ class Reducer(Protocol):
         num_kept: int,
         *,
         num_layers: int | None = None,
+        taps: tuple[int, ...] = (),
     ) -> TokenSet:
-        """Run the first `num_layers` blocks (None: all) on the way to `num_kept` tokens."""
+        """Run the first `num_layers` blocks (None: all) on the way to `num_kept` tokens.
+
+        `taps` numbers blocks, from 1, whose tokens are returned too, and 0 is before the first;
+        they are there where all blocks are run.
+        """
         ...
 
     def implied(

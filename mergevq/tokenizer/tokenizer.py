@@ -85,7 +85,7 @@ class Tokenizer(nn.Module):
         the weights all the same; float32 adds nothing to an autocast around the call."""
         self.encoder = Encoder(config)
         self.quantizer = build_quantizer(config.quantizer)
-        dim, style_dim = config.expander.given_dims(config.quantizer.dim)
+        dim, style_dim = config.expander.given_dims(config.decoded_dim)
         # The decoder draws first, so that a seed gives the weights it always gave.
         self.decoder = build_decoder(config, dim, style_dim)
         self.expander = build_expander(config)
@@ -283,7 +283,7 @@ class Tokenizer(nn.Module):
             )
         tokens = self._read(tokens)
         with self._computing():
-            image = self.decoder(self.expander(tokens, layout, grid_shape))
+            image = self.decoder(self.expander(self.decoded(tokens), layout, grid_shape))
         return self._finished(image)
 
     def codes_of(self, indices: Int64[Tensor, "*b"]) -> Float[Tensor, "*b d"]:
@@ -302,6 +302,11 @@ class Tokenizer(nn.Module):
         """
         self.quantizer.spec.check(parts)
         return self.quantizer.decode(parts).to(self._dtype)
+
+    def decoded(self, codes: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d2"]:
+        """The channels of codes that expander and decoder are given: all, or the pixel branch."""
+        left_out = self.config.quantizer.dim - self.config.decoded_dim
+        return codes[..., left_out:] if left_out else codes
 
     def _read(
         self, tokens: Float[Tensor, "b k d"] | Int64[Tensor, "b k p"] | Int64[Tensor, "b k"]
@@ -330,7 +335,7 @@ class Tokenizer(nn.Module):
         if implied is not None:
             return implied.to(tokens.device)
         with self._computing():
-            return self.expander.infer(tokens, shape, anchors)
+            return self.expander.infer(self.decoded(tokens), shape, anchors)
 
     def bits(self, num_kept: int, grid_shape: tuple[int, int] | None = None) -> Bits:
         """Bits of one image: its K tokens, and its layout where the image decides it.
@@ -432,7 +437,9 @@ class Tokenizer(nn.Module):
         with self._computing():
             out = self.encoder(image, count, num_layers)
         return out._replace(
-            tokens=self._finished(out.tokens), class_token=self._finished(out.class_token)
+            tokens=self._finished(out.tokens),
+            class_token=self._finished(out.class_token),
+            taps=tuple(map(self._finished, out.taps)),
         )
 
     def forward(
@@ -472,21 +479,28 @@ class Tokenizer(nn.Module):
         # Until quantization starts, bounded latents keep the decoder's input on the codes' scale.
         tokens = codes if quantized else encoded.latents.tanh()
         expanded = self.expander.train_pass(
-            tokens,
-            seen,
+            self.decoded(tokens),
+            self.decoded(seen),
             encoded.layout,
             encoded.grid_shape,
             inferred=recovers,
             lengths=lengths,
         )
         reconstruction = self.decoder(expanded.given)
-        view_class_token = None
-        if view is not None:
+        if view is None:
+            summary = self.encoder.summary(out, encoded.codes)
+        else:
             proportion = num_kept / math.prod(encoded.grid_shape)
             view_kept = self._in_proportion(self.grid_shape(view), proportion)
-            view_class_token = self.encoder(view, view_kept).class_token
+            summary = self._view_summary(self.encoder(view, view_kept))
         losses = {**self.quantizer.losses(encoded.latents), **expanded.losses}
-        return TokenizerOutput(reconstruction, encoded, losses, view_class_token)
+        return TokenizerOutput(reconstruction, encoded, losses, summary)
+
+    def _view_summary(self, out: TokenSet) -> Float[Tensor, "b c"]:
+        """Summary of a view, of whose tokens nothing is drawn."""
+        if self.config.branches.semantic_dim == 0:
+            return self.encoder.summary(out)
+        return self.encoder.summary(out, self.quantizer(self.encoder.latents(out)).codes)
 
     def _tokens(
         self,
@@ -495,7 +509,7 @@ class Tokenizer(nn.Module):
         uniforms: Float[Tensor, "b k d"] | None = None,
     ) -> tuple[Encoded, Quantized]:
         """Tokens of what the encoder gave, and the same as the quantizer has them."""
-        latents = self.encoder.latents(out.tokens)
+        latents = self.encoder.latents(out)
         codes, parts = quantized = self.quantizer(latents, uniforms)
         encoded = Encoded(
             codes=codes,

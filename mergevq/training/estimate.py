@@ -171,14 +171,12 @@ def _tokenizer_passes(tokenizer: Tokenizer) -> dict[str, Callable[[], object]]:
     config = tokenizer.config
     grid_shape = (config.grid_size, config.grid_size)
     image = torch.empty(1, 3, config.image_size, config.image_size)
-    kept = torch.empty(1, config.num_kept, config.dim)
-    codes = torch.empty(1, config.num_kept, config.quantizer.dim)
+    codes = torch.empty(1, config.num_kept, config.decoded_dim)
     layout = tokenizer.encoder(image, config.num_kept).layout
     given = tokenizer.expander(codes, layout, grid_shape)
 
     def encode() -> None:
-        tokenizer.encoder(image, config.num_kept)
-        tokenizer.encoder.latents(kept)
+        tokenizer.encoder.latents(tokenizer.encoder(image, config.num_kept))
 
     def expand() -> None:
         expander = tokenizer.expander

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mergevq.config.generator import (
@@ -196,11 +196,18 @@ def _predictor(pair: Pair) -> SourcePredictor:
     )
 
 
+def _seen(
+    pair: Pair, parts: Int64[Tensor, "b k p"], device: torch.device
+) -> Float[Tensor, "b k d"]:
+    """Channels of codes that the predictor is given, in float32."""
+    return pair.tokenizer.decoded(pair.tokenizer.codes_of_parts(parts.to(device)).float())
+
+
 @torch.no_grad()
 def _recovery(pair: Pair, parts: Int64[Tensor, "b k p"], source: Source) -> Recovery:
     """Recovery of one batch, in float32."""
     device = pair.generator.device
-    codes = pair.tokenizer.codes_of_parts(parts.to(device)).float()
+    codes = _seen(pair, parts, device)
     own = Source(source.index.to(device), source.num_kept)
     predictor, shape = _predictor(pair), pair.generator.config.grid_size
     loss = source_loss(predictor(codes, shape), own)
@@ -229,7 +236,7 @@ def _learn(
             share = run.max_replaced * _uniform(run, "share", step)
             ids = range(step * run.batch_size, (step + 1) * run.batch_size)
             parts = replace_tokens(run, pair, batch, share=share, image_ids=ids, purpose="training")
-            codes = pair.tokenizer.codes_of_parts(parts.to(device)).float()
+            codes = _seen(pair, parts, device)
             own = Source(batch.source.index.to(device), batch.source.num_kept)
             set_learning_rate(
                 optimizer, learning_rate(step, run.optim, run.num_steps, run.batch_size)

@@ -35,6 +35,7 @@ from mergevq.runtime.optim import (
 )
 from mergevq.runtime.random import BatchNumbers, draw_num_kept, step_generator
 from mergevq.tokenizer.build import build_regularizer, build_terms
+from mergevq.tokenizer.encoder import Encoder
 from mergevq.tokenizer.losses.adversarial import (
     Discriminator,
     LeCam,
@@ -119,9 +120,7 @@ class Objective(nn.Module):
         )
         if self.teacher is None:
             return Pass(output, output.reconstruction.new_zeros((), dtype=torch.float32))
-        token = output.view_class_token
-        token = output.encoded.class_token if token is None else token
-        loss = self.teacher.loss(token, batch.label, batch.teacher_view, target)
+        loss = self.teacher.loss(output.summary, batch.label, batch.teacher_view, target)
         return Pass(output, loss)
 
 
@@ -131,7 +130,7 @@ class State:
 
     tokenizer: Tokenizer
     teacher: Teacher | None
-    teacher_encoder: nn.Module | None
+    teacher_encoder: Encoder | None
     """Average of the encoder that teaches in self-distillation."""
     discriminator: Discriminator
     lecam: LeCam
@@ -324,7 +323,7 @@ class TokenizerLearner:
         if encoder is None or not isinstance(teacher, SelfTeacher):
             return [None for _ in parts]
         with self.autocast():
-            tokens = [encoder(part.image, num_kept).class_token for part in parts]
+            tokens = [encoder.summary(encoder(part.image, num_kept)) for part in parts]
             target = teacher.target(torch.cat(tokens))
         return list(target.split([len(part.image) for part in parts]))
 
@@ -433,7 +432,7 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.train.seed)  # noqa: TID251 - layers fill themselves from it
         tokenizer = initial_tokenizer(run, start)
-        teacher = build_teacher(run.teacher, dim=run.model.dim, num_classes=num_classes)
+        teacher = build_teacher(run.teacher, dim=run.model.summary_dim, num_classes=num_classes)
         discriminator = Discriminator(
             channels=run.loss.discriminator_channels,
             num_layers=fitting_num_layers(run.model.image_size, num_layers=3),

@@ -20,6 +20,9 @@ from mergevq.config.parts import (
     PatchDecoder,
     PatchStem,
     Product,
+    Residual,
+    Shared,
+    TwoBranches,
     Unmerge,
     bits_of,
     weights_of,
@@ -166,6 +169,18 @@ def test_bits_are_grouped_by_their_component():
         (Product, {"num_codebooks": 0}, "num_codebooks (0) must be between 1 and 256"),
         (Product, {"book_dim": 0}, "book_dim (0) must be between 1 and"),
         (Product, {"orthogonality_weight": -1.0}, "orthogonality_weight (-1.0) must be between 0"),
+        (Shared, {"branch_dims": ()}, "branch_dims () must be those of at least one branch"),
+        (
+            Shared,
+            {"distance_weights": (1.0,)},
+            "distance_weights (1.0,) must be as many as branch_dims (32, 8), and not all 0",
+        ),
+        (Shared, {"distance_weights": (0.0, 0.0)}, "distance_weights (0.0, 0.0) must be as many"),
+        (Residual, {"branch_dims": ()}, "branch_dims () must be those of at least one branch"),
+        (Residual, {"depth": 0}, "depth (0) must be between 1 and"),
+        (TwoBranches, {"taps": ()}, "branches.taps () must name at least one block"),
+        (TwoBranches, {"taps": (1, 2)}, "branches.gains (1.0,) must be as many as branches.taps"),
+        (TwoBranches, {"semantic_dim": 0}, "semantic_dim (0) must be between 1 and"),
         (GradientUpdate, {"codebook_weight": -1.0}, "codebook_weight (-1.0) must be between 0"),
         (EmaUpdate, {"decay": 1.0}, "decay (1.0) must be at least 0 and below 1"),
         (EmaUpdate, {"restart_below": 1.5}, "restart_below (1.5) must be between 0 and 1"),
@@ -223,6 +238,16 @@ def test_tables_are_parts():
     quantizer = Product(num_codebooks=3, codebook_size=32, book_dim=5)
     assert (quantizer.sizes, quantizer.dim) == ((32, 32, 32), 15)
     assert bits_of(quantizer.sizes) == 15
+
+
+def test_one_index_into_two_tables_is_one_part():
+    quantizer = Shared(codebook_size=32, branch_dims=(5, 3))
+    assert (quantizer.sizes, quantizer.dim) == ((32,), 8)
+
+
+def test_each_code_of_each_branch_is_a_part():
+    quantizer = Residual(codebook_size=32, depth=3, branch_dims=(5, 3))
+    assert (quantizer.sizes, quantizer.dim) == ((32,) * 6, 8)
 
 
 def test_weights_are_the_settings_that_are_called_so():

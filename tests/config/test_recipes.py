@@ -25,6 +25,8 @@ TOKENIZER_RECIPES = (
     "digits32_fsq",
     "digits32_vq",
     "digits32_product",
+    "digits32_shared",
+    "digits32_dual",
     "digits32_perturb",
     "digits32_pool",
     "digits32_queries",

@@ -19,6 +19,7 @@ from mergevq.config.recipes.digits import digits32, digits32_ar
 from mergevq.config.training import TokenizerRun
 from mergevq.data.batches import eval_batches
 from mergevq.data.images import open_images
+from mergevq.data.layouts import Source, merge
 from mergevq.evaluate.reconstruction import evaluate_reconstruction
 from mergevq.generator.build import load_generator
 from mergevq.report.pictures import to_pil
@@ -103,7 +104,7 @@ def test_a_reducer_leaves_as_many_tokens_as_are_asked_for(part, num_kept):
     model = small(part)
     cells = model.config.grid_size
     model.config.reducer.check_kept((cells, cells), num_kept)
-    tokens, class_token, layout = model.encoder(images(model), num_kept)
+    tokens, class_token, layout, _ = model.encoder(images(model), num_kept)
     assert tokens.shape == (2, num_kept, model.config.dim)
     assert class_token.shape == (2, model.config.dim)
     assert layout.num_kept == num_kept
@@ -128,6 +129,51 @@ def test_a_reducer_can_stop_after_any_block_and_recompute_them(part):
         reducer.checkpointing = False
     assert torch.equal(whole.tokens, recomputed.tokens)
     assert all(hasattr(block, "ls1") and hasattr(block, "ls2") for block in reducer.blocks)
+
+
+@of("reducer")
+@pytest.mark.parametrize("num_kept", [NUM_KEPT, 64])
+def test_a_reducer_has_the_same_tokens_after_earlier_blocks(part, num_kept):
+    model = small(part)
+    reducer, num_layers = model.encoder.reducer, len(model.encoder.reducer.blocks)
+    embedded = model.encoder.embed(images(model))
+    class_token = model.encoder.class_token.expand(2, 1, -1)
+    given = (embedded.tokens, class_token, embedded.grid_shape, num_kept)
+    plain = reducer(*given)
+    out = reducer(*given, taps=(num_layers, 1, 0))
+    assert torch.equal(out.tokens, plain.tokens)
+    last, first, start = out.taps
+    assert last.shape == first.shape == start.shape == plain.tokens.shape
+    torch.testing.assert_close(last, plain.tokens)
+    assert not torch.allclose(first, last)
+    if num_kept == 64:
+        expected = reducer(*given, num_layers=1).tokens
+        torch.testing.assert_close(first, expected, rtol=0, atol=1e-6)
+    if isinstance(plain.layout, Source):
+        torch.testing.assert_close(start, merge(embedded.tokens, plain.layout))
+    reducer.checkpointing = True
+    try:
+        again = reducer(*given, taps=(num_layers, 1, 0)).taps
+    finally:
+        reducer.checkpointing = False
+    assert all(map(torch.equal, out.taps, again))
+
+
+@of("branches")
+def test_branches_give_latents_a_summary_and_channels_to_decode(part):
+    model = small(part)
+    config, image = model.config, images(model)
+    out = model.encoder(image, NUM_KEPT)
+    latents = model.encoder.latents(out)
+    assert latents.shape == (2, NUM_KEPT, config.quantizer.dim)
+    assert model.encoder.summary(out).shape == (2, config.summary_dim)
+    assert model.decoded(latents).shape == (2, NUM_KEPT, config.decoded_dim)
+    # Every weight takes part in a step of training, with a teacher and without.
+    for view in (None, image[..., :24, :24]):
+        output = model(image, NUM_KEPT, view)
+        assert output.summary.shape == (2, config.summary_dim)
+        losses = sum(output.losses.values()) + output.reconstruction.square().mean()
+        require_gradients(model, losses + output.summary.square().mean())
 
 
 @of("reducer")

@@ -9,6 +9,7 @@ import resource
 import shutil
 import socket
 import sys
+from dataclasses import replace
 
 import PIL
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mergevq.config.base import FORMAT_VERSION
+from mergevq.config.parts import TwoBranches
 from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.runtime.artefacts import (
     load_model,
@@ -293,6 +295,16 @@ def test_the_hash_of_tokens_follows_the_encoder_and_nothing_else(tmp_path):
     assert saved(decoder_a=1.0) == first
     assert saved(changed(SMALL, source_dim=8, num_decoder_layers=7, num_kept=9)) == first
     assert saved(changed(SMALL, decoder="patch", decoder_width=8)) == first
+    two = TwoBranches(taps=(1,))
+    branched = {
+        decodes: saved(replace(SMALL, branches=replace(two, decodes=decodes)))
+        for decodes in ("pixel", "both")
+    }
+    assert branched["pixel"] == branched["both"] != first
+    assert saved(replace(SMALL, branches=replace(two, taps=(2,)))) not in {
+        first,
+        *branched.values(),
+    }
     others = {saved(encoder_a=1.0), saved(quantizer_b=1.0), saved(encoder_a=2.0)}
     others |= {saved(changed(SMALL, merge_shape="square")), saved(changed(SMALL, num_bits=7))}
     assert len(others | {first}) == 6

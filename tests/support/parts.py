@@ -16,6 +16,8 @@ from mergevq.config.parts import (
     Pool,
     Product,
     Queries,
+    Residual,
+    Shared,
     Unmerge,
 )
 from mergevq.config.parts.heads import (
@@ -65,6 +67,8 @@ _SMALL = (
     Bernoulli(num_bits=8),
     Codebook(codebook_size=64, dim=4),
     Product(codebook_size=16, book_dim=4),
+    Shared(codebook_size=64, branch_dims=(4, 4)),
+    Residual(codebook_size=16, branch_dims=(4,)),
     Unmerge(dim=16, num_layers=1, num_heads=2),
     MaskTokens(dim=16, num_layers=1, num_heads=2),
     CnnDecoder(channels=8, num_res_blocks=1, num_layers=1, num_heads=2, layer_scale=0.1),

@@ -44,7 +44,7 @@ def training_loss(model, image, num_kept=20, view=None):
     out = model(image, num_kept, view)
     loss = (out.reconstruction - image).square().mean() + out.encoded.class_token.square().mean()
     loss = loss + out.losses["source"]
-    return loss if view is None else loss + out.view_class_token.square().mean()
+    return loss if view is None else loss + out.summary.square().mean()
 
 
 @contextlib.contextmanager
@@ -212,7 +212,7 @@ def test_a_proportion_is_rounded_to_what_the_layers_reach():
     model = tokenizer(changed(G, num_layers=2, num_kept=16))
     assert model.num_tokens(images(1, 28, 28)) == 13
     assert model.encode(images(1, 28, 28)).indices.shape == (1, 13)
-    assert model(images(1), 16, images(1, 28, 28)).view_class_token.shape == (1, 16)
+    assert model(images(1), 16, images(1, 28, 28)).summary.shape == (1, 16)
 
 
 @pytest.mark.parametrize(
@@ -500,7 +500,7 @@ def test_nothing_is_left_uninitialized(config):
     assert all(value.isfinite().all() for value in model.state_dict().values())
     assert out.reconstruction.isfinite().all()
     assert all(loss.isfinite() for loss in out.losses.values())
-    assert out.view_class_token.isfinite().all()
+    assert out.summary.isfinite().all()
 
 
 def test_recomputing_activations_changes_no_gradient():
@@ -532,10 +532,11 @@ def test_recomputing_activations_keeps_fewer_of_them():
 def test_a_view_is_merged_in_proportion_to_its_own_grid():
     model, image, view = tokenizer(), images(), images(2, 24, 24)
     # Half of 64 cells are kept, so half of the view's 36.
-    token = model(image, 32, view).view_class_token
+    token = model(image, 32, view).summary
     assert torch.equal(token, model.encoder(view, 18).class_token)
     assert not torch.equal(token, model.encoder(view, 32).class_token)
-    assert model(image, 32).view_class_token is None
+    alone = model(image, 32)
+    assert torch.equal(alone.summary, alone.encoded.class_token)
 
 
 def test_before_quantization_starts_the_decoder_sees_bounded_latents():

@@ -4,12 +4,14 @@ Adding a part is a class in one of these files, a module, and a line in `mergevq
 see docs/adding-a-part.md.
 """
 
+from mergevq.config.parts.branches import Branches, OneBranch, TwoBranches
 from mergevq.config.parts.checks import LayoutKind, require_heads
 from mergevq.config.parts.decoders import CnnDecoder, Decoder, PatchDecoder
 from mergevq.config.parts.expanders import Expander, MaskTokens, Unmerge
 from mergevq.config.parts.quantizers import (
     Bernoulli,
     Binary,
+    Branched,
     Bsq,
     Codebook,
     EmaUpdate,
@@ -19,6 +21,8 @@ from mergevq.config.parts.quantizers import (
     Lfq,
     Product,
     Quantizer,
+    Residual,
+    Shared,
     Update,
     bits_of,
     weights_of,
@@ -31,6 +35,8 @@ __all__ = [
     "NUM_KEYS",
     "Bernoulli",
     "Binary",
+    "Branched",
+    "Branches",
     "Bsq",
     "CnnDecoder",
     "CnnStem",
@@ -47,6 +53,7 @@ __all__ = [
     "Merge",
     "MergeShape",
     "NoRegularizer",
+    "OneBranch",
     "PatchDecoder",
     "PatchStem",
     "Perturb",
@@ -56,8 +63,11 @@ __all__ = [
     "Queries",
     "Reducer",
     "Regularizer",
+    "Residual",
+    "Shared",
     "Stem",
     "TailDrop",
+    "TwoBranches",
     "Unmerge",
     "Update",
     "bits_of",

@@ -246,9 +246,88 @@ class Product:
         return self.num_codebooks * self.book_dim
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shared:
+    """One index into several tables with channels of their own, by their sum of distances."""
+
+    kind: Literal["shared"] = "shared"
+    codebook_size: int = 1024
+    """V: codes of each table, and of the token."""
+    branch_dims: tuple[int, ...] = (32, 8)
+    """Channels of each table; with `model.branches.kind` two the first ones are the semantic ones.
+    Latents and codes of each have length 1."""
+    distance_weights: tuple[float, ...] = (1.0, 1.0)
+    """Weight of each table's squared distance in the choice of the index."""
+    means: Literal["branch", "channel"] = "branch"
+    """Losses are means over tables (`branch`) or over all channels, of which a wide table has more:
+    `channel` is TokenFlow's code."""
+    update: Update = field(default_factory=GradientUpdate)
+    """How codes are learned."""
+
+    def __post_init__(self) -> None:
+        """Reject tables of one code, of no channel, and without a weight each."""
+        check_numbers(self)
+        _require_branches(self.branch_dims)
+        require(
+            len(self.distance_weights) == len(self.branch_dims) and any(self.distance_weights),
+            f"distance_weights {self.distance_weights} must be as many as branch_dims "
+            f"{self.branch_dims}, and not all 0",
+        )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Values of each part of a token: one part."""
+        return (self.codebook_size,)
+
+    @property
+    def dim(self) -> int:
+        """Channels of latents and of codes."""
+        return sum(self.branch_dims)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Residual:
+    """Sums of codes, each the nearest to what those before it leave of a latent; by branches."""
+
+    kind: Literal["residual"] = "residual"
+    codebook_size: int = 256
+    """V: codes of a table."""
+    branch_dims: tuple[int, ...] = (8,)
+    """Channels of each branch, which has tables of its own; with `model.branches.kind` two the
+    first ones are the semantic ones."""
+    depth: int = 2
+    """R: codes of a branch, each a part of the token."""
+    share_codebook: bool = True
+    """One table for all codes of a branch, not one for each."""
+    update: Update = field(default_factory=GradientUpdate)
+    """How codes are learned."""
+
+    def __post_init__(self) -> None:
+        """Reject tables of one code, and branches of no channel."""
+        check_numbers(self)
+        _require_branches(self.branch_dims)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Values of each part of a token: all of one branch, then of the next."""
+        return (self.codebook_size,) * (self.depth * len(self.branch_dims))
+
+    @property
+    def dim(self) -> int:
+        """Channels of latents and of codes."""
+        return sum(self.branch_dims)
+
+
+def _require_branches(branch_dims: tuple[int, ...]) -> None:
+    """Raise `ValueError` where there is no branch."""
+    require(len(branch_dims) > 0, "branch_dims () must be those of at least one branch")
+
+
+Branched = Shared | Residual
+"""Quantizers whose channels are cut into branches, as `branch_dims` has them."""
 Binary = Lfq | GroupedLfq | Bsq | Bernoulli
 """Quantizers each of whose channels is a bit of the token."""
-Quantizer = Binary | Fsq | Codebook | Product
+Quantizer = Binary | Fsq | Codebook | Product | Branched
 
 
 def weights_of(part: object) -> dict[str, float]:

@@ -24,7 +24,10 @@ from mergevq.config.parts import (
     Product,
     Quantizer,
     Queries,
+    Residual,
+    Shared,
     TailDrop,
+    TwoBranches,
     Unmerge,
 )
 from mergevq.config.parts.heads import (
@@ -157,6 +160,30 @@ def digits32_product() -> TokenizerRun:
     Expected: not measured.
     """
     return _with_quantizer(Product(codebook_size=16), "digits32_product", entropy_weight=0.0)
+
+
+def digits32_shared() -> TokenizerRun:
+    """`digits32` with one index for a semantic code and a pixel code (TokenFlow).
+
+    Labels teach the semantic codes, pixels are read after the first block. Source: TokenFlow
+    (arXiv:2412.03069). Hardware and time: not measured, 640 steps of 64 images. Expected: not
+    measured.
+    """
+    quantizer = Shared(codebook_size=256, branch_dims=(8, 8))
+    run = _with_quantizer(quantizer, "digits32_shared", commitment_weight=1.0, entropy_weight=0.0)
+    return replace(run, model=replace(run.model, branches=TwoBranches(semantic_dim=8)))
+
+
+def digits32_dual() -> TokenizerRun:
+    """`digits32` with residual codes of two branches, of which pixels see their own (DualToken).
+
+    Labels teach the semantic codes, pixels are read after the first block;
+    `--model.branches.decodes both` gives the decoder all codes, as ILLUME+. Hardware and time: not
+    measured, 640 steps of 64 images. Expected: not measured.
+    """
+    quantizer = Residual(codebook_size=16, branch_dims=(8, 8))
+    run = _with_quantizer(quantizer, "digits32_dual", entropy_weight=0.0)
+    return replace(run, model=replace(run.model, branches=TwoBranches(semantic_dim=8)))
 
 
 def _with_quantizer(

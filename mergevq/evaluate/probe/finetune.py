@@ -94,7 +94,7 @@ class Classifier(nn.Module):
         used = [
             encoder.stem,
             encoder.reducer.blocks,
-            *([encoder.norm, encoder.to_latents] * to_codes),
+            *(encoder.projections * to_codes),
         ]
         for module in used:
             module.requires_grad_(True)

@@ -80,6 +80,12 @@ def ordered(tokens: Float[Tensor, "b k c"], rank: Int64[Tensor, "b k"]) -> Float
     return (rank[:, None, :] == places).to(tokens.dtype) @ tokens
 
 
+def copied(tokens: Float[Tensor, "b n c"], index: Int64[Tensor, "b l"]) -> Float[Tensor, "b l c"]:
+    """The token of each cell; a product with a matrix of zeros and ones, which changes no bit."""
+    rows = torch.arange(tokens.shape[1], device=tokens.device)
+    return (index[..., None] == rows).to(tokens.dtype) @ tokens
+
+
 def most_likely_source(logits: Float[Tensor, "b l k"]) -> Int64[Tensor, "b l"]:
     """Index of the canonical source map with the highest sum of logits, K at most L.
 

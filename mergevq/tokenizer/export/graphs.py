@@ -16,7 +16,7 @@ from mergevq.tokenizer.expanders.unmerge import Unmerge
 from mergevq.tokenizer.export import dense
 from mergevq.tokenizer.reducers.matching import merge_schedule
 from mergevq.tokenizer.reducers.merge import Merge, MergeBlock
-from mergevq.tokenizer.seams import Quantizer
+from mergevq.tokenizer.seams import TokenSet
 from mergevq.tokenizer.tokenizer import Tokenizer
 
 _EXAMPLES = 2
@@ -119,21 +119,20 @@ class _Encoder(nn.Module):
         """Indices (B, K), and the source index (B, L) where tokens have one."""
         embedded = self.encoder.embed(image)
         if isinstance(self.encoder.reducer, Merge):
-            tokens, index = _merged(self.encoder, self.encoder.reducer, embedded, self.num_kept)
+            reduced, index = _merged(self.encoder, self.encoder.reducer, embedded, self.num_kept)
         else:
             reduced = self.encoder.reduce(embedded, self.num_kept)
-            tokens, layout = reduced.tokens, reduced.layout
             index = None
-            if isinstance(layout, Source):
-                index = require_source(layout, "exporting").index.expand(len(image), -1)
-        parts = self.quantizer(self.encoder.latents(tokens)).parts
+            if isinstance(reduced.layout, Source):
+                index = require_source(reduced.layout, "exporting").index.expand(len(image), -1)
+        parts = self.quantizer(self.encoder.latents(reduced)).parts
         indices = self.quantizer.spec.join(parts)
         return (indices,) if index is None else (indices, index)
 
 
 def _merged(
     encoder: Encoder, reducer: Merge, embedded: Embedded, num_kept: int
-) -> tuple[Float[Tensor, "b k c"], Int64[Tensor, "b l"]]:
+) -> tuple[TokenSet, Int64[Tensor, "b l"]]:
     """Kept tokens and source index: `Merge.forward` with merging in dense form."""
     grid = embedded.tokens
     batch, num_tokens, _ = grid.shape
@@ -141,11 +140,18 @@ def _merged(
     index = torch.arange(num_tokens, device=grid.device).expand(batch, -1)
     sizes: Tensor | None = None
     counts = merge_schedule(num_tokens, num_kept, len(reducer.blocks), reducer.shape)
-    for block, count in zip(reducer.blocks, counts, strict=True):
+    taps = encoder.config.branches.taps
+    tapped = dict.fromkeys(taps, grid)
+    for number, (block, count) in enumerate(zip(reducer.blocks, counts, strict=True), 1):
         if isinstance(block, MergeBlock):
             x, index, sizes = _run(block, x, index, sizes, count)
+        if number in tapped:
+            tapped[number] = dense.copied(x[:, 1:], index)
     index, rank = dense.canonicalize(index, num_kept)
-    return dense.ordered(x[:, 1:], rank), index
+    ones = torch.ones_like(grid[..., 0])
+    means = tuple(dense.merge_step(tapped[tap], ones, index, num_kept)[0] for tap in taps)
+    tokens = dense.ordered(x[:, 1:], rank)
+    return TokenSet(tokens, x[:, 0], Source(index, num_kept), means), index
 
 
 def _run(
@@ -173,7 +179,7 @@ class _Decoder(nn.Module):
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Take the tokenizer's parts; weights are shared."""
         super().__init__()
-        self.quantizer = tokenizer.quantizer
+        self.codes = _Codes(tokenizer)
         self.expander, self.decoder = tokenizer.expander, tokenizer.decoder
         self.grid_shape = (tokenizer.config.grid_size, tokenizer.config.grid_size)
 
@@ -183,8 +189,7 @@ class _Decoder(nn.Module):
         """Image in about [-1, 1], not clamped."""
         num_kept = indices.shape[1]
         layout: Layout = Ordered(num_kept) if source is None else Source(source, num_kept)
-        codes = _codes(self.quantizer, indices)
-        return self.decoder(self.expander(codes, layout, self.grid_shape))
+        return self.decoder(self.expander(self.codes(indices), layout, self.grid_shape))
 
 
 class _Recovery(nn.Module):
@@ -193,15 +198,25 @@ class _Recovery(nn.Module):
     def __init__(self, tokenizer: Tokenizer, expander: Unmerge) -> None:
         """Take the tokenizer's parts; weights are shared."""
         super().__init__()
-        self.quantizer, self.predictor = tokenizer.quantizer, expander.predictor
+        self.codes, self.predictor = _Codes(tokenizer), expander.predictor
         self.grid_shape = (tokenizer.config.grid_size, tokenizer.config.grid_size)
 
     def forward(self, indices: Int64[Tensor, "b k"]) -> Int64[Tensor, "b l"]:
         """Index of the most likely source."""
-        logits = self.predictor(_codes(self.quantizer, indices), self.grid_shape)
+        logits = self.predictor(self.codes(indices), self.grid_shape)
         return dense.most_likely_source(logits.float())
 
 
-def _codes(quantizer: Quantizer, indices: Int64[Tensor, "b k"]) -> Float[Tensor, "b k d"]:
-    """Codes of tokens in float32."""
-    return quantizer.decode(quantizer.spec.split(indices)).float()
+class _Codes(nn.Module):
+    """Indices to the channels of codes that the expander is given, in float32."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Take the quantizer; weights are shared."""
+        super().__init__()
+        self.quantizer = tokenizer.quantizer
+        self.num_left_out = tokenizer.config.quantizer.dim - tokenizer.config.decoded_dim
+
+    def forward(self, indices: Int64[Tensor, "b k"]) -> Float[Tensor, "b k d"]:
+        """Codes of tokens."""
+        codes = self.quantizer.decode(self.quantizer.spec.split(indices)).float()
+        return codes[..., self.num_left_out :]

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mergevq.config import parts as settings
 from mergevq.config.parts import MergeShape
-from mergevq.data.layouts import Source, canonicalize
+from mergevq.data.layouts import Source, canonicalize, merge
 from mergevq.nn.blocks import NORM_EPS, Attention, LayerScale, Mlp
 from mergevq.nn.norm import LayerNorm
 from mergevq.nn.rows import take_rows
@@ -87,20 +87,30 @@ class Merge(nn.Module):
         num_kept: int,
         *,
         num_layers: int | None = None,
+        taps: tuple[int, ...] = (),
     ) -> TokenSet:
         """Run the first `num_layers` blocks (None: all) on the way to `num_kept` tokens."""
         batch, num_tokens, _ = grid.shape
         x = torch.cat([class_token, grid], dim=1)
         cells = torch.arange(num_tokens, device=grid.device).expand(batch, -1)
         state = MergeState(index=cells, sizes=None)
+        tapped = dict.fromkeys(taps, (x, state))
         counts = merge_schedule(num_tokens, num_kept, len(self.blocks), self.shape)
-        for block, count in list(zip(self.blocks, counts, strict=True))[:num_layers]:
+        blocks = list(zip(self.blocks, counts, strict=True))[:num_layers]
+        for number, (block, count) in enumerate(blocks, 1):
             if self.checkpointing and self.training:
                 x, state = checkpoint(block, x, state, count, use_reentrant=False)
             else:
                 x, state = block(x, state, count)
+            if number in tapped:
+                tapped[number] = (x, state)
         source, order = canonicalize(Source(state.index, x.shape[1] - 1))
-        return TokenSet(take_rows(x[:, 1:], order), x[:, 0], source)
+        # Copied to their cells and averaged over those of a token: as if merged where it was.
+        means = tuple(
+            merge(take_rows(tokens[:, 1:], then.index), source)
+            for tokens, then in (tapped[tap] for tap in taps)
+        )
+        return TokenSet(take_rows(x[:, 1:], order), x[:, 0], source, means)
 
     def implied(
         self,

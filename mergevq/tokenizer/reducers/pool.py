@@ -42,15 +42,18 @@ class Pool(nn.Module):
         num_kept: int,
         *,
         num_layers: int | None = None,
+        taps: tuple[int, ...] = (),
     ) -> TokenSet:
         """Run the first `num_layers` blocks (None: all); all of them end in `num_kept` means."""
         recompute = self.checkpointing and self.training
         x = torch.cat([class_token, grid], dim=1)
-        x = run_blocks(self.blocks, x, num_layers, recompute=recompute)
+        outputs = dict.fromkeys(taps, x)
+        x = run_blocks(self.blocks, x, num_layers, recompute=recompute, outputs=outputs)
         is_last = num_layers is None or num_layers == len(self.blocks)
         layout = self.implied(grid_shape, num_kept if is_last else grid.shape[1], len(x))
         layout = layout.to(x.device)
-        return TokenSet(merge(x[:, 1:], layout), x[:, 0], layout)
+        means = tuple(merge(outputs[tap][:, 1:], layout) for tap in taps)
+        return TokenSet(merge(x[:, 1:], layout), x[:, 0], layout, means)
 
     def implied(self, grid_shape: tuple[int, int], num_kept: int, num_images: int) -> Source:
         """The map of a grid cut into `num_kept` blocks, for each of the images.

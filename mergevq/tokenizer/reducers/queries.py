@@ -45,6 +45,7 @@ class Queries(nn.Module):
         num_kept: int,
         *,
         num_layers: int | None = None,
+        taps: tuple[int, ...] = (),
     ) -> TokenSet:
         """Run the first `num_layers` blocks (None: all) and keep the first `num_kept` queries."""
         cells = grid + sincos_2d(grid_shape, grid.shape[-1], grid.device).to(grid.dtype)
@@ -55,9 +56,13 @@ class Queries(nn.Module):
         mask = None
         if self.causal:
             mask = causal_mask(1 + cells.shape[1], num_run, x.device)
-        x = run_blocks(self.blocks, x, num_layers, recompute=recompute, mask=mask)
-        kept = x[:, 1 + cells.shape[1] :][:, :num_kept]
-        return TokenSet(kept, x[:, 0], Ordered(num_kept))
+        outputs = dict.fromkeys(taps, x)
+        x = run_blocks(self.blocks, x, num_layers, recompute=recompute, mask=mask, outputs=outputs)
+        start = 1 + cells.shape[1]
+        kept, *tapped = (
+            each[:, start : start + num_kept] for each in (x, *(outputs[tap] for tap in taps))
+        )
+        return TokenSet(kept, x[:, 0], Ordered(num_kept), tuple(tapped))
 
     def implied(
         self,

@@ -12,6 +12,7 @@ from mergevq.data.layouts import Ordered
 from mergevq.data.tokens.files import TokenRecord
 from mergevq.tokenizer.expanders.mask_tokens import MaskTokens
 from mergevq.tokenizer.reducers.queries import Queries, causal_mask
+from mergevq.tokenizer.seams import TokenSet
 from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training.generator_step import fitted_config
 from tests.support.small import shrink
@@ -50,7 +51,7 @@ def test_queries_and_slots_have_no_order_but_their_own():
 def test_a_code_is_a_map_of_its_own_query_alone():
     model = Tokenizer(shrink(digits32_queries()).model)
     tokens = torch.randn(1, 16, model.config.dim, requires_grad=True)
-    latents = model.encoder.latents(tokens)
+    latents = model.encoder.latents(TokenSet(tokens, tokens[:, 0], Ordered(16)))
     (gradient,) = torch.autograd.grad(latents[0, 5].sum(), tokens)
     assert gradient[0, 5].abs().min() > 0
     assert gradient[0].abs().sum() == gradient[0, 5].abs().sum()
