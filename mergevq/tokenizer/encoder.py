@@ -1,6 +1,14 @@
 """The encoder: image to kept tokens.
 
-Source: Li et al. 2025, "MergeVQ", section 3 and appendix A (arXiv:2504.00999).
+With two branches the first channels of latents are read after the last block, and the others after
+earlier ones: semantic and pixel channels.
+
+Source: Li et al. 2025, "MergeVQ", section 3 and appendix A (arXiv:2504.00999); two branches as
+DualToken (songweii/DualToken), written from its description.
+
+Differs: semantic channels are those of the last block, DualToken's of the last but one; a teacher
+is given the mean of their codes over the tokens, where DualToken lets quantized tokens go on
+through the encoder and aligns its pooled output, and TokenFlow aligns features of each patch.
 
 Shape letters: B batch, L grid tokens, K kept tokens, C channels, D channels of latents, H and W
 pixels.

@@ -34,7 +34,7 @@ class Step(NamedTuple):
     table: Table
     """Its codebook."""
     residuals: Float[Tensor, "*b d"]
-    """What the codes before it leave of the latents, without gradient."""
+    """The rest of the latents that the codes before it leave, without gradient."""
     chosen: Int64[Tensor, "*b"]
     """Numbers of the codes."""
     sums: Float[Tensor, "*b d"]
