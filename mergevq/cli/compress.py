@@ -5,7 +5,7 @@ imported inside.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from mergevq.tokenizer.compressed import Compressed
 
 Folder = Annotated[Path, tyro.conf.arg(aliases=("-o",))]
+Target = Literal["psnr", "lpips", "bits_per_pixel"]
+"""Measures by which K is chosen."""
 
 
 def compress(  # noqa: PLR0913 - each is an option
@@ -35,9 +37,7 @@ def compress(  # noqa: PLR0913 - each is an option
     model: str = BUNDLED_TOKENIZER,
     out: Folder = Path("compressed"),
     num_kept: int | None = None,
-    psnr: float | None = None,
-    lpips: float | None = None,
-    bits_per_pixel: float | None = None,
+    quality: tuple[Target, float] | None = None,
     source: RecoverySource = "given",
     size_policy: SizePolicy = "tile",
     lpips_weights: Path | None = None,
@@ -47,8 +47,8 @@ def compress(  # noqa: PLR0913 - each is an option
 ) -> None:
     """Write images as small files of tokens, which `mergevq decompress` reads.
 
-    Writes OUT/NAME.mvq. Name at most one of `--num-kept`, `--psnr`, `--lpips` and
-    `--bits-per-pixel`; the last three choose K for every image by itself.
+    Writes OUT/NAME.mvq. Give `--num-kept` or `--quality`, which chooses K for every image by
+    itself: `--quality psnr 22`, `--quality lpips 0.2`, `--quality bits_per_pixel 0.8`.
 
     Args:
         images: files of any format, mode and size that Pillow reads.
@@ -56,9 +56,9 @@ def compress(  # noqa: PLR0913 - each is an option
             Hugging Face.
         out: where the files go.
         num_kept: K, of each tile; the tokenizer's own by default.
-        psnr: least PSNR in dB; the smallest K that reaches it.
-        lpips: largest LPIPS distance; the smallest K that stays below it.
-        bits_per_pixel: most bits of the whole file per pixel; the largest K that fits.
+        quality: a measure and its bound: the fewest tokens with at least so many dB of PSNR or at
+            most such an LPIPS distance, or the most tokens of at most so many bits of the whole
+            file per pixel.
         source: `recovered` leaves the source map out, to be inferred from the tokens.
         size_policy: `tile` blends overlapping tiles of the trained size, `resize` writes the image
             at about the trained number of pixels, `error` takes multiples of the patch size as
@@ -73,7 +73,8 @@ def compress(  # noqa: PLR0913 - each is an option
     """
     usage = "mergevq compress IMAGE.."
     outputs = output_paths(images, out, ending=".mvq", usage=usage)
-    quality = Quality(num_kept=num_kept, psnr=psnr, lpips=lpips, bits_per_pixel=bits_per_pixel)
+    target = {} if quality is None else {quality[0]: quality[1]}
+    wanted = Quality(num_kept=num_kept, **target)
     prepare_to_compute()
     from mergevq.data.prepare import load_picture
     from mergevq.runtime.device import resolve_device
@@ -82,7 +83,7 @@ def compress(  # noqa: PLR0913 - each is an option
 
     place = resolve_device(device)
     perceptual = None
-    if lpips is not None:
+    if wanted.lpips is not None:
         perceptual = _perceptual(lpips_weights, lpips_trunk).to(place)
     codec = PictureCodec.from_pretrained(model, precision=precision, device=place)
     out.mkdir(parents=True, exist_ok=True)
@@ -94,7 +95,7 @@ def compress(  # noqa: PLR0913 - each is an option
                 done = compress_image(
                     codec,
                     picture,
-                    quality=quality,
+                    quality=wanted,
                     size_policy=size_policy,
                     source=source,
                     perceptual=perceptual,
@@ -103,7 +104,7 @@ def compress(  # noqa: PLR0913 - each is an option
             failed.append(error)
             continue
         write_bytes(output, done.data)
-        print(f"{path}: {_compressed_line(done, quality)} -> {output}")
+        print(f"{path}: {_compressed_line(done, wanted)} -> {output}")
     raise_failed(failed, len(images), "images")
 
 
@@ -166,7 +167,9 @@ def _perceptual(weights: Path | None, trunk: TrunkName) -> "Perceptual":
 
     perceptual = load_perceptual(trunk, as_text(weights))
     if perceptual is None:
-        raise ValueError(f"--lpips needs weights: {missing_weights(trunk)}; --lpips-weights FILE")
+        raise ValueError(
+            f"--quality lpips needs weights: {missing_weights(trunk)}; --lpips-weights FILE"
+        )
     return perceptual
 
 

@@ -77,9 +77,9 @@ def test_files_go_to_folders_of_their_own_by_default(model, tmp_path):
 
 
 def test_a_target_is_said_with_what_was_reached(model, capsys):
-    assert compress(model, "0.png", "--psnr", "5") == 0
+    assert compress(model, "0.png", "--quality", "psnr", "5") == 0
     assert ", PSNR " in capsys.readouterr().out
-    assert compress(model, "0.png", "--bits-per-pixel", "50") == 0
+    assert compress(model, "0.png", "--quality", "bits_per_pixel", "50") == 0
     assert "40 of 64 tokens" in capsys.readouterr().out
 
 
@@ -95,7 +95,7 @@ def test_lpips_is_measured_with_weights_from_a_file(model, capsys, monkeypatch):
         return Constant("squeeze")
 
     monkeypatch.setattr("mergevq.metrics.lpips.load_perceptual", load)
-    assert compress(model, "0.png", "--lpips", "0.2", "--lpips-weights", "folder") == 0
+    assert compress(model, "0.png", "--quality", "lpips", "0.2", "--lpips-weights", "folder") == 0
     assert given == [("alex", "folder")]
     assert "16 of 64 tokens" in (printed := capsys.readouterr().out)
     assert "LPIPS 0.1250" in printed
@@ -111,22 +111,21 @@ def one_line(capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--psnr", "99"], "0.png: --psnr (99) cannot be reached: with all 40 tokens it is"),
-        (["--bits-per-pixel", "0.1"], "0.png: --bits-per-pixel (0.1) is too few: with 16 tokens"),
-        (["--psnr", "20", "--lpips", "0.2"], "2 targets (psnr, lpips) are given"),
-        (["--psnr", "nan"], "--psnr (nan) must be above 0 and at most 200"),
-        (["--num-kept", "0"], "--num-kept (0) must be between 1 and"),
+        ("--quality psnr 99", "0.png: psnr (99) cannot be reached: with all 40 tokens it is"),
+        ("--quality bits_per_pixel 0.1", "bits_per_pixel (0.1) is too few: with 16 tokens"),
+        ("--num-kept 20 --quality lpips 0.2", "2 targets (--num-kept, lpips) are given"),
+        ("--quality psnr nan", "psnr (nan) must be above 0 and at most 200"),
+        ("--num-kept 0", "--num-kept (0) must be between 1 and"),
     ],
-    ids=" ".join,
 )
 def test_what_cannot_be_met_is_one_line(model, capsys, options, message):
-    assert compress(model, "0.png", *options) == 1
+    assert compress(model, "0.png", *options.split()) == 1
     assert message in one_line(capsys)
 
 
 def test_lpips_without_weights_names_the_option(model, capsys, monkeypatch):
     monkeypatch.setattr("mergevq.metrics.lpips.load_perceptual", lambda *_: None)
-    assert compress(model, "0.png", "--lpips", "0.2") == 1
+    assert compress(model, "0.png", "--quality", "lpips", "0.2") == 1
     assert "--lpips-weights FILE" in one_line(capsys)
 
 

@@ -162,7 +162,10 @@ NEEDS = {
             ("evaluate guidance", "classifier_outputs"),
         )
     },
-    **{("compress", name): {"lpips": 0.25} for name in ("lpips_weights", "lpips_trunk")},
+    **{
+        ("compress", name): {"quality": ("lpips", 0.25)}
+        for name in ("lpips_weights", "lpips_trunk")
+    },
     **{
         (command, name): {"steps": 4} for command in SAMPLING for name in ("schedule", "confidence")
     },
@@ -177,6 +180,7 @@ VALUES = {
     ("evaluate robustness", "fractions"): (("0.25", "0.75"), (0.25, 0.75)),
     ("reconstruct", "out"): (Path("other"), "other/a.png"),
     ("compress", "out"): (Path("other"), "other/a.mvq"),
+    ("compress", "quality"): (("bits_per_pixel", 0.5), 0.5),
     ("decompress", "out"): (Path("other"), "other/a.png"),
     ("sample", "classes"): ("2,1", (2, 1)),
     ("finetune-source", "precision"): ("float32", "float32"),
