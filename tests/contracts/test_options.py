@@ -222,6 +222,7 @@ CALLED = {
     "images": {"bench tokenizer": "batch_size", "sample": "image_ids"},
     "model": {"reconstruct": "path", "compress": "path", "decompress": "path"},
     "lpips_weights": "path",
+    "quality": {"compress": "bits_per_pixel"},
     "checkpoint": "path",
     "generator": {
         "sample": "model",
@@ -252,7 +253,6 @@ MORE = {
     ("compress", "images"): "files are called after them",
     ("decompress", "files"): "pictures are called after them",
     ("decompress", "max_pixels"): "so many bytes are read of a file",
-    ("compress", "lpips"): "its weights are read",
     ("reconstruct", "num_kept"): "a picture has a row for each",
     ("sample", "again"): "it says all but which, so another function makes the images",
     ("evaluate generation", "samples"): "they stand instead of what samples",
