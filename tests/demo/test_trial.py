@@ -1,11 +1,10 @@
 """Pieces of measuring a finished quickstart; test_quickstart.py has the whole."""
 
-import numpy as np
 import pytest
 import torch
 
 from mergevq.data.batches import Batch
-from mergevq.demo.trial import _grey, _grey_rows, _nearest, training_seconds
+from mergevq.demo.trial import _nearest, _stacked, training_seconds
 from mergevq.report.pictures import to_pil
 
 
@@ -26,22 +25,11 @@ def test_training_time_is_added_up_from_the_logged_rates():
     assert training_seconds(log, batch_size=8) == pytest.approx(1 + 20 + 4)
 
 
-def test_a_classifier_sees_the_mean_of_each_square_and_of_the_colours():
-    image = torch.zeros(1, 3, 32, 32)
-    image[0, 0, :4, :4] = 0.9
-    image[0, 1, 28:, 28:] = 0.3
-    (row,) = _grey(image)
-    assert row.shape == (64,)
-    assert row[0] == pytest.approx(0.3)
-    assert row[63] == pytest.approx(0.1)
-    assert np.count_nonzero(row) == 2
-
-
-def test_rows_keep_the_order_of_the_batches():
+def test_stacked_batches_keep_their_order():
     images = torch.stack([torch.full((3, 8, 8), value) for value in (-1.0, 0.0, 1.0)])
-    rows, labels = _grey_rows([batch_of(images[:2], [4, 5]), batch_of(images[2:], [6])])
-    assert rows[:, 0].tolist() == [-1, 0, 1]
-    assert labels.tolist() == [4, 5, 6]
+    image, label = _stacked([batch_of(images[:2], [4, 5]), batch_of(images[2:], [6])])
+    assert image[:, 0, 0, 0].tolist() == [-1, 0, 1]
+    assert label.tolist() == [4, 5, 6]
 
 
 def test_the_nearest_image_is_found_in_any_batch():
