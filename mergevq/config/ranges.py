@@ -71,6 +71,7 @@ RANGES = {
     "patch_size": _SIDE,
     "num_groups": _WIDTH,
     "num_layers": _LAYERS,
+    "num_grid_layers": Range(0, 2**12),
     "num_queries": _TOKENS,
     "num_heads": _HEADS,
     "layer_scale": Range(0, 1000),

@@ -29,6 +29,7 @@ TOKENIZER_RECIPES = (
     "digits32_dual",
     "digits32_perturb",
     "digits32_pool",
+    "digits32_divprune",
     "digits32_queries",
     "digits32_causal",
     "digits32_tail_drop",

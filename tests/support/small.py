@@ -16,6 +16,7 @@ from mergevq.config.objective import (
 from mergevq.config.parts import (
     CnnDecoder,
     CnnStem,
+    DivPrune,
     MaskTokens,
     Merge,
     PatchDecoder,
@@ -31,6 +32,7 @@ _SIZES = {
     PatchStem: {"width": 32, "num_groups": 8},
     Merge: {"num_layers": 3, "num_heads": 2},
     Pool: {"num_layers": 3, "num_heads": 2},
+    DivPrune: {"num_layers": 3, "num_heads": 2},
     Queries: {"num_queries": 64, "num_layers": 3, "num_heads": 2},
     Unmerge: {"dim": 16, "num_layers": 1, "num_heads": 2},
     MaskTokens: {"dim": 16, "num_layers": 1, "num_heads": 2},

@@ -27,7 +27,15 @@ from mergevq.config.parts.quantizers import (
     bits_of,
     weights_of,
 )
-from mergevq.config.parts.reducers import NUM_KEYS, Merge, MergeShape, Pool, Queries, Reducer
+from mergevq.config.parts.reducers import (
+    NUM_KEYS,
+    DivPrune,
+    Merge,
+    MergeShape,
+    Pool,
+    Queries,
+    Reducer,
+)
 from mergevq.config.parts.regularizers import NoRegularizer, Perturb, Regularizer, TailDrop
 from mergevq.config.parts.stems import CnnStem, PatchStem, Stem
 
@@ -42,6 +50,7 @@ __all__ = [
     "CnnStem",
     "Codebook",
     "Decoder",
+    "DivPrune",
     "EmaUpdate",
     "Expander",
     "Fsq",

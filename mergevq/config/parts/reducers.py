@@ -124,6 +124,49 @@ class Pool:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DivPrune:
+    """Transformer blocks, and cells chosen to be far from each other, which others join."""
+
+    kind: Literal["divprune"] = "divprune"
+    num_layers: int = 12
+    """Transformer blocks."""
+    num_grid_layers: int | None = None
+    """Blocks before the choice, which see all cells; those behind it see the chosen ones alone.
+    None is all."""
+    combine: Literal["mean", "chosen"] = "mean"
+    """A token's features: the mean over its cells, or those of the chosen cell."""
+    num_heads: int = 8
+    """Attention heads."""
+    layer_scale: float = 1e-5
+    """Initial gain of residual branches; 1e-5 suits long runs, short ones want 0.1 or more."""
+    norm_eps: float = 1e-6
+    """Added to the variance in layer norms."""
+
+    gives: ClassVar[LayoutKind] = "source"
+
+    def __post_init__(self) -> None:
+        """Reject counts and constants that cannot be."""
+        check_numbers(self)
+        require(
+            self.num_grid_layers is None or self.num_grid_layers <= self.num_layers,
+            f"reducer.num_grid_layers ({self.num_grid_layers}) must be at most "
+            f"reducer.num_layers ({self.num_layers})",
+        )
+
+    def least_kept(self, grid_shape: tuple[int, int]) -> int:  # noqa: ARG002 - as of merging
+        """Fewest tokens that can be left of a grid's: one cell."""
+        return 1
+
+    def nearest_kept(self, grid_shape: tuple[int, int], num_kept: int) -> int:
+        """Number of tokens next to this one that can be left of a grid's."""
+        return min(max(num_kept, 1), math.prod(grid_shape))
+
+    def check_kept(self, grid_shape: tuple[int, int], num_kept: int) -> None:
+        """Raise `ValueError` where as many cells cannot be chosen of a grid's."""
+        _require_at_most_cells(grid_shape, num_kept)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Queries:
     """Learned queries behind the grid tokens; they alone are kept, in their order (TiTok)."""
 
@@ -181,4 +224,4 @@ def _require_at_most_cells(grid_shape: tuple[int, int], num_kept: int) -> None:
     )
 
 
-Reducer = Merge | Pool | Queries
+Reducer = Merge | Pool | DivPrune | Queries

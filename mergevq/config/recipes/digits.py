@@ -14,6 +14,7 @@ from mergevq.config.parts import (
     CnnDecoder,
     CnnStem,
     Codebook,
+    DivPrune,
     Fsq,
     GroupedLfq,
     Lfq,
@@ -230,6 +231,22 @@ def digits32_pool() -> TokenizerRun:
         loss=replace(run.loss, recovered_share=0.0),
         train=replace(run.train, eval_num_kept=(4, 16, 64)),
         out="runs/digits32_pool",
+    )
+
+
+def digits32_divprune() -> TokenizerRun:
+    """`digits32` whose tokens are the cells farthest from each other, which others join.
+
+    Source: DivPrune (arXiv:2503.02175), without training there. Hardware and time: not measured,
+    640 steps of 64 images. Expected: not measured.
+    """
+    run = digits32()
+    reducer = DivPrune(num_layers=4, num_heads=2, layer_scale=0.1)
+    return replace(
+        run,
+        model=replace(run.model, reducer=reducer),
+        train=replace(run.train, eval_num_kept=(12, 20, 32, run.model.num_tokens)),
+        out="runs/digits32_divprune",
     )
 
 
