@@ -26,6 +26,7 @@ from mergevq.config.parts import (
     PatchStem,
     Queries,
     Regularizer,
+    weights_of,
 )
 from mergevq.config.ranges import check_numbers
 from mergevq.config.tokenizer import KeptConfig, TokenizerConfig
@@ -210,6 +211,11 @@ class TokenizerRun:
             self._check_drops()
         for num_kept in (*self.kept.candidates, *self.train.eval_num_kept):
             replace(self.model, num_kept=num_kept)
+
+    @property
+    def own_weights(self) -> dict[str, float]:
+        """Weights of the terms of the loss that only some kinds of parts have, by name."""
+        return weights_of(self.model.quantizer) | weights_of(self.model.reducer)
 
     def _check_drops(self) -> None:
         """Reject dropping of tokens of which the first ones are no tokens of the image."""

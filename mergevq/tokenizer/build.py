@@ -23,6 +23,7 @@ from mergevq.tokenizer.quantizers.product import Product
 from mergevq.tokenizer.quantizers.residual import Residual
 from mergevq.tokenizer.quantizers.shared import Shared
 from mergevq.tokenizer.reducers.divprune import DivPrune
+from mergevq.tokenizer.reducers.learned_merge import LearnedMerge
 from mergevq.tokenizer.reducers.merge import Merge
 from mergevq.tokenizer.reducers.pool import Pool
 from mergevq.tokenizer.reducers.queries import Queries
@@ -49,11 +50,15 @@ def build_stem(config: settings.Stem) -> nn.Module:
             assert_never(config)
 
 
-def build_reducer(config: settings.Reducer, dim: int) -> Merge | Pool | DivPrune | Queries:
+def build_reducer(
+    config: settings.Reducer, dim: int
+) -> Merge | LearnedMerge | Pool | DivPrune | Queries:
     """Reducer of a kind on `dim` channels."""
     match config:
         case settings.Merge():
             return Merge(config, dim)
+        case settings.LearnedMerge():
+            return LearnedMerge(config, dim)
         case settings.Pool():
             return Pool(config, dim)
         case settings.DivPrune():

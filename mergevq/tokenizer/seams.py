@@ -31,6 +31,8 @@ class TokenSet(NamedTuple):
     taps: tuple[Float[Tensor, "b k c"], ...] = ()
     """The same tokens as earlier blocks had them: means over the cells of each, where tokens were
     merged later; of ordered tokens, their own."""
+    losses: Mapping[str, Float[Tensor, ""]] | None = None
+    """Losses of the reducer's own in training, unweighted, by name; None is none."""
 
 
 class Quantized(NamedTuple):
@@ -100,7 +102,7 @@ class TokenizerOutput(NamedTuple):
     encoded: Encoded
     """Tokens of the image."""
     losses: Mapping[str, Float[Tensor, ""]]
-    """Losses of quantizer and expander, unweighted, by name."""
+    """Losses of quantizer, expander and reducer, unweighted, by name."""
     summary: Float[Tensor, "b c"]
     """Summary for the teacher, of the image or of the alignment view where there is one: the class
     token, or of two branches the mean of the semantic codes."""

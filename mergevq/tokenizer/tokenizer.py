@@ -493,7 +493,7 @@ class Tokenizer(nn.Module):
             proportion = num_kept / math.prod(encoded.grid_shape)
             view_kept = self._in_proportion(self.grid_shape(view), proportion)
             summary = self._view_summary(self.encoder(view, view_kept))
-        losses = {**self.quantizer.losses(encoded.latents), **expanded.losses}
+        losses = {**self.quantizer.losses(encoded.latents), **expanded.losses, **(out.losses or {})}
         return TokenizerOutput(reconstruction, encoded, losses, summary)
 
     def _view_summary(self, out: TokenSet) -> Float[Tensor, "b c"]:

@@ -54,7 +54,7 @@ def generator_panels(log: Log) -> list[Panel]:
 
 def loss_panels(run: TokenizerRun, log: Log) -> list[Panel]:
     """The tokenizer's loss, and each term that has a weight and was ever not 0."""
-    weights = weights_of(run.loss) | weights_of(run.model.quantizer) | run.loss.further_weights
+    weights = weights_of(run.loss) | run.own_weights | run.loss.further_weights
     weighted = [name for name, weight in weights.items() if weight > 0]
     terms = [name for name in weighted if any(line.get(name) for line in log)]
     return [Panel(title=_words(name), curves=[log_curve(log, name)]) for name in ["loss", *terms]]

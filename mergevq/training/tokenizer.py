@@ -16,7 +16,6 @@ import torch
 
 from mergevq.config.identity import Identity
 from mergevq.config.objective import Labels, view_sizes
-from mergevq.config.parts import weights_of
 from mergevq.config.training import TokenizerRun
 from mergevq.data.batches import Batch, eval_batches, open_train_val, train_batches
 from mergevq.data.cached import cached_batches
@@ -270,9 +269,7 @@ class TokenizerTask:
     def shown(self, numbers: Mapping[str, int | float]) -> set[str]:
         """Every term that is not 0, codebook usage and PSNR."""
         run = self.learner.run
-        weights = term_weights(
-            run.loss, weights_of(run.model.quantizer), run.loss.adversarial_weight
-        )
+        weights = term_weights(run.loss, run.own_weights, run.loss.adversarial_weight)
         terms = {name for name in weights if numbers.get(name)}
         return {"codebook_usage", *terms, *(name for name in numbers if name.startswith("psnr"))}
 

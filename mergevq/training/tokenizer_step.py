@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from mergevq.config.objective import SelfDistillation
-from mergevq.config.parts import weights_of
 from mergevq.config.training import TokenizerRun
 from mergevq.data.batches import Batch
 from mergevq.metrics.codes import CodebookUsage, CollapseMonitor
@@ -311,7 +310,7 @@ class TokenizerLearner:
         """Weight of every term at this step."""
         run = self.run
         adversarial = adversarial_weight(self.state.place, run.loss)
-        return term_weights(run.loss, weights_of(run.model.quantizer), adversarial)
+        return term_weights(run.loss, run.own_weights, adversarial)
 
     @torch.no_grad()
     def self_targets(self, parts: list[Batch], num_kept: int) -> list[Float[Tensor, "b f"] | None]:

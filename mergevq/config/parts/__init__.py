@@ -30,6 +30,7 @@ from mergevq.config.parts.quantizers import (
 from mergevq.config.parts.reducers import (
     NUM_KEYS,
     DivPrune,
+    LearnedMerge,
     Merge,
     MergeShape,
     Pool,
@@ -57,6 +58,7 @@ __all__ = [
     "GradientUpdate",
     "GroupedLfq",
     "LayoutKind",
+    "LearnedMerge",
     "Lfq",
     "MaskTokens",
     "Merge",

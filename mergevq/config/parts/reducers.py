@@ -38,7 +38,7 @@ class Merge:
 
     def least_kept(self, grid_shape: tuple[int, int]) -> int:
         """Fewest tokens that can be left of a grid's: every block merges half of its own."""
-        return -(-math.prod(grid_shape) >> self.num_layers)  # rounded up
+        return _least_of_halves(grid_shape, self.num_layers)
 
     def nearest_kept(self, grid_shape: tuple[int, int], num_kept: int) -> int:
         """Number of tokens next to this one that can be left of a grid's."""
@@ -46,14 +46,47 @@ class Merge:
 
     def check_kept(self, grid_shape: tuple[int, int], num_kept: int) -> None:
         """Raise `ValueError` where as many tokens cannot be left of a grid's."""
-        _require_at_most_cells(grid_shape, num_kept)
-        least, num_tokens = self.least_kept(grid_shape), math.prod(grid_shape)
-        require(
-            num_kept >= least,
-            f"num_kept ({num_kept}) must be at least {least}: each of reducer.num_layers "
-            f"({self.num_layers}) can merge at most half of its tokens and the first has "
-            f"{num_tokens}; keep more tokens or use more layers",
-        )
+        _require_halves(grid_shape, num_kept, self.num_layers)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LearnedMerge:
+    """Merging of which training finds how many tokens each block merges, at a given cost."""
+
+    kind: Literal["learned_merge"] = "learned_merge"
+    num_layers: int = 12
+    """Merging transformer blocks."""
+    num_candidates: int = 16
+    """Numbers of tokens that a block may leave, from all of the grid down in even steps."""
+    cost: float = 1.0
+    """Products of the blocks that training aims at, over those of `merge` with shape `linear` and
+    the same K."""
+    cost_weight: float = 5.0
+    """Weight of the loss `cost`, the squared distance from it (authors' code)."""
+    num_heads: int = 8
+    """Attention heads."""
+    layer_scale: float = 1e-5
+    """Initial gain of residual branches; 1e-5 suits long runs, short ones want 0.1 or more."""
+    norm_eps: float = 1e-6
+    """Added to the variance in layer norms."""
+
+    gives: ClassVar[LayoutKind] = "source"
+
+    def __post_init__(self) -> None:
+        """Reject counts and constants that cannot be."""
+        check_numbers(self)
+
+    def least_kept(self, grid_shape: tuple[int, int]) -> int:
+        """Fewest tokens that can be left of a grid's: every block merges half of its own."""
+        return _least_of_halves(grid_shape, self.num_layers)
+
+    def nearest_kept(self, grid_shape: tuple[int, int], num_kept: int) -> int:
+        """Number of tokens next to this one that can be left of a grid's."""
+        return max(self.least_kept(grid_shape), num_kept)
+
+    def check_kept(self, grid_shape: tuple[int, int], num_kept: int) -> None:
+        """Raise `ValueError` where as many tokens cannot be left of a grid's."""
+        _require_halves(grid_shape, num_kept, self.num_layers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,6 +248,23 @@ class Queries:
         )
 
 
+def _least_of_halves(grid_shape: tuple[int, int], num_layers: int) -> int:
+    """Fewest tokens that blocks leave of a grid's which merge half of their own each."""
+    return -(-math.prod(grid_shape) >> num_layers)  # rounded up
+
+
+def _require_halves(grid_shape: tuple[int, int], num_kept: int, num_layers: int) -> None:
+    """Raise `ValueError` unless blocks that merge at most half of their tokens leave as many."""
+    _require_at_most_cells(grid_shape, num_kept)
+    least, num_tokens = _least_of_halves(grid_shape, num_layers), math.prod(grid_shape)
+    require(
+        num_kept >= least,
+        f"num_kept ({num_kept}) must be at least {least}: each of reducer.num_layers "
+        f"({num_layers}) can merge at most half of its tokens and the first has "
+        f"{num_tokens}; keep more tokens or use more layers",
+    )
+
+
 def _require_at_most_cells(grid_shape: tuple[int, int], num_kept: int) -> None:
     """Raise `ValueError` unless tokens are from 1 to as many as a grid has cells."""
     num_tokens = math.prod(grid_shape)
@@ -224,4 +274,4 @@ def _require_at_most_cells(grid_shape: tuple[int, int], num_kept: int) -> None:
     )
 
 
-Reducer = Merge | Pool | DivPrune | Queries
+Reducer = Merge | LearnedMerge | Pool | DivPrune | Queries

@@ -17,6 +17,7 @@ from mergevq.config.parts import (
     DivPrune,
     Fsq,
     GroupedLfq,
+    LearnedMerge,
     Lfq,
     MaskTokens,
     Merge,
@@ -27,6 +28,7 @@ from mergevq.config.parts import (
     Queries,
     Residual,
     Shared,
+    Reducer,
     TailDrop,
     TwoBranches,
     Unmerge,
@@ -240,13 +242,28 @@ def digits32_divprune() -> TokenizerRun:
     Source: DivPrune (arXiv:2503.02175), without training there. Hardware and time: not measured,
     640 steps of 64 images. Expected: not measured.
     """
-    run = digits32()
     reducer = DivPrune(num_layers=4, num_heads=2, layer_scale=0.1)
+    return _with_reducer(reducer, "digits32_divprune")
+
+
+def digits32_learned_merge() -> TokenizerRun:
+    """`digits32` with merging at the same cost, spread over blocks as training finds it best.
+
+    Source: DiffRate (arXiv:2305.17997). Hardware and time: not measured, 640 steps of 64 images.
+    Expected: not measured.
+    """
+    reducer = LearnedMerge(num_layers=4, num_heads=2, layer_scale=0.1)
+    return _with_reducer(reducer, "digits32_learned_merge")
+
+
+def _with_reducer(reducer: Reducer, name: str) -> TokenizerRun:
+    """The run of `digits32` with another reducer that gives a source map."""
+    run = digits32()
     return replace(
         run,
         model=replace(run.model, reducer=reducer),
         train=replace(run.train, eval_num_kept=(12, 20, 32, run.model.num_tokens)),
-        out="runs/digits32_divprune",
+        out=f"runs/{name}",
     )
 
 

@@ -14,6 +14,7 @@ of a key.
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,9 +50,7 @@ def match(keys: Float[Tensor, "b n d"], num_merged: int) -> Int64[Tensor, "b n"]
             f"num_merged ({num_merged}) must be between 0 and half of the {num_tokens} tokens; "
             "spread the merging over more layers"
         )
-    with without_autocast(keys):
-        unit = torch.nn.functional.normalize(keys.float(), dim=-1)
-        similarity = unit[:, 1::2] @ unit[:, ::2].mT
+    similarity = _similarity(keys)
     # The place of a maximum takes far longer to find than the maximum: for those that join only.
     ranked = similarity.amax(-1).argsort(dim=-1, descending=True, stable=True)
     joins = ranked[:, :num_merged]
@@ -62,6 +61,24 @@ def match(keys: Float[Tensor, "b n d"], num_merged: int) -> Int64[Tensor, "b n"]
     destination[:, ::2] = torch.arange(num_staying, num_tokens - num_merged, device=keys.device)
     destination[:, 1::2] = (stays.cumsum(-1) - 1).scatter(1, joins, num_staying + partner)
     return destination
+
+
+@torch.no_grad()
+def merging_order(keys: Float[Tensor, "b n d"]) -> Int64[Tensor, "b c"]:
+    """Place of each candidate in the order in which `match` merges them, from 0.
+
+    Args:
+        keys: of N tokens, of which those at odd positions are candidates.
+    """
+    ranked = _similarity(keys).amax(-1).argsort(dim=-1, descending=True, stable=True)
+    return ranked.argsort(-1)
+
+
+def _similarity(keys: Float[Tensor, "b n d"]) -> Float[Tensor, "b c e"]:
+    """Cosine of each candidate, at odd positions, with each destination, at even ones."""
+    with without_autocast(keys):
+        unit = torch.nn.functional.normalize(keys.float(), dim=-1)
+        return unit[:, 1::2] @ unit[:, ::2].mT
 
 
 class Merged(NamedTuple):
@@ -103,6 +120,38 @@ def merge_schedule(
     Raises:
         ValueError: K is out of range, or that many layers cannot get that low.
     """
+    _require_reachable(num_tokens, num_kept, num_layers)
+    wanted = _wanted(num_tokens - num_kept, num_layers, shape)
+    remaining = [num_tokens - total for total in itertools.accumulate(wanted)]
+    return legal_schedule(remaining, num_tokens, num_kept)
+
+
+def legal_schedule(wanted: Sequence[int], num_tokens: int, num_kept: int) -> list[int]:
+    """Tokens to merge in each layer: as is wanted, as far as halves and K allow it.
+
+    Args:
+        wanted: tokens that are to remain after each layer; after the last it is K in any case.
+        num_tokens: L, before the first layer.
+        num_kept: K, any integer from 1 to L.
+
+    Raises:
+        ValueError: K is out of range, or that many layers cannot get that low.
+    """
+    num_layers = len(wanted)
+    _require_reachable(num_tokens, num_kept, num_layers)
+    schedule, remaining = [], num_tokens
+    for layer, number in enumerate(wanted):
+        # Never below half, never more than the layers that follow can still remove.
+        most = min(remaining, num_kept * 2 ** (num_layers - layer - 1))
+        least = max((remaining + 1) // 2, num_kept)
+        after = min(max(number, least), most)
+        schedule.append(remaining - after)
+        remaining = after
+    return schedule
+
+
+def _require_reachable(num_tokens: int, num_kept: int, num_layers: int) -> None:
+    """Raise `ValueError` unless so many layers leave K of L tokens."""
     if not 1 <= num_kept <= num_tokens:
         raise ValueError(
             f"num_kept ({num_kept}) must be between 1 and the {num_tokens} tokens of the grid"
@@ -114,17 +163,6 @@ def merge_schedule(
             f"merge at most half of its tokens and the grid has {num_tokens}; keep more tokens or "
             "use more layers"
         )
-    wanted = _wanted(num_tokens - num_kept, num_layers, shape)
-    schedule, remaining, total = [], num_tokens, 0
-    for layer, count in enumerate(wanted):
-        total += count
-        # Never below half, never more than the layers that follow can still remove.
-        most = min(remaining, num_kept * 2 ** (num_layers - layer - 1))
-        least = max((remaining + 1) // 2, num_kept)
-        after = min(max(num_tokens - total, least), most)
-        schedule.append(remaining - after)
-        remaining = after
-    return schedule
 
 
 def _wanted(num_merged: int, num_layers: int, shape: MergeShape) -> list[int]:

@@ -87,7 +87,7 @@ def test_with_all_cells_it_is_the_blocks_alone(num_grid_layers):
 def test_a_token_is_the_mean_of_its_cells_or_the_chosen_one(combine):
     grid, cls = random_cells(0, 16, 8), torch.zeros(1, 1, 8)
     cells = reducer()(grid, cls, (4, 4), 16).tokens
-    tokens, _, source = reducer(combine=combine)(grid, cls, (4, 4), 5)
+    tokens, _, source, *_ = reducer(combine=combine)(grid, cls, (4, 4), 5)
     assert torch.equal(canonicalize(source).source.index, source.index)
     assert source.sizes().min() >= 1
     chosen = choose(cells, 5)[0].tolist()
