@@ -74,6 +74,7 @@ RANGES = {
     "num_candidates": Range(1, 2**16),
     "cost": Range(0, 1000),
     "cost_weight": _WEIGHT,
+    "num_merger_layers": _LAYERS,
     "num_grid_layers": Range(0, 2**12),
     "num_queries": _TOKENS,
     "num_heads": _HEADS,

@@ -27,6 +27,7 @@ from mergevq.tokenizer.reducers.learned_merge import LearnedMerge
 from mergevq.tokenizer.reducers.merge import Merge
 from mergevq.tokenizer.reducers.pool import Pool
 from mergevq.tokenizer.reducers.queries import Queries
+from mergevq.tokenizer.reducers.select import Select
 from mergevq.tokenizer.regularizers.perturb import Perturb
 from mergevq.tokenizer.regularizers.tail_drop import TailDrop
 from mergevq.tokenizer.seams import Term
@@ -52,7 +53,7 @@ def build_stem(config: settings.Stem) -> nn.Module:
 
 def build_reducer(
     config: settings.Reducer, dim: int
-) -> Merge | LearnedMerge | Pool | DivPrune | Queries:
+) -> Merge | LearnedMerge | Pool | DivPrune | Select | Queries:
     """Reducer of a kind on `dim` channels."""
     match config:
         case settings.Merge():
@@ -63,6 +64,8 @@ def build_reducer(
             return Pool(config, dim)
         case settings.DivPrune():
             return DivPrune(config, dim)
+        case settings.Select():
+            return Select(config, dim)
         case settings.Queries():
             return Queries(config, dim)
         case _:

@@ -31,6 +31,7 @@ TOKENIZER_RECIPES = (
     "digits32_pool",
     "digits32_divprune",
     "digits32_learned_merge",
+    "digits32_select",
     "digits32_queries",
     "digits32_causal",
     "digits32_tail_drop",

@@ -104,10 +104,13 @@ def test_a_reducer_leaves_as_many_tokens_as_are_asked_for(part, num_kept):
     model = small(part)
     cells = model.config.grid_size
     model.config.reducer.check_kept((cells, cells), num_kept)
-    tokens, class_token, layout, _ = model.encoder(images(model), num_kept)
+    tokens, class_token, layout, _, losses = model.encoder(images(model), num_kept)
     assert tokens.shape == (2, num_kept, model.config.dim)
     assert class_token.shape == (2, model.config.dim)
     assert layout.num_kept == num_kept
+    assert set(losses or {}) == set(own := weights_of(model.config.reducer))
+    assert not set(own) & {*weights_of(LossConfig()), *weights_of(model.config.quantizer)}
+    assert all(value.shape == () and value.isfinite() for value in (losses or {}).values())
     require_gradients(model.encoder.reducer, tokens.square().mean() + class_token.square().mean())
 
 

@@ -19,6 +19,7 @@ from mergevq.config.parts import (
     Product,
     Queries,
     Residual,
+    Select,
     Shared,
     Unmerge,
 )
@@ -65,6 +66,7 @@ _SMALL = (
     LearnedMerge(num_layers=3, num_candidates=8, num_heads=2, layer_scale=0.1),
     Pool(num_layers=2, num_heads=2, layer_scale=0.1),
     DivPrune(num_layers=2, num_heads=2, layer_scale=0.1),
+    Select(num_layers=2, num_merger_layers=1, num_heads=2, layer_scale=0.1),
     Queries(num_queries=64, num_layers=2, num_heads=2),
     Lfq(num_bits=8),
     Bsq(num_bits=8),

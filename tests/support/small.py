@@ -24,6 +24,7 @@ from mergevq.config.parts import (
     PatchStem,
     Pool,
     Queries,
+    Select,
     Unmerge,
 )
 from mergevq.config.training import GeneratorRun, TokenizerRun
@@ -35,6 +36,7 @@ _SIZES = {
     LearnedMerge: {"num_layers": 3, "num_heads": 2},
     Pool: {"num_layers": 3, "num_heads": 2},
     DivPrune: {"num_layers": 3, "num_heads": 2},
+    Select: {"num_layers": 3, "num_merger_layers": 1, "num_heads": 2},
     Queries: {"num_queries": 64, "num_layers": 3, "num_heads": 2},
     Unmerge: {"dim": 16, "num_layers": 1, "num_heads": 2},
     MaskTokens: {"dim": 16, "num_layers": 1, "num_heads": 2},

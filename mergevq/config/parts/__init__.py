@@ -36,6 +36,7 @@ from mergevq.config.parts.reducers import (
     Pool,
     Queries,
     Reducer,
+    Select,
 )
 from mergevq.config.parts.regularizers import NoRegularizer, Perturb, Regularizer, TailDrop
 from mergevq.config.parts.stems import CnnStem, PatchStem, Stem
@@ -75,6 +76,7 @@ __all__ = [
     "Reducer",
     "Regularizer",
     "Residual",
+    "Select",
     "Shared",
     "Stem",
     "TailDrop",

@@ -200,6 +200,41 @@ class DivPrune:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Select:
+    """Transformer blocks, a learned choice of cells, and attention from these to the others."""
+
+    kind: Literal["select"] = "select"
+    num_layers: int = 12
+    """Transformer blocks, which see all cells."""
+    num_merger_layers: int = 2
+    """Blocks of the chosen cells, in which they attend to the others."""
+    num_heads: int = 8
+    """Attention heads."""
+    layer_scale: float = 1e-5
+    """Initial gain of residual branches; 1e-5 suits long runs, short ones want 0.1 or more."""
+    norm_eps: float = 1e-6
+    """Added to the variance in layer norms."""
+
+    gives: ClassVar[LayoutKind] = "source"
+
+    def __post_init__(self) -> None:
+        """Reject counts and constants that cannot be."""
+        check_numbers(self)
+
+    def least_kept(self, grid_shape: tuple[int, int]) -> int:  # noqa: ARG002 - as of merging
+        """Fewest tokens that can be left of a grid's: one cell."""
+        return 1
+
+    def nearest_kept(self, grid_shape: tuple[int, int], num_kept: int) -> int:
+        """Number of tokens next to this one that can be left of a grid's."""
+        return min(max(num_kept, 1), math.prod(grid_shape))
+
+    def check_kept(self, grid_shape: tuple[int, int], num_kept: int) -> None:
+        """Raise `ValueError` where as many cells cannot be chosen of a grid's."""
+        _require_at_most_cells(grid_shape, num_kept)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Queries:
     """Learned queries behind the grid tokens; they alone are kept, in their order (TiTok)."""
 
@@ -274,4 +309,4 @@ def _require_at_most_cells(grid_shape: tuple[int, int], num_kept: int) -> None:
     )
 
 
-Reducer = Merge | LearnedMerge | Pool | DivPrune | Queries
+Reducer = Merge | LearnedMerge | Pool | DivPrune | Select | Queries
