@@ -13,7 +13,7 @@ from mergevq.runtime.environment import needing
 from mergevq.runtime.files import atomic_directory, sha256_of, write_json
 from mergevq.runtime.run import versions
 from mergevq.tokenizer.export.files import OPSET, Format, GraphRecord, write_graphs
-from mergevq.tokenizer.export.graphs import tokenizer_graphs
+from mergevq.tokenizer.export.graphs import is_exportable, tokenizer_graphs
 from mergevq.tokenizer.tokenizer import Tokenizer
 
 MANIFEST = "export.json"
@@ -66,11 +66,10 @@ def export_folder(
     tokenizer = Tokenizer.from_pretrained(directory, precision="float32").requires_grad_(
         requires_grad=False
     )
-    if not tokenizer.has_maps:
-        # The exporter cannot take their batch as one of any size.
+    if not is_exportable(tokenizer):
         kind = tokenizer.config.reducer.kind
         raise ValueError(
-            f"{directory.name} has a reducer of kind {kind}, and tokenizers that merge can be "
+            f"{directory.name} has a reducer of kind {kind}, and those of kind merge can be "
             "exported; use it from Python"
         )
     counts = tuple(sorted(set(num_kept))) or (tokenizer.config.num_kept,)

@@ -39,6 +39,15 @@ class Graph(NamedTuple):
     """Least and greatest length of such axes, by name."""
 
 
+def is_exportable(tokenizer: Tokenizer) -> bool:
+    """Whether an exporter can take the tokenizer's batch as one of any size.
+
+    Merging has a form in products of matrices (`dense`); of other reducers the exporters take the
+    batch of the example.
+    """
+    return isinstance(tokenizer.encoder.reducer, Merge)
+
+
 def tokenizer_graphs(tokenizer: Tokenizer, num_kept: tuple[int, ...]) -> list[Graph]:
     """Graphs of a tokenizer, for images of the size that it was trained at.
 

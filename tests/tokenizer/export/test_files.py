@@ -148,13 +148,15 @@ def test_graphs_of_every_kind_of_part_compute_what_it_does(part):
     assert ("recovery" in graphs) == (model.has_maps and model.expander.can_infer)
 
 
-NOT_EXPORTED = {"pool", "queries", "mask_tokens"}
+OTHER_REDUCERS = sorted({part.partition("=")[2] for part in PARTS if "reducer" in part} - {"merge"})
+NOT_EXPORTED = {*OTHER_REDUCERS, "mask_tokens"}
 
 
-def test_a_tokenizer_that_does_not_merge_is_refused_before_anything_is_written(tmp_path):
-    run = replaced(shrink(digits32()), {"model.reducer.kind": "pool"})
+@pytest.mark.parametrize("kind", OTHER_REDUCERS)
+def test_a_tokenizer_that_does_not_merge_is_refused_before_anything_is_written(kind, tmp_path):
+    run = replaced(shrink(digits32()), {"model.reducer.kind": kind})
     random(run.model).save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="reducer of kind pool, and tokenizers that merge"):
+    with pytest.raises(ValueError, match=f"reducer of kind {kind}, and those of kind merge"):
         export_folder(str(tmp_path / "model"), tmp_path / "out", "pt2")
     assert not (tmp_path / "out").exists()
 
