@@ -195,6 +195,7 @@ RANGES = {
     "grid_size": _SIDE,
     "kept_candidates": _TOKENS,
     "window": Range(0, 2**32),
+    "annealing": _SHARE,
     "dropout": _ALL_BUT_ONE,
     "class_dropout": _ALL_BUT_ONE,
     # Sampling

@@ -47,7 +47,7 @@ def build_order(order: Sequential, config: GeneratorConfig) -> seams.Order:
     """The order of an autoregressive generator."""
     match order:
         case orders.Raster():
-            return Raster()
+            return Raster(order, config)
         case orders.Merge():
             return Merge(order)
         case orders.Random():

@@ -86,6 +86,14 @@ def lay_out(
     return Layout(inputs, positions, mask, reads, parts, parts, {}, None)
 
 
+def add_targets(
+    inputs: Float[Tensor, "b n c"], targets: Float[Tensor, "*s t c"]
+) -> Float[Tensor, "b n c"]:
+    """Inputs with a vector added to each of the last T, for the place of the token it predicts."""
+    prefix = inputs.shape[1] - targets.shape[-2]
+    return torch.cat([inputs[:, :prefix], inputs[:, prefix:] + targets], dim=1)
+
+
 def full_cache(network: Network, batch: int, num_inputs: int) -> FullCache:
     """Room for the prefix and `num_inputs` more inputs."""
     return FullCache(
@@ -108,6 +116,7 @@ def prefill(
     cache: Cache,
     class_label: Int64[Tensor, "r"],
     num_kept: int,
+    target: Float[Tensor, "c"] | None = None,
 ) -> Float[Tensor, "r c"]:
     """Start a sequence: empty the cache, fill in the prefix, return the state of the first token.
 
@@ -116,9 +125,12 @@ def prefill(
         cache: of any content.
         class_label: classes.
         num_kept: K.
+        target: vector of the place of the first token, added to the last input.
     """
     cache.reset()
     prefix = network.embed_prefix(class_label, num_kept)
+    if target is not None:
+        prefix = add_targets(prefix, target[None])
     positions = torch.zeros(1, prefix.shape[1], 2, device=prefix.device)
     states = network.transform(prefix, network.turns(positions), None, cache)
     cache.advance(prefix.shape[1])
@@ -127,7 +139,11 @@ def prefill(
 
 @torch.no_grad()
 def put_in(
-    network: Network, cache: Cache, parts: Int64[Tensor, "r p"], turns: Rotation
+    network: Network,
+    cache: Cache,
+    parts: Int64[Tensor, "r p"],
+    turns: Rotation,
+    target: Float[Tensor, "c"] | None = None,
 ) -> Float[Tensor, "r c"]:
     """Put one token of each row in and return the state that predicts the next.
 
@@ -136,9 +152,13 @@ def put_in(
         cache: holding the prefix and all tokens before.
         parts: the token.
         turns: of its position.
+        target: vector of the place of the next token, added to this one.
     """
     visible = cache.place(network.indices(parts))
-    states = network.transform(network.embed(parts[:, None]), turns, visible, cache)[:, 0]
+    inputs = network.embed(parts[:, None])
+    if target is not None:
+        inputs = add_targets(inputs, target[None])
+    states = network.transform(inputs, turns, visible, cache)[:, 0]
     cache.advance(1)
     return states
 
@@ -159,6 +179,7 @@ class SequenceDecoder:
         num_kept: int,
         draws: Draws,
         settings: SamplingSettings,
+        targets: Float[Tensor, "t c"] | None = None,
     ) -> None:
         """Allocate the cache.
 
@@ -169,8 +190,10 @@ class SequenceDecoder:
             num_kept: K.
             draws: uniform numbers for every token of a sequence.
             settings: guidance, temperature and so on.
+            targets: vector of the place of each token, added to the input before it.
         """
         self.network, self.order, self.num_kept = network, order, num_kept
+        self.targets = targets
         self.draws, self.settings = draws, settings
         self.num_steps = draws.uniforms.shape[1]
         self.scales = guidance_scales(settings, range(self.num_steps), self.num_steps)
@@ -197,7 +220,7 @@ class SequenceDecoder:
     @torch.inference_mode()
     def seek(self, step: int, history: Int64[Tensor, "b t p"] | None = None) -> None:
         """Fill in the prefix and take the tokens before a step as decoded (`seams.Decoder`)."""
-        self.states = prefill(self.network, self.cache, self.rows, self.num_kept)
+        self.states = prefill(self.network, self.cache, self.rows, self.num_kept, self._target(0))
         batch = len(self.draws.uniforms)
         self.rules = self.order.rules(
             self.network,
@@ -229,4 +252,9 @@ class SequenceDecoder:
         if self.token < self.num_steps:
             parts = chosen.parts.repeat(len(self.rows) // batch, 1)
             turns = self.order.turns(self.cache, parts, token)
-            self.states = put_in(self.network, self.cache, parts, turns)
+            target = self._target(self.token)
+            self.states = put_in(self.network, self.cache, parts, turns, target)
+
+    def _target(self, token: int) -> Float[Tensor, "c"] | None:
+        """Vector of the place of a token, if there are such vectors."""
+        return None if self.targets is None else self.targets[token]

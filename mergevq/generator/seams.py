@@ -47,8 +47,8 @@ class Sequences(NamedTuple):
     source_index: Int64[Tensor, "b l"] | None = None
     """Which kept token each cell is."""
     slots: Int64[Tensor, "b t"] | None = None
-    """Positions of `indices` in the order in which they are decoded; `Generator.draw` draws it
-    for a generator that decodes in any order."""
+    """Positions of `indices` in the order in which they are decoded or, in training, learned;
+    `Generator.draw` draws it for a generator of any order. None is from the first to the last."""
     stages: Int64[Tensor, "b t"] | None = None
     """Pass in which each token becomes known, for a generator that decodes in parallel: 0 before
     the last one, 1 in the last one, 2 in one to come; tokens of stage 2 are predicted."""
@@ -128,6 +128,11 @@ class Layout(NamedTuple):
 @runtime_checkable
 class Numbers(Protocol):
     """Random numbers of the rows of a batch at hand, drawn as one process would for all rows."""
+
+    @property
+    def progress(self) -> float:
+        """Share of the run, from 0 to 1, that is over."""
+        ...
 
     def uniform(self, purpose: str, *shape: int) -> Float[Tensor, "b *shape"]:
         """Uniform numbers in [0, 1), on the CPU; the same for the same purpose."""

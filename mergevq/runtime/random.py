@@ -80,6 +80,8 @@ class BatchNumbers:
     """Rows at hand."""
     prefix: str = ""
     """Put before every purpose."""
+    progress: float = 0.0
+    """Share of the run that is over."""
 
     def uniform(self, purpose: str, *shape: int) -> Float[Tensor, "b *shape"]:
         """Uniform numbers in [0, 1) on the CPU, which depend on seed, purpose and step alone."""

@@ -116,14 +116,15 @@ class GeneratorLearner:
 
     def _draw(self, batch: TokenBatch) -> Sequences:
         """This rank's sequences with all that is random drawn, as one process would for all."""
-        generator, world, share = self.state.generator, self.world, len(batch.label)
+        state, world, share = self.state, self.world, len(batch.label)
         numbers = BatchNumbers(
             seed=self.run.train.seed,
-            step=self.state.step,
+            step=state.step,
             num_rows=share * world.world_size,
             rows=slice(world.rank * share, (world.rank + 1) * share),
+            progress=state.budget.place(state.step) / self.run.train.num_steps,
         )
-        return generator.draw(to_sequences(generator, batch), numbers)
+        return state.generator.draw(to_sequences(state.generator, batch), numbers)
 
     @contextlib.contextmanager
     def _dropout_numbers(self) -> Iterator[None]:

@@ -38,6 +38,7 @@ from tests.support.generators import TINY, loss_of, numbers_for
 HEADS = get_args(Head) or (Head,)
 # Where one kind of order is several models: what else it can be.
 VARIANTS = {
+    Raster: [Raster(annealing=(0.5, 0.75))],
     Masked: [
         Masked(disentangle=True, visible_weight=0.0),
         Masked(disentangle=True, visible_weight=0.0, reuse=True, masking="beta"),

@@ -15,9 +15,12 @@ Reads = Literal["cells", "kept"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Raster:
-    """All cells row by row (LlamaGen)."""
+    """All cells row by row (LlamaGen), after training in random orders if asked to (RAR)."""
 
     kind: Literal["raster"] = "raster"
+    annealing: tuple[float, float] | None = None
+    """Shares of the run between which the probability that training permutes a sequence falls
+    linearly from 1 to 0; None never permutes."""
 
     reads: ClassVar[Reads] = "cells"
     """Tokens of a sequence."""
@@ -37,6 +40,27 @@ class Raster:
     """Whether the first parts of a token are which earlier cell it is a copy of."""
     is_exact: ClassVar[bool] = True
     """Whether likelihoods of sequences are exact, and not estimates of a bound."""
+
+    def __post_init__(self) -> None:
+        """Reject annealing that ends before it begins."""
+        check_numbers(self)
+        start, end = self.annealing or (0, 0)
+        require(start <= end, f"annealing {self.annealing} must end after it begins")
+
+    def permuted_share(self, progress: float) -> float:
+        """Probability that training permutes a sequence, after a share of the run.
+
+        Examples:
+            >>> order = Raster(annealing=(0.5, 0.75))
+            >>> [order.permuted_share(progress) for progress in (0.0, 0.5, 0.625, 0.75)]
+            [1.0, 1.0, 0.5, 0.0]
+        """
+        if self.annealing is None:
+            return 0.0
+        start, end = self.annealing
+        if start == end:
+            return float(progress < end)
+        return min(max((end - progress) / (end - start), 0.0), 1.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

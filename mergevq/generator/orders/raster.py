@@ -1,7 +1,8 @@
 """Raster order: all cells of the grid, row by row.
 
 Source: Sun et al. 2024, "Autoregressive Model Beats Diffusion: Llama for Scalable Image
-Generation", section 2 (LlamaGen, arXiv:2406.06525).
+Generation", section 2 (LlamaGen, arXiv:2406.06525); Yu et al. 2024, "Randomized Autoregressive
+Visual Generation", section 3 (RAR, arXiv:2411.00776).
 
     [class, (M), x_1 .. x_L]
 
@@ -10,33 +11,64 @@ M is the merge instruction, an embedding of K, and x_i is the token of cell i.
 Differs: the prefix is rotated by the cell (0, 0) and image cells count from (1, 1), where LlamaGen
 zeroes the prefix's queries and keys.
 
+With annealing (RAR), training permutes sequences with a probability that falls to 0. Each input,
+the last of the prefix among them, then has a vector of the cell of the token after it added, by
+which random orders are defined; validation, likelihoods and samples are in raster order.
+
+Differs: positions are rotations by row and column, which go with the tokens, where RAR learns a
+vector for each.
+
 Shape letters: B batch, R rows, T tokens of a sequence, P parts of a token.
 """
 
 import torch
 from jaxtyping import Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from mergevq.config.generator import (
     GeneratorConfig,
     SamplingSettings,
 )
+from mergevq.config.parts import orders as config
 from mergevq.generator.cache import FullCache
-from mergevq.generator.decoding import SequenceDecoder, full_cache, lay_out, turns_at
-from mergevq.generator.network import Cache, Network
+from mergevq.generator.decoding import (
+    SequenceDecoder,
+    add_targets,
+    full_cache,
+    lay_out,
+    turns_at,
+)
+from mergevq.generator.network import INITIAL_STD, Cache, Network
 from mergevq.generator.seams import Decoder, Draws, Layout, Numbers, Sampled, Sequences
 from mergevq.nn.llama import Rotation
 
 
-class Raster:
-    """All cells in raster order (`seams.Order`)."""
+class Raster(nn.Module):
+    """All cells in raster order, in training in random orders too (`seams.Order`)."""
+
+    def __init__(self, order: config.Raster, sizes: GeneratorConfig) -> None:
+        """Make a vector for each cell to be predicted, if there is annealing."""
+        super().__init__()
+        self.config = order
+        self.targets: nn.Parameter | None = None
+        if order.annealing is not None:
+            self.targets = nn.Parameter(torch.empty(sizes.num_tokens, sizes.dim))
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Do nothing: the order has no weights."""
+        """Draw the vectors anew."""
+        if self.targets is not None:
+            nn.init.normal_(self.targets, std=INITIAL_STD, generator=generator)
 
-    def draw(self, sequences: Sequences, numbers: Numbers) -> Sequences:  # noqa: ARG002
-        """The same: nothing about the order is random."""
-        return sequences
+    def draw(self, sequences: Sequences, numbers: Numbers) -> Sequences:
+        """In training with annealing, a random permutation of the cells of some sequences."""
+        if not self.training or self.config.annealing is None:
+            return sequences
+        length = sequences.indices.shape[1]
+        share = self.config.permuted_share(numbers.progress)
+        is_permuted = numbers.uniform("permuted sequences")[:, None] < share
+        orders = numbers.uniform("orders", length).argsort(-1)
+        slots = torch.where(is_permuted, orders, torch.arange(length))
+        return sequences._replace(slots=slots.to(sequences.indices.device))
 
     def num_inputs(self, config: GeneratorConfig, num_kept: int) -> int:  # noqa: ARG002
         """The prefix and all cells but the last."""
@@ -54,8 +86,16 @@ class Raster:
     def layout(
         self, network: Network, parts: Int64[Tensor, "b t p"], sequences: Sequences
     ) -> Layout:
-        """Each input sees all up to itself."""
-        return lay_out(network, sequences, parts, network.cell_positions()[None])
+        """Each input sees all up to itself; with annealing it has the cell that comes next."""
+        positions = network.cell_positions()[None]
+        if self.targets is None:
+            return lay_out(network, sequences, parts, positions)
+        targets, slots = self.targets, sequences.slots
+        if slots is not None:
+            parts = parts.gather(1, slots[..., None].expand_as(parts))
+            positions, targets = positions[0, slots], targets[slots]
+        layout = lay_out(network, sequences, parts, positions)
+        return layout._replace(inputs=add_targets(layout.inputs, targets), slots=slots)
 
     def cache(
         self,
@@ -97,7 +137,7 @@ class Raster:
         settings: SamplingSettings,
     ) -> Decoder:
         """One cell in each step."""
-        return SequenceDecoder(network, self, labels, num_kept, draws, settings)
+        return SequenceDecoder(network, self, labels, num_kept, draws, settings, self.targets)
 
     def sampled(self, network: Network, decoder: Decoder) -> Sampled:
         """Cells in raster order."""
