@@ -66,6 +66,7 @@ LEARNS_FROM = {
     "digits32_ar": "digits32",
     "digits32_maskgit": "digits32",
     "digits32_enat": "digits32",
+    "digits32_rar": "digits32",
     "digits32_stream": "digits32",
     "digits32_bits": "digits32",
     "digits32_ordered": "digits32_causal",

@@ -42,6 +42,7 @@ TINY = GeneratorConfig(
     head=Subindices(sizes=(4, 8)),
 )
 _PARTS = {
+    "annealing": "order",
     "window": "order",
     "groups": "order",
     "flex_attention": "order",

@@ -26,6 +26,7 @@ from mergevq.config.parts.heads import (
 from mergevq.config.parts.orders import (
     Merge,
     Random,
+    Raster,
 )
 from mergevq.config.recipes import GENERATOR_RECIPES
 from mergevq.config.recipes.digits import digits32_ar
@@ -350,6 +351,23 @@ def test_every_parameter_gets_a_gradient(material):
         learner.step(dataset.batch(range(4), state.generator.config.num_kept))
         without = [n for n, p in state.generator.named_parameters() if p.grad is None]
         assert without == [], order
+
+
+def test_sequences_are_in_random_order_until_their_share_of_the_steps(material):
+    run = small(material, "raster", num_steps=4)
+    order = Raster(annealing=(0.5, 0.5))
+    learner, dataset = built(replace(run, model=replace(run.model, order=order)))
+    batch, seen = dataset.batch(range(4), 64), []
+    learner.wrapped.register_forward_pre_hook(lambda _, given: seen.append(given[0].slots))
+    for step in range(4):
+        learner.state.step = step
+        learner.step(batch)
+    is_permuted = [(slots != torch.arange(64)).any(-1).tolist() for slots in seen]
+    assert is_permuted == [[True] * 4] * 2 + [[False] * 4] * 2
+    # Of a run that was cut and goes on the same.
+    learner.state.step = 1
+    learner.step(batch)
+    assert torch.equal(seen[4], seen[1])
 
 
 @pytest.mark.parametrize("order", ["merge", "random"])

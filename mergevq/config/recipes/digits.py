@@ -41,6 +41,7 @@ from mergevq.config.parts.heads import (
 from mergevq.config.parts.orders import (
     Masked,
     Ordered,
+    Raster,
     Stream,
 )
 from mergevq.config.parts.orders import (
@@ -424,6 +425,24 @@ def digits32_enat() -> GeneratorRun:
         model=replace(run.model, order=order, num_layers=4),
         sampling=replace(run.sampling, passes=Several(num_steps=8, confidence_temperature=1.5)),
         out="runs/digits32_enat",
+    )
+
+
+def digits32_rar() -> GeneratorRun:
+    """RAR on all 64 cells of `digits32`: in random orders for half of the steps, then row by row.
+
+    Beside it, --model.order.annealing 0 0 is raster order, and 1 1 random orders to the end.
+    Tokens: `mergevq encode --model runs/digits32/model --data digits --num-kept 64
+    --out runs/digits32/tokens`. Source: RAR (arXiv:2411.00776). Hardware and time: not measured,
+    600 steps of 64 sequences. Expected: not measured.
+    """
+    run = digits32_ar()
+    order = Raster(annealing=(0.5, 0.75))
+    return replace(
+        run,
+        model=replace(run.model, order=order, num_kept=64, kept_candidates=()),
+        kept=KeptConfig(candidates=(64,)),
+        out="runs/digits32_rar",
     )
 
 
