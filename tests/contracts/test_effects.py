@@ -299,6 +299,7 @@ NEEDS = {
         **OPTIM,
         **KEPT,
         "model.kept_candidates": RASTER,
+        "model.order[raster].annealing": RASTER,
         "model.order[masked].disentangle": SPLIT,
         "model.order[masked].num_decoder_layers": ENAT,
         "model.order[masked].reuse": ENAT,
