@@ -73,8 +73,17 @@ def tab(page, name):
 
 
 def pixels(locator):
-    """The pixels that are seen, as an array."""
-    return np.asarray(Image.open(io.BytesIO(locator.screenshot())).convert("RGB"), dtype=int)
+    """The pixels that are seen, as an array; a picture may be replaced while it is taken."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    end = time.monotonic() + PATIENCE / 1000
+    while True:
+        try:
+            taken = locator.screenshot()
+        except playwright.Error as error:
+            if "not attached" not in str(error) or time.monotonic() > end:
+                raise
+            continue
+        return np.asarray(Image.open(io.BytesIO(taken)).convert("RGB"), dtype=int)
 
 
 def until(holds, seconds=60):
