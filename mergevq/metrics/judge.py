@@ -41,7 +41,7 @@ class Judge(NamedTuple):
 
 
 def fit_judge(
-    images: Iterable[tuple[Float[Tensor, "b 3 h w"], Int64[Tensor, "b"]]],
+    images: Iterable[tuple[Float[Tensor, "_ 3 _ _"], Int64[Tensor, "_"]]],
     features: Features = grey_pixels,
 ) -> Judge:
     """Fit a classifier to real images, with scikit-learn's own settings.

@@ -539,6 +539,13 @@ TRAIN_VALUES = {
     },
     ("digits32", "model.image_size"): {"model.image_size": 36},
     ("digits32_ar", "model.head[bits].schedule"): {"model.head[bits].schedule": (3, 5)},
+    ("digits32_ar", "model.order[raster].annealing"): {
+        "model.order[raster].annealing": (0.25, 0.5),
+        "model.num_kept": 64,
+        "model.kept_candidates": (64,),
+        "kept.candidates": (64,),
+        "train.eval_num_kept": (64,),
+    },
     ("digits32_ar", "model.order[masked].disentangle"): {
         "model.order[masked].disentangle": True,
         "model.order[masked].visible_weight": 0.0,
