@@ -198,9 +198,10 @@ def run_blocks(
         outputs: gets the tokens after the blocks that it has numbers of, from 1; 0 is before them.
     """
     outputs = {} if outputs is None else outputs
-    for number, block in enumerate([None, *list(blocks)[:num_layers]]):
-        if block is not None:
-            x = checkpoint(block, x, mask, use_reentrant=False) if recompute else block(x, mask)
+    if 0 in outputs:
+        outputs[0] = x
+    for number, block in enumerate(list(blocks)[:num_layers], 1):
+        x = checkpoint(block, x, mask, use_reentrant=False) if recompute else block(x, mask)
         if number in outputs:
             outputs[number] = x
     return x
