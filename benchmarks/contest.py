@@ -23,8 +23,9 @@ Bits are of an image: those of codes, and those of the map. Of `anchor` the map'
 cells at which tokens open, and `inferred` what the source predictor needs for the other cells,
 given codes and openings. Samples are judged by a support vector machine fitted to real images
 (their pixels, grey and small, or features of `--extractor`): the share that it takes for the class
-that was asked for, beside that of real images that it has not seen. What was measured is in OUT and
-is not measured again.
+that was asked for, beside that of real images that it has not seen; with `--extractor` also by the
+Frechet distance of their features from those of real images. What was measured is in OUT and is not
+measured again; what was stopped goes on.
 """
 
 import argparse
@@ -33,10 +34,10 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -67,6 +68,7 @@ from mergevq.data.tokens.dataset import TokenBatch, TokenDataset
 from mergevq.generator.autoregressive import Autoregressive
 from mergevq.generator.generation import Pair, class_labels, generate, load_pair
 from mergevq.metrics.extractor import FeatureExtractor
+from mergevq.metrics.frechet import FrechetStatistics, Gaussian, frechet_distance
 from mergevq.metrics.image import to_uint8
 from mergevq.metrics.judge import Judge, fit_judge
 from mergevq.report.pictures import contact_sheet, to_pil
@@ -75,8 +77,8 @@ from mergevq.runtime.run import environment
 from mergevq.tokenizer.encode import encode
 from mergevq.tokenizer.expanders.unmerge import Unmerge
 from mergevq.tokenizer.tokenizer import Tokenizer
-from mergevq.training.generator import train
 from mergevq.training.generator_step import to_sequences
+from mergevq.training.train import finish
 
 ORDERS: dict[str, Order] = {
     "merge": Merge(),
@@ -131,13 +133,23 @@ def head_of(model: GeneratorConfig, arm: str) -> Head:
     )
 
 
+class Critic(NamedTuple):
+    """All that samples are measured by."""
+
+    judge: Judge
+    real_accuracy: float
+    """Of the judge, on real images that it has not seen."""
+    extractor: FeatureExtractor | None
+    real: Gaussian | None
+    """Features of real images; None without an extractor."""
+
+
 def measure(
-    run: GeneratorRun, tokens: TokenDataset, judge: Judge, options: argparse.Namespace
+    run: GeneratorRun, tokens: TokenDataset, critic: Critic, options: argparse.Namespace
 ) -> dict[str, float]:
     """Train an arm and measure it; what a generator draws is written as a picture."""
     started = time.process_time()
-    if not Path(run.out, "model").is_dir():
-        train(run)
+    finish(run, brief=True)
     seconds = time.process_time() - started
     pair = load_pair(Path(run.out, "model"), options.tokenizer, torch.device("cpu"))
     if not isinstance(pair.generator, Autoregressive):
@@ -149,7 +161,7 @@ def measure(
         "parameters": sum(each.numel() for each in pair.generator.parameters()),
         "training_cpu_seconds": seconds,
         **found,
-        **judged_samples(pair, run, judge, options.num_samples),
+        **judged_samples(pair, run, critic, options.num_samples),
     }
 
 
@@ -210,9 +222,9 @@ def copied_log_prob(
 
 
 def judged_samples(
-    pair: Pair, run: GeneratorRun, judge: Judge, num_samples: int
+    pair: Pair, run: GeneratorRun, critic: Critic, num_samples: int
 ) -> dict[str, float]:
-    """Share of samples taken for the class that was asked for, and their time."""
+    """Share of samples taken for the class asked for, distance from real images, and time."""
     settings = SamplingSettings(guidance_scale=run.sampling.guidance_scale)
     samples = SampleRun(num_images=num_samples, settings=settings)
     classes = pair.generator.config.num_classes
@@ -226,14 +238,28 @@ def judged_samples(
     shown = [to_pil(one) for one in image[: 4 * classes]]
     rows = [shown[first : first + classes] for first in range(0, len(shown), classes)]
     contact_sheet(rows).save(Path(run.out, "samples.png"))
-    return {
-        "class_accuracy": judge.accuracy(image, asked),
+    found = {
+        "class_accuracy": critic.judge.accuracy(image, asked),
         "sampling_cpu_seconds": seconds / num_samples,
     }
+    if critic.extractor is not None and critic.real is not None:
+        drawn = statistics_of(critic.extractor, images)
+        found[critic.extractor.metric_name("frechet")] = frechet_distance(critic.real, drawn)
+    return found
 
 
-def make_judge(options: argparse.Namespace, image_size: int) -> tuple[Judge, float]:
-    """A support vector machine, and its accuracy on a fifth of the images, which it had not."""
+def statistics_of(
+    extractor: FeatureExtractor, images: Iterable[Float[Tensor, "_ 3 _ _"]]
+) -> Gaussian:
+    """Mean and covariance of the features of images in [-1, 1]."""
+    found = FrechetStatistics(extractor.dim)
+    for image in images:
+        found.update(extractor.features(to_uint8(image)))
+    return found.compute()
+
+
+def make_critic(options: argparse.Namespace, image_size: int) -> Critic:
+    """A judge that is fitted to four fifths of the images and tried on the others."""
     dataset = open_images(options.data)
     seen = eval_batches(
         dataset,
@@ -248,11 +274,12 @@ def make_judge(options: argparse.Namespace, image_size: int) -> tuple[Judge, flo
     held_out = torch.arange(len(image)) % 5 == 0
     real = [(image[~held_out], label[~held_out])]
     if options.extractor is None:
-        judge = fit_judge(real)
+        extractor, features, judge = None, None, fit_judge(real)
     else:
         extractor = FeatureExtractor(options.extractor)
+        features = statistics_of(extractor, image.split(_BATCH))
         judge = fit_judge(real, lambda image: extractor.features(to_uint8(image)))
-    return judge, judge.accuracy(image[held_out], label[held_out])
+    return Critic(judge, judge.accuracy(image[held_out], label[held_out]), extractor, features)
 
 
 def table(found: dict[str, dict[str, dict[str, float]]]) -> str:
@@ -298,7 +325,8 @@ def main(arguments: Sequence[str]) -> None:
         precision="float32",
     )
     image_size = Tokenizer.from_pretrained(options.tokenizer).config.image_size
-    judge, real = make_judge(options, image_size)
+    critic = make_critic(options, image_size)
+    real = critic.real_accuracy
     result: dict[str, Any] = {
         "kind": "contest",
         "settings": vars(options),
@@ -314,7 +342,7 @@ def main(arguments: Sequence[str]) -> None:
             seeds = result["arms"].setdefault(arm, {})
             if str(seed) not in seeds:
                 run = arm_run(options, out / "tokens", arm, seed)
-                seeds[str(seed)] = measure(run, tokens, judge, options)
+                seeds[str(seed)] = measure(run, tokens, critic, options)
                 written.write_text(json.dumps(result, indent=2), encoding="utf-8")
     print(f"real images: {100 * real:.1f} % taken for their class\n\n{table(result['arms'])}")
 
