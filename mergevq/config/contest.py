@@ -146,6 +146,8 @@ class PointRecord(Numbers):
     num_kept: int
     bits_tokens: float
     bits_layout: float
+    bits_layout_coded: float | None
+    """Measured, over some of the images; None where nothing is to code or cannot be coded here."""
 
 
 class SeedRecord(TypedDict):

@@ -26,10 +26,13 @@ from mergevq.metrics.lpips import Perceptual
 from mergevq.metrics.references import ImageHashes
 from mergevq.metrics.yardsticks import TrainingImages, yardsticks
 from mergevq.runtime.device import autocast, resolve_precision
+from mergevq.runtime.environment import missing
 from mergevq.tokenizer.tokenizer import Tokenizer
 
 _BATCH = 64
 """Images at once."""
+_CODED = 64
+"""Images whose source maps are written, to know their bits: evenly spaced over all."""
 
 
 class Points(NamedTuple):
@@ -125,15 +128,17 @@ def measure_arm(
     Raises:
         ValueError: a number is not finite.
     """
-    device = held_out.device
+    device, count = held_out.device, len(held_out.pixels)
+    coded = () if missing("codec") else range(0, count, max(1, count // _CODED))
     evaluations = Evaluations(
         tokenizer,
         list(asked.num_kept.values()),
         perceptual=held_out.perceptual,
         extractor=held_out.extractor,
         autocast=autocast(device, resolve_precision(run.train.precision, device)),
+        coded=coded,
     )
-    for first in range(0, len(held_out.pixels), _BATCH):
+    for first in range(0, count, _BATCH):
         pixels = held_out.pixels[first : first + _BATCH]
         positions = torch.arange(first, first + len(pixels))
         evaluations.update((pixels.float() / 127.5 - 1).to(device), positions)
@@ -145,6 +150,7 @@ def measure_arm(
             "num_kept": num_kept,
             "bits_tokens": outcomes[num_kept].bits.tokens,
             "bits_layout": outcomes[num_kept].bits.source,
+            "bits_layout_coded": outcomes[num_kept].map_bits,
             **json_numbers(_numbers(outcomes[num_kept])),
         }
         for label, num_kept in asked.num_kept.items()

@@ -144,19 +144,21 @@ def table(record: ContestRecord) -> str:
 def _arm_rows(arms: Sequence[ArmRecord], label: str) -> list[str]:
     """A row for each arm that has the label."""
     shown = [name for name in names(arms, label) if not name.startswith(_UNSHOWN)]
-    head = ["arm", "K", "bits: tokens + layout", *map(_title, shown)]
+    head = ["arm", "K", "bits: tokens + layout", "layout as coded", *map(_title, shown)]
     rows = [[*head, "images/s in training", "parameters"]]
     for arm in arms:
         points = _at(arm, label)
         if not points:
             continue
         tokens, layout = points[0]["bits_tokens"], points[0]["bits_layout"]
+        coded = [bits for point in points if (bits := point["bits_layout_coded"]) is not None]
         speeds = [s["images_per_second"] for s in arm["seeds"] if s["images_per_second"]]
         rows.append(
             [
                 arm["name"],
                 str(points[0]["num_kept"]),
                 f"{tokens:.1f} + {layout:.1f} = {tokens + layout:.1f}",
+                _cell(coded),
                 *(_cell(values(arm, label, name)) for name in shown),
                 _cell(speeds),
                 f"{arm['num_parameters']:,}",

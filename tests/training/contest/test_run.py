@@ -71,6 +71,8 @@ def test_every_arm_is_measured_with_every_seed_at_all_that_was_asked_for(done):
     merge, pool = ([s["points"][1] for s in arm["seeds"]] for arm in record["arms"])
     assert all(390 < p["bits_tokens"] + p["bits_layout"] <= 400 for p in merge)
     assert all(p["bits_tokens"] + p["bits_layout"] == 256 for p in pool)
+    assert all(100 < p["bits_layout_coded"] < 400 for p in merge)
+    assert all(p["bits_layout_coded"] is None for p in pool)
     psnr = {p["metrics"]["psnr"] for points in (merge, pool) for p in points}
     assert len(psnr) == 4, "seeds and arms differ"
     assert all("psnr_recovered" in p["metrics"] for p in merge)

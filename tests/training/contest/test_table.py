@@ -11,6 +11,7 @@ def point(label, num_kept, layout, **metrics):
     finite = {name: None if math.isinf(value) else value for name, value in metrics.items()}
     infinite = [name for name, value in metrics.items() if math.isinf(value)]
     bits = {"bits_tokens": 8.0 * num_kept, "bits_layout": layout}
+    bits["bits_layout_coded"] = layout - 2.5 if layout else None
     return {"label": label, "num_kept": num_kept, **bits, "metrics": finite, "infinite": infinite}
 
 
@@ -95,9 +96,9 @@ def test_a_table_has_the_mean_and_each_seed():
         "left_out": ["merge at 42 bits: it takes more"],
     }
     text = table(record)
-    assert "| merge | 4 | 32.0 + 10.0 = 42.0 | 20.5 (20, 21) | 18.5 (19, 18) | 100 (100" in text
-    assert "| pool | 4 | 32.0 + 0.0 = 32.0 | 22.12 (22.5, 21.75) | - | - | 1,234 |" in text
-    assert "| pool | 5 | 40.0 + 0.0 = 40.0 | 23.5 (23, 24) | - | 1,234 |" in text
+    assert "| merge | 4 | 32.0 + 10.0 = 42.0 | 7.5 (7.5, 7.5) | 20.5 (20, 21) | 18.5 (19" in text
+    assert "| pool | 4 | 32.0 + 0.0 = 32.0 | - | 22.12 (22.5, 21.75) | - | - | 1,234 |" in text
+    assert "| pool | 5 | 40.0 + 0.0 = 40.0 | - | 23.5 (23, 24) | - | 1,234 |" in text
     assert "| mean | 0.0 | 9.5 |" in text
     assert "| pool | K = 4 | PSNR | +1.625 | 1 | shown |" in text
     assert "- merge at 42 bits: it takes more" in text
