@@ -12,12 +12,17 @@ measured on the same held-out images:
     stream      codes and map in one stream, one cell a step
     stream4     the same, four cells a step
 
-Arms that are asked for by name are MergeAR with another head over the parts of a token:
+Arms that are asked for by name have another head over the parts of a token. MergeAR with
 
     independent the parts of the recipe, each from the state alone
     bits        the bits of a token, in four blocks, each from those before it
     bits1       the same network, all bits at once
     bits_mixed  four blocks, trained by masks at random and not on every block
+
+and, kept tokens with the cells that they open at, in that head of four blocks,
+
+    anchor_code the cell as one number, the token in bits
+    anchor_bits the bits of the gap to the next cell, one by one, then those of the token
 
 Bits are of an image: those of codes, and those of the map. Of `anchor` the map's are those of the
 cells at which tokens open, and `inferred` what the source predictor needs for the other cells,
@@ -87,19 +92,23 @@ ORDERS: dict[str, Order] = {
     "stream4": Stream(tokens_per_step=4),
 }
 """Arms that differ in their order."""
-HEADS = ("independent", "bits", "bits1", "bits_mixed")
-"""Arms of order `merge` that differ in their head."""
+HEADS: dict[str, Order] = {
+    **dict.fromkeys(("independent", "bits", "bits1", "bits_mixed"), Merge()),
+    "anchor_code": Anchored(),
+    "anchor_bits": Anchored(gap_in_bits=True),
+}
+"""Arms that differ in their head, and their order."""
 HELD_OUT = 0.2
 """Share of the images that no arm is trained on."""
 _BATCH = 50
-_MAPS = ("relation", "group", "anchor")
+_MAPS = ("relation", "group", "anchor", "gap")
 """Beginnings of the names of parts that are of the map."""
 
 
 def arm_run(options: argparse.Namespace, tokens: Path, arm: str, seed: int) -> GeneratorRun:
     """The recipe with an arm's order and head."""
     run = GENERATOR_RECIPES[options.recipe]()
-    order = ORDERS.get(arm, Merge())
+    order = (ORDERS | HEADS)[arm]
     head = head_of(run.model, arm) if arm in HEADS else run.model.head
     kept = (options.num_kept,)
     train_config = replace(run.train, seed=seed, eval_num_kept=kept, device=options.device)

@@ -140,11 +140,20 @@ class GeneratorConfig:
         return math.prod(self.head.sizes)
 
     @property
+    def num_gap_bits(self) -> int:
+        """Bits of a gap between anchors that are parts of a token, less 1: enough for any K."""
+        if not self.order.gap_in_bits:
+            return 0
+        fewest = min(self.kept_candidates, default=self.num_kept)
+        return (self.num_tokens - fewest).bit_length()
+
+    @property
     def part_names(self) -> tuple[str, ...]:
         """Names of the parts that one state predicts, in order."""
         names = tuple(f"subindex_{number}" for number in range(1, len(self.head.sizes) + 1))
         if self.order.is_anchored:
-            names = ("anchor", *names)
+            bits = (f"gap_bit_{number}" for number in range(1, self.num_gap_bits + 1))
+            names = (*bits, "anchor", *names)
         if self.order.names_copies:
             names = ("relation", "group", *names)
         count = self.order.tokens_per_step
@@ -157,7 +166,7 @@ class GeneratorConfig:
         """Number of values of each part; an anchor is one of the cells."""
         sizes = self.head.sizes
         if self.order.is_anchored:
-            sizes = (self.num_tokens, *sizes)
+            sizes = (*(2,) * self.num_gap_bits, self.num_tokens, *sizes)
         if self.order.names_copies:
             sizes = (NUM_RELATIONS, max(self.kept_candidates), *sizes)
         return sizes * self.order.tokens_per_step

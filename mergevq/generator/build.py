@@ -53,7 +53,7 @@ def build_order(order: Sequential, config: GeneratorConfig) -> seams.Order:
         case orders.Random():
             return Random(order, config)
         case orders.Anchored():
-            return Anchored()
+            return Anchored(config)
         case orders.Stream():
             return Stream(order)
         case orders.Ordered():

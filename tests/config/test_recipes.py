@@ -69,6 +69,7 @@ LEARNS_FROM = {
     "digits32_rar": "digits32",
     "digits32_stream": "digits32",
     "digits32_bits": "digits32",
+    "digits32_anchor_bits": "digits32",
     "digits32_ordered": "digits32_causal",
     "photos64_mergear": "photos64",
     "photos64_wide_mergear": "photos64_wide",

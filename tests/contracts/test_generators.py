@@ -43,6 +43,7 @@ VARIANTS = {
         Masked(disentangle=True, visible_weight=0.0),
         Masked(disentangle=True, visible_weight=0.0, reuse=True, masking="beta"),
     ],
+    Anchored: [Anchored(gap_in_bits=True)],
     Stream: [Stream(tokens_per_step=4)],
 }
 
@@ -56,6 +57,7 @@ PAIRS = [
     *((order, HEADS[0]) for member in get_args(Order) for order in orders_of(member)),
     # A head does not know the order, but one that restricts parts and one that does not.
     *((order, head) for head in HEADS[1:] for order in (Raster(), Anchored())),
+    (Anchored(gap_in_bits=True), Bits),
     (Raster(), functools.partial(Bits, masking="mixed")),
 ]
 CONFIGS = [

@@ -121,8 +121,9 @@ def test_the_second_sub_index_is_conditioned_on_the_first():
 
 
 @pytest.mark.parametrize("num_kept", [1, 2, 3, 4])
-def test_likelihood_of_anchors_and_codes_sums_to_one(num_kept):
-    changes = {"sizes": (2, 2), "grid_size": (2, 2)}
+@pytest.mark.parametrize("gap_in_bits", [False, True])
+def test_likelihood_of_anchors_and_codes_sums_to_one(num_kept, gap_in_bits):
+    changes = {"sizes": (2, 2), "grid_size": (2, 2), "gap_in_bits": gap_in_bits}
     changes |= {"num_kept": num_kept, "kept_candidates": (num_kept,)}
     model = tiny_generator("anchor", **changes)
     anchors = [(0, *later) for later in itertools.combinations(range(1, 4), num_kept - 1)]

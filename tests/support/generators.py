@@ -43,6 +43,7 @@ TINY = GeneratorConfig(
 )
 _PARTS = {
     "annealing": "order",
+    "gap_in_bits": "order",
     "window": "order",
     "groups": "order",
     "flex_attention": "order",

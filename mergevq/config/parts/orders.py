@@ -29,7 +29,9 @@ class Raster:
     merges: ClassVar[bool] = False
     """Whether cells are copies of kept tokens, or kept tokens alone are read."""
     is_anchored: ClassVar[bool] = False
-    """Whether the first part of a token is the cell at which it opens."""
+    """Whether a part of a token is the cell at which it opens."""
+    gap_in_bits: ClassVar[bool] = False
+    """Whether bits of the gap to that cell are parts before it."""
     in_parallel: ClassVar[bool] = False
     """Whether several tokens can be decoded in one pass."""
     fills_in: ClassVar[bool] = False
@@ -80,6 +82,7 @@ class Merge:
     layout: ClassVar[LayoutKind] = "source"
     merges: ClassVar[bool] = True
     is_anchored: ClassVar[bool] = False
+    gap_in_bits: ClassVar[bool] = False
     in_parallel: ClassVar[bool] = False
     fills_in: ClassVar[bool] = False
     tokens_per_step: ClassVar[int] = 1
@@ -104,6 +107,7 @@ class Random:
     layout: ClassVar[LayoutKind] = "source"
     merges: ClassVar[bool] = True
     is_anchored: ClassVar[bool] = False
+    gap_in_bits: ClassVar[bool] = False
     in_parallel: ClassVar[bool] = True
     fills_in: ClassVar[bool] = True
     tokens_per_step: ClassVar[int] = 1
@@ -116,6 +120,8 @@ class Anchored:
     """The kept tokens in canonical order, each with the cell at which it opens."""
 
     kind: Literal["anchor"] = "anchor"
+    gap_in_bits: bool = False
+    """Predict the gap from one such cell to the next bit by bit, the highest first."""
 
     reads: ClassVar[Reads] = "kept"
     layout: ClassVar[LayoutKind] = "source"
@@ -151,6 +157,7 @@ class Masked:
     layout: ClassVar[LayoutKind] = "source"
     merges: ClassVar[bool] = True
     is_anchored: ClassVar[bool] = False
+    gap_in_bits: ClassVar[bool] = False
     in_parallel: ClassVar[bool] = True
     fills_in: ClassVar[bool] = False
     tokens_per_step: ClassVar[int] = 1
@@ -184,6 +191,7 @@ class Stream:
     layout: ClassVar[LayoutKind] = "source"
     merges: ClassVar[bool] = True
     is_anchored: ClassVar[bool] = False
+    gap_in_bits: ClassVar[bool] = False
     in_parallel: ClassVar[bool] = False
     fills_in: ClassVar[bool] = False
     names_copies: ClassVar[bool] = True
@@ -204,6 +212,7 @@ class Ordered:
     layout: ClassVar[LayoutKind] = "ordered"
     merges: ClassVar[bool] = True
     is_anchored: ClassVar[bool] = False
+    gap_in_bits: ClassVar[bool] = False
     in_parallel: ClassVar[bool] = False
     fills_in: ClassVar[bool] = False
     tokens_per_step: ClassVar[int] = 1

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from mergevq.config.base import nearest
 from mergevq.config.recipes.digits import (
     digits32,
+    digits32_anchor_bits,
     digits32_ar,
     digits32_bernoulli,
     digits32_bits,
@@ -86,6 +87,7 @@ GENERATOR_RECIPES: dict[str, Callable[[], GeneratorRun]] = {
         digits32_rar,
         digits32_stream,
         digits32_bits,
+        digits32_anchor_bits,
         digits32_ordered,
         photos64_mergear,
         photos64_wide_mergear,

@@ -39,6 +39,7 @@ from mergevq.config.parts.heads import (
     Subindices,
 )
 from mergevq.config.parts.orders import (
+    Anchored,
     Masked,
     Ordered,
     Raster,
@@ -468,6 +469,22 @@ def digits32_bits() -> GeneratorRun:
     run = digits32_ar()
     head = Bits(sizes=(2,) * 8, schedule=(2, 2, 2, 2), num_layers=1)
     return replace(run, model=replace(run.model, head=head), out="runs/digits32_bits")
+
+
+def digits32_anchor_bits() -> GeneratorRun:
+    """Kept tokens of `digits32` and the gaps between the cells they open at, all of it in bits.
+
+    Tokens: `mergevq encode --model runs/digits32/model --data digits --num-kept 16 20 24
+    --out runs/digits32/tokens`. Source: this project's own, on BAR's head
+    (github.com/noctrog/BAR). Hardware and time: not measured, 600 steps of 64 sequences. Expected:
+    not measured.
+    """
+    run = digits32_bits()
+    return replace(
+        run,
+        model=replace(run.model, order=Anchored(gap_in_bits=True)),
+        out="runs/digits32_anchor_bits",
+    )
 
 
 def digits32_ordered() -> GeneratorRun:

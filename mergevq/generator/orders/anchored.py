@@ -4,13 +4,15 @@
 
 M is the merge instruction, an embedding of K; a_i is the cell at which kept token x_i opens. The
 head predicts it as the gap from the anchor before, restricted to gaps after which the tokens left
-still fit.
+still fit; with `gap_in_bits` as the bits of that gap less 1, from the highest to the lowest, each
+restricted to those after which a legal gap is left. The anchor is then implied, one legal value
+that costs nothing, and enters the transformer beside the bits.
 
 Source: this project's own; the canonical order is that of the source map (`data/layouts.py`) of Li
 et al. 2025, "MergeVQ", section 3.2 (arXiv:2504.00999).
 
 Shape letters: B batch, R rows, L grid cells, T kept tokens, P parts of a token, C channels, V
-values of a part.
+values of a part, G bits of a gap.
 """
 
 from collections.abc import Sequence
@@ -32,8 +34,11 @@ from mergevq.generator.seams import Decoder, Draws, Layout, Numbers, Sampled, Se
 from mergevq.nn.llama import Rotation
 
 
+@dataclass(frozen=True)
 class Anchored:
     """Kept tokens in canonical order with their anchors (`seams.Order`)."""
+
+    config: GeneratorConfig
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Do nothing: the order has no weights."""
@@ -49,7 +54,7 @@ class Anchored:
     def parts(
         self, codes: Int64[Tensor, "b t f"], sequences: Sequences, config: GeneratorConfig
     ) -> Int64[Tensor, "b t p"]:
-        """The anchor, then the sub-indices.
+        """Bits of the gap, if they are predicted, the anchor, then the sub-indices.
 
         Raises:
             ValueError: anchors are missing, no cells, or out of order.
@@ -62,20 +67,31 @@ class Anchored:
             anchors[:, 0].any() or (anchors.diff(dim=1) < 1).any()
         ):
             raise ValueError("anchors must start at cell 0 and increase: tokens in canonical order")
-        return torch.cat([anchors[..., None], codes], dim=-1)
+        bits = to_bits(functional.pad(anchors.diff(dim=1) - 1, (1, 0)), config.num_gap_bits)
+        return torch.cat([bits, anchors[..., None], codes], dim=-1)
 
     def layout(
         self, network: Network, parts: Int64[Tensor, "b t p"], sequences: Sequences
     ) -> Layout:
         """Each token is at its anchor, and sees all up to itself."""
-        cells = parts[..., 0]
+        num_bits = self.config.num_gap_bits
+        bits, cells, codes = parts[..., :num_bits], parts[..., num_bits], parts[..., num_bits + 1 :]
         layout = lay_out(network, sequences, parts, network.cell_positions()[cells])
         previous = functional.pad(cells[:, :-1], (1, 0))
-        targets = torch.cat([(cells - previous)[..., None], parts[..., 1:]], dim=-1)
         tokens = torch.arange(cells.shape[1], device=cells.device)
-        num_tokens = network.config.num_tokens
-        legal = legal_gaps(previous, tokens, sequences.num_kept, num_tokens)
-        return layout._replace(targets=targets, allowed={0: legal})
+        legal = legal_gaps(previous, tokens, sequences.num_kept, self.config.num_tokens)
+        if not self.config.order.gap_in_bits:
+            targets = torch.cat([(cells - previous)[..., None], codes], dim=-1)
+            return layout._replace(targets=targets, allowed={0: legal})
+        most = legal.sum(-1) - 1
+        allowed = {
+            number: legal_bits(from_bits(bits[..., :number]), number, num_bits, most)
+            for number in range(num_bits)
+        }
+        # The cell is implied: it is predicted as 0, the one value that is legal.
+        allowed[num_bits] = implied(cells, self.config.num_tokens)
+        targets = torch.cat([bits, torch.zeros_like(cells)[..., None], codes], dim=-1)
+        return layout._replace(targets=targets, allowed=allowed)
 
     def cache(
         self,
@@ -99,7 +115,7 @@ class Anchored:
     ) -> "Gaps":
         """Only gaps after which the tokens left still fit."""
         start = torch.zeros(batch, dtype=torch.int64, device=network.device)
-        return Gaps(start, num_kept, network.config.num_tokens)
+        return Gaps(start, num_kept, self.config)
 
     def turns(
         self,
@@ -108,7 +124,8 @@ class Anchored:
         token: int,  # noqa: ARG002
     ) -> Rotation:
         """Turns of the token's anchor."""
-        return Rotation(*(table[0, 0, parts[:, None, :1]] for table in cache.turns))
+        anchor = parts[:, self.config.num_gap_bits, None, None]
+        return Rotation(*(table[0, 0, anchor] for table in cache.turns))
 
     def decoder(
         self,
@@ -125,7 +142,8 @@ class Anchored:
         """Kept tokens in canonical order and their anchors."""
         parts = decoder.parts()
         indices = network.indices(parts)
-        return Sampled(indices, None, parts[..., 0], decoder.num_steps, decoder.kv_bytes)
+        anchors = parts[..., self.config.num_gap_bits]
+        return Sampled(indices, None, anchors, decoder.num_steps, decoder.kv_bytes)
 
 
 @dataclass(frozen=True)
@@ -136,15 +154,17 @@ class Gaps:
     """Zeros: where the first gap is counted from."""
     num_kept: int
     """K."""
-    num_tokens: int
-    """L."""
+    config: GeneratorConfig
 
-    def next(self, before: Sequence[Int64[Tensor, "b p"]]) -> "Gap":
+    def next(self, before: Sequence[Int64[Tensor, "b p"]]) -> "Gap | GapBits":
         """Gaps from the anchors of the tokens before."""
-        previous = before[-1][:, 0] if before else self.start
+        num_bits = self.config.num_gap_bits
+        previous = before[-1][:, num_bits] if before else self.start
         token = torch.tensor([len(before)], device=previous.device)
-        legal = legal_gaps(previous[:, None], token, self.num_kept, self.num_tokens)
-        return Gap(previous, legal[:, 0])
+        legal = legal_gaps(previous[:, None], token, self.num_kept, self.config.num_tokens)[:, 0]
+        if not self.config.order.gap_in_bits:
+            return Gap(previous, legal)
+        return GapBits(previous, legal.sum(-1) - 1, self.config, is_first=not before)
 
 
 @dataclass(frozen=True)
@@ -168,6 +188,74 @@ class Gap:
     ) -> Int64[Tensor, "b"]:
         """The cell that a gap leads to; a sub-index itself."""
         return self.previous + choice if part == 0 else choice
+
+
+@dataclass(frozen=True)
+class GapBits:
+    """The rule for one token whose gap is in bits (`network.Restriction`)."""
+
+    previous: Int64[Tensor, "b"]
+    """Anchors of the tokens before."""
+    most: Int64[Tensor, "b"]
+    """Largest legal gap, less 1."""
+    config: GeneratorConfig
+    is_first: bool
+    """Whether the token is the first, at cell 0."""
+
+    @property
+    def num_bits(self) -> int:
+        """G."""
+        return self.config.num_gap_bits
+
+    def allowed(self, part: int, chosen: Sequence[Tensor]) -> Bool[Tensor, "b v"] | None:
+        """Bits after which a legal gap is left; the anchor is implied, sub-indices are free."""
+        if part < self.num_bits:
+            bits = torch.stack([self.most.new_zeros(len(self.most)), *chosen], dim=-1)
+            return legal_bits(from_bits(bits), part, self.num_bits, self.most)
+        return implied(self.previous, self.config.num_tokens) if part == self.num_bits else None
+
+    def part(
+        self, part: int, choice: Int64[Tensor, "b"], chosen: Sequence[Tensor]
+    ) -> Int64[Tensor, "b"]:
+        """The cell that the bits lead to; a bit or a sub-index itself."""
+        if part != self.num_bits:
+            return choice
+        if self.is_first:
+            return self.previous
+        bits = torch.stack([torch.zeros_like(self.previous), *chosen], dim=-1)
+        return self.previous + 1 + from_bits(bits)
+
+
+def to_bits(numbers: Int64[Tensor, "b t"], count: int) -> Int64[Tensor, "b t g"]:
+    """The lowest bits of numbers from 0, the highest of them first."""
+    places = torch.arange(count - 1, -1, -1, device=numbers.device)
+    return (numbers[..., None] >> places) & 1
+
+
+def from_bits(bits: Int64[Tensor, "*b _"]) -> Int64[Tensor, "*b"]:
+    """Numbers of these bits, the highest first."""
+    places = torch.arange(bits.shape[-1] - 1, -1, -1, device=bits.device)
+    return (bits << places).sum(-1)
+
+
+def legal_bits(
+    prefix: Int64[Tensor, "*b"], number: int, num_bits: int, most: Int64[Tensor, "*b"]
+) -> Bool[Tensor, "*b 2"]:
+    """Values of a bit after which a number of at most `most` is left.
+
+    Args:
+        prefix: number that the bits before it make.
+        number: of the bit, 0 for the highest.
+        num_bits: G.
+        most: from 0.
+    """
+    smallest = (2 * prefix + 1) << (num_bits - 1 - number)
+    return torch.stack([torch.ones_like(prefix, dtype=torch.bool), smallest <= most], dim=-1)
+
+
+def implied(like: Int64[Tensor, "*b"], size: int) -> Bool[Tensor, "*b v"]:
+    """Value 0 alone of a part of some size."""
+    return (torch.arange(size, device=like.device) == 0).expand(*like.shape, size)
 
 
 def legal_gaps(
