@@ -147,7 +147,7 @@ class Critic(NamedTuple):
 
     judge: Judge
     real_accuracy: float
-    """Of the judge, on real images that it has not seen."""
+    """The judge's, on real images that it has not seen."""
     extractor: FeatureExtractor | None
     real: Gaussian | None
     """Features of real images; None without an extractor."""

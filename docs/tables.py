@@ -173,10 +173,14 @@ _RECONSTRUCTION = Table(
         *("precision precision", *_WRITTEN),
     ),
 )
-_SHORT = ("K", "PSNR (dB), {0}", "{1}, {0}")
+_SHORT = ("K", "PSNR (dB), {0}", "LPIPS, {0}", "{1}, {0}")
 _PROBED = ("data.train.sha256", "data.val.sha256", "run.method")
 TABLES: Mapping[str, Table] = {
     "reconstruction": _RECONSTRUCTION,
+    # Models whose weights are gone: what their maps cost as coded cannot be measured any more.
+    "reconstruction-quality": _RECONSTRUCTION._replace(
+        columns={title: c for title, c in _RECONSTRUCTION.columns.items() if "bits" not in title}
+    ),
     "reconstruction-short": _RECONSTRUCTION._replace(
         columns={title: _RECONSTRUCTION.columns[title] for title in _SHORT}
         | {"bits, given": ("bits.total", ".0f")}
