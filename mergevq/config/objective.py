@@ -1,4 +1,4 @@
-"""Settings of the tokenizer's losses, and a tagged union of teachers; no torch."""
+"""Settings of the tokenizer's losses, and tagged unions of teachers and distillations; no torch."""
 
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
@@ -258,3 +258,67 @@ def view_sizes(teacher: Teacher, image_size: int) -> dict[View, int]:
         case HuggingFace() | TorchScript():
             student = teacher.view_size or image_size
             return {"student": student, "teacher": teacher.teacher_size}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisionModel:
+    """Patch features of a frozen vision model from Hugging Face; DINOv2 ViT-B by default."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    path: str = DINOV2_BASE
+    """Local folder, or owner/name@revision on Hugging Face."""
+    teacher_size: int | None = None
+    """Side in pixels of the image as the model sees it; None is where its patches are as many as
+    the tokenizer's cells. Of another number, features are interpolated to the cells."""
+
+    def __post_init__(self) -> None:
+        """Reject impossible sizes."""
+        check_numbers(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainedTokenizer:
+    """Features of a trained tokenizer's encoder, frozen, with merging off."""
+
+    kind: Literal["tokenizer"] = "tokenizer"
+    path: str = "runs/tokenizer/model"
+    """Directory of the tokenizer, its name in `mergevq models`, or owner/name@revision on Hugging
+    Face."""
+    layer: int | None = None
+    """Block after which features are taken, 0 is the stem; None is the last."""
+
+    def __post_init__(self) -> None:
+        """Reject an impossible block."""
+        check_numbers(self)
+
+
+CellTeacher = VisionModel | TrainedTokenizer
+"""Frozen model with features of each place of an image."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoDistillation:
+    """Features of no layer are compared with anything."""
+
+    kind: Literal["none"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Semantic:
+    """Tokens of a decoder block are held near features of a frozen model (GigaTok)."""
+
+    kind: Literal["semantic"] = "semantic"
+    semantic_weight: float = 0.5
+    """Weight of the loss `semantic`: one minus the cosine, mean over cells."""
+    layer: int = 3
+    """Block of the decoder whose tokens are compared, from 1; 0 is before the first."""
+    teacher: CellTeacher = field(default_factory=VisionModel)
+    """Frozen model, which sees the image that is reconstructed."""
+
+    def __post_init__(self) -> None:
+        """Reject an impossible weight or block."""
+        check_numbers(self)
+
+
+Distillation = NoDistillation | Semantic
+"""Loss on features of layers, against a frozen model."""

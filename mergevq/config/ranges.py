@@ -144,6 +144,8 @@ RANGES = {
     "alignment_weight": _WEIGHT,
     "Gram.weight": _WEIGHT,
     "Gram.num_taps": Range(1, 7),
+    "semantic_weight": _WEIGHT,
+    "layer": Range(0, 2**12),
     "temperature": _TEMPERATURE,
     "view_size": _SIDE,
     "teacher_size": _SIDE,

@@ -17,7 +17,14 @@ from mergevq.config.generator import (
     SamplingSettings,
     check_sampling,
 )
-from mergevq.config.objective import LossConfig, SelfDistillation, Teacher
+from mergevq.config.objective import (
+    Distillation,
+    LossConfig,
+    NoDistillation,
+    SelfDistillation,
+    Semantic,
+    Teacher,
+)
 from mergevq.config.parts import (
     NUM_KEYS,
     Binary,
@@ -172,6 +179,8 @@ class TokenizerRun:
     """Change of codes on their way to the expander."""
     teacher: Teacher = field(default_factory=SelfDistillation)
     """Alignment."""
+    distillation: Distillation = field(default_factory=NoDistillation)
+    """Features of layers against those of a frozen model."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer."""
     train: TokenizerTrainConfig = field(default_factory=TokenizerTrainConfig)
@@ -209,13 +218,25 @@ class TokenizerRun:
             self._check_components()
         if self.regularizer.drops:
             self._check_drops()
+        self._check_distillation()
         for num_kept in (*self.kept.candidates, *self.train.eval_num_kept):
             replace(self.model, num_kept=num_kept)
 
     @property
     def own_weights(self) -> dict[str, float]:
         """Weights of the terms of the loss that only some kinds of parts have, by name."""
-        return weights_of(self.model.quantizer) | weights_of(self.model.reducer)
+        parts = (self.model.quantizer, self.model.reducer, self.distillation)
+        return {name: weight for part in parts for name, weight in weights_of(part).items()}
+
+    def _check_distillation(self) -> None:
+        """Reject a block that the decoder does not have."""
+        wanted, num_blocks = self.distillation, self.model.decoder.num_blocks
+        if isinstance(wanted, Semantic):
+            require(
+                wanted.layer <= num_blocks,
+                f"distillation.layer ({wanted.layer}) must be at most the {num_blocks} blocks of "
+                f"model.decoder.kind {self.model.decoder.kind}",
+            )
 
     def _check_drops(self) -> None:
         """Reject dropping of tokens of which the first ones are no tokens of the image."""

@@ -104,16 +104,33 @@ class Encoder(nn.Module):
             tokens = tokens + sincos_2d(grid_shape, self.config.dim, tokens.device).to(tokens.dtype)
         return Embedded(tokens, grid_shape)
 
-    def reduce(self, embedded: Embedded, num_kept: int, num_layers: int | None = None) -> TokenSet:
-        """Run the first `num_layers` blocks (None: all) on what `embed` gave."""
+    def reduce(
+        self,
+        embedded: Embedded,
+        num_kept: int,
+        num_layers: int | None = None,
+        taps: tuple[int, ...] | None = None,
+    ) -> TokenSet:
+        """Run the first `num_layers` blocks (None: all) on what `embed` gave.
+
+        `taps` are those of the reducer; None is those of the branches.
+        """
         tokens, grid_shape = embedded
         class_token = self.class_token.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
         runs_all = num_layers in (None, len(self.reducer.blocks))
         return self.reducer(
             *(tokens, class_token, grid_shape, num_kept),
             num_layers=num_layers,
-            taps=self.config.branches.taps if runs_all else (),
+            taps=(self.config.branches.taps if taps is None else taps) if runs_all else (),
         )
+
+    def layers(self, image: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b n c"], ...]:
+        """Tokens after each block, as many as there can be: with merging off, or all queries."""
+        embedded = self.embed(image)
+        num_tokens = embedded.tokens.shape[1]
+        most = self.config.reducer.nearest_kept(embedded.grid_shape, num_tokens)
+        numbers = tuple(range(1, len(self.reducer.blocks) + 1))
+        return self.reduce(embedded, most, taps=numbers).taps
 
     def latents(self, out: TokenSet) -> Float[Tensor, "b k d"]:
         """Project kept tokens after the last block to D real channels: norm, SiLU, linear.

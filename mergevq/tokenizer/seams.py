@@ -106,6 +106,8 @@ class TokenizerOutput(NamedTuple):
     summary: Float[Tensor, "b c"]
     """Summary for the teacher, of the image or of the alignment view where there is one: the class
     token, or of two branches the mean of the semantic codes."""
+    decoded: Float[Tensor, "b l e"] | None = None
+    """Tokens of the grid after one of the decoder's blocks, where they were asked for."""
 
 
 class Stem(Protocol):
@@ -318,8 +320,14 @@ class Decoder(Protocol):
     checkpointing: bool
     """Recompute in the backward pass."""
 
-    def __call__(self, given: Given, /) -> Float[Tensor, "b 3 h w"]:
-        """Decode to an image in about [-1, 1]."""
+    def __call__(
+        self, given: Given, /, outputs: dict[int, Tensor] | None = None
+    ) -> Float[Tensor, "b 3 h w"]:
+        """Decode to an image in about [-1, 1].
+
+        `outputs` gets the tokens (B, L, E) after the blocks that it has numbers of, from 1; 0 is
+        before them.
+        """
         ...
 
 

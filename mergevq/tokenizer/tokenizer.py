@@ -442,7 +442,7 @@ class Tokenizer(nn.Module):
             taps=tuple(map(self._finished, out.taps)),
         )
 
-    def forward(
+    def forward(  # noqa: PLR0913 - all that differs between steps
         self,
         image: Float[Tensor, "b 3 h w"],
         num_kept: int,
@@ -453,6 +453,7 @@ class Tokenizer(nn.Module):
         recovers: Bool[Tensor, "b"] | None = None,
         uniforms: Float[Tensor, "b k d"] | None = None,
         regularize: Callable[[Quantized], Regularized] | None = None,
+        decoder_layer: int | None = None,
     ) -> TokenizerOutput:
         """One training pass, without checks: every parameter takes part in it.
 
@@ -468,6 +469,8 @@ class Tokenizer(nn.Module):
                 draws nothing.
             regularize: gives the tokens that the expander is given, of those that there are; the
                 losses, and the tokens returned, are without it. None leaves them as they are.
+            decoder_layer: block of the decoder whose tokens are returned too, from 1; 0 is before
+                the first, None is none.
         """
         out = self.encoder(image, num_kept)
         encoded, quantization = self._tokens(out, self.grid_shape(image), uniforms)
@@ -486,7 +489,8 @@ class Tokenizer(nn.Module):
             inferred=recovers,
             lengths=lengths,
         )
-        reconstruction = self.decoder(expanded.given)
+        outputs = {} if decoder_layer is None else {decoder_layer: expanded.given.tokens}
+        reconstruction = self.decoder(expanded.given, outputs)
         if view is None:
             summary = self.encoder.summary(out, encoded.codes)
         else:
@@ -494,7 +498,8 @@ class Tokenizer(nn.Module):
             view_kept = self._in_proportion(self.grid_shape(view), proportion)
             summary = self._view_summary(self.encoder(view, view_kept))
         losses = {**self.quantizer.losses(encoded.latents), **expanded.losses, **(out.losses or {})}
-        return TokenizerOutput(reconstruction, encoded, losses, summary)
+        decoded = None if decoder_layer is None else outputs[decoder_layer]
+        return TokenizerOutput(reconstruction, encoded, losses, summary, decoded)
 
     def _view_summary(self, out: TokenSet) -> Float[Tensor, "b c"]:
         """Summary of a view, of whose tokens nothing is drawn."""

@@ -305,6 +305,7 @@ def _estimate_tokenizer(run: TokenizerRun, world: distributed.World) -> Estimate
             "decoder": state.tokenizer.decoder,
             _expander_name(state.tokenizer): state.tokenizer.expander,
             "alignment head": state.teacher,
+            "distillation": state.distillation,
             "discriminator": state.discriminator if learner.has_adversary else None,
         }
         return _Trainee(

@@ -45,6 +45,9 @@ _FIXED = (
     "teacher.path",
     "teacher.num_head_layers",
     "teacher.num_prototypes",
+    "distillation.kind",
+    "distillation.layer",
+    "distillation.teacher",
     "loss.discriminator_channels",
     "encoder_lr_ratio",
 )

@@ -44,6 +44,7 @@ from mergevq.tokenizer.losses.adversarial import (
     fitting_num_layers,
     generator_loss,
 )
+from mergevq.tokenizer.losses.distillation import Distillation, build_distillation
 from mergevq.tokenizer.losses.teachers import SelfTeacher, Teacher, build_teacher
 from mergevq.tokenizer.losses.terms import (
     TokenizerLosses,
@@ -69,22 +70,26 @@ class Pass(NamedTuple):
     """Reconstruction, tokens, source logits."""
     alignment: Float[Tensor, ""]
     """Class token against the teacher; 0 without one."""
+    distilled: dict[str, Float[Tensor, ""]]
+    """Loss of the distillation, unweighted, by its name; empty without one."""
 
 
 class Objective(nn.Module):
-    """Tokenizer and alignment head as one module, so that data parallelism wraps them once."""
+    """Tokenizer and heads of losses as one module, so that data parallelism wraps them once."""
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         teacher: Teacher | None,
         regularizer: Regularizer | None = None,
+        distillation: Distillation | None = None,
     ) -> None:
         """Hold them."""
         super().__init__()
         self.tokenizer = tokenizer
         self.teacher = teacher
         self.regularizer = regularizer
+        self.distillation = distillation
 
     def forward(
         self,
@@ -116,11 +121,17 @@ class Objective(nn.Module):
             recovers=recovers,
             uniforms=uniforms,
             regularize=regularize,
+            decoder_layer=None if self.distillation is None else self.distillation.decoder_layer,
         )
+        distilled = {}
+        if self.distillation is not None:
+            loss = self.distillation.loss(self.tokenizer.encoder, batch.image, output)
+            distilled = {self.distillation.name: loss}
         if self.teacher is None:
-            return Pass(output, output.reconstruction.new_zeros((), dtype=torch.float32))
+            zero = output.reconstruction.new_zeros((), dtype=torch.float32)
+            return Pass(output, zero, distilled)
         loss = self.teacher.loss(output.summary, batch.label, batch.teacher_view, target)
-        return Pass(output, loss)
+        return Pass(output, loss, distilled)
 
 
 @dataclass(kw_only=True)
@@ -131,6 +142,7 @@ class State:
     teacher: Teacher | None
     teacher_encoder: Encoder | None
     """Average of the encoder that teaches in self-distillation."""
+    distillation: Distillation | None
     discriminator: Discriminator
     lecam: LeCam
     optimizer: torch.optim.Optimizer
@@ -351,7 +363,7 @@ class TokenizerLearner:
         run, state = self.run, self.state
         if target is None:
             (target,) = self.self_targets([batch], num_kept)
-        output, alignment = self.objective(
+        output, alignment, distilled = self.objective(
             batch,
             num_kept,
             target,
@@ -378,7 +390,7 @@ class TokenizerLearner:
         }
         further = {term.name: term(output, batch) for term in self.terms}
         # In place of the zeros, and after these those that one kind of part has.
-        return {**losses, **output.losses, **further}, output
+        return {**losses, **output.losses, **distilled, **further}, output
 
     def update_discriminator(
         self,
@@ -436,18 +448,17 @@ def build(
             channels=run.loss.discriminator_channels,
             num_layers=fitting_num_layers(run.model.image_size, num_layers=3),
         )
-    device = world.device
-    dtype = resolve_precision(run.train.precision, device)
-    for module in (tokenizer, discriminator):
-        lay_out(module, device, dtype)
-        module.train()
+        distillation = build_distillation(run.distillation, run.model)
+    device, dtype = world.device, resolve_precision(run.train.precision, world.device)
+    for module in filter(None, (tokenizer, discriminator, distillation)):
+        lay_out(module.train(), device, dtype)
     tokenizer.set_checkpointing(enabled=run.train.checkpointing)
     teacher_encoder, teacher = None, None if teacher is None else teacher.to(device).train()
     if isinstance(teacher, SelfTeacher):
         teacher_encoder = copy.deepcopy(tokenizer.encoder).requires_grad_(requires_grad=False)
     if run.encoder_lr_ratio == 0:
         tokenizer.encoder.requires_grad_(requires_grad=False)
-    objective = Objective(tokenizer, teacher, build_regularizer(run.regularizer))
+    objective = Objective(tokenizer, teacher, build_regularizer(run.regularizer), distillation)
     ratios: dict[nn.Module, float] = {tokenizer.encoder: run.encoder_lr_ratio}
     optimizer = build_optimizer([objective], run.optim, run.train.batch_size, ratios)
     discriminator_optimizer = build_optimizer([discriminator], run.optim, run.train.batch_size)
@@ -460,6 +471,7 @@ def build(
         tokenizer=tokenizer,
         teacher=teacher,
         teacher_encoder=teacher_encoder,
+        distillation=distillation,
         discriminator=discriminator,
         lecam=LeCam().to(device),
         optimizer=optimizer,

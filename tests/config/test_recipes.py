@@ -28,6 +28,7 @@ TOKENIZER_RECIPES = (
     "digits32_shared",
     "digits32_dual",
     "digits32_perturb",
+    "digits32_semantic",
     "digits32_pool",
     "digits32_divprune",
     "digits32_learned_merge",

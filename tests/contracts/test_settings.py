@@ -24,7 +24,7 @@ from mergevq.config.generator import (
     SamplingSettings,
 )
 from mergevq.config.kinds import unions
-from mergevq.config.objective import HuggingFace
+from mergevq.config.objective import HuggingFace, Semantic
 from mergevq.config.probing import FinetuneConfig, KnnConfig, LinearConfig, ProbeRun
 from mergevq.config.recipes import RECIPES
 from mergevq.config.training import GeneratorRun, TokenizerRun
@@ -51,7 +51,9 @@ CLASSES = sorted(
 )
 RUNS = {
     # With a quantizer and a teacher that have a part of their own.
-    "tokenizer": replace(RECIPES["digits32_vq"](), teacher=HuggingFace()),
+    "tokenizer": replace(
+        RECIPES["digits32_vq"](), teacher=HuggingFace(), distillation=Semantic(layer=1)
+    ),
     "generator": RECIPES["digits32_ar"](),
 }
 UNIONS = [(model, union) for model, run in RUNS.items() for union in unions(type(run))]

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from mergevq.config.objective import Semantic, TrainedTokenizer
 from mergevq.config.parts import (
     Bernoulli,
     Bsq,
@@ -79,6 +80,9 @@ _SMALL = (
     MaskTokens(dim=16, num_layers=1, num_heads=2),
     CnnDecoder(channels=8, num_res_blocks=1, num_layers=1, num_heads=2, layer_scale=0.1),
     PatchDecoder(width=16, num_heads=2, blocks="ca"),
+    # Teachers that come with the package.
+    Semantic(layer=1, teacher=TrainedTokenizer(path="digits32")),
+    TrainedTokenizer(path="digits32"),
     Independent(sizes=(16, 16)),
     Bits(sizes=(2,) * 8, num_layers=1),
 )

@@ -52,6 +52,11 @@ class CnnDecoder:
         return self.channels * self.channel_mult[-1]
 
     @property
+    def num_blocks(self) -> int:
+        """Blocks on the grid."""
+        return self.num_layers
+
+    @property
     def num_groups(self) -> int:
         """Groups of every group normalisation: 32, or fewer where the base width is smaller."""
         return min(32, self.channels)
@@ -96,6 +101,11 @@ class PatchDecoder:
             patch_size % 2 == 0,
             f"decoder (patch) needs cells of an even number of pixels a side, not {patch_size}",
         )
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks on the grid."""
+        return len(self.blocks)
 
     @property
     def bit_groups(self) -> tuple[tuple[int, ...], ...]:

@@ -7,7 +7,13 @@ from mergevq.config.generator import (
     SamplingSettings,
     Several,
 )
-from mergevq.config.objective import Labels, LossConfig
+from mergevq.config.objective import (
+    Labels,
+    LossConfig,
+    NoTeacher,
+    Semantic,
+    TrainedTokenizer,
+)
 from mergevq.config.parts import (
     Bernoulli,
     Bsq,
@@ -218,6 +224,24 @@ def digits32_perturb() -> TokenizerRun:
         regularizer=Perturb(),
         train=replace(run.train, eval_num_kept=(12, 20, 32, run.model.num_tokens)),
         out="runs/digits32_perturb",
+    )
+
+
+def digits32_semantic() -> TokenizerRun:
+    """Digits as `digits32` has them, the decoder's tokens near features of another tokenizer.
+
+    The teacher is the tokenizer `digits32` of the package, which labels have taught, so that no
+    probe of this one is free of labels. Source: GigaTok (arXiv:2504.08736). Hardware and time: not
+    measured, 640 steps of 64 images. Expected: not measured.
+    """
+    run = digits32()
+    teacher = TrainedTokenizer(path="digits32")
+    return replace(
+        run,
+        teacher=NoTeacher(),
+        distillation=Semantic(layer=1, teacher=teacher),
+        train=replace(run.train, eval_num_kept=(12, 20, 32, run.model.num_tokens)),
+        out="runs/digits32_semantic",
     )
 
 

@@ -3,7 +3,7 @@
 Source: Li et al. 2025, "MergeVQ", appendix A (arXiv:2504.00999); Yu et al. 2024, "Language Model
 Beats Diffusion", appendix A (arXiv:2310.05737).
 
-Shape letters: B batch, L grid tokens, D bits, H and W pixels or cells.
+Shape letters: B batch, L grid tokens, E channels of the blocks, D bits, H and W pixels or cells.
 """
 
 import itertools
@@ -64,14 +64,20 @@ class CnnDecoder(nn.Module):
         """Recompute blocks and levels in the backward pass."""
         initialize(self.blocks)
 
-    def forward(self, given: Given) -> Float[Tensor, "b 3 h w"]:
+    def forward(
+        self, given: Given, outputs: dict[int, Tensor] | None = None
+    ) -> Float[Tensor, "b 3 h w"]:
         """Decode an embedding per cell to an image in about [-1, 1]."""
-        grid_shape = given.grid_shape
+        grid_shape, outputs = given.grid_shape, {} if outputs is None else outputs
         hidden = self.conv_in(to_grid(given.tokens.to(self.conv_in.weight.dtype), grid_shape))
         dtype = hidden.dtype
         x = to_tokens(hidden + self.position(hidden))
-        for block in self.blocks:
+        if 0 in outputs:
+            outputs[0] = x
+        for number, block in enumerate(self.blocks, 1):
             x = self._run(block, x, grid_shape)
+            if number in outputs:
+                outputs[number] = x
         # The blocks' sums are float32 under autocast; levels are as convolutions are.
         hidden = to_grid(x.to(dtype), grid_shape)
         for level in self.levels:

@@ -7,8 +7,8 @@ section 3.2 (depth to space, arXiv:1609.05158).
 Differs: the paper's decoder upsamples by residual convolutions (`decoders.cnn`), most of whose
 products are at full resolution; here nearly all are on the grid, so that it trains on a CPU.
 
-Shape letters: B batch, L grid cells, C channels, D bits, H and W pixels, P numbers of a cell (3
-f^2).
+Shape letters: B batch, L grid cells, C and E channels, D bits, H and W pixels, P numbers of a cell
+(3 f^2).
 """
 
 import itertools
@@ -114,17 +114,24 @@ class PatchDecoder(nn.Module):
         """Recompute the blocks in the backward pass."""
         initialize(self.blocks)
 
-    def forward(self, given: Given) -> Float[Tensor, "b 3 h w"]:
+    def forward(
+        self, given: Given, outputs: dict[int, Tensor] | None = None
+    ) -> Float[Tensor, "b 3 h w"]:
         """Decode an embedding per cell to an image in about [-1, 1]; style has no effect."""
         codes, grid_shape = given.tokens, given.grid_shape
+        outputs = {} if outputs is None else outputs
         x = to_tokens(self.conv_in(to_grid(codes.to(self.conv_in.weight.dtype), grid_shape)))
         x = x + _POSITION_SCALE * sincos_2d(grid_shape, x.shape[-1], x.device).to(x.dtype)
-        for block in self.blocks:
+        if 0 in outputs:
+            outputs[0] = x
+        for number, block in enumerate(self.blocks, 1):
             arguments = (x, grid_shape) if isinstance(block, GridConv) else (x,)
             if self.checkpointing and self.training:
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x = block(*arguments)
+            if number in outputs:
+                outputs[number] = x
         half = to_grid(functional.silu(self.to_half(self.norm_out(x))), grid_shape)
         quarters = self.conv_out(functional.pixel_shuffle(half, 2))
         image = functional.pixel_shuffle(quarters, self.pixels_per_half)

@@ -2,7 +2,7 @@
 
 Source: Li et al. 2025, "MergeVQ", section 3 and equation 10 (arXiv:2504.00999).
 
-Shape letters: B batch, F features, H and W pixels.
+Shape letters: B batch, F features, H and W pixels or patches.
 """
 
 from pathlib import Path
@@ -60,9 +60,49 @@ class HuggingFaceTeacher:
         Raises:
             ValueError: the view cannot be cut into the model's patches.
         """
-        patch_size = getattr(self.model.config, "patch_size", None)
-        height, width = view.shape[-2:]
-        if isinstance(patch_size, int) and (height % patch_size or width % patch_size):
+        output = self._output(view)
+        if self.has_pooler and output.get("pooler_output") is not None:
+            return output["pooler_output"].flatten(1).float()
+        return output["last_hidden_state"][:, 0].float()
+
+    @torch.no_grad()
+    def patches(self, view: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b f gh gw"]:
+        """Features of each patch after the model's last norm, of convolutions those of each cell.
+
+        Args:
+            view: as `features` takes it.
+
+        Raises:
+            ValueError: the view cannot be cut into the model's patches.
+            RuntimeError: the model has no features of patches.
+        """
+        states = self._output(view)["last_hidden_state"].float()
+        if states.ndim == 4:
+            return states
+        patch_size = self.patch_size or max(view.shape)
+        rows, columns = (side // patch_size for side in view.shape[-2:])
+        # Class token and registers are in front.
+        if not 0 < rows * columns <= states.shape[1]:
+            raise RuntimeError(
+                f"teacher {self.path!r} gives {states.shape[1]} tokens and must give one for each "
+                f"of {rows * columns} patches; choose a model that keeps all of them, as DINOv2"
+            )
+        return states[:, -rows * columns :].mT.unflatten(2, (rows, columns))
+
+    @property
+    def patch_size(self) -> int | None:
+        """Side of a patch in pixels; None where the model has none."""
+        size = getattr(self.model.config, "patch_size", None)
+        return size if isinstance(size, int) else None
+
+    def _output(self, view: Float[Tensor, "b 3 h w"]) -> Any:  # noqa: ANN401 - of transformers
+        """Output of the model for a view in [-1, 1].
+
+        Raises:
+            ValueError: the view cannot be cut into the model's patches.
+        """
+        patch_size, (height, width) = self.patch_size, view.shape[-2:]
+        if patch_size is not None and (height % patch_size or width % patch_size):
             raise ValueError(
                 f"teacher_size ({height} x {width}) must be a multiple of the patch size "
                 f"({patch_size}) of teacher {self.path!r}"
@@ -77,10 +117,7 @@ class HuggingFaceTeacher:
         if self.model.device != view.device:
             self.model.to(view.device)
         with torch.autocast(kind, dtype=torch.bfloat16, enabled=in_bf16):
-            output = self.model(pixel_values=pixels)
-        if self.has_pooler and output.get("pooler_output") is not None:
-            return output["pooler_output"].flatten(1).float()
-        return output["last_hidden_state"][:, 0].float()
+            return self.model(pixel_values=pixels)
 
 
 class TorchScriptTeacher:

@@ -557,6 +557,8 @@ def profile_train_step(run: TokenizerRun, *, num_repeats: int) -> list[Part]:
     ):
         if module is not None:
             modules[name] = [module]
+    if state.distillation is not None:
+        modules["distillation"] = list(state.distillation.children())
     if state.teacher is not None:
         modules["alignment"] = list(state.teacher.children())
     return profile_parts(
