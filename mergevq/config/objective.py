@@ -320,5 +320,24 @@ class Semantic:
         check_numbers(self)
 
 
-Distillation = NoDistillation | Semantic
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preserve:
+    """Each encoder block is held near its own start, most where it has moved most (UniFlow)."""
+
+    kind: Literal["preserve"] = "preserve"
+    preserve_weight: float = 1.0
+    """Weight of the loss `preserve`: one minus the cosine, weighted mean over blocks."""
+    beta: float = 2.0
+    """Growth of a block's weight with its distance: the exponent of e at a distance of 1. At 0 the
+    weight is the number of the block over that of all blocks."""
+    every: int = 4
+    """One of so many images of a process is compared, which takes two more passes of the encoder
+    with merging off; 1 compares all."""
+
+    def __post_init__(self) -> None:
+        """Reject an impossible weight, exponent or number of images."""
+        check_numbers(self)
+
+
+Distillation = NoDistillation | Semantic | Preserve
 """Loss on features of layers, against a frozen model."""

@@ -21,6 +21,7 @@ from mergevq.config.objective import (
     Distillation,
     LossConfig,
     NoDistillation,
+    Preserve,
     SelfDistillation,
     Semantic,
     Teacher,
@@ -229,13 +230,24 @@ class TokenizerRun:
         return {name: weight for part in parts for name, weight in weights_of(part).items()}
 
     def _check_distillation(self) -> None:
-        """Reject a block that the decoder does not have."""
+        """Reject a block that the decoder does not have, and a start that is not worth keeping."""
         wanted, num_blocks = self.distillation, self.model.decoder.num_blocks
         if isinstance(wanted, Semantic):
             require(
                 wanted.layer <= num_blocks,
                 f"distillation.layer ({wanted.layer}) must be at most the {num_blocks} blocks of "
                 f"model.decoder.kind {self.model.decoder.kind}",
+            )
+        if isinstance(wanted, Preserve):
+            require(
+                self.init_from is not None or self.init_vit is not None,
+                "distillation.kind (preserve) holds the encoder near its start, which is random "
+                "without init_from and init_vit: set one of them, or distillation.kind to none",
+            )
+            require(
+                self.encoder_lr_ratio > 0,
+                f"distillation.kind (preserve) needs encoder_lr_ratio "
+                f"({self.encoder_lr_ratio:g}) above 0: an encoder without a rate stays as it is",
             )
 
     def _check_drops(self) -> None:

@@ -448,7 +448,7 @@ def build(
             channels=run.loss.discriminator_channels,
             num_layers=fitting_num_layers(run.model.image_size, num_layers=3),
         )
-        distillation = build_distillation(run.distillation, run.model)
+        distillation = build_distillation(run.distillation, run.model, tokenizer.encoder)
     device, dtype = world.device, resolve_precision(run.train.precision, world.device)
     for module in filter(None, (tokenizer, discriminator, distillation)):
         lay_out(module.train(), device, dtype)

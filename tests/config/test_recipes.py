@@ -29,6 +29,7 @@ TOKENIZER_RECIPES = (
     "digits32_dual",
     "digits32_perturb",
     "digits32_semantic",
+    "digits32_preserve",
     "digits32_pool",
     "digits32_divprune",
     "digits32_learned_merge",

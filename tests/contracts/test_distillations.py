@@ -122,7 +122,7 @@ def test_every_kind_has_a_name_of_its_own_and_a_docstring():
 
 def test_nothing_is_built_for_the_kind_that_is_none(folder):
     model = run_of(NoDistillation()).model
-    assert build_distillation(NoDistillation(), model) is None
+    assert build_distillation(NoDistillation(), model, Tokenizer(model).encoder) is None
     learner = learner_of(NoDistillation(), folder)
     assert learner.state.distillation is None
     assert "distillation" not in state_of(learner.state)

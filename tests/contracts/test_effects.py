@@ -271,6 +271,8 @@ KEPT = {
     "kept.std": GAUSSIAN,
     "kept.floor": GAUSSIAN,
 }
+VISION = {"distillation[semantic].teacher[huggingface].path": "@dinov2"}
+STARTED = {"init_from": "@tokenizer"}
 PERTURB = {"regularizer[perturb].image_share": 1.0}
 NEEDS = {
     "tokenizer": {
@@ -285,6 +287,14 @@ NEEDS = {
         "init_codes": PLAIN,
         "loss.recovered_start_step": {"loss.recovered_share": 0.5},
         **FROZEN,
+        **{
+            f"distillation[semantic].teacher[huggingface].{name}": VISION
+            for name in ("path", "teacher_size")
+        },
+        **{
+            f"distillation[preserve].{name}": STARTED
+            for name in ("preserve_weight", "beta", "every")
+        },
         "loss.perceptual_weight": PERCEPTUAL,
         "loss.perceptual_trunk": PERCEPTUAL,
         "loss.perceptual_path": PERCEPTUAL,
@@ -356,6 +366,11 @@ VALUES = {
         "teacher[huggingface].teacher_size": 42,
         "teacher[torchscript].path": "@colours-2.pt",
         "teacher[torchscript].loss[dino].teacher_temperature": 90.0,
+        "distillation[semantic].teacher[huggingface].path": "@dinov2-2",
+        "distillation[semantic].teacher[huggingface].teacher_size": 42,
+        "distillation[semantic].teacher[tokenizer].path": "@tokenizer-2",
+        "distillation[semantic].teacher[tokenizer].layer": 1,
+        "distillation[preserve].every": 2,
         "init_from": "@tokenizer",
         "init_vit": "@dinov2",
         "optim.milestones": (0.5, 0.75),
@@ -450,6 +465,7 @@ TOGETHER = {
         "model.decoder.kind": "patch",
         "model.image_size": 64,
     },
+    ("tokenizer", "distillation[semantic].teacher.kind"): VISION,
     ("generator", "model.grid_size"): {"model.grid_size": (4, 16)},
     ("generation", "samples"): {"samples": "@others", "run": None},
     ("generation", "classifier_outputs"): {

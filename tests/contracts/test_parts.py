@@ -403,6 +403,20 @@ def test_a_decoder_makes_pixels_of_every_cell(part, shape):
     require_gradients(model.decoder, decoded.square().mean())
 
 
+@of("decoder")
+def test_tokens_of_every_block_of_a_decoder_can_be_had(part):
+    model = small(part)
+    encoded = model.encode(images(model), NUM_KEPT)
+    given = model.expander(encoded.codes, encoded.layout, encoded.grid_shape)
+    settings = model.config.decoder
+    outputs = dict.fromkeys(range(settings.num_blocks + 1), given.tokens)
+    assert torch.equal(model.decoder(given, outputs), model.decoder(given))
+    for tokens in outputs.values():
+        assert tokens.shape == (2, model.config.num_tokens, settings.width)
+    for number in range(settings.num_blocks):
+        assert not torch.equal(outputs[number], outputs[number + 1])
+
+
 # ------------------------------------------------------------------------- in a whole tokenizer
 
 

@@ -67,6 +67,7 @@ COMPANIONS = {
     ("reducer", "queries"): {"expander.kind": "mask_tokens"},
     ("expander", "mask_tokens"): {"reducer.kind": "queries"},
     ("regularizer", "tail_drop"): {"model.reducer.kind": "queries", "model.reducer.nested": True},
+    ("distillation", "preserve"): {"init_from": "digits32"},
 }
 """Changes that a kind of a part cannot do without."""
 
@@ -77,7 +78,9 @@ def _with_companions(instance, changes):
     for (name, kind), needed in COMPANIONS.items():
         is_of_kind = changes.get(f"{name}.kind") == kind or f"{name}[{kind}]" in named
         if is_of_kind and hasattr(instance, name):
-            changes = {**needed, **changes}
+            # A file that is named already stays.
+            lacking = {p: v for p, v in needed.items() if "." in p or value_at(instance, p) is None}
+            changes = {**lacking, **changes}
     return changes
 
 

@@ -60,8 +60,10 @@ def _small_teacher(teacher: Teacher, view_size: int) -> Teacher:
 def shrink(run: TokenizerRun) -> TokenizerRun:
     """Cut a run down to seconds on a CPU, keeping its structure: for tests and first tries."""
     model = run.model
+    # Weights to start from have their sizes: those of the package are small.
+    sizes = _SIZES if run.init_from is None else {}
     parts = {
-        name: replace(part, **_SIZES.get(type(part), {}))
+        name: replace(part, **sizes.get(type(part), {}))
         for name in ("stem", "reducer", "quantizer", "expander", "decoder")
         for part in [getattr(model, name)]
     }

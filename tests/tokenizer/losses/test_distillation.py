@@ -8,10 +8,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mergevq.config.objective import Preserve as PreserveSettings
 from mergevq.config.objective import Semantic as SemanticSettings
+from mergevq.config.parts import MaskTokens, Queries
 from mergevq.config.recipes.digits import digits32
 from mergevq.tokenizer.losses.cells import TokenizerCells
-from mergevq.tokenizer.losses.distillation import Semantic, cosine_distance
+from mergevq.tokenizer.losses.distillation import (
+    Preserve,
+    Semantic,
+    cosine_distance,
+    layer_weights,
+)
 from mergevq.tokenizer.seams import TokenizerOutput
 from mergevq.tokenizer.tokenizer import Tokenizer
 from tests.support.parts import tokenizer_config
@@ -154,3 +161,112 @@ def test_a_block_that_the_decoder_does_not_have_is_refused():
     with pytest.raises(ValueError, match=r"layer \(3\) must be at most the 2 blocks of .* cnn"):
         replace(run, distillation=SemanticSettings(layer=3))
     assert replace(run, distillation=SemanticSettings(layer=2)).own_weights["semantic"] == 0.5
+
+
+# ----------------------------------------------------------------------------------- preserve
+
+
+def test_weights_of_blocks_by_hand():
+    distances = torch.tensor([0.1, 0.4])
+    weights = layer_weights(distances, 2.0)
+    torch.testing.assert_close(weights, torch.tensor([0.2153, 0.7847]), rtol=0, atol=1e-4)
+    assert float((weights * distances).sum()) == pytest.approx(0.3354, abs=1e-4)
+
+
+def test_without_distance_or_growth_blocks_have_the_weights_of_their_numbers():
+    expected = torch.tensor([1.0, 2.0, 3.0, 4.0]) / 10
+    torch.testing.assert_close(layer_weights(torch.zeros(4), 2.0), expected)
+    torch.testing.assert_close(layer_weights(torch.tensor([0.5, 0.1, 2.0, 1.0]), 0.0), expected)
+
+
+def test_weights_sum_to_one_and_grow_with_the_distance_of_their_block(generator):
+    distances = torch.rand(5, generator=generator)
+    weights = layer_weights(distances, 3.0)
+    torch.testing.assert_close(weights.sum(), torch.tensor(1.0))
+    for block in range(5):
+        more = distances.clone()
+        more[block] += 0.1
+        moved = layer_weights(more, 3.0) - weights
+        assert moved[block] > 0
+        assert (moved.sum() - moved[block]) < 0
+    assert layer_weights(torch.tensor([2.0, 0.0]), 1000.0).tolist() == [1, 0]
+
+
+def moved(model, block=1, shift=0.3):
+    """The tokenizer with one block of the encoder changed."""
+    numbers = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.encoder.reducer.blocks[block].parameters():
+            parameter.add_(shift * torch.randn(parameter.shape, generator=numbers))
+    return model
+
+
+def test_at_the_start_there_is_no_loss(model):
+    loss = Preserve(PreserveSettings(every=1), model.encoder)
+    start = loss.loss(model.encoder, images(), output_of(None))
+    assert float(start.detach()) == pytest.approx(0, abs=1e-6)
+    assert float(loss.loss(moved(model).encoder, images(), output_of(None)).detach()) > 0.01
+
+
+def test_it_is_the_weighted_cosine_of_tokens_with_merging_off_block_by_block(model):
+    loss = Preserve(PreserveSettings(beta=3.0, every=1), model.encoder)
+    before = [model.features(images(), layer=n, stage="pre_merge") for n in (1, 2, 3)]
+    moved(model)
+    after = [model.features(images(), layer=n, stage="pre_merge") for n in (1, 2, 3)]
+    distances = [
+        1 - torch.nn.functional.cosine_similarity(one, other, -1).mean()
+        for one, other in zip(before, after, strict=True)
+    ]
+    assert float(distances[0].detach()) == pytest.approx(0, abs=1e-6)
+    shares = [number / 3 * torch.exp(3 * d) for number, d in enumerate(distances, 1)]
+    expected = sum(s * d for s, d in zip(shares, distances, strict=True)) / sum(shares)
+    torch.testing.assert_close(loss.loss(model.encoder, images(), output_of(None)), expected)
+
+
+def test_no_gradient_passes_through_the_weights_or_into_the_copy(model):
+    loss = Preserve(PreserveSettings(every=1), model.encoder)
+    encoder = moved(model).encoder
+    loss.loss(encoder, images(), output_of(None)).backward()
+    assert all(parameter.grad is None for parameter in loss.parameters())
+    found = encoder.stem[0].weight.grad.clone()
+    encoder.zero_grad()
+    pairs = zip(encoder.layers(images()), loss.encoder.layers(images()), strict=True)
+    distances = torch.stack([cosine_distance(*pair) for pair in pairs])
+    (layer_weights(distances.detach(), 2.0) * distances).sum().backward()
+    torch.testing.assert_close(encoder.stem[0].weight.grad, found)
+
+
+@pytest.mark.parametrize(("every", "taken"), [(1, [0, 1, 2, 3, 4, 5]), (4, [0, 4]), (9, [0])])
+def test_one_of_so_many_images_is_compared(model, every, taken):
+    loss = Preserve(PreserveSettings(every=every), model.encoder)
+    some = Preserve(PreserveSettings(every=1), model.encoder)
+    encoder, image = moved(model).encoder, images(6)
+    found = loss.loss(encoder, image, output_of(None))
+    assert torch.equal(found, some.loss(encoder, image[taken], output_of(None)))
+
+
+def test_the_copy_is_of_the_start_and_shares_nothing_with_the_encoder(model):
+    loss = Preserve(PreserveSettings(), model.encoder)
+    start = {name: weight.clone() for name, weight in model.encoder.state_dict().items()}
+    moved(model)
+    for name, weight in loss.encoder.state_dict().items():
+        assert torch.equal(weight, start[name])
+    assert not any(parameter.requires_grad for parameter in loss.parameters())
+
+
+def test_of_queries_all_are_compared():
+    reducer = Queries(num_queries=16, num_layers=2, num_heads=2)
+    model = replace(SMALL, reducer=reducer, expander=MaskTokens(dim=16, num_layers=1, num_heads=2))
+    encoder = Tokenizer(model).encoder
+    layers = encoder.layers(images())
+    assert [tokens.shape for tokens in layers] == [(3, 16, SMALL.dim)] * 2
+    assert torch.equal(layers[-1], encoder(images(), 16).tokens)
+
+
+def test_a_start_that_is_random_or_that_stays_is_refused():
+    run = digits32()
+    with pytest.raises(ValueError, match="random without init_from and init_vit: set one of them"):
+        replace(run, distillation=PreserveSettings())
+    with pytest.raises(ValueError, match=r"encoder_lr_ratio \(0\) above 0"):
+        replace(run, distillation=PreserveSettings(), init_from="x", encoder_lr_ratio=0.0)
+    assert replace(run, distillation=PreserveSettings(), init_vit="x").own_weights["preserve"] == 1
