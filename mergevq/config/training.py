@@ -198,8 +198,8 @@ class TokenizerRun:
     """Before this step the decoder sees the latents themselves, not the codes."""
     encoder_lr_ratio: float = 1.0
     """Learning rate of the encoder over that of all else, from 0 to 1. Below 1 keeps the codes of a
-    good start while a decoder learns to use them. At 0 the encoder stays as it is: only decoder and
-    source predictor are trained, and tokens and generators of before remain valid."""
+    good start while a decoder learns to use them. At 0 encoder and codes stay as they are: only
+    decoder and expander are trained, and tokens and generators of before remain valid."""
     out: str = "runs/tokenizer"
     """Directory of the run."""
 

@@ -270,9 +270,9 @@ class TokenizerLearner:
         return numbers, reconstructions
 
     def _follow(self, latents: Float[Tensor, "b k d"], parts: Int64[Tensor, "b k p"]) -> None:
-        """Let codes that are no weights follow this rank's tokens."""
+        """Let codes that are no weights follow this rank's tokens, unless the encoder stays."""
         quantizer = self.state.tokenizer.quantizer
-        if isinstance(quantizer, Follower):
+        if isinstance(quantizer, Follower) and self.run.encoder_lr_ratio > 0:
             generator = step_generator(self.run.train.seed, "codebook", self.state.step)
             quantizer.follow(latents.flatten(0, 1), parts.flatten(0, 1), generator)
 
@@ -457,7 +457,7 @@ def build(
     if isinstance(teacher, SelfTeacher):
         teacher_encoder = copy.deepcopy(tokenizer.encoder).requires_grad_(requires_grad=False)
     if run.encoder_lr_ratio == 0:
-        tokenizer.encoder.requires_grad_(requires_grad=False)
+        nn.ModuleList([tokenizer.encoder, tokenizer.quantizer]).requires_grad_(requires_grad=False)
     objective = Objective(tokenizer, teacher, build_regularizer(run.regularizer), distillation)
     ratios: dict[nn.Module, float] = {tokenizer.encoder: run.encoder_lr_ratio}
     optimizer = build_optimizer([objective], run.optim, run.train.batch_size, ratios)

@@ -30,6 +30,7 @@ TOKENIZER_RECIPES = (
     "digits32_perturb",
     "digits32_semantic",
     "digits32_preserve",
+    "digits32_posttrain",
     "digits32_pool",
     "digits32_divprune",
     "digits32_learned_merge",

@@ -18,9 +18,11 @@ from mergevq.runtime.settings import from_json, to_json
 from mergevq.tokenizer.losses.distillation import build_distillation
 from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training.fit import put_state, state_of
+from mergevq.training.tokenizer import train
 from mergevq.training.tokenizer_step import build
 from tests.support.frozen import write_dinov2
 from tests.support.parts import small_part
+from tests.support.ranks import train_on_two_ranks
 from tests.support.small import shrink
 
 WORLD = distributed.World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
@@ -213,3 +215,27 @@ def test_it_is_no_part_of_the_tokenizer_that_is_saved(config, folder):
     assert parameters.isdisjoint(learner.state.distillation.parameters())
     for name, weight in plain.state_dict().items():
         assert torch.equal(weight, learner.state.tokenizer.state_dict()[name]), name
+
+
+@BUILT
+@pytest.mark.slow
+def test_two_ranks_equal_one_process(config, folder, tmp_path):
+    pytest.importorskip("sklearn")
+    run = run_of(config, folder)
+    run = replace(
+        run,
+        data=replace(run.data, max_images=32),
+        loss=replace(run.loss, recovered_share=0.0),
+        optim=replace(run.optim, warmup_steps=0),
+        # Of parts of four images the first one is compared, of all eight the first and the fifth.
+        train=replace(run.train, batch_size=8, num_steps=3, save_every=3, eval_every=3),
+    )
+    train(replace(run, out=str(tmp_path / "one")))
+    train_on_two_ranks(replace(run, out=str(tmp_path / "two")))
+    first, second = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert [line["step"] for line in first] == [0, 1, 2]
+    for one, two in zip(first, second, strict=True):
+        assert one[config.kind] == pytest.approx(two[config.kind], rel=5e-3, abs=1e-6)

@@ -85,6 +85,21 @@ def test_a_learned_codebook_is_trained_by_its_own_loss_alone():
     assert weights[1.0].grad.count_nonzero() > 0
 
 
+@pytest.mark.parametrize("update", [GradientUpdate(), EmaUpdate()], ids=lambda each: each.kind)
+def test_encoder_and_codes_stay_where_the_encoder_has_no_rate(update):
+    run = small(update)
+    learner = build(replace(run, encoder_lr_ratio=0.0), WORLD, num_classes=10)
+    before = copy.deepcopy(learner.state.tokenizer.state_dict())
+    for _ in range(2):
+        learner.step(batch(4))
+        learner.state.step += 1
+    after = learner.state.tokenizer.state_dict()
+    stay = {name for name in before if name.startswith(("encoder.", "quantizer."))}
+    assert all(torch.equal(before[name], after[name]) for name in stay)
+    # In the warm-up the first step has a rate of 0, and the second one has not.
+    assert not torch.equal(before["decoder.conv_out.weight"], after["decoder.conv_out.weight"])
+
+
 def test_a_state_that_was_saved_goes_on_with_the_same_codes():
     run = small()
     whole, resumed = (build(run, WORLD, num_classes=10) for _ in range(2))
