@@ -274,8 +274,7 @@ def _result_line(result: "ImageReconstruction") -> str:
     tiles = f"{result.num_tiles} tiles x " if result.num_tiles > 1 else ""
     return (
         f"{tiles}{result.num_kept} of {result.num_cells} tokens, "
-        f"{result.bits.total:.0f} bits ({result.bits.tokens:.0f} tokens + "
-        f"{result.bits.source:.0f} source), {result.price}, "
+        f"{result.cost}, {result.price}, "
         f"PSNR {result.psnr_given:.2f} dB"
         + (
             f" given source, {result.psnr_recovered:.2f} dB recovered source"

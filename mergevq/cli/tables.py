@@ -8,6 +8,9 @@ from mergevq.config.generator import (
 )
 from mergevq.config.records import (
     BaselineRecord,
+    BitsRecord,
+    CodebookRecord,
+    ContinuousRecord,
     GenerationRecord,
     GuidanceRecord,
     Numbers,
@@ -42,25 +45,9 @@ def reconstruction_table(record: ReconstructionRecord) -> str:
             rows.append([f"{name}, {source}", *(_number(each, name) for each in numbers)])
     if has_maps:
         rows.append(["source accuracy", *(f"{r['source_accuracy']:.4f}" for r in results)])
-    rows.append(["codebook usage", *(f"{r['codebook']['usage']:.1%}" for r in results)])
-    rows.append(["codebook perplexity", *(f"{r['codebook']['perplexity']:.4g}" for r in results)])
-    balance = [[min(p, 1 - p) for p in result["codebook"]["bit_probs"]] for result in results]
-    if all(balance):  # Codes that are not made of bits have none.
-        least, mean = (
-            (f"{min(p):.4f}" for p in balance),
-            (f"{sum(p) / len(p):.4f}" for p in balance),
-        )
-        rows.append(["rarer value of a bit, least", *least])
-        rows.append(["rarer value of a bit, mean", *mean])
-    for name in ("tokens", "source", "total"):
-        rows.append([f"bits, {name}", *(f"{r['bits'][name]:.1f}" for r in results)])
-    # Evaluations of earlier versions have none.
-    coded = [result["bits"].get("source_coded") for result in results]
-    if any(each is not None for each in coded):
-        rows.append(["bits, source as coded", *("" if b is None else f"{b:.1f}" for b in coded)])
-    prices = {"given": "per_pixel", "recovered": "per_pixel_recovered"}
-    for source, name in prices.items() if has_maps else [("given", "per_pixel")]:
-        rows.append([f"bits per pixel, {source}", *(f"{r['bits'][name]:.4f}" for r in results)])
+    rows += _codebook_rows([each for result in results if (each := result["codebook"])])
+    rows += _bits_rows([each for result in results if (each := result["bits"])], has_maps=has_maps)
+    rows += _continuous_rows([each for result in results if (each := result.get("continuous"))])
     rows.append(["images per second", *(f"{r['images_per_second']:.3g}" for r in results)])
     data = record["data"]
     lines = [columns(rows), "", f"{data['num_images']} images of {data['image_size']} pixels"]
@@ -69,6 +56,50 @@ def reconstruction_table(record: ReconstructionRecord) -> str:
     if record["baselines"]:
         lines += ["", columns(_baseline_rows(record["baselines"]))]
     return "\n".join(lines)
+
+
+def _codebook_rows(codebooks: Sequence[CodebookRecord]) -> list[list[str]]:
+    """Use of the codebook, a column for each K; no rows where tokens are real numbers."""
+    if not codebooks:
+        return []
+    rows = [
+        ["codebook usage", *(f"{each['usage']:.1%}" for each in codebooks)],
+        ["codebook perplexity", *(f"{each['perplexity']:.4g}" for each in codebooks)],
+    ]
+    balance = [[min(p, 1 - p) for p in each["bit_probs"]] for each in codebooks]
+    if all(balance):  # Codes that are not made of bits have none.
+        rows.append(["rarer value of a bit, least", *(f"{min(p):.4f}" for p in balance)])
+        rows.append(["rarer value of a bit, mean", *(f"{sum(p) / len(p):.4f}" for p in balance)])
+    return rows
+
+
+def _bits_rows(bits: Sequence[BitsRecord], *, has_maps: bool) -> list[list[str]]:
+    """Bits of one image, a column for each K; no rows where tokens are real numbers."""
+    if not bits:
+        return []
+    rows = [
+        [f"bits, {name}", *(f"{each[name]:.1f}" for each in bits)]
+        for name in ("tokens", "source", "total")
+    ]
+    # Evaluations of earlier versions have none.
+    coded = [each.get("source_coded") for each in bits]
+    if any(each is not None for each in coded):
+        rows.append(["bits, source as coded", *("" if b is None else f"{b:.1f}" for b in coded)])
+    prices = {"given": "per_pixel", "recovered": "per_pixel_recovered"}
+    for source, name in prices.items() if has_maps else [("given", "per_pixel")]:
+        rows.append([f"bits per pixel, {source}", *(f"{each[name]:.4f}" for each in bits)])
+    return rows
+
+
+def _continuous_rows(found: Sequence[ContinuousRecord]) -> list[list[str]]:
+    """Real numbers of one image, a column for each K; no rows where tokens have indices."""
+    if not found:
+        return []
+    return [
+        ["bits", *("continuous" for _ in found)],
+        ["real numbers", *(str(each["num_floats"]) for each in found)],
+        ["channels in use", *(str(each["active_channels"]) for each in found)],
+    ]
 
 
 def _baseline_rows(baselines: Sequence[BaselineRecord]) -> list[list[str]]:

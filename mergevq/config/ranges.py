@@ -94,6 +94,8 @@ RANGES = {
     "num_codebooks": Range(1, 256),
     "book_dim": _WIDTH,
     "orthogonality_weight": _WEIGHT,
+    "kl_weight": _WEIGHT,
+    "Unquantized.dim": Range(2, 2**20),  # One channel of mean 0 is 0.
     "branch_dims": _WIDTH,
     "distance_weights": _WEIGHT,
     "depth": _LAYERS,

@@ -205,6 +205,15 @@ class BitsRecord(TypedDict):
     """With the recovered source, which needs tokens only."""
 
 
+class ContinuousRecord(TypedDict):
+    """Tokens that are real numbers."""
+
+    num_floats: int
+    """Real numbers of one image."""
+    active_channels: int
+    """Channels whose variance over all tokens is above 0.01."""
+
+
 class ExtremeRecord(Numbers):
     """One of the worst or best images."""
 
@@ -219,8 +228,12 @@ class ReconstructionResult(TypedDict):
     recovered: Numbers | None
     """None where grid and K imply the layout, so that nothing is to recover."""
     source_accuracy: float | None
-    codebook: CodebookRecord
-    bits: BitsRecord
+    codebook: CodebookRecord | None
+    """None of tokens that are real numbers."""
+    bits: BitsRecord | None
+    """Likewise."""
+    continuous: ContinuousRecord | None
+    """None of tokens with indices; evaluations of earlier versions have no such entry."""
     worst: list[ExtremeRecord]
     best: list[ExtremeRecord]
     images_per_second: float

@@ -21,6 +21,7 @@ from mergevq.config.parts import (
     Reducer,
     Stem,
     Unmerge,
+    latent_dim,
     require_heads,
 )
 from mergevq.config.ranges import check_numbers
@@ -108,12 +109,22 @@ class TokenizerConfig:
             + ": before the first one, queries are the same for every image"
             * least,
         )
+        require(
+            self.latent_dim == quantizer.dim or branches.semantic_dim == 0,
+            f"branches.kind ({branches.kind}) must be one with quantizer.kind {quantizer.kind}, "
+            f"whose {self.latent_dim} latents are not cut as its {quantizer.dim} codes",
+        )
         if branches.semantic_dim > 0 and isinstance(quantizer, Branched):
             require(
                 branches.semantic_dim == quantizer.branch_dims[0],
                 f"branches.semantic_dim ({branches.semantic_dim}) must be the first of "
                 f"quantizer.branch_dims {quantizer.branch_dims}",
             )
+
+    @property
+    def latent_dim(self) -> int:
+        """Channels that kept tokens are projected to: of the quantizer's latents."""
+        return latent_dim(self.quantizer)
 
     @property
     def decoded_dim(self) -> int:

@@ -29,9 +29,11 @@ from mergevq.config.objective import (
 from mergevq.config.parts import (
     NUM_KEYS,
     Binary,
+    Continuous,
     Merge,
     NoRegularizer,
     PatchStem,
+    Perturb,
     Queries,
     Regularizer,
     weights_of,
@@ -215,6 +217,8 @@ class TokenizerRun:
             f"data.cache ({self.data.cache}) must be none with teacher.kind ({self.teacher.kind}), "
             "which sees a view of the whole picture; or set teacher.kind to labels or none",
         )
+        if isinstance(self.model.quantizer, Continuous):
+            self._check_continuous()
         if self.init_codes == "components":
             self._check_components()
         if self.regularizer.drops:
@@ -249,6 +253,20 @@ class TokenizerRun:
                 f"distillation.kind (preserve) needs encoder_lr_ratio "
                 f"({self.encoder_lr_ratio:g}) above 0: an encoder without a rate stays as it is",
             )
+
+    def _check_continuous(self) -> None:
+        """Reject what is about tokens with indices, where they are real numbers."""
+        kind = self.model.quantizer.kind
+        require(
+            self.quantize_start_step == 0,
+            f"quantize_start_step ({self.quantize_start_step}) must be 0 with "
+            f"model.quantizer.kind {kind}: nothing is quantized later",
+        )
+        require(
+            not isinstance(self.regularizer, Perturb),
+            f"regularizer.kind ({self.regularizer.kind}) must be another one with "
+            f"model.quantizer.kind {kind}: real numbers have no near tokens",
+        )
 
     def _check_drops(self) -> None:
         """Reject dropping of tokens of which the first ones are no tokens of the image."""

@@ -33,9 +33,9 @@ class CodeSpec:
     """
 
     sizes: tuple[int, ...]
-    """Values of each part."""
+    """Values of each part; () of real numbers, which have none."""
     dim: int
-    """Channels of latents and of codes, D."""
+    """Channels of codes, D; latents have as many, twice as many where each has a deviation."""
     is_binary: bool = False
     """Whether each channel of a code is a bit of the token."""
 
@@ -46,8 +46,13 @@ class CodeSpec:
 
     @property
     def bits(self) -> float:
-        """Bits of a token."""
+        """Bits of a token; NaN of a continuous one."""
         return bits_of(self.sizes)
+
+    @property
+    def is_continuous(self) -> bool:
+        """Whether tokens are real numbers, without parts and indices."""
+        return not self.sizes
 
     @property
     def has_index(self) -> bool:
@@ -83,7 +88,29 @@ class CodeSpec:
 
 def has_index(sizes: tuple[int, ...]) -> bool:
     """Whether the parts of a token are also one index: their values are at most 2**63."""
-    return math.prod(sizes) <= _MAX_VALUES
+    return len(sizes) > 0 and math.prod(sizes) <= _MAX_VALUES
+
+
+def require_parts(sizes: tuple[int, ...], what: str) -> None:
+    """Check that tokens have parts.
+
+    Args:
+        sizes: values of each part.
+        what: needs parts or indices.
+
+    Raises:
+        ValueError: tokens are real numbers.
+    """
+    if not sizes:
+        raise ValueError(no_indices(what))
+
+
+def no_indices(what: str) -> str:
+    """Message where something needs indices, and tokens are real numbers."""
+    return (
+        f"{what} needs tokens with indices, and this tokenizer's are real numbers: train one whose "
+        "model.quantizer.kind is neither kl nor none"
+    )
 
 
 def join(parts: Int64[Tensor, "*b p"], sizes: tuple[int, ...]) -> Int64[Tensor, "*b"]:
@@ -120,6 +147,7 @@ def split(indices: Int64[Tensor, "*b"], sizes: tuple[int, ...]) -> Int64[Tensor,
 
 def _require_index(sizes: tuple[int, ...]) -> None:
     """Raise `ValueError` where tokens have no index."""
+    require_parts(sizes, "an index")
     if not has_index(sizes):
         raise ValueError(
             f"a token has {bits_of(sizes):.5g} bits, and an index has 63: use `parts`, "

@@ -28,7 +28,7 @@ class Bits(NamedTuple):
     """Cost of storing one image, in bits."""
 
     tokens: float
-    """K tokens of D bits each."""
+    """K tokens of D bits each; NaN of real numbers."""
     source: float
     """The source map: log2 of the number of maps that exist for this L and K."""
 

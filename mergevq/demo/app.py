@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mergevq.config.base import BUNDLED_GENERATOR, BUNDLED_TOKENIZER, MAX_PIXELS, Precision
-from mergevq.config.parts import bits_of
+from mergevq.config.parts import per_token
 from mergevq.data.images import open_images
 from mergevq.demo.draw_tabs import edit_tab, generate_tab
 from mergevq.demo.neighbours import index
@@ -205,7 +205,7 @@ def _introduction(tokenizer: Tokenizer, directory: Path) -> str:
     config = tokenizer.config
     sentences = (
         f"A picture of about {config.image_size} x {config.image_size} pixels becomes up to "
-        f"{config.num_tokens} **tokens** of {bits_of(config.quantizer.sizes):g} bits, "
+        f"{config.num_tokens} **tokens** of {per_token(config.quantizer)}, "
         f"{config.num_kept} as a rule, and a decoder makes a picture of them again."
     )
     if tokenizer.has_maps:

@@ -15,6 +15,7 @@ from mergevq.config.generator import (
 from mergevq.config.probing import FeatureConfig, LinearConfig
 from mergevq.config.training import GeneratorRun, TokenizerRun
 from mergevq.data.batches import Batch, eval_batches, open_train_val
+from mergevq.data.codes import no_indices
 from mergevq.data.images import ImageDataset
 from mergevq.evaluate.compare import measure
 from mergevq.evaluate.probe.linear import ProbeRow, probe_rows
@@ -118,7 +119,7 @@ def examine(run: TokenizerRun) -> Trial:
     """Measure the model that a run produced on images it has not seen.
 
     Raises:
-        ValueError: the run is not there or damaged.
+        ValueError: the run is not there or damaged, or its tokens are real numbers.
     """
     directory = RunDirectory(run.out)
     device = resolve_device(run.train.device)
@@ -143,6 +144,9 @@ def examine(run: TokenizerRun) -> Trial:
             linear=_PROBE,
             seed=run.train.seed,
         )
+    usage = outcomes[run.model.num_kept].codebook
+    if usage is None:
+        raise ValueError(no_indices("the page of a quickstart"))
     images, labels = _examples(run, dataset)
     return Trial(
         run=run,
@@ -153,7 +157,7 @@ def examine(run: TokenizerRun) -> Trial:
         measured={num_kept: outcome.numbers() for num_kept, outcome in outcomes.items()},
         recognised=recognised,
         probes=probes,
-        usage=outcomes[run.model.num_kept].codebook,
+        usage=usage,
         originals=[to_pil(image) for image in images],
         labels=labels,
         pictured=[_picture(tokenizer, images.to(device), num_kept) for num_kept in num_kepts],

@@ -20,7 +20,13 @@ from mergevq.config.evaluation import Protocol
 from mergevq.data.batches import Batch
 from mergevq.data.coding.maps import map_bits
 from mergevq.data.layouts import Bits, Source, require_source
-from mergevq.metrics.codes import CodebookStatistics, codebook_statistics, source_accuracy
+from mergevq.metrics.codes import (
+    Channels,
+    ChannelStatistics,
+    CodebookStatistics,
+    codebook_statistics,
+    source_accuracy,
+)
 from mergevq.metrics.comparison import Original, Originals, comparison
 from mergevq.metrics.extractor import FeatureExtractor
 from mergevq.metrics.frechet import Gaussian
@@ -40,9 +46,14 @@ class Outcome(NamedTuple):
     """With the source inferred from the tokens: the same numbers; None where there is no map."""
     source_accuracy: float | None
     """Share of cells whose kept token was recovered."""
-    codebook: CodebookStatistics
+    codebook: CodebookStatistics | None
+    """Use of the codebook; None of tokens that are real numbers."""
+    channels: ChannelStatistics | None
+    """Spread of real numbers; None of tokens with indices."""
     bits: Bits
-    """Bits of one image."""
+    """Bits of one image; NaN where tokens are real numbers."""
+    num_floats: int
+    """Real numbers of one image; 0 where tokens have indices."""
     map_bits: float | None
     """Bits of a source map as it is written, by itself: mean over some images; None over none."""
     num_pixels: int
@@ -56,7 +67,8 @@ class Outcome(NamedTuple):
 
         `psnr`, `ssim`, `l1`, `lpips` and their `_recovered` twins, `source_accuracy`,
         `codebook_usage`, `perplexity`, `bits` and `bits_per_pixel` of one image, `num_images`;
-        without maps there are no twins and no accuracy.
+        without maps there are no twins and no accuracy. Of tokens that are real numbers, in place
+        of use and bits, `num_floats` of one image and `active_channels`.
         """
         shown = ("psnr", "ssim", "l1", "lpips")
         numbers = {
@@ -67,13 +79,19 @@ class Outcome(NamedTuple):
         }
         if self.source_accuracy is not None:
             numbers["source_accuracy"] = self.source_accuracy
-        return numbers | {
-            "codebook_usage": self.codebook.usage,
-            "perplexity": self.codebook.perplexity,
-            "bits": self.bits.total,
-            "bits_per_pixel": self.bits.total / self.num_pixels,
-            "num_images": float(self.num_images),
-        }
+        if self.codebook is not None:
+            numbers |= {
+                "codebook_usage": self.codebook.usage,
+                "perplexity": self.codebook.perplexity,
+                "bits": self.bits.total,
+                "bits_per_pixel": self.bits.total / self.num_pixels,
+            }
+        if self.channels is not None:
+            numbers |= {
+                "num_floats": float(self.num_floats),
+                "active_channels": float(self.channels.num_active),
+            }
+        return numbers | {"num_images": float(self.num_images)}
 
 
 class Evaluation:
@@ -109,8 +127,10 @@ class Evaluation:
         self.map_bits = Mean("map_bits")
         self.bits = Bits(0.0, 0.0)
         """Bits of one image; a rank that got none does not count."""
-        self.tokens: list[Int64[Tensor, "_"]] = []
-        """Every token of every image of this rank, on the CPU."""
+        self.tokens: list[Int64[Tensor, "n p"]] = []
+        """Every token of every image of this rank, on the CPU; none that is real numbers."""
+        self.channels = Channels(tokenizer.quantizer.spec.dim)
+        """Those that are."""
         self.seconds = 0.0
         self.image_size = (0, 0)
 
@@ -136,7 +156,10 @@ class Evaluation:
         self.seconds += seconds + clock.seconds
         encoded = given.encoded
         self.bits = encoded.layout.bits(self.tokenizer.quantizer.spec.bits)
-        self.tokens.append(encoded.parts.flatten(0, 1).cpu())
+        if self.tokenizer.quantizer.spec.is_continuous:
+            self.channels.update(encoded.codes)
+        else:
+            self.tokens.append(encoded.parts.flatten(0, 1).cpu())
         self.given.update(original, given.image, positions)
         self.image_size = (image.shape[2], image.shape[3])
         if self.recovered is None:
@@ -163,15 +186,22 @@ class Evaluation:
         height, width, *bits = distributed.gather(found).amax(0).tolist()
         # A rank that got no image takes part with no token.
         spec = self.tokenizer.quantizer.spec
-        none = torch.empty(0, len(spec.sizes), dtype=torch.int64)
-        tokens = torch.cat([none, *self.tokens])
+        codebook, channels = None, None
+        if spec.is_continuous:
+            channels = self.channels.compute()
+        else:
+            none = torch.empty(0, len(spec.sizes), dtype=torch.int64)
+            tokens = torch.cat([none, *self.tokens])
+            codebook = codebook_statistics(distributed.gather(tokens), spec)
         num_images = self.given.num_images
         return Outcome(
             given=self.given.compute(reference),
             recovered=None if self.recovered is None else self.recovered.compute(reference),
             source_accuracy=None if self.recovered is None else self.accuracy.compute().mean,
-            codebook=codebook_statistics(distributed.gather(tokens), spec),
+            codebook=codebook,
+            channels=channels,
             bits=Bits(*bits),
+            num_floats=self.num_kept * spec.dim if spec.is_continuous else 0,
             map_bits=self.map_bits.compute().mean if self.coded else None,
             num_pixels=round(height * width),
             num_images=int(distributed.sum(num_images)),

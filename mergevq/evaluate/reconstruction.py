@@ -19,6 +19,8 @@ from PIL import Image
 
 from mergevq.config.evaluation import ReconstructionSettings
 from mergevq.config.records import (
+    BitsRecord,
+    CodebookRecord,
     ExtremeRecord,
     OwnReference,
     ReconstructionRecord,
@@ -42,6 +44,7 @@ from mergevq.evaluate.subject import (
     subject_reference,
 )
 from mergevq.metrics.baselines import BaselineMeasurement, Baselines
+from mergevq.metrics.codes import CodebookStatistics
 from mergevq.metrics.frechet import Gaussian, Reference
 from mergevq.metrics.image import to_uint8
 from mergevq.metrics.references import ImageHashes
@@ -116,7 +119,7 @@ def evaluate_reconstruction(settings: ReconstructionSettings) -> ReconstructionR
         if not distributed.is_main():
             return None
         out.mkdir(parents=True, exist_ok=True)
-        if plotting:
+        if plotting and not subject.tokenizer.quantizer.spec.is_continuous:
             curves = rate_distortion(found, subject.tokenizer.config.image_size)
             panel = Panel(title="PSNR in dB, mean over images", curves=curves)
             line_plot([panel], x_label="bits per pixel").save(out / "rate_distortion.png")
@@ -154,7 +157,9 @@ def measure_reconstructions(
     share = -(-subject.num_images // world.world_size)
     for count in num_kept:
         tokenizer.num_tokens(blank, count)
-    compressed = _evenly(subject.positions, num_baseline_images)
+    is_continuous = tokenizer.quantizer.spec.is_continuous
+    # Real numbers have no bits that a file could be held to.
+    compressed = [] if is_continuous else _evenly(subject.positions, num_baseline_images)
     evaluations = Evaluations(
         tokenizer,
         num_kept,
@@ -164,7 +169,11 @@ def measure_reconstructions(
         protocol=subject.subject.protocol,
         coded=() if missing("codec") else compressed,
     )
-    budgets = [_num_bytes(tokenizer, evaluation.num_kept) for evaluation in evaluations.each]
+    budgets = (
+        []
+        if is_continuous
+        else [_num_bytes(tokenizer, evaluation.num_kept) for evaluation in evaluations.each]
+    )
     baselines, hashes = Baselines(budgets, compressed), ImageHashes()
     analytic = AnalyticBaseline(tokenizer.config, compressed)
     progress = Progress(len(evaluations.each) * share, unit="reconstruction")
@@ -259,6 +268,29 @@ def _record(
     }
 
 
+def _codebook(statistics: CodebookStatistics) -> CodebookRecord:
+    """Use of the codebook as JSON."""
+    return {
+        "usage": statistics.usage,
+        "attained": statistics.attained,
+        "perplexity": statistics.perplexity,
+        "num_tokens": statistics.num_tokens,
+        "bit_probs": statistics.bit_probs.tolist(),
+    }
+
+
+def _bits(outcome: Outcome) -> BitsRecord:
+    """Bits of one image as JSON."""
+    return {
+        "tokens": outcome.bits.tokens,
+        "source": outcome.bits.source,
+        "source_coded": outcome.map_bits,
+        "total": outcome.bits.total,
+        "per_pixel": outcome.bits.total / outcome.num_pixels,
+        "per_pixel_recovered": outcome.bits.tokens / outcome.num_pixels,
+    }
+
+
 def _result(images: ImageDataset, measured: Measured) -> ReconstructionResult:
     """One K as JSON."""
     outcome = measured.outcome
@@ -283,21 +315,11 @@ def _result(images: ImageDataset, measured: Measured) -> ReconstructionResult:
         "given": json_numbers(outcome.given),
         "recovered": None if outcome.recovered is None else json_numbers(outcome.recovered),
         "source_accuracy": outcome.source_accuracy,
-        "codebook": {
-            "usage": outcome.codebook.usage,
-            "attained": outcome.codebook.attained,
-            "perplexity": outcome.codebook.perplexity,
-            "num_tokens": outcome.codebook.num_tokens,
-            "bit_probs": outcome.codebook.bit_probs.tolist(),
-        },
-        "bits": {
-            "tokens": outcome.bits.tokens,
-            "source": outcome.bits.source,
-            "source_coded": outcome.map_bits,
-            "total": outcome.bits.total,
-            "per_pixel": outcome.bits.total / outcome.num_pixels,
-            "per_pixel_recovered": outcome.bits.tokens / outcome.num_pixels,
-        },
+        "codebook": None if outcome.codebook is None else _codebook(outcome.codebook),
+        "bits": None if outcome.codebook is None else _bits(outcome),
+        "continuous": None
+        if outcome.channels is None
+        else {"num_floats": outcome.num_floats, "active_channels": outcome.channels.num_active},
         "worst": shown(measured.worst),
         "best": shown(measured.best),
         "images_per_second": outcome.images_per_second,

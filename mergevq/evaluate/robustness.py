@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mergevq.config.evaluation import RobustnessSettings
 from mergevq.config.records import RobustnessRecord
+from mergevq.data.codes import require_parts
 from mergevq.evaluate.subject import (
     RECORD,
     Opened,
@@ -285,9 +286,11 @@ def require_bits(tokenizer: Tokenizer) -> int:
     """Bits of a token, each of them one channel of its code.
 
     Raises:
-        ValueError: channels are not bits, so that near codes are not those of few flips.
+        ValueError: tokens are real numbers, or channels are not bits, so that near codes are not
+            those of few flips.
     """
     spec = tokenizer.quantizer.spec
+    require_parts(spec.sizes, "robustness")
     if spec.is_binary:
         return spec.dim
     raise ValueError(

@@ -16,13 +16,15 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mergevq.data.codes import CodeSpec
+from mergevq.data.codes import CodeSpec, require_parts
 from mergevq.runtime import distributed
 
 USAGE_FLOOR = 0.05
 """Share of the attainable codes below which a codebook counts as collapsing."""
 MAX_SHORTEST_WINDOW = 2**18
 """Tokens beyond which no window has to be as long as the codebook, whose codes may be countless."""
+ACTIVE_VARIANCE = 0.01
+"""Variance above which a channel of real numbers counts as used."""
 BIT_ENTROPY_FLOOR = 0.1
 """Entropy, in bits, below which one bit of the tokens counts as collapsing."""
 
@@ -75,8 +77,9 @@ def codebook_statistics(parts: Int64[Tensor, "n p"], spec: CodeSpec) -> Codebook
     """How tokens use the codebook.
 
     Raises:
-        ValueError: there is no token.
+        ValueError: there is no token, or tokens are real numbers.
     """
+    require_parts(spec.sizes, "codebook usage")
     if len(parts) == 0:
         raise ValueError("codebook usage has seen no token; there is nothing to count")
     codes, counts = _distinct(parts.cpu(), spec)
@@ -106,6 +109,55 @@ def _distinct(
     return spec.split(indices), counts
 
 
+class ChannelStatistics(NamedTuple):
+    """How real numbers are spread, channel by channel."""
+
+    mean: Float[Tensor, "d"]
+    variance: Float[Tensor, "d"]
+    num_tokens: int
+    """Tokens, over all ranks."""
+
+    @property
+    def num_active(self) -> int:
+        """Channels that tell tokens apart, of a variance above 0.01.
+
+        In training a mean is drawn with a deviation near 1 where it varies less, and says nothing
+        (posterior collapse).
+        """
+        return int((self.variance > ACTIVE_VARIANCE).sum())
+
+
+class Channels:
+    """Mean and variance of each channel of real numbers, however they come in batches.
+
+    Args:
+        dim: channels.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.sums = torch.zeros(2, dim, dtype=torch.float64)
+        """Sum and sum of squares of each channel, of this rank."""
+        self.num_tokens = 0
+
+    def update(self, codes: Float[Tensor, "*b d"]) -> None:
+        """Add tokens."""
+        values = codes.detach().flatten(0, -2).double().cpu()
+        self.sums += torch.stack([values.sum(0), values.square().sum(0)])
+        self.num_tokens += len(values)
+
+    def compute(self) -> ChannelStatistics:
+        """Statistics over all ranks; every rank must call.
+
+        Raises:
+            ValueError: there was no token.
+        """
+        count = int(distributed.gather(torch.tensor([self.num_tokens])).sum())
+        if count == 0:
+            raise ValueError("channel statistics have seen no token; there is nothing to measure")
+        first, second = distributed.gather(self.sums[None]).sum(0) / count
+        return ChannelStatistics(first, (second - first.square()).clamp(min=0), count)
+
+
 class CodebookUsage:
     """The last tokens of each rank, counted exactly, however they came in batches.
 
@@ -116,12 +168,13 @@ class CodebookUsage:
         device: where tokens are kept and counted.
 
     Raises:
-        ValueError: the window is shorter than the codebook.
+        ValueError: the window is shorter than the codebook, or tokens are real numbers.
     """
 
     def __init__(
         self, spec: CodeSpec, window: int | None = None, device: torch.device | str = "cpu"
     ) -> None:
+        require_parts(spec.sizes, "codebook usage")
         shortest = min(spec.num_values, MAX_SHORTEST_WINDOW)
         if window is not None and window < shortest:
             raise ValueError(

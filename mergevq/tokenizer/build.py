@@ -16,6 +16,7 @@ from mergevq.tokenizer.losses.gram import Gram
 from mergevq.tokenizer.quantizers.bernoulli import Bernoulli
 from mergevq.tokenizer.quantizers.bsq import Bsq
 from mergevq.tokenizer.quantizers.codebook import Codebook
+from mergevq.tokenizer.quantizers.continuous import Kl, Unquantized
 from mergevq.tokenizer.quantizers.fsq import Fsq
 from mergevq.tokenizer.quantizers.grouped_lfq import GroupedLfq
 from mergevq.tokenizer.quantizers.lfq import Lfq
@@ -72,9 +73,21 @@ def build_reducer(
             assert_never(config)
 
 
-def build_quantizer(  # noqa: PLR0911 - one return for each kind
+def build_quantizer(  # noqa: C901, PLR0911 - one case for each kind
     config: settings.Quantizer,
-) -> Lfq | GroupedLfq | Bsq | Bernoulli | Fsq | Codebook | Product | Shared | Residual:
+) -> (
+    Lfq
+    | GroupedLfq
+    | Bsq
+    | Bernoulli
+    | Fsq
+    | Codebook
+    | Product
+    | Shared
+    | Residual
+    | Kl
+    | Unquantized
+):
     """Quantizer of a kind."""
     match config:
         case settings.Lfq():
@@ -95,6 +108,10 @@ def build_quantizer(  # noqa: PLR0911 - one return for each kind
             return Shared(config)
         case settings.Residual():
             return Residual(config)
+        case settings.Kl():
+            return Kl(config)
+        case settings.Unquantized():
+            return Unquantized(config)
         case _:
             assert_never(config)
 

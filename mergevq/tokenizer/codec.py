@@ -98,7 +98,7 @@ class ImageReconstruction:
     num_tiles: int
     """1 unless the picture was cut."""
     bits: Bits
-    """Bits of the whole picture."""
+    """Bits of the whole picture; NaN where tokens are real numbers."""
     given_size: tuple[int, int]
     """Width and height of the picture that was given, upright, before any resizing."""
     encoded: Encoded
@@ -110,13 +110,24 @@ class ImageReconstruction:
         return self.original.size != self.given_size
 
     @property
+    def cost(self) -> str:
+        """Bits of the whole picture in words, or real numbers."""
+        bits = self.bits
+        if math.isnan(bits.total):
+            return f"{self.encoded.codes.numel()} real numbers"
+        return f"{bits.total:.0f} bits ({bits.tokens:.0f} tokens + {bits.source:.0f} source)"
+
+    @property
     def price(self) -> str:
-        """Bits per pixel in words, with both sizes where they differ."""
-        text = f"{self.bits_per_pixel:.3f} bits per pixel"
+        """Bits per pixel in words, or real numbers, with both sizes where they differ."""
+        (seen_width, seen_height), (width, height) = self.original.size, self.given_size
+        count, unit = self.bits.total, "bits"
+        if math.isnan(count):
+            count, unit = self.encoded.codes.numel(), "real numbers"
+        text = f"{count / (seen_width * seen_height):.3f} {unit} per pixel"
         if not self.is_resized:
             return text
-        (seen_width, seen_height), (width, height) = self.original.size, self.given_size
-        share = self.bits.total / (width * height)
+        share = count / (width * height)
         return (
             f"{text} of the {seen_width} x {seen_height} it was resized to ({share:.3g} of the "
             f"{width} x {height} given)"
@@ -203,7 +214,7 @@ def decode_image(
 @torch.no_grad()
 def decode_tiles(
     tokenizer: Tokenizer,
-    tokens: Int64[Tensor, "T K P"] | Int64[Tensor, "T K"],
+    tokens: Float[Tensor, "T K D"] | Int64[Tensor, "T K P"] | Int64[Tensor, "T K"],
     source: Source | Ordered | None,
     grid_shape: tuple[int, int],
     layout: Layout,
@@ -212,7 +223,7 @@ def decode_tiles(
 
     Args:
         tokenizer: the one that encoded.
-        tokens: of all tiles in raster order, as parts or indices.
+        tokens: of all tiles in raster order, as codes, parts or indices.
         source: their source maps, or their order; None infers it from the tokens.
         grid_shape: (height, width) of a tile in cells.
         layout: places of the tiles.
@@ -289,10 +300,12 @@ def reconstruction_figure(reconstructions: Sequence[ImageReconstruction]) -> Ima
     for result in reconstructions:
         tiles = f"{result.num_tiles} tiles x " if result.num_tiles > 1 else ""
         kept = f"{tiles}{result.num_kept} of {result.num_cells} tokens"
-        price = (
-            f"{kept}\n{result.bits.total:.0f} bits, {result.bits_per_pixel:.3f} per pixel\n"
-            f"({result.bits.tokens:.0f} tokens + {result.bits.source:.0f} source)"
-        )
+        price = f"{kept}\n{result.cost}"
+        if not math.isnan(result.bits.total):
+            price = (
+                f"{kept}\n{result.bits.total:.0f} bits, {result.bits_per_pixel:.3f} per pixel\n"
+                f"({result.bits.tokens:.0f} tokens + {result.bits.source:.0f} source)"
+            )
         columns = [
             ("Original", result.original, _size_in_words(result)),
             ("Merge map", result.merge_map, price),
@@ -440,7 +453,8 @@ def _decode(
     """Decode all tiles and blend them, in float32 on the CPU."""
     encoded = image.encoded
     used = encoded.layout if source == "given" else None
-    return decode_tiles(tokenizer, encoded.parts, used, encoded.grid_shape, image.layout)
+    tokens = encoded.parts if encoded.sizes else encoded.codes
+    return decode_tiles(tokenizer, tokens, used, encoded.grid_shape, image.layout)
 
 
 def _merge_map(

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from mergevq.config.base import MAX_PIXELS, Precision, RecoverySource, SizePolicy, check_choice
 from mergevq.config.evaluation import Quality
+from mergevq.data.codes import require_parts
 from mergevq.data.coding.maps import MapModel, code_maps, map_models
 from mergevq.data.coding.streams import Reader, Writer
 from mergevq.data.coding.tokens import code_tokens, least_bits
@@ -78,6 +79,10 @@ class PictureCodec:
     """In evaluation mode."""
     identity: str
     """`runtime.artefacts.tokens_hash` of its directory, hexadecimal."""
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` where tokens are real numbers, which no file holds."""
+        require_parts(self.tokenizer.quantizer.spec.sizes, "a compressed file")
 
     @classmethod
     def from_pretrained(

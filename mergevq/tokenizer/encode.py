@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mergevq.config.base import MAX_PIXELS, Precision
 from mergevq.data.batches import Batch, eval_batches
+from mergevq.data.codes import require_parts
 from mergevq.data.images import ImageDataset, open_images
 from mergevq.data.layouts import Source
 from mergevq.data.tokens.dataset import TokenDataset, open_tokens
@@ -108,9 +109,10 @@ def token_record(
         flip: also encode each image's mirror image.
 
     Raises:
-        ValueError: a K is not legal.
+        ValueError: a K is not legal, or tokens are real numbers.
     """
     config = tokenizer.config
+    require_parts(tokenizer.quantizer.spec.sizes, "a folder of tokens")
     blank = torch.empty(1, 3, config.image_size, config.image_size)
     for count in num_kept:
         tokenizer.num_tokens(blank, count)

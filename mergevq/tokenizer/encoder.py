@@ -21,12 +21,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mergevq.config.parts import Kl
 from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.nn.blocks import NORM_EPS, initialize
 from mergevq.nn.norm import GroupNorm, LayerNorm
 from mergevq.nn.positions import sincos_2d, to_tokens
 from mergevq.tokenizer.build import build_reducer, build_stem
 from mergevq.tokenizer.seams import TokenSet
+
+_LOG_VARIANCE = -2.0
+"""Log-variance of codes where training starts: a deviation of 0.37."""
 
 
 class Embedded(NamedTuple):
@@ -79,11 +83,14 @@ class Encoder(nn.Module):
         self.class_token = nn.Parameter(torch.randn(config.dim) * 1e-6)
         self.reducer = build_reducer(config.reducer, config.dim)
         self.norm = _norm(config)
-        semantic_dim, dim = config.branches.semantic_dim, config.quantizer.dim
+        semantic_dim, dim = config.branches.semantic_dim, config.latent_dim
         self.to_latents = nn.Linear(config.dim, semantic_dim or dim)
         # Drawn after the projection was made, so that a seed gives the weights it always gave.
         initialize(self.reducer)
         initialize(self.to_latents)
+        if isinstance(config.quantizer, Kl):
+            # Codes start with little noise beside what they have to say.
+            nn.init.constant_(self.to_latents.bias[config.quantizer.dim :], _LOG_VARIANCE)
         self.tapped: Projection | None = None
         if semantic_dim > 0:
             self.tapped = Projection(config, dim - semantic_dim)

@@ -39,7 +39,7 @@ def pool_features(
         out: tokens as `Tokenizer.run_layers` gives them; those after the last block for `latents`
             and `quantized`.
         stage: `pre_merge` and `merged` are the tokens as they are, `unmerged` those copied back to
-            all L cells, `latents` K tokens of D channels before quantization, `quantized` the K
+            all L cells, `latents` K tokens before quantization, `quantized` the K
             codes.
         pool: `none` keeps the tokens, `class` is the class token, `mean` the mean over tokens,
             `size_weighted_mean` the mean over grid cells.

@@ -4,7 +4,8 @@ There is no base class. `mergevq.tokenizer.build` returns each part as its inter
 types are checked, and tests/contracts runs every kind of part through one suite.
 
 Shape letters: B batch, L grid cells, K kept tokens, N tokens that a decoder is given, C channels of
-the encoder, D channels of codes, E channels that a decoder is given, P parts of a token.
+the encoder, D channels of codes, E channels of latents or those that a decoder is given, P parts of
+a token.
 """
 
 from collections.abc import Mapping
@@ -42,7 +43,7 @@ class Quantized(NamedTuple):
     """Values that a decoder reads, about in [-1, 1], as bounded latents stand for them before
     quantization starts; gradients pass to the latents."""
     parts: Int64[Tensor, "*b p"]
-    """The same tokens as whole numbers, one for each part."""
+    """The same tokens as whole numbers, one for each part; none of real numbers."""
 
 
 class Given(NamedTuple):
@@ -71,21 +72,21 @@ class Encoded(NamedTuple):
     codes: Float[Tensor, "b k d"]
     """Values that a decoder reads, in the order of the layout; of bits, signs in {-1, +1}."""
     parts: Int64[Tensor, "b k p"]
-    """The same as whole numbers from 0, one for each part of a token."""
+    """The same as whole numbers from 0, one for each part of a token; none of real numbers."""
     layout: Layout
     """Places of the tokens; of a merging tokenizer the source map."""
     grid_shape: tuple[int, int]
     """(height, width) in cells; their product is L."""
     class_token: Float[Tensor, "b c"]
     """The encoder's summary, aligned with the teacher unless semantic codes are."""
-    latents: Float[Tensor, "b k d"]
+    latents: Float[Tensor, "b k e"]
     """Before quantization."""
     sizes: tuple[int, ...]
-    """Values of each part."""
+    """Values of each part; () of real numbers."""
 
     @property
     def indices(self) -> Int64[Tensor, "b k"]:
-        """The parts of a token in one number; a ValueError above 63 bits (`CodeSpec.join`)."""
+        """The parts of a token in one number; a ValueError above 63 bits, and of real numbers."""
         return join(self.parts, self.sizes)
 
     @property
@@ -161,14 +162,16 @@ class Quantizer(Protocol):
 
     def __call__(
         self,
-        latents: Float[Tensor, "*b d"],
+        latents: Float[Tensor, "*b e"],
         uniforms: Float[Tensor, "*b d"] | None = None,
         /,
     ) -> Quantized:
         """Quantize; `decode` gives the same codes of the parts, bit for bit.
 
+        A kind of real numbers gives no parts, and `decode` and `near` are a ValueError.
+
         Args:
-            latents: any real values.
+            latents: any real values, of `TokenizerConfig.latent_dim` channels.
             uniforms: numbers in [0, 1) of a step of training, for a kind that draws; None draws
                 nothing.
         """
@@ -195,7 +198,7 @@ class Quantizer(Protocol):
         """
         ...
 
-    def losses(self, latents: Float[Tensor, "b k d"], /) -> Mapping[str, Float[Tensor, ""]]:
+    def losses(self, latents: Float[Tensor, "b k e"], /) -> Mapping[str, Float[Tensor, ""]]:
         """Unweighted terms by name.
 
         The weight of `commitment` and `entropy` is in `LossConfig`, that of a term which only this

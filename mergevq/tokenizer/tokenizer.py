@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from mergevq.config.base import Pool, Precision, RecoverySource, Stage, check_choice
+from mergevq.config.parts import per_token
 from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.data.layouts import Bits, Layout, Source, require_source, source_bits
 from mergevq.data.prepare import Pictures, to_batch
@@ -96,11 +97,12 @@ class Tokenizer(nn.Module):
         side, cells = config.image_size, config.grid_size
         trained = "" if config.kept_range is None else f", trained on {config.kept_range}"
         parts = ("stem", "reducer", "quantizer", "expander", "decoder")
+        bits = self.bits(config.num_kept).total
+        whole = "" if math.isnan(bits) else f", {bits:.0f} an image with its layout"
         lines = (
             f"{side} x {side} pixels, {cells} x {cells} cells of {config.patch_size} pixels",
             f"K {config.num_kept} of {config.num_tokens}{trained}",
-            f"{self.quantizer.spec.bits:g} bits a token, "
-            f"{self.bits(config.num_kept).total:.0f} an image with its layout",
+            f"{per_token(config.quantizer)} a token{whole}",
             ", ".join(f"{name} {getattr(config, name).kind}" for name in parts),
             f"{sum(each.numel() for each in self.parameters()):,} parameters, "
             f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}",
@@ -340,6 +342,8 @@ class Tokenizer(nn.Module):
     def bits(self, num_kept: int, grid_shape: tuple[int, int] | None = None) -> Bits:
         """Bits of one image: its K tokens, and its layout where the image decides it.
 
+        Of tokens that are real numbers it is NaN.
+
         Args:
             num_kept: K.
             grid_shape: (height, width) in cells; None is the trained one.
@@ -390,7 +394,8 @@ class Tokenizer(nn.Module):
                 take all.
             stage: `pre_merge` runs with merging off (L tokens of C channels), `merged` gives the
                 tokens left after `layer` blocks, `unmerged` those copied back to all L cells,
-                `latents` K tokens of D channels before quantization, `quantized` the K codes.
+                `latents` K tokens before quantization, of D channels or of D means and D
+                log-variances, `quantized` the K codes.
             pool: `none` keeps the tokens, `class` is the class token, `mean` the mean over tokens,
                 `size_weighted_mean` the mean over grid cells.
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mergevq.config.generator import (
     GeneratorConfig,
 )
-from mergevq.config.parts import bits_of
+from mergevq.config.parts import bits_of, per_token
 from mergevq.config.tokenizer import KeptConfig, TokenizerConfig
 from mergevq.config.training import GeneratorRun, TokenizerRun
 from mergevq.data.batches import Batch, open_train_val
@@ -242,13 +242,15 @@ def describe(run: TokenizerRun | GeneratorRun, found: Estimate) -> dict[str, str
     classes = f"{found.num_classes} classes" if found.num_classes else "no labels"
     seconds = num_images / found.images_per_second
     model = run.model
-    sizes = model.head.sizes if isinstance(model, GeneratorConfig) else model.quantizer.sizes
+    if isinstance(model, GeneratorConfig):
+        price = f"{bits_of(model.head.sizes):g} bits"
+    else:
+        price = per_token(model.quantizer)
     lines = {
         "parameters": f"{sum(found.num_parameters.values()):,} ({parts})",
         "products": f"10^9 multiply-adds of a forward pass of one {unit} at {run.model.num_kept} "
         f"tokens: {products}",
-        "tokens": f"{kept}{max(candidates)} of {run.model.num_tokens} per image, "
-        f"{bits_of(sizes):g} bits each",
+        "tokens": f"{kept}{max(candidates)} of {run.model.num_tokens} per image, {price} each",
         "sequence": f"at most {found.sequence_length} inputs of the transformer",
         "data": f"{found.num_train_images:,} training and {found.num_val_images:,} validation "
         f"{unit}s, {classes}",

@@ -44,6 +44,7 @@ _FREE_OF_TOKENIZERS = (
     "quantizer.sample_temperature",
     "quantizer.confidence_weight",
     "quantizer.orthogonality_weight",
+    "quantizer.kl_weight",
     "quantizer.distance_weights",
     "quantizer.means",
     "quantizer.gradient",

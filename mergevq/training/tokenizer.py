@@ -174,7 +174,9 @@ class TokenizerTask:
         return lines if resumed or self.start is None else [*lines, self.start.describe()]
 
     def interval_numbers(self) -> dict[str, int | float]:
-        """Codebook use over the window, and a warning when it collapses."""
+        """Codebook use over the window, and a warning when it collapses; none of real numbers."""
+        if self.state.usage is None:
+            return {}
         statistics = self.state.usage.compute()
         warning = self.state.monitor.update(statistics)
         if warning is not None:

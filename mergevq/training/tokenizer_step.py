@@ -17,6 +17,7 @@ from torch.profiler import record_function
 from mergevq.config.objective import SelfDistillation
 from mergevq.config.training import TokenizerRun
 from mergevq.data.batches import Batch
+from mergevq.data.codes import CodeSpec
 from mergevq.metrics.codes import CodebookUsage, CollapseMonitor
 from mergevq.metrics.lpips import Perceptual, load_perceptual, missing_weights
 from mergevq.runtime import distributed
@@ -148,7 +149,8 @@ class State:
     optimizer: torch.optim.Optimizer
     discriminator_optimizer: torch.optim.Optimizer
     ema: Ema
-    usage: CodebookUsage
+    usage: CodebookUsage | None
+    """None of tokens that are real numbers."""
     monitor: CollapseMonitor
     guard: NonFiniteGuard
     discriminator_guard: NonFiniteGuard
@@ -247,7 +249,8 @@ class TokenizerLearner:
             for name, value in [("loss", loss), *losses.items()]:
                 sums[name] = sums.get(name, 0) + value.detach() / len(parts)
         every = distributed.gather(torch.cat(tokens), equal=True)
-        state.usage.update(every if distributed.is_main() else every[:0])
+        if state.usage is not None:
+            state.usage.update(every if distributed.is_main() else every[:0])
         state.discriminator.requires_grad_(requires_grad=True)
         state.scaler.unscale_(state.optimizer)
         norms = {
@@ -477,7 +480,7 @@ def build(
         optimizer=optimizer,
         discriminator_optimizer=discriminator_optimizer,
         ema=Ema(tokenizer, run.optim.ema_decay),
-        usage=CodebookUsage(tokenizer.quantizer.spec, device=device),
+        usage=_usage(tokenizer.quantizer.spec, device),
         monitor=CollapseMonitor(_COLLAPSE_REPORTS),
         guard=NonFiniteGuard(run.train.max_nonfinite),
         discriminator_guard=NonFiniteGuard(run.train.max_nonfinite),
@@ -496,6 +499,11 @@ def build(
         terms=build_terms(run.loss, perceptual),
         dtype=dtype,
     )
+
+
+def _usage(spec: CodeSpec, device: torch.device) -> CodebookUsage | None:
+    """A window of tokens; None where they are real numbers."""
+    return None if spec.is_continuous else CodebookUsage(spec, device=device)
 
 
 def _perceptual(run: TokenizerRun, device: torch.device) -> Perceptual | None:

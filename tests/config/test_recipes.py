@@ -27,6 +27,7 @@ TOKENIZER_RECIPES = (
     "digits32_product",
     "digits32_shared",
     "digits32_dual",
+    "digits32_kl",
     "digits32_perturb",
     "digits32_semantic",
     "digits32_preserve",

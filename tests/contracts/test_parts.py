@@ -6,12 +6,15 @@ recipe `digits32` whose other parts are the recipe's. See `mergevq.tokenizer.sea
 
 import functools
 import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from mergevq.config.evaluation import ReconstructionSettings, Subject
+from mergevq.cli.tables import reconstruction_table
+from mergevq.config.contest import Arm, ContestSettings
+from mergevq.config.evaluation import ReconstructionSettings, RobustnessSettings, Subject
 from mergevq.config.kinds import unions
 from mergevq.config.objective import LossConfig
 from mergevq.config.parts import Binary, Fsq, GroupedLfq, weights_of
@@ -21,15 +24,25 @@ from mergevq.data.batches import eval_batches
 from mergevq.data.images import open_images
 from mergevq.data.layouts import Source, merge
 from mergevq.evaluate.reconstruction import evaluate_reconstruction
+from mergevq.evaluate.robustness import evaluate_robustness
 from mergevq.generator.build import load_generator
+from mergevq.generator.export.folder import export_folder
+from mergevq.metrics.codes import CodebookUsage, codebook_statistics
 from mergevq.report.pictures import to_pil
 from mergevq.runtime import distributed
 from mergevq.tokenizer.build import build_regularizer
-from mergevq.tokenizer.codec import decode_image, encode_image
+from mergevq.tokenizer.codec import (
+    decode_image,
+    encode_image,
+    reconstruct_image,
+    reconstruction_figure,
+)
 from mergevq.tokenizer.compressed import PictureCodec, compress_image, decompress_image
 from mergevq.tokenizer.encode import encode, encode_images, token_record
+from mergevq.tokenizer.export.graphs import tokenizer_graphs
 from mergevq.tokenizer.seams import StepDraws
 from mergevq.tokenizer.tokenizer import Tokenizer
+from mergevq.training.contest.measure import points
 from mergevq.training.generator import train as train_generator
 from mergevq.training.tokenizer import train
 from tests.support.leaves import replaced, value_at
@@ -42,7 +55,11 @@ KINDS = {
     if union.name.startswith(("model.", "regularizer"))
 }
 KINDS["quantizer"] += KINDS.pop("update")  # How codes are learned is a kind of quantizer too.
-PARTS = [part for kinds in KINDS.values() for part in kinds if part.startswith("model.")]
+KINDS["continuous"] = ["model.quantizer.kind=kl", "model.quantizer.kind=none"]
+KINDS["discrete"] = [part for part in KINDS["quantizer"] if part not in KINDS["continuous"]]
+PARTS = list(
+    dict.fromkeys(part for kinds in KINDS.values() for part in kinds if part.startswith("model."))
+)
 """Parts that a saved model has."""
 
 
@@ -72,7 +89,7 @@ def images(model, height=1, width=1):
 
 def latents_of(model):
     numbers = torch.Generator().manual_seed(2)
-    return torch.randn(2, NUM_KEPT, model.quantizer.spec.dim, generator=numbers)
+    return torch.randn(2, NUM_KEPT, model.config.latent_dim, generator=numbers)
 
 
 def require_gradients(module, loss):
@@ -207,7 +224,7 @@ def test_a_layout_is_implied_where_images_do_not_decide_it(part):
         assert torch.equal(given, again)
 
 
-@of("quantizer")
+@of("discrete")
 def test_codes_are_those_of_the_parts_to_the_last_bit(part):
     model = small(part)
     quantizer, settings = model.quantizer, model.config.quantizer
@@ -226,7 +243,7 @@ def test_codes_are_those_of_the_parts_to_the_last_bit(part):
     assert len(parts.flatten(0, 1).unique(dim=0)) > 1
 
 
-@of("quantizer")
+@of("discrete")
 @pytest.mark.parametrize("wrong", ["below", "above"])
 def test_a_part_that_does_not_exist_is_refused(part, wrong):
     quantizer = small(part).quantizer
@@ -257,18 +274,19 @@ def test_gradients_of_codes_and_of_losses_reach_the_latents(part):
         assert of_losses.isfinite().all()
 
 
-@of("quantizer")
+@of("discrete")
 def test_tokens_depend_on_numbers_only_where_a_quantizer_draws(part):
     model = small(part)
     latents, quantizer = latents_of(model), model.quantizer
-    uniforms = torch.rand(latents.shape, generator=torch.Generator().manual_seed(3))
+    shape = (2, NUM_KEPT, quantizer.spec.dim)
+    uniforms = torch.rand(shape, generator=torch.Generator().manual_seed(3))
     codes, parts = quantizer(latents, uniforms)
     assert torch.equal(quantizer.decode(parts), codes)
     assert torch.equal(quantizer(latents, uniforms).parts, parts)
     assert torch.equal(parts, quantizer(latents).parts) != quantizer.is_random
 
 
-@of("quantizer")
+@of("discrete")
 @pytest.mark.parametrize("num_near", [1.0, 100.0, 4095.0])
 def test_a_near_token_exists_and_is_another_one(part, num_near):
     quantizer = small(part).quantizer
@@ -286,7 +304,7 @@ def test_a_near_token_exists_and_is_another_one(part, num_near):
         assert bool((near != parts).any(-1).all())
 
 
-@of("quantizer")
+@of("discrete")
 def test_the_nearest_tokens_differ_in_one_channel_or_one_entry_of_a_table(part):
     quantizer = small(part).quantizer
     codes, parts = quantizer(latents_of(small(part)))
@@ -305,13 +323,15 @@ def test_tokens_do_not_depend_on_autocast(part):
     plain = model.quantizer(latents)
     with torch.autocast("cpu", torch.bfloat16):
         cast = model.quantizer(latents)
-        again = model.quantizer.decode(cast.parts)
     assert torch.equal(plain.parts, cast.parts)
     assert torch.equal(plain.codes, cast.codes)
-    assert again.dtype == torch.float32
+    assert cast.codes.dtype == torch.float32
+    if not model.quantizer.spec.is_continuous:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model.quantizer.decode(cast.parts).dtype == torch.float32
 
 
-@of("quantizer")
+@of("discrete")
 @pytest.mark.parametrize("kind", [part.partition("=")[2] for part in KINDS["regularizer"]])
 def test_a_regularizer_changes_tokens_and_no_gradient(part, kind):
     model = small(part)
@@ -343,6 +363,108 @@ def test_a_regularizer_changes_tokens_and_no_gradient(part, kind):
         for value in (codes, quantized.codes)
     )
     assert torch.equal(found, expected)
+
+
+@of("continuous")
+def test_real_numbers_are_codes_without_parts(part):
+    model = small(part)
+    quantizer, settings = model.quantizer, model.config.quantizer
+    spec = quantizer.spec
+    assert spec.is_continuous
+    assert (spec.sizes, spec.dim) == (settings.sizes, settings.dim) == ((), settings.dim)
+    assert math.isnan(spec.bits)
+    assert not spec.has_index
+    latents = latents_of(model)
+    codes, parts = quantizer(latents)
+    assert codes.shape == (2, NUM_KEPT, spec.dim)
+    assert parts.shape == (2, NUM_KEPT, 0)
+    uniforms = torch.rand(codes.shape, generator=torch.Generator().manual_seed(3))
+    drawn = quantizer(latents, uniforms).codes
+    assert torch.equal(drawn, quantizer(latents, uniforms).codes)
+    assert torch.equal(drawn, codes) != quantizer.is_random
+    for end in (0.0, 1 - 2**-24):
+        assert quantizer(latents, 0 * uniforms + end).codes.isfinite().all()
+
+
+NO_INDICES = "needs tokens with indices, and this tokenizer's are real numbers: "
+
+
+@of("continuous")
+def test_what_needs_indices_refuses_real_numbers(part, tmp_path):
+    pytest.importorskip("sklearn")
+    model = small(part).eval()
+    try:
+        folder = str(tmp_path / "model")
+        model.save_pretrained(folder)
+        encoded = model.encode(images(model), NUM_KEPT)
+        parts, uniforms = encoded.parts, torch.zeros(2, NUM_KEPT, model.quantizer.spec.dim + 1)
+        subject = Subject(model=folder, data="digits", max_images=2, num_workers=0)
+        away = RobustnessSettings(subject=subject, out=str(tmp_path / "robustness"))
+        zeros = torch.zeros(2, NUM_KEPT, dtype=torch.int64)
+        run = replace(digits32(), model=replace(digits32().model, quantizer=model.config.quantizer))
+        arm = Arm(name="an arm", run=run)
+        contest = ContestSettings(arms=(arm,), num_kept=(NUM_KEPT,))
+        for refused in (
+            lambda: encoded.indices,
+            lambda: model.decode(zeros, encoded.layout),
+            lambda: model.decode(parts, encoded.layout),
+            lambda: model.quantizer.near(parts, uniforms, torch.tensor(1.0)),
+            lambda: encode(folder, "digits", tmp_path / "tokens", num_workers=0),
+            lambda: PictureCodec.from_pretrained(folder),
+            lambda: tokenizer_graphs(model, (NUM_KEPT,)),
+            lambda: export_folder(folder, tmp_path / "graphs", "pt2"),
+            lambda: evaluate_robustness(away),
+            lambda: CodebookUsage(model.quantizer.spec),
+            lambda: codebook_statistics(parts.flatten(0, 1), model.quantizer.spec),
+            lambda: points(contest, arm),
+        ):
+            with pytest.raises(ValueError, match=NO_INDICES):
+                refused()
+        assert not (tmp_path / "tokens").exists()
+    finally:
+        model.train()
+
+
+@of("continuous")
+def test_real_numbers_have_no_near_tokens_and_are_not_quantized_later(part):
+    run = replaced(shrink(digits32()), dict([part.split("=")]))
+    with pytest.raises(ValueError, match=r"quantize_start_step \(3\) must be 0"):
+        replace(run, quantize_start_step=3)
+    with pytest.raises(ValueError, match=r"regularizer.kind \(perturb\) must be another"):
+        replaced(run, {"regularizer.kind": "perturb"})
+
+
+@of("continuous")
+def test_real_numbers_are_reconstructed_and_evaluated(part, tmp_path):
+    pytest.importorskip("sklearn")
+    model = small(part).eval()
+    try:
+        model.save_pretrained(tmp_path / "model")
+        picture = to_pil(images(model)[0])
+        result = reconstruct_image(model, picture, NUM_KEPT)
+        dim = model.config.quantizer.dim
+        assert result.cost == f"{NUM_KEPT * dim} real numbers"
+        assert "real numbers per pixel" in result.price
+        assert f"{dim} real numbers a token\n" in repr(model)
+        reconstruction_figure([result])
+    finally:
+        model.train()
+    subject = Subject(model=str(tmp_path / "model"), data="digits", max_images=6, num_workers=0)
+    settings = ReconstructionSettings(
+        subject=subject, num_kept=(NUM_KEPT, 24), out=str(tmp_path / "evaluation")
+    )
+    record = evaluate_reconstruction(settings)
+    assert [result["continuous"]["num_floats"] for result in record["results"]] == [
+        NUM_KEPT * dim,
+        24 * dim,
+    ]
+    assert all(result["codebook"] is result["bits"] is None for result in record["results"])
+    assert not record["baselines"]
+    table = reconstruction_table(record)
+    for words in ("continuous", "real numbers", "channels in use"):
+        assert words in table
+    assert "codebook" not in table
+    assert not (tmp_path / "evaluation/rate_distortion.png").exists()
 
 
 @of("expander")
@@ -427,12 +549,15 @@ def test_a_tokenizer_with_the_part_is_the_same_after_it_was_saved(part, tmp_path
         name, _, kind = part.partition("=")
         assert value_at(model.config, name.removeprefix("model.")) == kind
         before = model.encode(images(model), NUM_KEPT)
-        decoded = model.decode(before.indices, before.layout)
+        decoded = model.decode(before.codes, before.layout)
         model.save_pretrained(tmp_path / "model")
         again = Tokenizer.from_pretrained(tmp_path / "model")
         after = again.encode(images(model), NUM_KEPT)
-        assert torch.equal(before.indices, after.indices)
-        assert torch.equal(decoded, again.decode(after.indices, after.layout))
+        assert torch.equal(before.codes, after.codes)
+        assert torch.equal(decoded, again.decode(after.codes, after.layout))
+        if not model.quantizer.spec.is_continuous:
+            assert torch.equal(before.indices, after.indices)
+            assert torch.equal(decoded, again.decode(after.indices, after.layout))
     finally:
         model.train()
 
@@ -523,7 +648,7 @@ def test_a_tokenizer_with_the_part_trains_and_is_validated(part, tmp_path):
 
 
 @pytest.mark.slow
-@of("quantizer")
+@of("discrete")
 def test_tokens_are_evaluated_and_a_generator_learns_their_parts(part, tmp_path):
     pytest.importorskip("sklearn")
     tokenizer = small(part).eval()

@@ -10,6 +10,7 @@ import torch
 from mergevq.config.training import TokenizerRun
 from mergevq.data.codes import CodeSpec
 from mergevq.metrics.codes import (
+    Channels,
     CodebookStatistics,
     CodebookUsage,
     CollapseMonitor,
@@ -284,3 +285,20 @@ def test_a_codebook_that_no_window_can_hold_is_counted_over_a_fixed_number_of_to
     assert usage.compute().num_distinct == 2
     with pytest.raises(ValueError, match=rf"window \(255\) must be at least {2**18} tokens"):
         CodebookUsage(bits(32), window=255)
+
+
+def test_real_numbers_by_hand_in_any_batches():
+    codes = torch.tensor([[1.0, 0.0], [3.0, 0.1], [5.0, 0.0], [7.0, 0.1]])
+    for batch_size in (1, 3, 4):
+        channels = Channels(2)
+        for some in codes.split(batch_size):
+            channels.update(some[None])
+        found = channels.compute()
+        assert found.mean.tolist() == pytest.approx([4.0, 0.05])
+        assert found.variance.tolist() == pytest.approx([5.0, 0.0025])
+        assert (found.num_tokens, found.num_active) == (4, 1)
+
+
+def test_real_numbers_without_tokens_are_an_error():
+    with pytest.raises(ValueError, match="have seen no token"):
+        Channels(2).compute()

@@ -10,6 +10,7 @@ from mergevq.config.parts import (
     CnnStem,
     Codebook,
     DivPrune,
+    Kl,
     LearnedMerge,
     Lfq,
     MaskTokens,
@@ -23,6 +24,7 @@ from mergevq.config.parts import (
     Select,
     Shared,
     Unmerge,
+    Unquantized,
 )
 from mergevq.config.parts.heads import (
     Bits,
@@ -76,6 +78,8 @@ _SMALL = (
     Product(codebook_size=16, book_dim=4),
     Shared(codebook_size=64, branch_dims=(4, 4)),
     Residual(codebook_size=16, branch_dims=(4,)),
+    Kl(dim=4),
+    Unquantized(dim=4),
     Unmerge(dim=16, num_layers=1, num_heads=2),
     MaskTokens(dim=16, num_layers=1, num_heads=2),
     CnnDecoder(channels=8, num_res_blocks=1, num_layers=1, num_heads=2, layer_scale=0.1),

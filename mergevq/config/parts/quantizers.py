@@ -318,6 +318,45 @@ class Residual:
         return sum(self.branch_dims)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kl:
+    """Real channels, each with a mean and a deviation, drawn in training; no indices (a VAE)."""
+
+    kind: Literal["kl"] = "kl"
+    dim: int = 8
+    """D: channels of codes; latents have a mean and a log-variance for each."""
+    kl_weight: float = 1e-4
+    """Weight of the loss `kl`, the divergence from a standard normal: sum over channels, mean over
+    tokens. Authors' weights are of other sums: over D for a mean over channels."""
+
+    def __post_init__(self) -> None:
+        """Reject codes of no channel."""
+        check_numbers(self)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Values of each part of a token: there are no parts."""
+        return ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unquantized:
+    """Real channels of mean 0 and variance 1 over those of a token; no indices."""
+
+    kind: Literal["none"] = "none"
+    dim: int = 8
+    """D: channels of latents and of codes."""
+
+    def __post_init__(self) -> None:
+        """Reject codes of no channel, and of one, which would be 0."""
+        check_numbers(self)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Values of each part of a token: there are no parts."""
+        return ()
+
+
 def _require_branches(branch_dims: tuple[int, ...]) -> None:
     """Raise `ValueError` where there is no branch."""
     require(len(branch_dims) > 0, "branch_dims () must be those of at least one branch")
@@ -327,7 +366,21 @@ Branched = Shared | Residual
 """Quantizers whose channels are cut into branches, as `branch_dims` has them."""
 Binary = Lfq | GroupedLfq | Bsq | Bernoulli
 """Quantizers each of whose channels is a bit of the token."""
-Quantizer = Binary | Fsq | Codebook | Product | Branched
+Continuous = Kl | Unquantized
+"""Quantizers that leave real numbers, so that tokens have neither parts nor indices."""
+Quantizer = Binary | Fsq | Codebook | Product | Branched | Continuous
+
+
+def latent_dim(quantizer: Quantizer) -> int:
+    """Channels of latents: those of codes, and twice as many of a mean and a log-variance each."""
+    return 2 * quantizer.dim if isinstance(quantizer, Kl) else quantizer.dim
+
+
+def per_token(quantizer: Quantizer) -> str:
+    """Price of a token in words: its bits, or its real numbers."""
+    if isinstance(quantizer, Continuous):
+        return f"{quantizer.dim} real numbers"
+    return f"{bits_of(quantizer.sizes):g} bits"
 
 
 def weights_of(part: object) -> dict[str, float]:
@@ -346,5 +399,5 @@ def weights_of(part: object) -> dict[str, float]:
 
 
 def bits_of(sizes: tuple[int, ...]) -> float:
-    """Bits of a token whose parts have so many values."""
-    return math.fsum(math.log2(size) for size in sizes)
+    """Bits of a token whose parts have so many values; NaN without parts, of real numbers."""
+    return math.fsum(math.log2(size) for size in sizes) if sizes else math.nan

@@ -83,7 +83,8 @@ class Classifier(nn.Module):
         self.pool: ImagePool = pool
         to_codes = stage in {"latents", "quantized"} and pool != "class"
         config = tokenizer.config
-        dim = config.quantizer.dim if to_codes else config.dim
+        dims = {"latents": config.latent_dim, "quantized": config.quantizer.dim}
+        dim = dims[stage] if to_codes else config.dim
         self.norm = LayerNorm(dim, eps=NORM_EPS)
         weight = torch.empty(num_classes, dim)
         nn.init.trunc_normal_(weight, std=0.01, generator=generator)

@@ -5,6 +5,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mergevq.data.codes import require_parts
 from mergevq.generator.build import load_generator
 from mergevq.generator.export.step import generator_graphs
 from mergevq.generator.generation import require_same_tokenizer
@@ -66,6 +67,7 @@ def export_folder(
     tokenizer = Tokenizer.from_pretrained(directory, precision="float32").requires_grad_(
         requires_grad=False
     )
+    require_parts(tokenizer.quantizer.spec.sizes, "mergevq export")
     if not is_exportable(tokenizer):
         kind = tokenizer.config.reducer.kind
         raise ValueError(

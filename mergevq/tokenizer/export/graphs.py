@@ -10,6 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from mergevq.config.tokenizer import TokenizerConfig
+from mergevq.data.codes import require_parts
 from mergevq.data.layouts import Layout, Ordered, Source, require_source
 from mergevq.tokenizer.encoder import Embedded, Encoder
 from mergevq.tokenizer.expanders.unmerge import Unmerge
@@ -59,6 +60,7 @@ def tokenizer_graphs(tokenizer: Tokenizer, num_kept: tuple[int, ...]) -> list[Gr
         ValueError: no K is given, the reducer does not give one of them, or tokens have no index.
     """
     config = tokenizer.config
+    require_parts(tokenizer.quantizer.spec.sizes, "a graph")
     if not num_kept:
         raise ValueError("num_kept has no value and must have one or more: --num-kept 36,64")
     grid_shape = (config.grid_size, config.grid_size)

@@ -14,6 +14,7 @@ from mergevq.config.contest import Arm, ContestSettings, PointRecord, YardstickR
 from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.config.training import TokenizerRun
 from mergevq.data.batches import eval_batches
+from mergevq.data.codes import require_parts
 from mergevq.data.images import ImageDataset
 from mergevq.evaluate.analytic import NAME as COMPONENTS
 from mergevq.evaluate.analytic import AnalyticBaseline
@@ -66,7 +67,11 @@ def points(settings: ContestSettings, arm: Arm) -> Points:
 
     At equal bits it is the K of those it was trained between whose bits, tokens and layout
     together, are nearest below.
+
+    Raises:
+        ValueError: tokens of the arm are real numbers, which have no bits to compare.
     """
+    require_parts(arm.run.model.quantizer.sizes, f"a comparison with {arm.name}")
     if not settings.num_kept and not settings.bits:
         return Points({"own K": arm.run.model.num_kept}, [])
     found, left_out = {}, []
@@ -163,10 +168,10 @@ def _numbers(outcome: Outcome) -> dict[str, float]:
     numbers = outcome.given | {f"{name}_recovered": value for name, value in recovered.items()}
     if outcome.source_accuracy is not None:
         numbers["source_accuracy"] = outcome.source_accuracy
-    return numbers | {
-        "codebook_usage": outcome.codebook.usage,
-        "perplexity": outcome.codebook.perplexity,
-    }
+    if outcome.codebook is not None:
+        numbers["codebook_usage"] = outcome.codebook.usage
+        numbers["perplexity"] = outcome.codebook.perplexity
+    return numbers
 
 
 def measure_yardsticks(
