@@ -17,7 +17,7 @@ import tyro
 from mergevq.cli.options import MAY_BE_EMPTY, Counts, Sampling, whole_numbers
 from mergevq.cli.tables import logit_error_line
 from mergevq.config.base import BUNDLED_TOKENIZER, MAX_PIXELS, Device, Precision, SizePolicy
-from mergevq.config.parts import bits_of
+from mergevq.config.parts import bits_of, per_token
 from mergevq.runtime.environment import let_products_repeat, prepare_to_compute
 
 if TYPE_CHECKING:
@@ -156,6 +156,63 @@ def encode(  # noqa: PLR0913 - each is an option
     print(
         f"{out}: {kept} tokens of {record.bits:g} bits for each of {len(written)} rows, from "
         f"{record.num_images} images{broken}; encoded in {record.precision}"
+    )
+
+
+def quantize(  # noqa: PLR0913 - each is an option
+    model: tyro.conf.Positional[str],
+    *,
+    data: str,
+    out: Path,
+    levels: int = 64,
+    max_images: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    batch_size: int = 64,
+    device: Device = "auto",
+    num_workers: int = 2,
+) -> None:
+    """Make a tokenizer with indices of one whose tokens are real numbers, without training.
+
+    Each channel is rounded to one of so many levels, by its mean and deviation over the images. The
+    new tokenizer encodes, compresses and feeds a generator as any other.
+
+    Args:
+        model: directory of a tokenizer with model.quantizer.kind kl or none, or owner/name@revision
+            on Hugging Face.
+        data: a folder of images, parquet files, WebDataset shards, or `digits`: best those that it
+            was trained on.
+        out: directory of the new tokenizer.
+        levels: of each channel; a token has the channels times their logarithm in bits.
+        max_images: at most so many images, evenly spaced; all by default.
+        max_pixels: largest picture that is read, as width times height; larger ones count as
+            unreadable.
+        batch_size: images encoded at once.
+        device: where to compute.
+        num_workers: loader processes; 0 loads in this one.
+    """
+    prepare_to_compute()
+    let_products_repeat()
+    from mergevq.config.training import Quantization
+    from mergevq.training.posthoc.quantize import quantize as quantize_tokenizer
+
+    tokenizer, measured = quantize_tokenizer(
+        Quantization(
+            model=model,
+            data=data,
+            out=str(out),
+            num_levels=levels,
+            max_images=max_images,
+            max_pixels=max_pixels,
+            batch_size=batch_size,
+            device=device,
+            num_workers=num_workers,
+        )
+    )
+    channels = measured.channels
+    print(
+        f"{out}: {per_token(tokenizer.config.quantizer)} a token, {levels} levels of each of "
+        f"{len(channels.mean)} channels, {channels.num_active} of them in use; measured over "
+        f"{channels.num_tokens} tokens of {measured.num_images} images"
     )
 
 

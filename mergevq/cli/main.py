@@ -26,7 +26,7 @@ from mergevq.cli.about import COMPLETE, candidates, completion, doctor, models, 
 from mergevq.cli.compress import compress, decompress
 from mergevq.cli.errors import command_line, options_of_command, options_of_settings, problem
 from mergevq.cli.errors import speaks_for_itself as _speaks_for_itself
-from mergevq.cli.images import convert, encode, reconstruct, sample
+from mergevq.cli.images import convert, encode, quantize, reconstruct, sample
 from mergevq.cli.options import MAY_BE_EMPTY
 from mergevq.cli.tables import summary
 from mergevq.cli.train import recipes, train
@@ -190,6 +190,7 @@ COMMANDS: dict[str, Callable[..., object]] = {
         compress,
         decompress,
         encode,
+        quantize,
         sample,
         convert,
         demo,
@@ -209,6 +210,7 @@ ALONE: set[Callable[..., object]] = {
     reconstruct,
     compress,
     decompress,
+    quantize,
     sample,
     publish,
     cli_evaluate.selftest,

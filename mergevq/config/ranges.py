@@ -95,6 +95,8 @@ RANGES = {
     "book_dim": _WIDTH,
     "orthogonality_weight": _WEIGHT,
     "kl_weight": _WEIGHT,
+    "num_levels": Range(2, 2**16),
+    "channel_order": Range(0, 2**20),
     "Unquantized.dim": Range(2, 2**20),  # One channel of mean 0 is 0.
     "branch_dims": _WIDTH,
     "distance_weights": _WEIGHT,

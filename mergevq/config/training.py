@@ -455,3 +455,31 @@ class SourceRun:
     def __post_init__(self) -> None:
         """Reject shares that leave nothing to recover from, and counts below 1."""
         check_numbers(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quantization:
+    """How a tokenizer of real numbers is made into one with indices."""
+
+    model: str
+    """Its directory, or what else `artefacts.resolve` takes."""
+    data: str
+    """Images that statistics are taken of; see `DataConfig.path`."""
+    out: str
+    """Directory of the new tokenizer."""
+    num_levels: int = 64
+    """B: levels of each channel."""
+    max_images: int | None = None
+    """At most so many images, evenly spaced; None is all."""
+    max_pixels: int = MAX_PIXELS
+    """Largest picture that is read, as width times height."""
+    batch_size: int = 64
+    """Images encoded at once."""
+    device: Device = "auto"
+    """Where to encode."""
+    num_workers: int = 2
+    """Loading processes; 0 loads in this one."""
+
+    def __post_init__(self) -> None:
+        """Reject impossible numbers."""
+        check_numbers(self)

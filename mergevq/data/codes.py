@@ -108,8 +108,8 @@ def require_parts(sizes: tuple[int, ...], what: str) -> None:
 def no_indices(what: str) -> str:
     """Message where something needs indices, and tokens are real numbers."""
     return (
-        f"{what} needs tokens with indices, and this tokenizer's are real numbers: train one whose "
-        "model.quantizer.kind is neither kl nor none"
+        f"{what} needs tokens with indices, and this tokenizer's are real numbers: make one with "
+        "indices of it by `mergevq quantize`"
     )
 
 

@@ -17,6 +17,7 @@ from mergevq.tokenizer.quantizers.bernoulli import Bernoulli
 from mergevq.tokenizer.quantizers.bsq import Bsq
 from mergevq.tokenizer.quantizers.codebook import Codebook
 from mergevq.tokenizer.quantizers.continuous import Kl, Unquantized
+from mergevq.tokenizer.quantizers.dimensions import Dimensions
 from mergevq.tokenizer.quantizers.fsq import Fsq
 from mergevq.tokenizer.quantizers.grouped_lfq import GroupedLfq
 from mergevq.tokenizer.quantizers.lfq import Lfq
@@ -73,7 +74,7 @@ def build_reducer(
             assert_never(config)
 
 
-def build_quantizer(  # noqa: C901, PLR0911 - one case for each kind
+def build_quantizer(  # noqa: C901, PLR0911, PLR0912 - one case for each kind
     config: settings.Quantizer,
 ) -> (
     Lfq
@@ -87,6 +88,7 @@ def build_quantizer(  # noqa: C901, PLR0911 - one case for each kind
     | Residual
     | Kl
     | Unquantized
+    | Dimensions
 ):
     """Quantizer of a kind."""
     match config:
@@ -112,6 +114,8 @@ def build_quantizer(  # noqa: C901, PLR0911 - one case for each kind
             return Kl(config)
         case settings.Unquantized():
             return Unquantized(config)
+        case settings.Dimensions():
+            return Dimensions(config)
         case _:
             assert_never(config)
 

@@ -69,6 +69,7 @@ LIBRARY = {
         "tokenizer.compressed.decompress_image": None,
     },
     "encode": {"tokenizer.encode.encode": STOP},
+    "quantize": {"training.posthoc.quantize.quantize": STOP},
     "publish": {
         "report.publication.write_publication": lambda _, __, ___, out: out,
         "report.publication.upload": "owner/name@1f2e",
@@ -144,6 +145,7 @@ GIVEN = {
         "tokens": "a-folder",
         "generator": "a-generator",
     },
+    "quantize": {"model": "a-tokenizer"},
     "bench tokenizer": {"out": Path("bench.json"), "reference": Path("plain.py")},
     "bench generator": {"out": Path("bench.json"), "reference": Path("plain.py")},
     "bench gpu": {"out": Path("bench.json"), "reference": Path("plain.py")},
@@ -531,6 +533,9 @@ TRAIN_VALUES = {
     ("digits32", "model.decoder[patch].blocks"): {"model.decoder[patch].blocks": "ac"},
     ("digits32", "model.decoder[patch].bit_components"): {
         "model.decoder[patch].bit_components": (0, 0, 1, 2, 3, 4, 5, 6)
+    },
+    ("digits32", "model.quantizer[dimensions].channel_order"): {
+        "model.quantizer[dimensions].channel_order": (1, 0, 2, 3, 4, 5, 6, 7)
     },
     ("digits32", "init_codes"): {
         "init_codes": "components",

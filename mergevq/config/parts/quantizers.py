@@ -357,6 +357,35 @@ class Unquantized:
         return ()
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dimensions:
+    """Channels rounded by stored statistics to levels of a normal distribution, after training."""
+
+    kind: Literal["dimensions"] = "dimensions"
+    dim: int = 8
+    """D: channels of latents and of codes, each a part of the token."""
+    num_levels: int = 64
+    """B: levels of each channel."""
+    channel_order: tuple[int, ...] = ()
+    """Channel of each part; none is part 0 of channel 0, and so on."""
+    normalized: bool = False
+    """Each token is normalised over its channels first, as those of kind `none` are."""
+
+    def __post_init__(self) -> None:
+        """Reject codes of no channel, and an order that is not one of all channels."""
+        check_numbers(self)
+        require(
+            sorted(self.channel_order) in ([], list(range(self.dim))),
+            f"channel_order {self.channel_order} must have each of the {self.dim} channels once, "
+            "or be empty",
+        )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Values of each part of a token, one for each channel."""
+        return (self.num_levels,) * self.dim
+
+
 def _require_branches(branch_dims: tuple[int, ...]) -> None:
     """Raise `ValueError` where there is no branch."""
     require(len(branch_dims) > 0, "branch_dims () must be those of at least one branch")
@@ -368,7 +397,7 @@ Binary = Lfq | GroupedLfq | Bsq | Bernoulli
 """Quantizers each of whose channels is a bit of the token."""
 Continuous = Kl | Unquantized
 """Quantizers that leave real numbers, so that tokens have neither parts nor indices."""
-Quantizer = Binary | Fsq | Codebook | Product | Branched | Continuous
+Quantizer = Binary | Fsq | Codebook | Product | Branched | Continuous | Dimensions
 
 
 def latent_dim(quantizer: Quantizer) -> int:
