@@ -348,6 +348,7 @@ VALUES = {
         "model.reducer[merge].norm_eps": 0.01,
         "model.decoder[cnn].norm_eps": 0.01,
         "model.stem[patch].norm_eps": 0.01,
+        "model.quantizer[dimensions].channel_order": (1, 0, 2, 3, 4, 5, 6, 7),
         "model.quantizer[grouped_lfq].num_bits": 16,
         "model.quantizer[grouped_lfq].group_bits": 4,
         "model.decoder[patch].blocks": "ac",
