@@ -348,7 +348,6 @@ VALUES = {
         "model.reducer[merge].norm_eps": 0.01,
         "model.decoder[cnn].norm_eps": 0.01,
         "model.stem[patch].norm_eps": 0.01,
-        "model.quantizer[dimensions].channel_order": (1, 0, 2, 3, 4, 5, 6, 7),
         "model.quantizer[grouped_lfq].num_bits": 16,
         "model.quantizer[grouped_lfq].group_bits": 4,
         "model.decoder[patch].blocks": "ac",
@@ -481,6 +480,7 @@ _AT_ONCE = "says how many images at once, and each is measured alone"
 _PLACE = "says where, and all of these runs are read from there"
 NO_EFFECT = {
     ("tokenizer", "model.kept_range"): "training writes it",
+    ("tokenizer", "model.quantizer[dimensions].channel_order"): "numbers parts: test_dimensions",
     ("tokenizer", "data.num_workers"): _WORKERS,
     ("tokenizer", "data.reduced_jpeg"): "is for larger photographs: data/test_batches",
     ("tokenizer", "data.cache"): "keeps the same pixels elsewhere: data/test_cached",
