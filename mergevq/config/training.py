@@ -461,11 +461,11 @@ class SourceRun:
 class Quantization:
     """How a tokenizer of real numbers is made into one with indices."""
 
-    model: str
+    model: str = "runs/tokenizer/model"
     """Its directory, or what else `artefacts.resolve` takes."""
-    data: str
+    data: str = "digits"
     """Images that statistics are taken of; see `DataConfig.path`."""
-    out: str
+    out: str = "runs/quantized"
     """Directory of the new tokenizer."""
     num_levels: int = 64
     """B: levels of each channel."""
