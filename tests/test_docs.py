@@ -19,7 +19,7 @@ from mergevq.config.generator import (
 from mergevq.config.kinds import unions
 from mergevq.config.parts import quantizers
 from mergevq.config.recipes import RECIPES
-from mergevq.config.training import GeneratorRun, TokenizerRun
+from mergevq.config.training import DecoderRun, GeneratorRun, TokenizerRun
 from mergevq.data.codes import check_values
 from mergevq.tokenizer.near import near_level
 from mergevq.tokenizer.quantizers import lfq
@@ -79,7 +79,7 @@ def is_there(dotted):
 def kinds():
     """Kinds of each seam, by its name."""
     found = {}
-    for union in (*unions(TokenizerRun), *unions(GeneratorRun)):
+    for union in (each for run in (TokenizerRun, GeneratorRun, DecoderRun) for each in unions(run)):
         found.setdefault(union.name.rpartition(".")[2], set()).update(union.members)
     return found
 

@@ -26,7 +26,7 @@ from mergevq.cli.train import train
 from mergevq.config.base import BUNDLED_GENERATOR, BUNDLED_TOKENIZER, nearest
 from mergevq.config.kinds import Union, kind_of, members_of, unions, with_kinds
 from mergevq.config.recipes import RECIPES
-from mergevq.config.training import GeneratorRun, TokenizerRun
+from mergevq.config.training import DecoderRun, GeneratorRun, TokenizerRun
 from mergevq.runtime.environment import (
     EXTRAS,
     bundled_models,
@@ -38,7 +38,7 @@ from mergevq.runtime.environment import (
 if TYPE_CHECKING:
     import torch
 
-_RUNS = {"tokenizer": TokenizerRun, "generator": GeneratorRun}
+_RUNS = {"tokenizer": TokenizerRun, "generator": GeneratorRun, "decoder": DecoderRun}
 _WIDTH = 100
 """Columns of the text."""
 _DEFAULTS = {BUNDLED_TOKENIZER, BUNDLED_GENERATOR}

@@ -34,6 +34,7 @@ def reconstruct(
     images: Annotated[tyro.conf.Positional[tuple[Path, ...]], MAY_BE_EMPTY],
     *,
     model: str = BUNDLED_TOKENIZER,
+    decoder: str | None = None,
     num_kept: Counts = (),
     out: Path = Path("reconstructions"),
     size_policy: SizePolicy = "tile",
@@ -50,6 +51,8 @@ def reconstruct(
         images: files of any format and mode that Pillow reads.
         model: directory of a tokenizer, a name of `mergevq models`, or owner/name@revision on
             Hugging Face.
+        decoder: directory of a decoder that was trained for the tokenizer, or its id; by default
+            the tokenizer's own.
         num_kept: K, one or several (16,20); the tokenizer's own if there are none.
         out: where the pictures go.
         size_policy: for images of another size than trained: `tile` blends overlapping tiles of
@@ -74,7 +77,9 @@ def reconstruct(
     )
     from mergevq.tokenizer.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.from_pretrained(model, precision=precision, device=resolve_device(device))
+    tokenizer = Tokenizer.from_pretrained(
+        model, precision=precision, device=resolve_device(device), decoder=decoder
+    )
     out.mkdir(parents=True, exist_ok=True)
     failed: list[ValueError] = []
     for path, output in zip(images, outputs, strict=True):

@@ -49,6 +49,9 @@ class SamplingOptions:
     tokenizer: str = ""
     """the same of the tokenizer of its tokens; by default where it was when the generator was
     trained."""
+    decoder: str | None = None
+    """directory of a decoder that was trained for the tokenizer, or its id; by default the
+    tokenizer's own."""
     num_kept: int | None = None
     """K, one of those trained on; the generator's own by default."""
     guidance: float = _PLAIN.guidance_scale
@@ -106,6 +109,7 @@ class SamplingOptions:
         return SampleRun(
             model=model,
             tokenizer=tokenizer,
+            decoder=self.decoder,
             num_images=num_images,
             num_kept=self.num_kept,
             seed=self.seed,

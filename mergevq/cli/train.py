@@ -24,7 +24,7 @@ from mergevq.config.contest import Arm, ContestSettings
 from mergevq.config.evaluation import TrunkName
 from mergevq.config.kinds import with_kinds
 from mergevq.config.recipes import RECIPES, SOURCE_RECIPES, TOKENIZER_RECIPES
-from mergevq.config.training import GeneratorRun, SourceRun, TokenizerRun
+from mergevq.config.training import DecoderRun, GeneratorRun, SourceRun, TokenizerRun
 from mergevq.runtime.environment import prepare_to_compute
 
 Run = TypeVar("Run")
@@ -33,6 +33,7 @@ _ABOUT_KINDS = (
     "`--model.PART.kind KIND` takes another kind of part, with its own defaults; "
     "`mergevq parts` lists the kinds."
 )
+_KINDS = {TokenizerRun: "tokenizer", GeneratorRun: "generator", DecoderRun: "decoder"}
 _REGISTRY = tyro.constructors.ConstructorRegistry()
 
 
@@ -88,6 +89,11 @@ def train(arguments: list[str]) -> int:
         )
     )
     prepare_to_compute()
+    if options.dry_run and isinstance(options.run, DecoderRun):
+        raise ValueError(
+            "--dry-run estimates tokenizers and generators; for a decoder take a short run, with "
+            "--train.num-steps 20"
+        )
     if options.dry_run:
         from mergevq.training.estimate import describe, estimate
 
@@ -96,9 +102,8 @@ def train(arguments: list[str]) -> int:
     from mergevq.training.train import train as train_run
 
     model = train_run(options.run, resume=options.resume)
-    kind = "generator" if isinstance(options.run, GeneratorRun) else "tokenizer"
     if os.environ.get("RANK", "0") == "0":
-        print(f"trained {kind}: {model}")
+        print(f"trained {_KINDS[type(options.run)]}: {model}")
     return 0
 
 

@@ -32,6 +32,9 @@ class Subject:
     model: str = BUNDLED_TOKENIZER
     """Directory of a tokenizer, a name of `mergevq models`, or owner/name@revision on Hugging
     Face."""
+    decoder: str | None = None
+    """Directory of a decoder that was trained for the tokenizer, or its id; None is the tokenizer's
+    own."""
     data: str
     """A folder of images, a parquet file, WebDataset shards, or `digits`."""
     lpips: str | None = None

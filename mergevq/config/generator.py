@@ -299,6 +299,9 @@ class SampleRun:
     Face."""
     tokenizer: str = "runs/tokenizer/model"
     """Directory of the tokenizer of its tokens, a name, or owner/name@revision likewise."""
+    decoder: str | None = None
+    """Directory of a decoder that was trained for the tokenizer, or its id; None is the tokenizer's
+    own."""
     classes: tuple[int, ...] = ()
     """Class ids, one for each image in turn; none is every class there is."""
     num_images: int = 16

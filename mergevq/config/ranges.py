@@ -111,6 +111,12 @@ RANGES = {
     "bit_components": Range(0, 2**16),
     "semantic_dim": _WIDTH,
     "taps": Range(0, 2**12),
+    # Decoders of a flow
+    "null_share": _ALL_BUT_ONE,
+    "shift": Range(1, 1000),
+    "code_dim": _WIDTH,
+    "num_slots": _TOKENS,
+    "cell_size": _SIDE,
     "gains": Range(-1000, 1000),
     # Regularizers
     "image_share": _SHARE,

@@ -34,10 +34,12 @@ from mergevq.config.parts import (
     NoRegularizer,
     PatchStem,
     Perturb,
+    PrefixFlow,
     Queries,
     Regularizer,
     weights_of,
 )
+from mergevq.config.parts.flows import FlowDecoder, Solution, Times, check_guidance
 from mergevq.config.ranges import check_numbers
 from mergevq.config.tokenizer import KeptConfig, TokenizerConfig
 
@@ -405,6 +407,36 @@ class GeneratorRun:
         without = not (self.model.order.merges or self.model.kept_candidates)
         candidates = () if without else tuple(sorted(set(self.kept.candidates)))
         return replace(self.model, kept_candidates=candidates)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderRun:
+    """One training run of a decoder for a tokenizer that stays as it is: `mergevq train RECIPE`."""
+
+    decoder: FlowDecoder = field(default_factory=PrefixFlow)
+    """Architecture."""
+    times: Times = field(default_factory=Times)
+    """Noise levels."""
+    solution: Solution = field(default_factory=Solution)
+    """How the decoder decodes, in validation and after."""
+    tokenizer: str = "runs/tokenizer/model"
+    """Directory of the tokenizer, its name in `mergevq models`, or owner/name@revision on Hugging
+    Face."""
+    num_kept: tuple[int, ...] = ()
+    """Each K to train on, drawn evenly; empty is the tokenizer's own."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Images."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Loop."""
+    out: str = "runs/decoder"
+    """Directory of the run."""
+
+    def __post_init__(self) -> None:
+        """Reject guidance of a decoder that never decodes without tokens."""
+        check_numbers(self)
+        check_guidance(self.decoder, self.solution)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

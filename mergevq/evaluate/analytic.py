@@ -17,8 +17,9 @@ from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.data.layouts import source_bits, unmerge
 from mergevq.metrics.baselines import BaselineMeasurement
 from mergevq.metrics.image import psnr
+from mergevq.nn.positions import from_patches
 from mergevq.runtime import distributed
-from mergevq.tokenizer.analytic.components import encode_analytic, fit_components, from_patches
+from mergevq.tokenizer.analytic.components import encode_analytic, fit_components
 
 NAME = "components"
 _BATCH_SIZE = 64

@@ -34,6 +34,7 @@ from mergevq.metrics.image import Mean
 from mergevq.metrics.lpips import Perceptual
 from mergevq.runtime import distributed
 from mergevq.tokenizer.encoder import Embedded
+from mergevq.tokenizer.flows.decoder import Noise
 from mergevq.tokenizer.tokenizer import Tokenizer
 
 
@@ -152,7 +153,8 @@ class Evaluation:
         """
         image = original.image
         with _Clock(image.device) as clock, self.autocast:
-            given = self.tokenizer.reconstruct(embedded, self.num_kept)
+            noise = Noise(0, positions.tolist())
+            given = self.tokenizer.reconstruct(embedded, self.num_kept, noise=noise)
         self.seconds += seconds + clock.seconds
         encoded = given.encoded
         self.bits = encoded.layout.bits(self.tokenizer.quantizer.spec.bits)
@@ -166,7 +168,7 @@ class Evaluation:
             return
         with self.autocast:
             layout = self.tokenizer.recover(encoded.codes, encoded.grid_shape)
-            recovered = self.tokenizer.decode(encoded.codes, layout, encoded.grid_shape)
+            recovered = self.tokenizer.decode(encoded.codes, layout, encoded.grid_shape, noise)
         source = require_source(layout, "the recovered source")
         self.accuracy.update(source_accuracy(source.index, given.source.index))
         chosen = [i for i, position in enumerate(positions.tolist()) if position in self.coded]

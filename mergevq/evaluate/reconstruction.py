@@ -56,6 +56,7 @@ from mergevq.runtime.environment import missing
 from mergevq.runtime.files import write_json
 from mergevq.runtime.logs import Progress
 from mergevq.runtime.settings import to_json
+from mergevq.tokenizer.flows.decoder import Noise
 from mergevq.tokenizer.tokenizer import Tokenizer
 
 
@@ -373,10 +374,13 @@ def worst_best_picture(subject: Opened, measured: Measured) -> Image.Image:
         image = next(images).image.to(subject.world.device)
         with subject.autocast():
             embedded = subject.tokenizer.embed(image)
-            given = subject.tokenizer.reconstruct(embedded, measured.num_kept)
+            noise = Noise(0, [extreme.position])
+            given = subject.tokenizer.reconstruct(embedded, measured.num_kept, noise=noise)
             decoded = [given.image]
             if subject.tokenizer.has_maps:
-                again = subject.tokenizer.reconstruct(embedded, measured.num_kept, "recovered")
+                again = subject.tokenizer.reconstruct(
+                    embedded, measured.num_kept, "recovered", noise
+                )
                 decoded.append(again.image)
         original = image[0].cpu()
         layout = given.encoded.layout

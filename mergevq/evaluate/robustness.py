@@ -46,6 +46,7 @@ from mergevq.runtime.files import write_json
 from mergevq.runtime.logs import Progress
 from mergevq.runtime.random import step_generator
 from mergevq.runtime.settings import to_json
+from mergevq.tokenizer.flows.decoder import Noise
 from mergevq.tokenizer.near import ball_share, choose_bits, radius_of
 from mergevq.tokenizer.tokenizer import Tokenizer
 
@@ -222,7 +223,8 @@ def measure_robustness(
                 if radius is not None:
                     codes = perturb(codes, flips[radius], num_replaced(num_kept, fraction))
                 with subject.autocast():
-                    decoded = tokenizer.decode(codes, encoded.layout, encoded.grid_shape)
+                    noise = Noise(0, ids)
+                    decoded = tokenizer.decode(codes, encoded.layout, encoded.grid_shape, noise)
                 compared.update(original, decoded, batch.index)
                 progress.update(len(image))
     progress.close()

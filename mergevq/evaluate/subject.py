@@ -96,7 +96,10 @@ def opened(subject: Subject) -> Iterator[Opened]:
     try:
         directory = resolve(subject.model)
         tokenizer = Tokenizer.from_pretrained(
-            directory, precision=subject.precision, device=world.device
+            directory,
+            precision=subject.precision,
+            device=world.device,
+            decoder=subject.decoder,
         )
         trained_size = tokenizer.config.image_size
         if subject.image_size not in {None, trained_size}:

@@ -33,13 +33,14 @@ from mergevq.generator.seams import Sampled, Sequences
 from mergevq.generator.weights import as_weights, logit_error
 from mergevq.report.pictures import contact_sheet, to_pil
 from mergevq.runtime.artefacts import load_model, model_hash, read_record, resolve, tokens_hash
-from mergevq.runtime.device import resolve_device
+from mergevq.runtime.device import decoded_at_once, resolve_device
 from mergevq.runtime.files import read_json, require_entries, sha256_of, write_json
 from mergevq.runtime.logs import Progress
 from mergevq.runtime.migrate import migrate_samples
 from mergevq.runtime.random import BatchNumbers
 from mergevq.runtime.run import environment
 from mergevq.runtime.settings import from_json, to_json
+from mergevq.tokenizer.flows.decoder import Noise
 from mergevq.tokenizer.tokenizer import Tokenizer
 
 RECORD = "samples.json"
@@ -146,6 +147,7 @@ def load_pair(
     device: torch.device,
     *,
     precision: Precision = "auto",
+    decoder: str | Path | None = None,
 ) -> Pair:
     """Load a generator, with float32 weights, and its tokenizer.
 
@@ -155,6 +157,7 @@ def load_pair(
         tokenizer: the same of the tokenizer of its tokens.
         device: where to compute.
         precision: of the tokenizer's calls; see `Tokenizer.from_pretrained`.
+        decoder: what decodes in the place of the tokenizer's own decoder, likewise.
 
     Raises:
         ValueError: one of them is not there, or the tokenizer is another one's.
@@ -166,7 +169,9 @@ def load_pair(
     generator = saved_generator(saved).to(device)
     return Pair(
         generator=generator,
-        tokenizer=Tokenizer.from_pretrained(tokenizer, precision=precision, device=device),
+        tokenizer=Tokenizer.from_pretrained(
+            tokenizer, precision=precision, device=device, decoder=decoder
+        ),
         generator_hash=model_hash(model),
         tokenizer_hash=model_hash(tokenizer),
         class_names=class_names(extra, generator.config.num_classes, where=model),
@@ -200,7 +205,7 @@ def load_run(run: SampleRun, device: torch.device) -> tuple[Pair, float | None]:
         ValueError: one of them is not there, or the tokenizer is another one's.
         RuntimeError: weights are broken.
     """
-    pair = load_pair(run.model, run.tokenizer, device, precision=run.precision)
+    pair = load_pair(run.model, run.tokenizer, device, precision=run.precision, decoder=run.decoder)
     exact = pair.generator
     pair = pair._replace(generator=as_weights(exact, run.weights))
     if run.weights == "float32":
@@ -213,6 +218,7 @@ def decode_sampled(
     sampled: Sampled,
     grid_shape: tuple[int, int],
     source: Source | None = None,
+    noise: Noise | None = None,
 ) -> Float[Tensor, "b 3 h w"]:
     """Turn sampled tokens into images, in [-1, 1].
 
@@ -225,11 +231,14 @@ def decode_sampled(
         sampled: what a generator gave.
         grid_shape: rows and columns of the generator's grid.
         source: of the kept tokens, where it is known.
+        noise: seed and numbers of the images, for a decoder that begins from noise; None is seed 0
+            and their places.
     """
+    noise = noise or Noise(0, range(len(sampled.indices)))
     device = next(tokenizer.parameters()).device
     indices = sampled.indices.to(device)
     num_cells = grid_shape[0] * grid_shape[1]
-    size = _decoded_at_once(num_cells * tokenizer.config.patch_size**2, device)
+    size = decoded_at_once(num_cells * tokenizer.config.patch_size**2, device)
     images = []
     for first in range(0, len(indices), size):
         # As many at once whatever the batch, so that an image is the same to the last bit in any:
@@ -244,16 +253,9 @@ def decode_sampled(
             anchors = sampled.anchors
             anchors = None if anchors is None else anchors.to(device)[rows]
             known = tokenizer.recover(tokens, grid_shape, anchors)
-        images.append(tokenizer.decode(tokens, known, grid_shape)[: len(indices) - first])
+        own = Noise(noise.seed, [noise.image_ids[row] for row in rows.tolist()])
+        images.append(tokenizer.decode(tokens, known, grid_shape, own)[: len(indices) - first])
     return torch.cat(images).clamp(-1, 1)
-
-
-def _decoded_at_once(num_pixels: int, device: torch.device) -> int:
-    """Images that are decoded together: a CPU gains from more of them only where they are small.
-
-    Of 32 x 32 pixels 8, of 64 x 64 pixels 4, from 128 x 128 on 1, and on other devices 16.
-    """
-    return max(1, min(8, 2**14 // num_pixels)) if device.type == "cpu" else 16
 
 
 def class_labels(run: SampleRun, num_classes: int, image_ids: Sequence[int]) -> Int64[Tensor, "b"]:
@@ -333,7 +335,7 @@ def generate(
     """
     config = pair.generator.config
     labels = class_labels(run, config.num_classes, image_ids)
-    num_kept = config.num_kept if run.num_kept is None else run.num_kept
+    num_kept, noise = run.num_kept or config.num_kept, Noise(run.seed, image_ids)
     if origin is None:
         sampled = sample(
             pair.generator,
@@ -343,7 +345,7 @@ def generate(
             image_ids=image_ids,
             settings=run.settings,
         )
-        return sampled, _decode(pair, sampled, None)
+        return sampled, _decode(pair, sampled, None, noise)
     sampled = inpaint(
         pair.generator,
         indices=origin.indices.expand(len(labels), -1),
@@ -355,7 +357,7 @@ def generate(
     )
     # New tokens take the places of those they replace, so that what is kept stays where it is.
     index = origin.source.index.expand(len(labels), -1)
-    return sampled, _decode(pair, sampled, Source(index, origin.source.num_kept))
+    return sampled, _decode(pair, sampled, Source(index, origin.source.num_kept), noise)
 
 
 def write_samples(run: SampleRun, out: Path) -> Written:
@@ -430,8 +432,8 @@ def _require_same_run(out: Path, record: dict[str, Any]) -> None:
         for name, value in record["run"].items()
         if known[name] != value
     ]
-    compared = ["generator", "tokenizer", "keep_from_sha256", "mask_sha256", "images"]
-    changed += [name for name in compared if there.get(name) != record[name]]
+    compared = ["generator", "tokenizer", "decoder", "keep_from_sha256", "mask_sha256", "images"]
+    changed += [name for name in compared if there.get(name) != record.get(name)]
     # Another device computes other last bits.
     environment = there.get("environment")
     device = environment.get("device") if isinstance(environment, dict) else None
@@ -498,10 +500,13 @@ def read_sample_run(written: dict[str, Any], *, where: str) -> SampleRun:
     return from_json(SampleRun, run, where=f"{where}: run")
 
 
-def _decode(pair: Pair, sampled: Sampled, source: Source | None) -> Float[Tensor, "b 3 h w"]:
+def _decode(
+    pair: Pair, sampled: Sampled, source: Source | None, noise: Noise
+) -> Float[Tensor, "b 3 h w"]:
     """Decode without gradients."""
+    shape = pair.generator.config.grid_size
     with torch.no_grad():
-        return decode_sampled(pair.tokenizer, sampled, pair.generator.config.grid_size, source)
+        return decode_sampled(pair.tokenizer, sampled, shape, source, noise)
 
 
 def _batch(run: SampleRun, number: int) -> list[int]:
@@ -579,7 +584,10 @@ def _record(
 def _hashes(pair: Pair, run: SampleRun) -> dict[str, str | None]:
     """Hashes of the models, which the images depend on besides the settings."""
     files = {"keep_from": run.keep_from, "mask": run.mask}
-    return {"generator": pair.generator_hash, "tokenizer": pair.tokenizer_hash} | {
+    hashes = {"generator": pair.generator_hash, "tokenizer": pair.tokenizer_hash}
+    if pair.tokenizer.flow is not None:
+        hashes["decoder"] = pair.tokenizer.flow.digest
+    return hashes | {
         f"{name}_sha256": None if path is None else sha256_of(Path(path))
         for name, path in files.items()
     }

@@ -3,7 +3,8 @@
 Source: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words" (arXiv:2010.11929), for tokens in
 raster order.
 
-Shape letters: B batch, C channels, H and W grid cells.
+Shape letters: B batch, C channels, H and W grid cells, P numbers of a
+patch.
 """
 
 import math
@@ -11,6 +12,7 @@ import math
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 from mergevq.nn.attention import trains_on_cpu
 
@@ -29,6 +31,18 @@ def to_grid(
 def to_tokens(grid: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
     """Read a grid in raster order."""
     return grid.flatten(2).mT
+
+
+def to_patches(image: Float[Tensor, "b c h2 w2"], patch_size: int) -> Float[Tensor, "b n p"]:
+    """Cut an image into patches in raster order, numbered as the weights of a convolution are."""
+    return functional.pixel_unshuffle(image, patch_size).flatten(2).mT
+
+
+def from_patches(
+    patches: Float[Tensor, "b n p"], patch_size: int, grid_shape: tuple[int, int]
+) -> Float[Tensor, "b c h2 w2"]:
+    """Inverse of `to_patches` on a grid of (height, width) patches."""
+    return functional.pixel_shuffle(patches.mT.unflatten(2, grid_shape), patch_size)
 
 
 def sincos(

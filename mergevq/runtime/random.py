@@ -87,6 +87,10 @@ class BatchNumbers:
         """Uniform numbers in [0, 1) on the CPU, which depend on seed, purpose and step alone."""
         return torch.rand(self.num_rows, *shape, generator=self._generator(purpose))[self.rows]
 
+    def normal(self, purpose: str, *shape: int) -> Float[Tensor, "b *shape"]:
+        """Normal numbers on the CPU, which depend on seed, purpose and step alone."""
+        return torch.randn(self.num_rows, *shape, generator=self._generator(purpose))[self.rows]
+
     def even(self, purpose: str) -> Float[Tensor, "b"]:
         """Numbers in [0, 1), of which all rows have equal distances, in random order, on the CPU.
 

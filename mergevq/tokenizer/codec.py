@@ -20,6 +20,7 @@ from mergevq.data.prepare import to_rgb, to_tensor
 from mergevq.metrics.image import psnr
 from mergevq.report.pictures import contact_sheet, merge_map, to_pil
 from mergevq.tokenizer.encoder import Embedded
+from mergevq.tokenizer.flows.decoder import Noise
 from mergevq.tokenizer.seams import Encoded
 from mergevq.tokenizer.tokenizer import Tokenizer
 
@@ -233,7 +234,8 @@ def decode_tiles(
         rows = slice(tile, tile + _TILES_AT_ONCE)
         some = tokens[rows]
         used = tokenizer.recover(some, grid_shape) if source is None else source.rows(rows)
-        images.append(tokenizer.decode(some, used, grid_shape).float().cpu())
+        noise = Noise(0, range(tile, tile + len(some)))
+        images.append(tokenizer.decode(some, used, grid_shape, noise).float().cpu())
     return blend(torch.cat(images), layout)
 
 

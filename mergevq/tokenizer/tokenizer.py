@@ -30,7 +30,7 @@ from mergevq.data.layouts import Bits, Layout, Source, require_source, source_bi
 from mergevq.data.prepare import Pictures, to_batch
 from mergevq.nn.finite import require_finite
 from mergevq.report.publication import Facts, upload, write_publication
-from mergevq.runtime.artefacts import build_for, load_model, resolve, save_model
+from mergevq.runtime.artefacts import build_for, load_model, resolve, save_model, tokens_hash
 from mergevq.runtime.device import autocast, lay_out, resolve_precision
 from mergevq.runtime.settings import from_json
 from mergevq.tokenizer.build import (
@@ -41,6 +41,7 @@ from mergevq.tokenizer.build import (
 )
 from mergevq.tokenizer.encoder import Embedded, Encoder
 from mergevq.tokenizer.features import pool_features, require_stage
+from mergevq.tokenizer.flows.decoder import FlowDecoder, Noise
 from mergevq.tokenizer.seams import Encoded, Quantized, Regularized, TokenizerOutput, TokenSet
 
 
@@ -84,6 +85,8 @@ class Tokenizer(nn.Module):
         self.precision: Precision = "float32"
         """Precision of `encode`, `decode`, `recover` and features, whose results are in the type of
         the weights all the same; float32 adds nothing to an autocast around the call."""
+        self.flow: FlowDecoder | None = None
+        """Decoder that `decode` takes in the place of this tokenizer's own; of other weights."""
         self.encoder = Encoder(config)
         self.quantizer = build_quantizer(config.quantizer)
         dim, style_dim = config.expander.given_dims(config.decoded_dim)
@@ -117,6 +120,7 @@ class Tokenizer(nn.Module):
         revision: str | None = None,
         precision: Precision = "auto",
         device: torch.device | str = "cpu",
+        decoder: str | Path | None = None,
     ) -> "Tokenizer":
         """Load from a directory that `save_pretrained` or training wrote, or from the hub.
 
@@ -129,17 +133,25 @@ class Tokenizer(nn.Module):
             precision: of the calls. `auto` is bf16 where the device gains from it: a sign of a
                 latent near 0 may then differ from float32's, and with it an index.
             device: where to compute.
+            decoder: directory of a decoder that was trained for this tokenizer, or its id on the
+                hub, to decode with; None is the tokenizer's own.
 
         Raises:
-            ValueError: the artefact is of another kind or format, its weights do not fit, or there
-                is no such precision.
+            ValueError: the artefact is of another kind or format, its weights do not fit, there is
+                no such precision, or the decoder is another tokenizer's.
         """
         dtype = resolve_precision(precision, torch.device(device))
-        saved = load_model(resolve(path, revision), kind="tokenizer")
+        directory = resolve(path, revision)
+        saved = load_model(directory, kind="tokenizer")
         config = from_json(TokenizerConfig, saved.record["config"])
         tokenizer = cls.from_weights(config, saved.state).eval()
         tokenizer.precision = precision
         lay_out(tokenizer, torch.device(device), dtype)
+        if decoder is not None:
+            tokens_id = tokens_hash(directory)
+            tokenizer.flow = FlowDecoder.from_pretrained(
+                decoder, tokens_id=tokens_id, device=device
+            )
         return tokenizer
 
     @classmethod
@@ -257,6 +269,7 @@ class Tokenizer(nn.Module):
         tokens: Float[Tensor, "b k d"] | Int64[Tensor, "b k p"] | Int64[Tensor, "b k"],
         layout: Layout,
         grid_shape: tuple[int, int] | None = None,
+        noise: Noise | None = None,
     ) -> Float[Tensor, "b 3 h w"]:
         """Tokens to image, in about [-1, 1] and not clamped.
 
@@ -265,6 +278,8 @@ class Tokenizer(nn.Module):
             layout: places of the tokens; of a merging tokenizer the source map.
             grid_shape: (height, width) in cells; None is a square, of a layout without cells the
                 trained one.
+            noise: seed and numbers of the images, for a decoder that begins from noise; None is
+                seed 0 and their places in the batch.
 
         Raises:
             ValueError: the grid is not a square and no shape was given, or does not fit.
@@ -283,9 +298,12 @@ class Tokenizer(nn.Module):
                 f"tokens ({tokens.shape[1]}) must be as many as the source keeps "
                 f"({layout.num_kept})"
             )
-        tokens = self._read(tokens)
+        codes = self.decoded(self._read(tokens))
         with self._computing():
-            image = self.decoder(self.expander(self.decoded(tokens), layout, grid_shape))
+            if self.flow is not None:
+                image = self.flow.decode(codes, layout, grid_shape, noise)
+            else:
+                image = self.decoder(self.expander(codes, layout, grid_shape))
         return self._finished(image)
 
     def codes_of(self, indices: Int64[Tensor, "*b"]) -> Float[Tensor, "*b d"]:
@@ -367,6 +385,7 @@ class Tokenizer(nn.Module):
         image: Pictures | Embedded,
         num_kept: int | None = None,
         source: RecoverySource = "given",
+        noise: Noise | None = None,
     ) -> Reconstruction:
         """Encode and decode, with the encoder's source or the one inferred from the codes."""
         check_choice("source", source, RecoverySource)
@@ -374,7 +393,8 @@ class Tokenizer(nn.Module):
         used = encoded.layout
         if source == "recovered":
             used = self.recover(encoded.codes, encoded.grid_shape)
-        return Reconstruction(self.decode(encoded.codes, used, encoded.grid_shape), encoded, used)
+        image = self.decode(encoded.codes, used, encoded.grid_shape, noise)
+        return Reconstruction(image, encoded, used)
 
     def features(
         self,

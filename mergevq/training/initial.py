@@ -17,10 +17,11 @@ from mergevq.data.batches import eval_batches
 from mergevq.data.images import ImageDataset
 from mergevq.generator.build import AnyGenerator, saved_generator
 from mergevq.generator.generation import class_names
+from mergevq.nn.positions import to_patches
 from mergevq.runtime.artefacts import load_model, load_strict, read_record, resolve
 from mergevq.runtime.files import some
 from mergevq.runtime.settings import changed_settings, from_json, to_json
-from mergevq.tokenizer.analytic.components import NUM_FITTED, Components, fit_patches, to_patches
+from mergevq.tokenizer.analytic.components import NUM_FITTED, Components, fit_patches
 from mergevq.tokenizer.analytic.start import start_decoder_from_components, start_from_components
 from mergevq.tokenizer.decoders.patch import PatchDecoder
 from mergevq.tokenizer.interop import initialize_from_dinov2, read_vit

@@ -52,6 +52,16 @@ def generator_panels(log: Log) -> list[Panel]:
     ]
 
 
+def decoder_panels(log: Log) -> list[Panel]:
+    """Everything there is to see of the training of a decoder for a frozen tokenizer."""
+    return [
+        Panel(title="Loss, training", curves=[log_curve(log, "loss")]),
+        Panel(title="Loss, held out", curves=curves_by_kept(log, "val_loss")),
+        *psnr_panels(log),
+        Panel(title="Learning rate", curves=[log_curve(log, "lr")]),
+    ]
+
+
 def loss_panels(run: TokenizerRun, log: Log) -> list[Panel]:
     """The tokenizer's loss, and each term that has a weight and was ever not 0."""
     weights = weights_of(run.loss) | run.own_weights | run.loss.further_weights

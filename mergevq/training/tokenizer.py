@@ -15,8 +15,8 @@ from typing import ClassVar
 import torch
 
 from mergevq.config.identity import Identity
-from mergevq.config.objective import Labels, view_sizes
-from mergevq.config.training import TokenizerRun
+from mergevq.config.objective import Labels, View, view_sizes
+from mergevq.config.training import DataConfig, TokenizerRun, TrainConfig
 from mergevq.data.batches import Batch, eval_batches, open_train_val, train_batches
 from mergevq.data.cached import cached_batches
 from mergevq.data.images import ImageDataset
@@ -109,33 +109,60 @@ def run_batches(
 ) -> Iterator[Batch]:
     """This rank's batches, with the views its teacher needs."""
     sizes = view_sizes(run.teacher, run.model.image_size)
-    if run.data.cache != "none":
+    size = run.model.image_size
+    return image_batches(
+        run.data, run.train, world, dataset, start_step, image_size=size, views=sizes
+    )
+
+
+def image_batches(
+    data: DataConfig,
+    train: TrainConfig,
+    world: distributed.World,
+    dataset: ImageDataset,
+    start_step: int,
+    *,
+    image_size: int,
+    views: Mapping[View, int],
+) -> Iterator[Batch]:
+    """This rank's batches of images, from the cache that the data have or from their files.
+
+    Args:
+        data: how images are prepared.
+        train: the loop.
+        world: the ranks.
+        dataset: the images.
+        start_step: first step that is left.
+        image_size: side in pixels.
+        views: side of each further view of an image, by whom it is for.
+    """
+    if data.cache != "none":
         return cached_batches(
             dataset,
-            run.data,
-            image_size=run.model.image_size,
-            batch_size=run.train.batch_size,
-            num_steps=run.train.num_steps,
+            data,
+            image_size=image_size,
+            batch_size=train.batch_size,
+            num_steps=train.num_steps,
             start_step=start_step,
-            seed=run.train.seed,
+            seed=train.seed,
             rank=world.rank,
             world_size=world.world_size,
-            num_workers=run.data.num_workers,
+            num_workers=data.num_workers,
             device=world.device,
         )
     return train_batches(
         dataset,
-        run.data,
-        image_size=run.model.image_size,
-        batch_size=run.train.batch_size,
-        num_steps=run.train.num_steps,
+        data,
+        image_size=image_size,
+        batch_size=train.batch_size,
+        num_steps=train.num_steps,
         start_step=start_step,
-        seed=run.train.seed,
+        seed=train.seed,
         rank=world.rank,
         world_size=world.world_size,
-        student_size=sizes.get("student"),
-        teacher_size=sizes.get("teacher"),
-        num_workers=run.data.num_workers,
+        student_size=views.get("student"),
+        teacher_size=views.get("teacher"),
+        num_workers=data.num_workers,
         device=world.device,
     )
 

@@ -1,16 +1,17 @@
-"""Training of either kind of model."""
+"""Training of any kind of model."""
 
 from pathlib import Path
 
-from mergevq.config.training import GeneratorRun, TokenizerRun
+from mergevq.config.training import DecoderRun, GeneratorRun, TokenizerRun
 from mergevq.runtime.artefacts import read_record
 from mergevq.runtime.run import RunDirectory
+from mergevq.training.decoder.run import train as train_decoder
 from mergevq.training.generator import train as train_generator
 from mergevq.training.tokenizer import train as train_tokenizer
 
 
-def train(run: TokenizerRun | GeneratorRun, *, resume: bool = False) -> Path:
-    """Train the tokenizer or the generator that a run describes.
+def train(run: TokenizerRun | GeneratorRun | DecoderRun, *, resume: bool = False) -> Path:
+    """Train the tokenizer, the generator or the decoder that a run describes.
 
     Args:
         run: one of the recipes, or one with fields of its own.
@@ -25,6 +26,8 @@ def train(run: TokenizerRun | GeneratorRun, *, resume: bool = False) -> Path:
     """
     if isinstance(run, GeneratorRun):
         return train_generator(run, resume=resume)
+    if isinstance(run, DecoderRun):
+        return train_decoder(run, resume=resume)
     return train_tokenizer(run, resume=resume)
 
 

@@ -10,9 +10,9 @@ import pytest
 from mergevq.cli.main import main
 from mergevq.config.kinds import unions
 from mergevq.config.parts import PatchStem
-from mergevq.config.training import GeneratorRun, TokenizerRun
+from mergevq.config.training import DecoderRun, GeneratorRun, TokenizerRun
 
-UNIONS = [union for run in (TokenizerRun, GeneratorRun) for union in unions(run)]
+UNIONS = [union for run in (TokenizerRun, GeneratorRun, DecoderRun) for union in unions(run)]
 MEMBERS = [(union.name, kind) for union in UNIONS for kind in union.members]
 
 

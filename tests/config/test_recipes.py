@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import save_file
 
 from mergevq.config.objective import Labels
-from mergevq.config.recipes import GENERATOR_RECIPES, RECIPES, recipe
+from mergevq.config.recipes import DECODER_RECIPES, GENERATOR_RECIPES, RECIPES, recipe
 from mergevq.config.recipes import TOKENIZER_RECIPES as TOKENIZER_RUNS
 from mergevq.tokenizer.reducers.matching import merge_schedule
 from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training import fit
+from mergevq.training.decoder.step import flow_config, kept_counts
 from mergevq.training.tokenizer import train
 from tests.support.small import shrink, shrink_generator
 
@@ -91,6 +92,10 @@ LEARNS_FROM = {
 }
 
 
+# Each recipe of a decoder, and the tokenizer recipe whose tokens it reads.
+DECODES_FOR = {"digits32_prefix_flow": "digits32_tail_drop"}
+
+
 def statement(name, heading):
     """Text of a recipe's docstring after a heading, up to the next one."""
     text = " ".join((RECIPES[name].__doc__ or "").split())
@@ -100,8 +105,9 @@ def statement(name, heading):
 
 
 def test_all_recipes_are_covered():
-    assert tuple(RECIPES) == (*TOKENIZER_RECIPES, *LEARNS_FROM)
+    assert tuple(RECIPES) == (*TOKENIZER_RECIPES, *LEARNS_FROM, *DECODES_FOR)
     assert tuple(GENERATOR_RECIPES) == tuple(LEARNS_FROM)
+    assert tuple(DECODER_RECIPES) == tuple(DECODES_FOR)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -265,6 +271,16 @@ def test_a_generator_fits_the_tokens_of_its_tokenizer(name, tokenizer):
     for num_kept in run.kept.candidates:
         counts = merge_schedule(source.model.num_tokens, num_kept, source.model.reducer.num_layers)
         assert source.model.num_tokens - sum(counts) == num_kept
+
+
+@pytest.mark.parametrize(("name", "tokenizer"), DECODES_FOR.items())
+def test_a_decoder_fits_its_tokenizer(name, tokenizer):
+    run, source = DECODER_RECIPES[name](), TOKENIZER_RUNS[tokenizer]()
+    assert run.tokenizer == f"{source.out}/model"
+    assert run.data == source.data
+    assert set(kept_counts(run, source.model)) <= set(source.kept.candidates)
+    assert flow_config(run, source.model).code_dim == source.model.quantizer.dim
+    assert tokenizer in (DECODER_RECIPES[name].__doc__ or "")
 
 
 @pytest.mark.parametrize(("name", "tokenizer"), LEARNS_FROM.items())

@@ -20,21 +20,23 @@ from mergevq.config.generator import (
     SamplingSettings,
 )
 from mergevq.config.kinds import unions
+from mergevq.config.parts.flows import FlowConfig
 from mergevq.config.probing import FinetuneConfig, KnnConfig, LinearConfig, ProbeRun
 from mergevq.config.ranges import RANGES
 from mergevq.config.records import GuidanceSettings
-from mergevq.config.training import GeneratorRun, SourceRun, TokenizerRun
+from mergevq.config.training import DecoderRun, GeneratorRun, SourceRun, TokenizerRun
 from tests.contracts.test_settings import example
 
 RUNS = [
     *(TokenizerRun, GeneratorRun, SampleRun, SamplingSettings, ProbeRun, SourceRun),
+    *(DecoderRun, FlowConfig),
     *(ReconstructionSettings, RobustnessSettings, GenerationSettings, GuidanceSettings),
     *(LinearConfig, KnnConfig, FinetuneConfig, Quality, ContestSettings),
 ]
 MEMBERS = sorted(
     {
         member
-        for run in (TokenizerRun, GeneratorRun)
+        for run in (TokenizerRun, GeneratorRun, DecoderRun)
         for union in unions(run)
         for member in union.members.values()
     },

@@ -25,9 +25,10 @@ from mergevq.config.generator import (
 )
 from mergevq.config.kinds import unions
 from mergevq.config.objective import HuggingFace, Semantic
+from mergevq.config.parts import flows
 from mergevq.config.probing import FinetuneConfig, KnnConfig, LinearConfig, ProbeRun
 from mergevq.config.recipes import RECIPES
-from mergevq.config.training import GeneratorRun, TokenizerRun
+from mergevq.config.training import DecoderRun, GeneratorRun, TokenizerRun
 from mergevq.runtime.settings import from_json, to_json
 from tests.support.generators import GOES_WITH
 from tests.support.leaves import replaced, value_at
@@ -41,6 +42,7 @@ CLASSES = sorted(
             generator,
             objective,
             parts,
+            flows,
             probing,
             tokenizer,
             training,
@@ -55,6 +57,7 @@ RUNS = {
         RECIPES["digits32_vq"](), teacher=HuggingFace(), distillation=Semantic(layer=1)
     ),
     "generator": RECIPES["digits32_ar"](),
+    "decoder": RECIPES["digits32_prefix_flow"](),
 }
 UNIONS = [(model, union) for model, run in RUNS.items() for union in unions(type(run))]
 MEMBERS = [(model, union.name, kind) for model, union in UNIONS for kind in union.members]
@@ -142,7 +145,7 @@ def test_every_setting_comes_back_from_json(cls):
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_comes_back_from_json(name):
     run = RECIPES[name]()
-    assert isinstance(run, TokenizerRun | GeneratorRun)
+    assert isinstance(run, TokenizerRun | GeneratorRun | DecoderRun)
     assert same(kept(run), run)
 
 

@@ -10,7 +10,8 @@ from mergevq.config.parts import Pool
 from mergevq.data.layouts import source_bits
 from mergevq.evaluate.analytic import AnalyticBaseline
 from mergevq.metrics.image import psnr
-from mergevq.tokenizer.analytic.components import fit_components, from_patches, to_patches
+from mergevq.nn.positions import from_patches, to_patches
+from mergevq.tokenizer.analytic.components import fit_components
 from tests.support.parts import tokenizer_config
 
 CONFIG = tokenizer_config(

@@ -19,6 +19,7 @@ from mergevq.config.parts import (
     PatchDecoder,
     PatchStem,
     Pool,
+    PrefixFlow,
     Product,
     Queries,
     Residual,
@@ -65,6 +66,7 @@ _DEFAULTS = {
 
 _SMALL = (
     CnnStem(channels=8, num_res_blocks=1),
+    PrefixFlow(dim=16, num_layers=2, num_heads=2),
     PatchStem(width=32, patch_size=4, num_groups=8),
     Merge(num_layers=3, num_heads=2, layer_scale=0.1),
     LearnedMerge(num_layers=3, num_candidates=8, num_heads=2, layer_scale=0.1),

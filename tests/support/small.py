@@ -27,7 +27,7 @@ from mergevq.config.parts import (
     Select,
     Unmerge,
 )
-from mergevq.config.training import GeneratorRun, TokenizerRun
+from mergevq.config.training import DecoderRun, GeneratorRun, TokenizerRun
 
 _SIZES = {
     CnnStem: {"channels": 8, "num_res_blocks": 1},
@@ -86,6 +86,28 @@ def shrink(run: TokenizerRun) -> TokenizerRun:
             num_eval_images=4,
             save_every=2,
             eval_num_kept=(16, 24),
+        ),
+    )
+
+
+def shrink_decoder(run: DecoderRun) -> DecoderRun:
+    """Cut the run of a decoder down likewise, for a tokenizer that `shrink` made small."""
+    return replace(
+        run,
+        decoder=replace(run.decoder, dim=16, num_layers=2, num_heads=2),
+        solution=replace(run.solution, num_steps=2),
+        num_kept=(16, 32),
+        data=replace(run.data, max_images=16),
+        train=replace(
+            run.train,
+            num_steps=2,
+            batch_size=4,
+            log_every=1,
+            image_every=2,
+            eval_every=2,
+            num_eval_images=4,
+            save_every=2,
+            eval_num_kept=(16,),
         ),
     )
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from mergevq.config.recipes import RECIPES, recipe
+from mergevq.config.training import DecoderRun, GeneratorRun, TokenizerRun
 from mergevq.runtime.run import RunDirectory
 from mergevq.training import train as training
 
@@ -12,7 +13,7 @@ from mergevq.training import train as training
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_run_is_trained_by_the_loop_of_its_kind(name, monkeypatch, tmp_path):
     calls = []
-    for kind in ("tokenizer", "generator"):
+    for kind in ("tokenizer", "generator", "decoder"):
         monkeypatch.setattr(
             training,
             f"train_{kind}",
@@ -20,7 +21,8 @@ def test_a_run_is_trained_by_the_loop_of_its_kind(name, monkeypatch, tmp_path):
         )
     run = replace(recipe(name), out="elsewhere")
     assert training.train(run) == training.train(run, resume=True) == tmp_path
-    kind = "generator" if hasattr(run, "tokens") else "tokenizer"
+    kinds = {DecoderRun: "decoder", GeneratorRun: "generator", TokenizerRun: "tokenizer"}
+    kind = kinds[type(run)]
     assert calls == [(kind, run, False), (kind, run, True)]
 
 

@@ -8,6 +8,7 @@ from mergevq.config.parts.branches import Branches, OneBranch, TwoBranches
 from mergevq.config.parts.checks import LayoutKind, require_heads
 from mergevq.config.parts.decoders import CnnDecoder, Decoder, PatchDecoder
 from mergevq.config.parts.expanders import Expander, MaskTokens, Unmerge
+from mergevq.config.parts.flows import FlowDecoder, PrefixFlow
 from mergevq.config.parts.quantizers import (
     Bernoulli,
     Binary,
@@ -63,6 +64,7 @@ __all__ = [
     "DivPrune",
     "EmaUpdate",
     "Expander",
+    "FlowDecoder",
     "Fsq",
     "GradientUpdate",
     "GroupedLfq",
@@ -79,6 +81,7 @@ __all__ = [
     "PatchStem",
     "Perturb",
     "Pool",
+    "PrefixFlow",
     "Product",
     "Quantizer",
     "Queries",

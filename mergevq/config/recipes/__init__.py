@@ -9,6 +9,7 @@ nobody has measured, it says how many steps of how many images there are, and no
 from collections.abc import Callable
 
 from mergevq.config.base import nearest
+from mergevq.config.recipes.decoders import digits32_prefix_flow
 from mergevq.config.recipes.digits import (
     digits32,
     digits32_anchor_bits,
@@ -80,7 +81,7 @@ from mergevq.config.recipes.tiny64 import (
     tiny64_randar,
     tiny64_raster,
 )
-from mergevq.config.training import GeneratorRun, SourceRun, TokenizerRun
+from mergevq.config.training import DecoderRun, GeneratorRun, SourceRun, TokenizerRun
 
 GENERATOR_RECIPES: dict[str, Callable[[], GeneratorRun]] = {
     recipe.__name__: recipe
@@ -160,14 +161,20 @@ SOURCE_RECIPES: dict[str, Callable[[], SourceRun]] = {
 }
 """Every recipe of `mergevq finetune-source` by name."""
 
-RECIPES: dict[str, Callable[[], TokenizerRun | GeneratorRun]] = {
+DECODER_RECIPES: dict[str, Callable[[], DecoderRun]] = {
+    recipe.__name__: recipe for recipe in (digits32_prefix_flow,)
+}
+"""Every recipe of a decoder for a frozen tokenizer by name."""
+
+RECIPES: dict[str, Callable[[], TokenizerRun | GeneratorRun | DecoderRun]] = {
     **TOKENIZER_RECIPES,
     **GENERATOR_RECIPES,
+    **DECODER_RECIPES,
 }
 """Every recipe of `mergevq train` by name."""
 
 
-def recipe(name: str) -> TokenizerRun | GeneratorRun:
+def recipe(name: str) -> TokenizerRun | GeneratorRun | DecoderRun:
     """The run of a recipe.
 
     Raises:

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from mergevq.config.parts import NUM_KEYS, MergeShape
 from mergevq.data.layouts import Source, canonicalize
+from mergevq.nn.positions import to_patches
 from mergevq.nn.rows import take_rows
 from mergevq.tokenizer.reducers.matching import match, merge_schedule, merge_step
 
@@ -90,18 +91,6 @@ class Components:
                 level = 2 * level + bit
             coordinates[..., component] = levels[level]
         return coordinates @ self.basis.mT + self.mean
-
-
-def to_patches(image: Float[Tensor, "b 3 h w"], patch_size: int) -> Float[Tensor, "b l p"]:
-    """Cut an image into patches in raster order, numbered as the weights of a convolution are."""
-    return functional.pixel_unshuffle(image, patch_size).flatten(2).mT
-
-
-def from_patches(
-    patches: Float[Tensor, "b l p"], patch_size: int, grid_shape: tuple[int, int]
-) -> Float[Tensor, "b 3 h w"]:
-    """Inverse of `to_patches` on a grid of (height, width) cells."""
-    return functional.pixel_shuffle(patches.mT.unflatten(2, grid_shape), patch_size)
 
 
 def fit_components(image: Float[Tensor, "b 3 h w"], patch_size: int, num_bits: int) -> Components:

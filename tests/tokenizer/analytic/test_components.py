@@ -4,14 +4,13 @@ import pytest
 import torch
 
 from mergevq.data.layouts import Source, unmerge
+from mergevq.nn.positions import from_patches, to_patches
 from mergevq.tokenizer.analytic.components import (
     allot_bits,
     encode_analytic,
     fit_components,
     fit_levels,
-    from_patches,
     group_means,
-    to_patches,
 )
 
 

@@ -5,13 +5,12 @@ import torch
 
 from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.data.layouts import unmerge
+from mergevq.nn.positions import from_patches, to_patches
 from mergevq.tokenizer.analytic.components import (
     Components,
     encode_analytic,
     fit_components,
-    from_patches,
     group_means,
-    to_patches,
 )
 from mergevq.tokenizer.analytic.start import (
     start_decoder_from_components,

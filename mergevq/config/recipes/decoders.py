@@ -1,0 +1,35 @@
+"""Recipes of decoders for tokenizers that were trained before, minutes on a CPU."""
+
+from mergevq.config.parts import PrefixFlow
+from mergevq.config.parts.flows import Solution, Times
+from mergevq.config.training import DataConfig, DecoderRun, OptimConfig, TrainConfig
+
+
+def digits32_prefix_flow() -> DecoderRun:
+    """A flow decoder for the tokens of `digits32_tail_drop`, of any first ones (FlexTok).
+
+    Source: FlexTok (arXiv:2502.13967). Hardware and time: not measured, 1,000 steps of 64 images.
+    Expected: not measured.
+    """
+    return DecoderRun(
+        decoder=PrefixFlow(patch_size=4, dim=96, num_layers=4, num_heads=4),
+        times=Times(),
+        solution=Solution(num_steps=16),
+        tokenizer="runs/digits32_tail_drop/model",
+        num_kept=(64,),
+        data=DataConfig(path="digits", val_fraction=0.2, num_workers=0),
+        optim=OptimConfig(
+            lr=1e-3, betas=(0.9, 0.95), warmup_steps=50, schedule="cosine", ema_decay=0.99
+        ),
+        train=TrainConfig(
+            num_steps=1000,
+            batch_size=64,
+            image_every=500,
+            eval_every=500,
+            num_eval_images=64,
+            save_every=500,
+            log_every=10,
+            eval_num_kept=(4, 16, 64),
+        ),
+        out="runs/digits32_prefix_flow",
+    )

@@ -1,0 +1,1 @@
+"""Decoders that follow a flow from noise to pixels, and what they read of tokens."""

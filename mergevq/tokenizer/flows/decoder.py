@@ -1,0 +1,201 @@
+"""A flow decoder beside a tokenizer: tokens to images, by noise that is tied to each image.
+
+Source: Liu et al. 2023, "Flow Straight and Fast: Learning to Generate and Transfer Data with
+Rectified Flow", section 2 (arXiv:2209.03003).
+
+Shape letters: B batch, K kept tokens, D channels of codes, H and W pixels, S steps.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mergevq.config.parts.flows import FlowConfig
+from mergevq.data.layouts import Layout, Source
+from mergevq.nn.flow import Guidance, solve, time_grid
+from mergevq.runtime.artefacts import build_for, load_model, model_hash, resolve
+from mergevq.runtime.device import decoded_at_once
+from mergevq.runtime.random import step_generator
+from mergevq.runtime.settings import from_json
+from mergevq.tokenizer.flows.prefix import PrefixFlow
+from mergevq.tokenizer.flows.tokens import Embedded, Shown
+
+KIND = "decoder"
+"""Kind of the artefact."""
+
+
+@runtime_checkable
+class Flow(Protocol):
+    """Velocities of pixels, given tokens."""
+
+    checkpointing: bool
+    """Recompute in the backward pass."""
+
+    def read(self, shown: Shown, /) -> Embedded:
+        """Read tokens, once for all times."""
+        ...
+
+    def __call__(
+        self, x: Float[Tensor, "b 3 h w"], time: Float[Tensor, "b"], embedded: Embedded, /
+    ) -> Float[Tensor, "b 3 h w"]:
+        """Velocities at points and times."""
+        ...
+
+
+class Noise(NamedTuple):
+    """Noise that images begin from: that of each depends on the seed and its number alone."""
+
+    seed: int
+    """Seed of all."""
+    image_ids: Sequence[int]
+    """Numbers of the images."""
+
+
+class FlowNetwork(nn.Module):
+    """A flow and the scale of its data: each colour has mean 0 and deviation 1 inside."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: FlowConfig) -> None:
+        """Build with random weights, for data that have this scale already."""
+        super().__init__()
+        self.config = config
+        self.flow = build_flow(config)
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("std", torch.ones(3))
+
+    def forward(
+        self, x: Float[Tensor, "b 3 h w"], time: Float[Tensor, "b"], shown: Shown
+    ) -> Float[Tensor, "b 3 h w"]:
+        """Velocities in one training pass."""
+        return self.flow(x, time, self.flow.read(shown))
+
+    def scaled(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+        """Images as the flow has them."""
+        return (image - self.mean[:, None, None]) / self.std[:, None, None]
+
+    def unscaled(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+        """Inverse of `scaled`."""
+        return x * self.std[:, None, None] + self.mean[:, None, None]
+
+
+class FlowDecoder:
+    """A trained flow network, as `Tokenizer` holds it: it is no part of the tokenizer's weights."""
+
+    def __init__(self, network: FlowNetwork, digest: str = "") -> None:
+        """Hold the network, and the hash of its artefact, if it has one."""
+        self.network = network
+        self.digest = digest
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, tokens_id: str, device: torch.device | str = "cpu"
+    ) -> "FlowDecoder":
+        """Load from a directory that `mergevq train` wrote.
+
+        Args:
+            path: the directory, or owner/name@revision on Hugging Face.
+            tokens_id: hash of the tokenizer at hand (`runtime.artefacts.tokens_hash`).
+            device: where to compute.
+
+        Raises:
+            ValueError: there is no decoder, or it reads another tokenizer's tokens.
+        """
+        directory = resolve(path)
+        saved = load_model(directory, kind=KIND)
+        wanted = saved.record["extra"].get("tokenizer")
+        if wanted != tokens_id:
+            raise ValueError(
+                f"the decoder in {directory} was trained on tokens of tokenizer {wanted} and this "
+                f"is {tokens_id}: a code means another thing to each; give the tokenizer that it "
+                "was trained for"
+            )
+        config = from_json(FlowConfig, saved.record["config"])
+        layers = {"decoder.num_layers": config.decoder.num_layers}
+        network = build_for(lambda: FlowNetwork(config), saved.state, layers=layers)
+        network.requires_grad_(requires_grad=False)
+        return cls(network.eval().to(device), model_hash(directory))
+
+    @torch.no_grad()
+    def decode(
+        self,
+        codes: Float[Tensor, "b k d"],
+        layout: Layout,
+        grid_shape: tuple[int, int],
+        noise: Noise | None = None,
+    ) -> Float[Tensor, "b 3 h w"]:
+        """Follow the flow from noise to images, in about [-1, 1] and not clamped.
+
+        Args:
+            codes: as the tokenizer's own decoder is given them.
+            layout: places of the tokens.
+            grid_shape: (height, width) in cells.
+            noise: seed and numbers of the images; None is seed 0 and their places in the batch.
+
+        Raises:
+            ValueError: there are more tokens than the decoder was trained with, or not as many
+                numbers as images.
+        """
+        noise = noise or Noise(0, range(len(codes)))
+        if len(noise.image_ids) != len(codes):
+            raise ValueError(
+                f"image_ids ({len(noise.image_ids)}) must be as many as images ({len(codes)})"
+            )
+        cell = self.network.config.cell_size
+        height, width = grid_shape[0] * cell, grid_shape[1] * cell
+        size = decoded_at_once(height * width, codes.device)
+        images = []
+        for first in range(0, len(codes), size):
+            # As many at once whatever the batch, so that an image is the same to the last bit in
+            # any: where images run out, the last is decoded several times.
+            places = [min(row, len(codes) - 1) for row in range(first, first + size)]
+            rows = torch.tensor(places, device=codes.device)
+            shown = Shown(codes[rows], _rows(layout, rows), grid_shape)
+            drawn = self._draw(noise.seed, [noise.image_ids[i] for i in places], height, width)
+            images.append(self._solve(shown, drawn.to(codes))[: len(codes) - first])
+        return torch.cat(images)
+
+    def _draw(
+        self, seed: int, image_ids: Sequence[int], height: int, width: int
+    ) -> Float[Tensor, "s b 3 h w"]:
+        """The first points of images, and the noise that a stochastic solver adds on the way."""
+        solution = self.network.config.solution
+        count = solution.num_steps if solution.solver == "sde" else 1
+        shape = (count, 3, height, width)
+        each = [torch.randn(shape, generator=step_generator(seed, "flow", i)) for i in image_ids]
+        return torch.stack(each, dim=1)
+
+    def _solve(self, shown: Shown, noise: Float[Tensor, "s b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+        """Images of one batch."""
+        config, flow = self.network.config, self.network.flow
+        solution = config.solution
+        embedded = flow.read(shown)
+        guide = Guidance(solution.guidance_scale, projected=solution.projected)
+
+        def velocity(x: Tensor, time: float) -> Tensor:
+            times = torch.full((len(x),), time, device=x.device)
+            found = flow(x, times, embedded)
+            if solution.guidance_scale == 1:
+                return found
+            return guide(found, flow(x, times, embedded.without()))
+
+        times = time_grid(solution.num_steps, solution.solver, config.times.shift)
+        x = solve(velocity, noise[0], times, solution.solver, list(noise[1:]))
+        return self.network.unscaled(x)
+
+
+def build_flow(config: FlowConfig) -> PrefixFlow:
+    """Flow of a kind; it satisfies `Flow`."""
+    return PrefixFlow(config, config.decoder)
+
+
+def _rows(layout: Layout, rows: Tensor) -> Layout:
+    """The layout of some images of a batch."""
+    if isinstance(layout, Source):
+        return Source(layout.index[rows], layout.num_kept)
+    return layout

@@ -1,0 +1,1 @@
+"""Training of decoders for tokenizers that stay as they are."""
