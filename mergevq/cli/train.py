@@ -89,15 +89,16 @@ def train(arguments: list[str]) -> int:
         )
     )
     prepare_to_compute()
-    if options.dry_run and isinstance(options.run, DecoderRun):
-        raise ValueError(
-            "--dry-run estimates tokenizers and generators; for a decoder take a short run, with "
-            "--train.num-steps 20"
-        )
     if options.dry_run:
+        run = options.run
+        if isinstance(run, DecoderRun):
+            raise ValueError(
+                "--dry-run estimates tokenizers and generators; for a decoder take a short run, "
+                "with --train.num-steps 20"
+            )
         from mergevq.training.estimate import describe, estimate
 
-        print_table("dry run", describe(options.run, estimate(options.run)))
+        print_table("dry run", describe(run, estimate(run)))
         return 0
     from mergevq.training.train import train as train_run
 

@@ -113,6 +113,8 @@ RANGES = {
     "taps": Range(0, 2**12),
     # Decoders of a flow
     "null_share": _ALL_BUT_ONE,
+    "shares": _SHARE,
+    "num_token_layers": Range(0, 2**12),
     "shift": Range(1, 1000),
     "code_dim": _WIDTH,
     "num_slots": _TOKENS,

@@ -39,7 +39,7 @@ from mergevq.config.parts import (
     Regularizer,
     weights_of,
 )
-from mergevq.config.parts.flows import FlowDecoder, Solution, Times, check_guidance
+from mergevq.config.parts.flows import FlowDecoder, Solution, Times, check_solution
 from mergevq.config.ranges import check_numbers
 from mergevq.config.tokenizer import KeptConfig, TokenizerConfig
 
@@ -434,9 +434,9 @@ class DecoderRun:
     """Directory of the run."""
 
     def __post_init__(self) -> None:
-        """Reject guidance of a decoder that never decodes without tokens."""
+        """Reject a way to decode that the decoder does not have."""
         check_numbers(self)
-        check_guidance(self.decoder, self.solution)
+        check_solution(self.decoder, self.solution)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -93,7 +93,9 @@ LEARNS_FROM = {
 
 
 # Each recipe of a decoder, and the tokenizer recipe whose tokens it reads.
-DECODES_FOR = {"digits32_prefix_flow": "digits32_tail_drop"}
+DECODES_FOR = dict.fromkeys(
+    ("digits32_prefix_flow", "digits32_group_flow", "digits32_knot_flow"), "digits32_tail_drop"
+)
 
 
 def statement(name, heading):

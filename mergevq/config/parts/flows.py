@@ -13,6 +13,55 @@ from mergevq.config.ranges import check_numbers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Always:
+    """All tokens that an image shows are seen at all times (FlexTok)."""
+
+    kind: Literal["always"] = "always"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Groups:
+    """Groups of tokens are read one after the other as noise falls (D-AR)."""
+
+    kind: Literal["groups"] = "groups"
+    num_groups: int = 8
+    """Groups of equally many tokens; the first tokens are read in pure noise."""
+    current_only: bool = True
+    """Only the group of the time is seen, and those before it through `num_token_layers` alone;
+    else all up to it are."""
+
+    def __post_init__(self) -> None:
+        """Reject a number of groups that cannot be."""
+        check_numbers(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Knots:
+    """The first tokens are seen, their number linear between times at equal distances (Selftok)."""
+
+    kind: Literal["knots"] = "knots"
+    shares: tuple[float, ...] = (0.0, 192 / 511, 376 / 511, 448 / 511, 496 / 511, 1.0)
+    """Share of the tokens after the first one, from an image without noise to pure noise. Rising,
+    as here, all are seen in noise; falling, they open as noise falls."""
+
+    def __post_init__(self) -> None:
+        """Reject tables that are none, or that turn back."""
+        check_numbers(self)
+        require(
+            len(self.shares) > 1 and list(self.shares) in (_sorted(self), _sorted(self)[::-1]),
+            f"shares {self.shares} must be at least two, rising or falling",
+        )
+
+
+def _sorted(knots: Knots) -> list[float]:
+    """The shares of a table from the least to the most."""
+    return sorted(knots.shares)
+
+
+Schedule = Always | Groups | Knots
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PrefixFlow:
     """Patches of noise that look at each other and at the first tokens, any number (FlexTok)."""
 
@@ -30,6 +79,11 @@ class PrefixFlow:
     are those in order, and with a source map those of the most cells."""
     null_share: float = 0.1
     """Share of the training images of which no token is shown, for guidance."""
+    schedule: Schedule = field(default_factory=Always)
+    """Tokens that are seen at each time, of those that are shown."""
+    num_token_layers: int = 0
+    """Transformer blocks among the tokens, each of which sees those before it; run once for an
+    image, whatever the steps."""
 
     def __post_init__(self) -> None:
         """Reject widths that heads and positions do not divide."""
@@ -121,11 +175,22 @@ class FlowConfig:
             f"decoder.patch_size ({patch}) must divide the {self.cell_size} pixels of a cell of "
             "the tokenizer",
         )
-        check_guidance(self.decoder, self.solution)
+        check_solution(self.decoder, self.solution)
 
 
-def check_guidance(decoder: FlowDecoder, solution: Solution) -> None:
-    """Raise `ValueError` where guidance is asked of a decoder that never decodes without tokens."""
+def check_solution(decoder: FlowDecoder, solution: Solution) -> None:
+    """Raise `ValueError` where a decoder cannot be followed like this.
+
+    It was never trained without tokens, or has groups that no step would read.
+    """
+    least = 1
+    if isinstance(decoder.schedule, Groups):
+        least = decoder.schedule.num_groups + (solution.solver == "sde")
+    require(
+        solution.num_steps >= least,
+        f"solution.num_steps ({solution.num_steps}) must be at least {least} with solver "
+        f"{solution.solver}, or a group of decoder.schedule.num_groups would never be read",
+    )
     require(
         solution.guidance_scale == 1 or decoder.null_share > 0,
         f"solution.guidance_scale ({solution.guidance_scale}) must be 1 with decoder.null_share 0",

@@ -9,7 +9,11 @@ nobody has measured, it says how many steps of how many images there are, and no
 from collections.abc import Callable
 
 from mergevq.config.base import nearest
-from mergevq.config.recipes.decoders import digits32_prefix_flow
+from mergevq.config.recipes.decoders import (
+    digits32_group_flow,
+    digits32_knot_flow,
+    digits32_prefix_flow,
+)
 from mergevq.config.recipes.digits import (
     digits32,
     digits32_anchor_bits,
@@ -162,7 +166,8 @@ SOURCE_RECIPES: dict[str, Callable[[], SourceRun]] = {
 """Every recipe of `mergevq finetune-source` by name."""
 
 DECODER_RECIPES: dict[str, Callable[[], DecoderRun]] = {
-    recipe.__name__: recipe for recipe in (digits32_prefix_flow,)
+    recipe.__name__: recipe
+    for recipe in (digits32_prefix_flow, digits32_group_flow, digits32_knot_flow)
 }
 """Every recipe of a decoder for a frozen tokenizer by name."""
 

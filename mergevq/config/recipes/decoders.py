@@ -1,7 +1,9 @@
 """Recipes of decoders for tokenizers that were trained before, minutes on a CPU."""
 
+from dataclasses import replace
+
 from mergevq.config.parts import PrefixFlow
-from mergevq.config.parts.flows import Solution, Times
+from mergevq.config.parts.flows import Groups, Knots, Solution, Times
 from mergevq.config.training import DataConfig, DecoderRun, OptimConfig, TrainConfig
 
 
@@ -32,4 +34,35 @@ def digits32_prefix_flow() -> DecoderRun:
             eval_num_kept=(4, 16, 64),
         ),
         out="runs/digits32_prefix_flow",
+    )
+
+
+def digits32_group_flow() -> DecoderRun:
+    """`digits32_prefix_flow` whose tokens are read in eight groups as noise falls (D-AR).
+
+    Tokenizer: `digits32_tail_drop`. Source: D-AR (arXiv:2505.23660). Hardware and time: not
+    measured, 1,000 steps of 64 images. Expected: not measured.
+    """
+    run = digits32_prefix_flow()
+    decoder = replace(run.decoder, lengths="all", schedule=Groups(num_groups=8), num_token_layers=2)
+    return replace(
+        run,
+        decoder=decoder,
+        train=replace(run.train, eval_num_kept=(64,)),
+        out="runs/digits32_group_flow",
+    )
+
+
+def digits32_knot_flow() -> DecoderRun:
+    """`digits32_prefix_flow` with all tokens in noise and few near the image (Selftok).
+
+    Tokenizer: `digits32_tail_drop`. Source: Selftok (arXiv:2505.07538). Hardware and time: not
+    measured, 1,000 steps of 64 images. Expected: not measured.
+    """
+    run = digits32_prefix_flow()
+    return replace(
+        run,
+        decoder=replace(run.decoder, lengths="all", schedule=Knots()),
+        train=replace(run.train, eval_num_kept=(64,)),
+        out="runs/digits32_knot_flow",
     )

@@ -14,14 +14,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mergevq.config.parts.flows import FlowConfig
-from mergevq.data.layouts import Layout, Source
+from mergevq.config.parts.flows import FlowConfig, Groups
+from mergevq.data.layouts import Layout, Ordered, Source
 from mergevq.nn.flow import Guidance, solve, time_grid
 from mergevq.runtime.artefacts import build_for, load_model, model_hash, resolve
 from mergevq.runtime.device import decoded_at_once
 from mergevq.runtime.random import step_generator
 from mergevq.runtime.settings import from_json
 from mergevq.tokenizer.flows.prefix import PrefixFlow
+from mergevq.tokenizer.flows.schedules import num_readable
 from mergevq.tokenizer.flows.tokens import Embedded, Shown
 
 KIND = "decoder"
@@ -116,10 +117,49 @@ class FlowDecoder:
                 "was trained for"
             )
         config = from_json(FlowConfig, saved.record["config"])
-        layers = {"decoder.num_layers": config.decoder.num_layers}
+        layers = {
+            "decoder.num_layers": config.decoder.num_layers,
+            "decoder.num_token_layers": config.decoder.num_token_layers,
+        }
         network = build_for(lambda: FlowNetwork(config), saved.state, layers=layers)
         network.requires_grad_(requires_grad=False)
         return cls(network.eval().to(device), model_hash(directory))
+
+    def preview(
+        self,
+        codes: Float[Tensor, "b k d"],
+        grid_shape: tuple[int, int],
+        noise: Noise | None = None,
+    ) -> Float[Tensor, "b 3 h w"]:
+        """Images by the first ordered tokens alone, for a decoder that reads groups as noise falls.
+
+        The flow is followed as long as all tokens that are read are there, and then in one step to
+        the end: with all tokens this is `decode`, bit for bit.
+
+        Args:
+            codes: of the first tokens.
+            grid_shape: (height, width) in cells.
+            noise: see `decode`.
+
+        Raises:
+            ValueError: the decoder has another schedule, or tokens have a source map, or those of
+                the first group are not all there.
+        """
+        config, count = self.network.config, codes.shape[1]
+        schedule, slots = config.decoder.schedule, config.num_slots
+        if not isinstance(schedule, Groups) or slots is None:
+            raise ValueError(
+                "a preview needs ordered tokens and decoder.schedule.kind groups, not "
+                f"{schedule.kind}{' and a source map' * (slots is None)}"
+            )
+        even = time_grid(config.solution.num_steps, config.solution.solver)
+        readable = num_readable(schedule, even[:-1], count, slots)
+        if readable == 0:
+            raise ValueError(
+                f"tokens ({count}) must be all of the first of {schedule.num_groups} groups of "
+                f"{slots} for a preview"
+            )
+        return self.decode(codes, Ordered(count), grid_shape, noise, num_steps=readable)
 
     @torch.no_grad()
     def decode(
@@ -128,6 +168,8 @@ class FlowDecoder:
         layout: Layout,
         grid_shape: tuple[int, int],
         noise: Noise | None = None,
+        *,
+        num_steps: int | None = None,
     ) -> Float[Tensor, "b 3 h w"]:
         """Follow the flow from noise to images, in about [-1, 1] and not clamped.
 
@@ -136,6 +178,7 @@ class FlowDecoder:
             layout: places of the tokens.
             grid_shape: (height, width) in cells.
             noise: seed and numbers of the images; None is seed 0 and their places in the batch.
+            num_steps: steps after which the rest is one, with the last of them; None is all.
 
         Raises:
             ValueError: there are more tokens than the decoder was trained with, or not as many
@@ -157,7 +200,7 @@ class FlowDecoder:
             rows = torch.tensor(places, device=codes.device)
             shown = Shown(codes[rows], _rows(layout, rows), grid_shape)
             drawn = self._draw(noise.seed, [noise.image_ids[i] for i in places], height, width)
-            images.append(self._solve(shown, drawn.to(codes))[: len(codes) - first])
+            images.append(self._solve(shown, drawn.to(codes), num_steps)[: len(codes) - first])
         return torch.cat(images)
 
     def _draw(
@@ -170,7 +213,9 @@ class FlowDecoder:
         each = [torch.randn(shape, generator=step_generator(seed, "flow", i)) for i in image_ids]
         return torch.stack(each, dim=1)
 
-    def _solve(self, shown: Shown, noise: Float[Tensor, "s b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+    def _solve(
+        self, shown: Shown, noise: Float[Tensor, "s b 3 h w"], num_steps: int | None
+    ) -> Float[Tensor, "b 3 h w"]:
         """Images of one batch."""
         config, flow = self.network.config, self.network.flow
         solution = config.solution
@@ -185,6 +230,7 @@ class FlowDecoder:
             return guide(found, flow(x, times, embedded.without()))
 
         times = time_grid(solution.num_steps, solution.solver, config.times.shift)
+        times = [*times[:-1][:num_steps], times[-1]]
         x = solve(velocity, noise[0], times, solution.solver, list(noise[1:]))
         return self.network.unscaled(x)
 

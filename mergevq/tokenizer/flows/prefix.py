@@ -17,8 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from mergevq.config.parts import flows as settings
 from mergevq.nn.adaln import AdaBlock, AdaOutput, TimeEmbedding, zero_start
-from mergevq.nn.blocks import initialize
+from mergevq.nn.blocks import ContextBlock, initialize, run_blocks
+from mergevq.nn.flow import unshift_time
 from mergevq.nn.positions import from_patches, sincos_2d, to_patches
+from mergevq.tokenizer.flows.schedules import visible
 from mergevq.tokenizer.flows.tokens import Embedded, Shown, TokenReader, on_patches
 
 
@@ -41,13 +43,27 @@ class PrefixFlow(nn.Module):
         self.blocks = nn.ModuleList(
             AdaBlock(dim, part.num_heads, dim, num_sets) for _ in range(part.num_layers)
         )
+        self.schedule, self.shift = part.schedule, config.times.shift
+        self.token_blocks = nn.ModuleList(
+            ContextBlock(dim, part.num_heads) for _ in range(part.num_token_layers)
+        )
         self.output = AdaOutput(dim, dim, 3 * part.patch_size**2)
         initialize(self)
         zero_start(self)
 
     def read(self, shown: Shown) -> Embedded:
-        """Read tokens, once for all times."""
-        return self.reader(shown)
+        """Read tokens, once for all times: each by those of lower ranks and itself."""
+        embedded = self.reader(shown)
+        if len(self.token_blocks) == 0:
+            return embedded
+        tokens = embedded.tokens
+        if self.slots is not None:
+            tokens = tokens + self.slots.to(tokens.dtype)
+        mask = embedded.ranks[:, None, None, :] <= embedded.ranks[:, None, :, None]
+        tokens = run_blocks(
+            self.token_blocks, tokens, None, recompute=self.checkpointing, mask=mask
+        )
+        return embedded._replace(tokens=tokens)
 
     def forward(
         self, x: Float[Tensor, "b 3 h w"], time: Float[Tensor, "b"], embedded: Embedded
@@ -57,7 +73,8 @@ class PrefixFlow(nn.Module):
         patches = self.embed(to_patches(x, self.patch_size))
         positions = sincos_2d(shape, patches.shape[-1], x.device)
         patches = patches + positions.to(patches.dtype)
-        seen = self.reader.seen(embedded)
+        sees = visible(self.schedule, embedded.ranks, unshift_time(time, self.shift))
+        seen = self.reader.seen(embedded, sees)
         count, sizes = patches.shape[1], (patches.shape[1],)
         if self.slots is not None:
             sizes = (count, seen.shape[1])
