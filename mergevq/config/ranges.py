@@ -115,6 +115,8 @@ RANGES = {
     "null_share": _ALL_BUT_ONE,
     "shares": _SHARE,
     "num_token_layers": Range(0, 2**12),
+    "num_global_layers": Range(0, 2**12),
+    "num_draws": Range(1, 2**12),
     "shift": Range(1, 1000),
     "code_dim": _WIDTH,
     "num_slots": _TOKENS,

@@ -95,7 +95,7 @@ LEARNS_FROM = {
 # Each recipe of a decoder, and the tokenizer recipe whose tokens it reads.
 DECODES_FOR = dict.fromkeys(
     ("digits32_prefix_flow", "digits32_group_flow", "digits32_knot_flow"), "digits32_tail_drop"
-)
+) | {"digits32_pixel_flow": "digits32"}
 
 
 def statement(name, heading):

@@ -18,6 +18,7 @@ from mergevq.config.parts import (
     Merge,
     PatchDecoder,
     PatchStem,
+    PixelFlow,
     Pool,
     PrefixFlow,
     Product,
@@ -66,6 +67,7 @@ _DEFAULTS = {
 
 _SMALL = (
     CnnStem(channels=8, num_res_blocks=1),
+    PixelFlow(dim=16, num_global_layers=1, num_heads=2, width=16, depth=2, num_draws=2),
     PrefixFlow(dim=16, num_layers=2, num_heads=2),
     PatchStem(width=32, patch_size=4, num_groups=8),
     Merge(num_layers=3, num_heads=2, layer_scale=0.1),

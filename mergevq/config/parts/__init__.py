@@ -8,7 +8,7 @@ from mergevq.config.parts.branches import Branches, OneBranch, TwoBranches
 from mergevq.config.parts.checks import LayoutKind, require_heads
 from mergevq.config.parts.decoders import CnnDecoder, Decoder, PatchDecoder
 from mergevq.config.parts.expanders import Expander, MaskTokens, Unmerge
-from mergevq.config.parts.flows import FlowDecoder, PrefixFlow
+from mergevq.config.parts.flows import FlowDecoder, PixelFlow, PrefixFlow
 from mergevq.config.parts.quantizers import (
     Bernoulli,
     Binary,
@@ -80,6 +80,7 @@ __all__ = [
     "PatchDecoder",
     "PatchStem",
     "Perturb",
+    "PixelFlow",
     "Pool",
     "PrefixFlow",
     "Product",

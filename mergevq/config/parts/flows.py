@@ -11,6 +11,9 @@ from mergevq.config.parts.checks import require_heads
 from mergevq.config.parts.regularizers import TailDrop
 from mergevq.config.ranges import check_numbers
 
+Lengths = Literal["all", "uniform", "powers", "rounded"]
+"""Law of the tokens that are shown in training."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Always:
@@ -40,7 +43,7 @@ class Knots:
     """The first tokens are seen, their number linear between times at equal distances (Selftok)."""
 
     kind: Literal["knots"] = "knots"
-    shares: tuple[float, ...] = (0.0, 192 / 511, 376 / 511, 448 / 511, 496 / 511, 1.0)
+    shares: tuple[float, ...] = (0.0, 0.376, 0.736, 0.877, 0.971, 1.0)
     """Share of the tokens after the first one, from an image without noise to pure noise. Rising,
     as here, all are seen in noise; falling, they open as noise falls."""
 
@@ -74,7 +77,7 @@ class PrefixFlow:
     """Transformer blocks."""
     num_heads: int = 4
     """Attention heads."""
-    lengths: Literal["all", "uniform", "powers", "rounded"] = "uniform"
+    lengths: Lengths = "uniform"
     """Tokens that training shows of K: all; or as regularizer `tail_drop` has them. The first ones
     are those in order, and with a source map those of the most cells."""
     null_share: float = 0.1
@@ -101,12 +104,52 @@ class PrefixFlow:
             >>> PrefixFlow(lengths="all").lengths_of(12)
             (12,)
         """
-        if self.lengths == "all":
-            return (num_kept,)
-        return TailDrop(lengths=self.lengths).lengths_of(num_kept)
+        return _lengths_of(self.lengths, num_kept)
 
 
-FlowDecoder = PrefixFlow
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PixelFlow:
+    """Patches of noise that do not see each other, each with a condition of its cell (UniFlow)."""
+
+    kind: Literal["pixel_flow"] = "pixel_flow"
+    patch_size: int = 4
+    """Pixels per side of a patch."""
+    dim: int = 128
+    """Channels of the conditions."""
+    num_global_layers: int = 6
+    """Transformer blocks among the conditions, run once for an image; with none, neighbouring
+    patches agree on nothing."""
+    num_heads: int = 4
+    """Attention heads of these."""
+    width: int = 256
+    """Channels of the MLPs that give velocities."""
+    depth: int = 12
+    """MLPs, one after the other."""
+    num_draws: int = 4
+    """Times and noises of each image in a step of training, for which it is read once."""
+    lengths: Lengths = "all"
+    """Tokens that training shows of K, as of `prefix_flow`."""
+    null_share: float = 0.0
+    """Share of the training images of which no token is shown, for guidance."""
+
+    def __post_init__(self) -> None:
+        """Reject widths that heads and positions do not divide."""
+        check_numbers(self)
+        require_heads("decoder width", self.dim, self.num_heads, "decoder.num_heads")
+        # Sine and cosine of row and column.
+        require(self.dim % 4 == 0, f"decoder.dim ({self.dim}) must be a multiple of 4")
+
+    def lengths_of(self, num_kept: int) -> tuple[int, ...]:
+        """Numbers of tokens that one is drawn from in training, some of them several times."""
+        return _lengths_of(self.lengths, num_kept)
+
+
+FlowDecoder = PrefixFlow | PixelFlow
+
+
+def _lengths_of(lengths: Lengths, num_kept: int) -> tuple[int, ...]:
+    """Numbers of tokens by their law."""
+    return (num_kept,) if lengths == "all" else TailDrop(lengths=lengths).lengths_of(num_kept)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,6 +218,11 @@ class FlowConfig:
             f"decoder.patch_size ({patch}) must divide the {self.cell_size} pixels of a cell of "
             "the tokenizer",
         )
+        require(
+            isinstance(self.decoder, PrefixFlow) or self.num_slots is None,
+            f"decoder.kind {self.decoder.kind} needs tokens with a source map, and those of the "
+            "tokenizer are ordered: set decoder.kind to prefix_flow",
+        )
         check_solution(self.decoder, self.solution)
 
 
@@ -184,7 +232,7 @@ def check_solution(decoder: FlowDecoder, solution: Solution) -> None:
     It was never trained without tokens, or has groups that no step would read.
     """
     least = 1
-    if isinstance(decoder.schedule, Groups):
+    if isinstance(decoder, PrefixFlow) and isinstance(decoder.schedule, Groups):
         least = decoder.schedule.num_groups + (solution.solver == "sde")
     require(
         solution.num_steps >= least,

@@ -12,6 +12,7 @@ from mergevq.config.base import nearest
 from mergevq.config.recipes.decoders import (
     digits32_group_flow,
     digits32_knot_flow,
+    digits32_pixel_flow,
     digits32_prefix_flow,
 )
 from mergevq.config.recipes.digits import (
@@ -167,7 +168,12 @@ SOURCE_RECIPES: dict[str, Callable[[], SourceRun]] = {
 
 DECODER_RECIPES: dict[str, Callable[[], DecoderRun]] = {
     recipe.__name__: recipe
-    for recipe in (digits32_prefix_flow, digits32_group_flow, digits32_knot_flow)
+    for recipe in (
+        digits32_prefix_flow,
+        digits32_group_flow,
+        digits32_knot_flow,
+        digits32_pixel_flow,
+    )
 }
 """Every recipe of a decoder for a frozen tokenizer by name."""
 

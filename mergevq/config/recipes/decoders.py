@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from mergevq.config.parts import PrefixFlow
+from mergevq.config.parts import PixelFlow, PrefixFlow
 from mergevq.config.parts.flows import Groups, Knots, Solution, Times
 from mergevq.config.training import DataConfig, DecoderRun, OptimConfig, TrainConfig
 
@@ -65,4 +65,23 @@ def digits32_knot_flow() -> DecoderRun:
         decoder=replace(run.decoder, lengths="all", schedule=Knots()),
         train=replace(run.train, eval_num_kept=(64,)),
         out="runs/digits32_knot_flow",
+    )
+
+
+def digits32_pixel_flow() -> DecoderRun:
+    """A flow of each patch by itself for the tokens of `digits32` (UniFlow).
+
+    Source: UniFlow (arXiv:2510.10575), which decodes in one step: that is a regression, and draws
+    nothing. Hardware and time: not measured, 1,000 steps of 64 images. Expected: not measured.
+    """
+    run = digits32_prefix_flow()
+    return replace(
+        run,
+        decoder=PixelFlow(dim=96, num_global_layers=2, width=128, depth=4),
+        times=Times(law="uniform"),
+        solution=Solution(num_steps=8),
+        tokenizer="runs/digits32/model",
+        num_kept=(12, 16, 20, 24, 32),
+        train=replace(run.train, eval_num_kept=(20,)),
+        out="runs/digits32_pixel_flow",
     )

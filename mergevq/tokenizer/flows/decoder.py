@@ -8,12 +8,13 @@ Shape letters: B batch, K kept tokens, D channels of codes, H and W pixels, S st
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, assert_never, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mergevq.config.parts import flows as settings
 from mergevq.config.parts.flows import FlowConfig, Groups
 from mergevq.data.layouts import Layout, Ordered, Source
 from mergevq.nn.flow import Guidance, solve, time_grid
@@ -21,6 +22,7 @@ from mergevq.runtime.artefacts import build_for, load_model, model_hash, resolve
 from mergevq.runtime.device import decoded_at_once
 from mergevq.runtime.random import step_generator
 from mergevq.runtime.settings import from_json
+from mergevq.tokenizer.flows.pixel import PixelFlow
 from mergevq.tokenizer.flows.prefix import PrefixFlow
 from mergevq.tokenizer.flows.schedules import num_readable
 from mergevq.tokenizer.flows.tokens import Embedded, Shown
@@ -73,8 +75,9 @@ class FlowNetwork(nn.Module):
     def forward(
         self, x: Float[Tensor, "b 3 h w"], time: Float[Tensor, "b"], shown: Shown
     ) -> Float[Tensor, "b 3 h w"]:
-        """Velocities in one training pass."""
-        return self.flow(x, time, self.flow.read(shown))
+        """Velocities in one training pass; of each image one or several points, round by round."""
+        embedded = self.flow.read(shown)
+        return self.flow(x, time, embedded.repeated(len(x) // len(shown.codes)))
 
     def scaled(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         """Images as the flow has them."""
@@ -117,10 +120,7 @@ class FlowDecoder:
                 "was trained for"
             )
         config = from_json(FlowConfig, saved.record["config"])
-        layers = {
-            "decoder.num_layers": config.decoder.num_layers,
-            "decoder.num_token_layers": config.decoder.num_token_layers,
-        }
+        layers = _layers(config.decoder)
         network = build_for(lambda: FlowNetwork(config), saved.state, layers=layers)
         network.requires_grad_(requires_grad=False)
         return cls(network.eval().to(device), model_hash(directory))
@@ -146,11 +146,10 @@ class FlowDecoder:
                 the first group are not all there.
         """
         config, count = self.network.config, codes.shape[1]
-        schedule, slots = config.decoder.schedule, config.num_slots
+        schedule, slots = getattr(config.decoder, "schedule", None), config.num_slots
         if not isinstance(schedule, Groups) or slots is None:
             raise ValueError(
-                "a preview needs ordered tokens and decoder.schedule.kind groups, not "
-                f"{schedule.kind}{' and a source map' * (slots is None)}"
+                "a preview needs ordered tokens, and a decoder with decoder.schedule.kind groups"
             )
         even = time_grid(config.solution.num_steps, config.solution.solver)
         readable = num_readable(schedule, even[:-1], count, slots)
@@ -219,15 +218,14 @@ class FlowDecoder:
         """Images of one batch."""
         config, flow = self.network.config, self.network.flow
         solution = config.solution
-        embedded = flow.read(shown)
+        embedded, guided = flow.read(shown), solution.guidance_scale != 1
+        without = flow.read(shown.without()) if guided else embedded
         guide = Guidance(solution.guidance_scale, projected=solution.projected)
 
         def velocity(x: Tensor, time: float) -> Tensor:
             times = torch.full((len(x),), time, device=x.device)
             found = flow(x, times, embedded)
-            if solution.guidance_scale == 1:
-                return found
-            return guide(found, flow(x, times, embedded.without()))
+            return guide(found, flow(x, times, without)) if guided else found
 
         times = time_grid(solution.num_steps, solution.solver, config.times.shift)
         times = [*times[:-1][:num_steps], times[-1]]
@@ -235,9 +233,21 @@ class FlowDecoder:
         return self.network.unscaled(x)
 
 
-def build_flow(config: FlowConfig) -> PrefixFlow:
+def build_flow(config: FlowConfig) -> PrefixFlow | PixelFlow:
     """Flow of a kind; it satisfies `Flow`."""
-    return PrefixFlow(config, config.decoder)
+    match config.decoder:
+        case settings.PrefixFlow():
+            return PrefixFlow(config, config.decoder)
+        case settings.PixelFlow():
+            return PixelFlow(config, config.decoder)
+        case _:
+            assert_never(config.decoder)
+
+
+def _layers(decoder: settings.FlowDecoder) -> dict[str, int]:
+    """Settings that say how many modules a decoder has, by their names."""
+    names = ("num_layers", "num_token_layers", "num_global_layers", "depth")
+    return {f"decoder.{name}": getattr(decoder, name, 0) for name in names}
 
 
 def _rows(layout: Layout, rows: Tensor) -> Layout:

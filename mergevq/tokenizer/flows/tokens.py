@@ -35,12 +35,17 @@ class Shown(NamedTuple):
     is_null: Bool[Tensor, "b"] | None = None
     """Images that show nothing, not even that their tokens are hidden; None is none."""
 
+    def without(self) -> "Shown":
+        """The same images showing nothing."""
+        shape, device = (len(self.codes),), self.codes.device
+        return self._replace(is_null=torch.ones(shape, dtype=torch.bool, device=device))
+
 
 class Embedded(NamedTuple):
     """Tokens that a decoder has read, once for an image and for all times."""
 
     tokens: Float[Tensor, "b n c"]
-    """Tokens by slot."""
+    """Tokens by slot; where a decoder has a condition of each patch, these."""
     ranks: Int64[Tensor, "b n"]
     """Place of each among the tokens of its image, from 0, by how much it matters."""
     lengths: Int64[Tensor, "b"]
@@ -52,9 +57,18 @@ class Embedded(NamedTuple):
     grid_shape: tuple[int, int]
     """(height, width) in cells."""
 
-    def without(self) -> "Embedded":
-        """The same images showing nothing."""
-        return self._replace(is_null=torch.ones_like(self.is_null))
+    def repeated(self, count: int) -> "Embedded":
+        """The images several times, one round after the other."""
+        if count == 1:
+            return self
+        return Embedded(
+            tokens=self.tokens.repeat(count, 1, 1),
+            ranks=self.ranks.repeat(count, 1),
+            lengths=self.lengths.repeat(count),
+            is_null=self.is_null.repeat(count),
+            cells=None if self.cells is None else self.cells.repeat(count, 1),
+            grid_shape=self.grid_shape,
+        )
 
 
 def ranks(layout: Layout, num_images: int, device: torch.device) -> Int64[Tensor, "b k"]:

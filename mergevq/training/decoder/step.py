@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mergevq.config.parts.flows import FlowConfig, Times
+from mergevq.config.parts.flows import FlowConfig, PixelFlow, Times
 from mergevq.config.tokenizer import KeptConfig, TokenizerConfig
 from mergevq.config.training import DecoderRun
 from mergevq.data.batches import Batch, eval_batches
@@ -143,19 +143,23 @@ class DecoderLearner:
         shown: Shown,
         numbers: BatchNumbers,
     ) -> Float[Tensor, ""]:
-        """Error of the velocities that a network gives at random times."""
-        data = self.state.network.scaled(image)
-        noise = send(numbers.normal("noise", *image.shape[1:]), image.device)
-        time = send(draw_times(self.run.times, numbers), image.device)
+        """Error of the velocities that a network gives at random times, one or several an image."""
+        decoder = self.run.decoder
+        count = decoder.num_draws if isinstance(decoder, PixelFlow) else 1
+        data = self.state.network.scaled(image).repeat(count, 1, 1, 1)
+        noises = [numbers.normal(f"noise {draw}", *image.shape[1:]) for draw in range(count)]
+        times = [draw_times(self.run.times, numbers, draw) for draw in range(count)]
+        noise = send(torch.cat(noises), image.device)
+        time = send(torch.cat(times), image.device)
         with self.autocast():
             velocity = network(mix(data, noise, time), time, shown)
         return flow_loss(velocity, data, noise)
 
 
-def draw_times(times: Times, numbers: BatchNumbers) -> Float[Tensor, "b"]:
-    """Noise levels of images, spread evenly over the law of a batch."""
+def draw_times(times: Times, numbers: BatchNumbers, draw: int = 0) -> Float[Tensor, "b"]:
+    """Noise levels of images in one of several draws, spread evenly over the law of a batch."""
     # Never 0: its logit has no end.
-    uniforms = numbers.even("times").clamp(min=2**-24)
+    uniforms = numbers.even(f"times {draw}").clamp(min=2**-24)
     drawn = uniforms if times.law == "uniform" else logit_normal(uniforms)
     return shift_time(drawn, times.shift)
 

@@ -41,7 +41,7 @@ def test_an_image_without_tokens_is_not_one_of_which_all_are_hidden():
     assert torch.equal(null[0], reader.null.expand(8, -1))
     none = reader.seen(reader(shown_of("ordered", lengths=torch.zeros(3, dtype=torch.int64))))
     assert torch.equal(none[1], reader.hidden.expand(8, -1))
-    assert torch.equal(reader.seen(reader(shown_of("ordered")).without())[1], null[0])
+    assert torch.equal(reader.seen(reader(shown_of("ordered").without()))[1], null[0])
 
 
 def test_fewer_tokens_are_the_first_of_more():

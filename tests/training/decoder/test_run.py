@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from mergevq.cli.main import main
+from mergevq.config.parts import PixelFlow
 from mergevq.config.parts.flows import Times
 from mergevq.config.recipes.decoders import digits32_prefix_flow
 from mergevq.config.recipes.digits import digits32, digits32_tail_drop
 from mergevq.data.batches import Batch
+from mergevq.nn.flow import flow_loss, mix
 from mergevq.runtime import distributed
 from mergevq.runtime.artefacts import model_hash, tokens_hash
 from mergevq.runtime.checkpoints import load_state
@@ -18,6 +20,7 @@ from mergevq.runtime.random import BatchNumbers
 from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training.decoder.run import train
 from mergevq.training.decoder.step import build, draw_times, flow_config
+from tests.support.parts import small_part
 from tests.support.small import shrink, shrink_decoder
 
 pytest.importorskip("sklearn")
@@ -87,6 +90,35 @@ def test_a_run_is_not_resumed_with_another_tokenizer(material, tmp_path):
     Tokenizer(other).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="was trained on tokens of tokenizer"):
         train(replace(run, tokenizer=str(tmp_path / "other")), resume=True)
+
+
+def pixel(run):
+    """The same run with patches that do not see each other."""
+    return replace(run, decoder=small_part(PixelFlow))
+
+
+def test_several_draws_are_the_mean_of_losses_of_one(material):
+    learner = built(pixel(small(material)))
+    numbers = BatchNumbers(seed=0, step=0, num_rows=4, rows=slice(None))
+    image, network = batch().image, learner.state.network
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    shown = learner.shown(image, 16, numbers)
+    loss = learner.loss(network, image, shown, numbers)
+    apart = []
+    for draw in range(2):
+        noise = numbers.normal(f"noise {draw}", *image.shape[1:])
+        time = draw_times(learner.run.times, numbers, draw)
+        apart.append(flow_loss(network(mix(image, noise, time), time, shown), image, noise))
+    torch.testing.assert_close(loss, torch.stack(apart).mean())
+
+
+def test_patches_that_do_not_see_each_other_train_and_need_a_map(material):
+    learner = built(pixel(small(material)))
+    learner.step(batch())
+    assert [n for n, p in learner.state.network.named_parameters() if p.grad is None] == []
+    with pytest.raises(ValueError, match="pixel_flow needs tokens with a source map"):
+        built(pixel(small(material, "ordered")))
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
