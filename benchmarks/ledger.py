@@ -43,6 +43,7 @@ RECIPES = ("mergevq.config.recipes", "mergevq.recipes")
 SMALL = ("tests.support.small", *RECIPES)
 TOKENIZER = ("mergevq.training.tokenizer", "mergevq.train_tokenizer")
 GENERATOR = ("mergevq.training.generator", "mergevq.train_generator")
+DECODER = ("mergevq.training.decoder.run",)
 ENCODE = ("mergevq.tokenizer.encode", "mergevq.encode")
 
 
@@ -141,6 +142,13 @@ def generator_run(run, tokenizer, folder, out):
     return replace(run, model=model, tokens=data, train=short(run.train), out=str(out))
 
 
+def decoder_run(run, folder, out):
+    """A recipe of a decoder as a run of three steps, for the small tokenizer of its recipe."""
+    run = find("shrink_decoder", *SMALL)(run)
+    tokenizer = folder / Path(run.tokenizer).parent.name / "model"
+    return replace(run, tokenizer=str(tokenizer), train=short(run.train), out=str(out))
+
+
 def write(path):
     """Train every recipe with the package on the path, and write the ledger."""
     import torch
@@ -161,6 +169,10 @@ def write(path):
             run = generator_run(run, folder / of / "model", folder, folder / name)
             find("train", *GENERATOR)(run)
             ledger[name] = entry(folder / name)
+        with contextlib.suppress(ImportError):  # A base from before there were decoders has none.
+            for name, make in find("DECODER_RECIPES", *RECIPES).items():
+                find("train", *DECODER)(decoder_run(make(), folder, folder / name))
+                ledger[name] = entry(folder / name)
     Path(path).write_text(json.dumps(ledger), encoding="utf-8")
 
 

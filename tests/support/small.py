@@ -22,7 +22,9 @@ from mergevq.config.parts import (
     Merge,
     PatchDecoder,
     PatchStem,
+    PixelFlow,
     Pool,
+    PrefixFlow,
     Queries,
     Select,
     Unmerge,
@@ -42,6 +44,8 @@ _SIZES = {
     MaskTokens: {"dim": 16, "num_layers": 1, "num_heads": 2},
     CnnDecoder: {"channels": 8, "num_res_blocks": 1, "num_layers": 1, "num_heads": 2},
     PatchDecoder: {"width": 16, "num_heads": 2},
+    PrefixFlow: {"dim": 16, "num_layers": 2, "num_heads": 2},
+    PixelFlow: {"dim": 16, "num_global_layers": 1, "num_heads": 2, "width": 16, "depth": 2},
 }
 """Sizes of small parts; a kind that is not named stays as it is."""
 
@@ -92,10 +96,12 @@ def shrink(run: TokenizerRun) -> TokenizerRun:
 
 def shrink_decoder(run: DecoderRun) -> DecoderRun:
     """Cut the run of a decoder down likewise, for a tokenizer that `shrink` made small."""
+    decoder = replace(run.decoder, **_SIZES[type(run.decoder)])
+    schedule = getattr(decoder, "schedule", None)
     return replace(
         run,
-        decoder=replace(run.decoder, dim=16, num_layers=2, num_heads=2),
-        solution=replace(run.solution, num_steps=2),
+        decoder=decoder,
+        solution=replace(run.solution, num_steps=getattr(schedule, "num_groups", 2)),
         num_kept=(16, 32),
         data=replace(run.data, max_images=16),
         train=replace(
