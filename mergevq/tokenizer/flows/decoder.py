@@ -188,6 +188,9 @@ class FlowDecoder:
             raise ValueError(
                 f"image_ids ({len(noise.image_ids)}) must be as many as images ({len(codes)})"
             )
+        codes = codes.float()
+        # It is no part of the tokenizer, and so does not move with it.
+        self.network.to(codes.device)
         cell = self.network.config.cell_size
         height, width = grid_shape[0] * cell, grid_shape[1] * cell
         size = decoded_at_once(height * width, codes.device)
