@@ -148,9 +148,8 @@ class Tokenizer(nn.Module):
         tokenizer.precision = precision
         lay_out(tokenizer, torch.device(device), dtype)
         if decoder is not None:
-            tokens_id = tokens_hash(directory)
             tokenizer.flow = FlowDecoder.from_pretrained(
-                decoder, tokens_id=tokens_id, device=device
+                decoder, tokens_id=tokens_hash(directory), device=device
             )
         return tokenizer
 
