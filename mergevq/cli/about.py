@@ -170,10 +170,14 @@ def _described(where: str, kind: str, member: type) -> str:
     for field in dataclasses.fields(member):
         if field.name == "kind":
             continue
-        lines.append(f"  {_options(where, field.name, hints[field.name])} {_default(field)}")
+        option, default = _options(where, field.name, hints[field.name]), _default(field)
+        # A default that is too long for the line goes before the text.
+        fits = len(f"  {option} {default}") <= _WIDTH
+        lines.append(f"  {option} {default}" if fits else f"  {option}")
         choices = typing.get_args(hints[field.name])
         named = typing.get_origin(hints[field.name]) is typing.Literal
         about = docs.get(field.name, "") + f" One of {', '.join(map(str, choices))}." * named
+        about = about if fits else f"{default} {about}"
         lines += _wrapped(about, 8)
     return "\n".join(lines)
 

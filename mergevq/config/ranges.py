@@ -197,6 +197,7 @@ RANGES = {
     "quantize_start_step": _STEP,
     "max_minutes": Range(0, 10**7, above=True),
     "max_replaced": _ALL_BUT_ONE,
+    "preserve": _SHARE,
     "num_passes": _TOKENS,
     # Architecture of a generator
     "GeneratorConfig.num_kept": _INT64,  # As above.

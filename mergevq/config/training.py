@@ -490,6 +490,47 @@ class SourceRun:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PostTraining:
+    """One run of `mergevq finetune-decoder`: all that its result depends on."""
+
+    tokenizer: str = "runs/tokenizer/model"
+    """Directory of the tokenizer, its name in `mergevq models`, or owner/name@revision on Hugging
+    Face."""
+    generator: str = "runs/generator/model"
+    """Directory of the generator of order `random` whose tokens are mixed in, or its id."""
+    out: str = "runs/posttrained"
+    """Directory of the tokenizer with the new decoder."""
+    num_kept: tuple[int, ...] = ()
+    """Each K to train on; empty is all that the generator has."""
+    preserve: float = 0.7
+    """Share of an image's own tokens that stay; the generator makes the others, given these."""
+    num_passes: int = 8
+    """Forward passes of the generator in which the others are made."""
+    num_steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 64
+    """Images per step."""
+    num_eval_images: int = 256
+    """Held-out images looked at before and after."""
+    perceptual_weight: float = 1.0
+    """Weight of LPIPS beside the mean absolute difference."""
+    perceptual_path: str | None = None
+    """File or folder with the LPIPS weights; without them LPIPS is left out."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Images: those that the tokenizer was trained on."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-5))
+    """Optimizer; the decoder that is saved has the averaged weights."""
+    device: Device = "auto"
+    """Where to compute, in float32."""
+    seed: int = 0
+    """Seed of every random number."""
+
+    def __post_init__(self) -> None:
+        """Reject impossible shares and counts."""
+        check_numbers(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Quantization:
     """How a tokenizer of real numbers is made into one with indices."""
 

@@ -28,11 +28,12 @@ from mergevq.config.generator import (
     Several,
 )
 from mergevq.config.identity import Identity, require_same_classes
-from mergevq.config.training import SourceRun
+from mergevq.config.training import PostTraining, SourceRun
+from mergevq.data.codes import join
 from mergevq.data.codes import split as split_index
 from mergevq.data.layouts import Source
 from mergevq.data.tokens.batches import split, token_batches
-from mergevq.data.tokens.dataset import TokenBatch, TokenDataset, open_tokens
+from mergevq.data.tokens.dataset import TokenDataset, open_tokens
 from mergevq.data.tokens.files import require_tokenizer
 from mergevq.generator.generation import Pair, load_pair
 from mergevq.generator.sampling import inpaint
@@ -120,11 +121,12 @@ def finetune_source(run: SourceRun) -> Finetuned:
 
 
 def replace_tokens(
-    run: SourceRun,
+    run: SourceRun | PostTraining,
     pair: Pair,
-    batch: TokenBatch,
+    parts: Int64[Tensor, "b k p"],
+    label: Int64[Tensor, "b"],
     *,
-    share: float,
+    num_replaced: int,
     image_ids: range,
     purpose: str,
 ) -> Int64[Tensor, "b k p"]:
@@ -133,15 +135,16 @@ def replace_tokens(
     Args:
         run: its seed and number of passes.
         pair: the generator, in evaluation mode, and its tokenizer.
-        batch: images as tokens.
-        share: of the tokens to make anew, of every image equally many.
+        parts: tokens of images.
+        label: their classes; -1 is none.
+        num_replaced: tokens to make anew, of every image as many.
         image_ids: numbers that the draws of these images are tied to.
         purpose: what else they are tied to.
     """
-    batch_size, num_kept = batch.parts.shape[:2]
-    num_replaced = int(share * num_kept)
+    batch_size, num_kept = parts.shape[:2]
     if num_replaced == 0:
-        return batch.parts
+        return parts
+    sizes = pair.tokenizer.quantizer.spec.sizes
     keep = torch.ones(batch_size, num_kept, dtype=torch.bool)
     for row, image_id in enumerate(image_ids):
         numbers = step_generator(run.seed, "replaced", purpose, image_id)
@@ -149,14 +152,14 @@ def replace_tokens(
     null = pair.generator.config.null_class
     sampled = inpaint(
         pair.generator,
-        indices=batch.indices,
+        indices=join(parts, sizes),
         keep=keep,
-        labels=torch.where(batch.label < 0, null, batch.label),
+        labels=torch.where(label < 0, null, label),
         seed=step_generator(run.seed, "new tokens", purpose, 0).initial_seed(),
         image_ids=image_ids,
         settings=SamplingSettings(passes=Several(num_steps=run.num_passes)),
     )
-    return split_index(sampled.indices.cpu(), batch.sizes)
+    return split_index(sampled.indices.cpu(), sizes)
 
 
 def evaluate(
@@ -172,7 +175,10 @@ def evaluate(
                 own = rows[start : start + _EVAL_BATCH]
                 batch = dataset.batch(own, num_kept)
                 parts = replace_tokens(
-                    run, pair, batch, share=share, image_ids=own, purpose="evaluation"
+                    *(run, pair, batch.parts, batch.label),
+                    num_replaced=int(share * num_kept),
+                    image_ids=own,
+                    purpose="evaluation",
                 )
                 part = _recovery(pair, parts, batch.source)
                 loss += part.loss * len(own)
@@ -235,7 +241,12 @@ def _learn(
         for step, batch in enumerate(batches):
             share = run.max_replaced * _uniform(run, "share", step)
             ids = range(step * run.batch_size, (step + 1) * run.batch_size)
-            parts = replace_tokens(run, pair, batch, share=share, image_ids=ids, purpose="training")
+            parts = replace_tokens(
+                *(run, pair, batch.parts, batch.label),
+                num_replaced=int(share * batch.parts.shape[1]),
+                image_ids=ids,
+                purpose="training",
+            )
             codes = _seen(pair, parts, device)
             own = Source(batch.source.index.to(device), batch.source.num_kept)
             set_learning_rate(

@@ -264,7 +264,7 @@ def test_an_interrupt_ends_with_the_code_of_one(monkeypatch):
 @pytest.mark.parametrize(
     "words",
     [
-        *("reconstruct", "compress", "decompress", "sample", "finetune-source"),
+        *("reconstruct", "compress", "decompress", "sample", "finetune-source", "finetune-decoder"),
         *("probe linear", "probe knn", "probe finetune"),
     ],
 )

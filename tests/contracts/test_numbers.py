@@ -24,12 +24,18 @@ from mergevq.config.parts.flows import FlowConfig
 from mergevq.config.probing import FinetuneConfig, KnnConfig, LinearConfig, ProbeRun
 from mergevq.config.ranges import RANGES
 from mergevq.config.records import GuidanceSettings
-from mergevq.config.training import DecoderRun, GeneratorRun, SourceRun, TokenizerRun
+from mergevq.config.training import (
+    DecoderRun,
+    GeneratorRun,
+    PostTraining,
+    SourceRun,
+    TokenizerRun,
+)
 from tests.contracts.test_settings import example
 
 RUNS = [
     *(TokenizerRun, GeneratorRun, SampleRun, SamplingSettings, ProbeRun, SourceRun),
-    *(DecoderRun, FlowConfig),
+    *(PostTraining, DecoderRun, FlowConfig),
     *(ReconstructionSettings, RobustnessSettings, GenerationSettings, GuidanceSettings),
     *(LinearConfig, KnnConfig, FinetuneConfig, Quality, ContestSettings),
 ]

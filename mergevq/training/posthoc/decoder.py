@@ -1,0 +1,255 @@
+"""Training a decoder on, with tokens of which a generator made a part.
+
+A decoder has seen tokens of real images alone, and a generator's mistakes are new to it. Here a
+part of an image's tokens is made by the generator, given the others and the class, and the decoder
+learns to give back the image all the same. Encoder and codes stay, so tokens and generators stay
+valid.
+
+Source: Qiu et al. 2025, RobusTok's post-training (arXiv:2509.12474): 70 % of the tokens stay.
+
+Differs: the authors draw for each token whether it stays, and their generator goes on from the
+mixture in its own order; here as many tokens stay in every image, and all others are made given
+these. They encode the pictures of the mixture again before training; here the mixture itself is
+decoded, by the image's own source map. There is no adversarial loss.
+
+Shape letters: B images of a batch, K kept tokens, P parts of a token, H and W pixels.
+"""
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from mergevq.config.identity import Identity, require_same_classes
+from mergevq.config.training import PostTraining
+from mergevq.data.batches import Batch, eval_batches, open_train_val, train_batches
+from mergevq.data.images import ImageDataset
+from mergevq.generator.generation import Pair, load_pair
+from mergevq.metrics.image import psnr
+from mergevq.metrics.lpips import Perceptual, load_perceptual
+from mergevq.runtime.artefacts import load_model, resolve, save_model, tokens_hash
+from mergevq.runtime.device import resolve_device
+from mergevq.runtime.logs import Progress
+from mergevq.runtime.optim import (
+    Ema,
+    NonFiniteGuard,
+    build_optimizer,
+    clip,
+    learning_rate,
+    set_learning_rate,
+)
+from mergevq.runtime.random import step_generator
+from mergevq.runtime.run import environment
+from mergevq.runtime.settings import to_json
+from mergevq.tokenizer.losses.terms import reconstruction_loss
+from mergevq.tokenizer.seams import Encoded
+from mergevq.training.source import replace_tokens
+
+logger = logging.getLogger("mergevq")
+
+_MAX_NONFINITE = 20
+"""Steps in a row with a non-finite loss or gradient after which the run stops."""
+_EVAL_BATCH = 64
+"""Images looked at at once."""
+
+
+class PostTrained(NamedTuple):
+    """Results, PSNR in dB by `own@K` and `mixed@K`: of an image's own tokens, and of mixtures."""
+
+    directory: Path
+    """Directory of the tokenizer with the new decoder."""
+    before: dict[str, float]
+    """On held-out images."""
+    after: dict[str, float]
+    """On the same images with the same new tokens."""
+
+
+def finetune_decoder(run: PostTraining) -> PostTrained:
+    """Train a tokenizer's decoder on, with tokens of which a generator made a part.
+
+    One process trains; nothing is resumed. The random numbers of step n depend on (seed, n) alone.
+
+    Raises:
+        ValueError: tokenizer, generator, images and settings do not fit each other, or there is
+            something in `out`.
+        RuntimeError: losses stayed non-finite.
+    """
+    out = Path(run.out)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; choose another directory with --out, or delete it")
+    device = resolve_device(run.device)
+    pair = load_pair(run.generator, run.tokenizer, device, precision="float32")
+    train_set, val_set = open_train_val(run.data)
+    if pair.class_names:
+        require_same_classes(
+            Identity(class_names=pair.class_names),
+            Identity(class_names=train_set.class_names),
+            where=f"the generator in {run.generator}",
+            way_out=f"give the images that its tokens are of, not {run.data.path}",
+        )
+    counts = _counts(run, pair)
+    perceptual = load_perceptual("vgg", run.perceptual_path) if run.perceptual_weight > 0 else None
+    if perceptual is None:
+        logger.warning("no LPIPS weights: the loss is the absolute difference alone")
+    pair.generator.requires_grad_(requires_grad=False)
+    pair.tokenizer.requires_grad_(requires_grad=False)
+    decoder = pair.tokenizer.decoder.requires_grad_(requires_grad=True)
+    ema = Ema(decoder, run.optim.ema_decay)
+    before = evaluate(run, pair, val_set, counts)
+    _learn(run, pair, train_set, counts, ema, None if perceptual is None else perceptual.to(device))
+    with ema.swap():
+        after = evaluate(run, pair, val_set, counts)
+        _save(run, pair, before, after)
+    return PostTrained(out, before, after)
+
+
+def mixture(
+    run: PostTraining, pair: Pair, batch: Batch, encoded: Encoded, image_ids: range, purpose: str
+) -> Int64[Tensor, "b k p"]:
+    """Tokens of images of which the generator made a part.
+
+    Args:
+        run: its share of tokens that stay, passes and seed.
+        pair: generator and tokenizer.
+        batch: images with their classes.
+        encoded: their tokens.
+        image_ids: numbers that the draws of these images are tied to.
+        purpose: what else they are tied to.
+    """
+    num_kept = encoded.parts.shape[1]
+    # A generator without classes takes images of any.
+    has_classes = pair.generator.config.num_classes > 0
+    label = batch.label if has_classes else torch.full_like(batch.label, -1)
+    return replace_tokens(
+        *(run, pair, encoded.parts.cpu(), label),
+        num_replaced=num_kept - round(run.preserve * num_kept),
+        image_ids=image_ids,
+        purpose=purpose,
+    ).to(encoded.parts.device)
+
+
+def evaluate(
+    run: PostTraining, pair: Pair, dataset: ImageDataset, counts: tuple[int, ...]
+) -> dict[str, float]:
+    """PSNR in dB of held-out images, from their own tokens and from mixtures."""
+    found: dict[str, list[Tensor]] = {f"{n}@{k}": [] for k in counts for n in ("own", "mixed")}
+    batches = eval_batches(
+        dataset,
+        image_size=pair.tokenizer.config.image_size,
+        batch_size=_EVAL_BATCH,
+        max_images=min(run.num_eval_images, len(dataset)),
+        num_workers=run.data.num_workers,
+    )
+    for number, batch in enumerate(batches):
+        image = batch.image.to(pair.generator.device)
+        first = number * _EVAL_BATCH
+        ids = range(first, first + len(image))
+        for num_kept in counts:
+            encoded = pair.tokenizer.encode(image, num_kept)
+            mixed = mixture(run, pair, batch, encoded, ids, f"evaluation {num_kept}")
+            for name, parts in (("own", encoded.parts), ("mixed", mixed)):
+                with torch.no_grad():
+                    decoded = _decode(pair, parts, encoded)
+                found[f"{name}@{num_kept}"].append(psnr(image, decoded.clamp(-1, 1)))
+    return {name: torch.cat(values).mean().item() for name, values in found.items()}
+
+
+def _decode(
+    pair: Pair, parts: Int64[Tensor, "b k p"], encoded: Encoded
+) -> Float[Tensor, "b 3 h w"]:
+    """Images of tokens at the places of an image's own."""
+    tokenizer = pair.tokenizer
+    codes = tokenizer.decoded(tokenizer.codes_of_parts(parts))
+    return tokenizer.decoder(tokenizer.expander(codes, encoded.layout, encoded.grid_shape))
+
+
+def _learn(
+    run: PostTraining,
+    pair: Pair,
+    dataset: ImageDataset,
+    counts: tuple[int, ...],
+    ema: Ema,
+    perceptual: Perceptual | None,
+) -> None:
+    """Train the decoder in place."""
+    tokenizer = pair.tokenizer
+    optimizer = build_optimizer([tokenizer.decoder], run.optim, run.batch_size)
+    guard = NonFiniteGuard(_MAX_NONFINITE)
+    batches = train_batches(
+        dataset,
+        run.data,
+        image_size=tokenizer.config.image_size,
+        batch_size=run.batch_size,
+        num_steps=run.num_steps,
+        seed=run.seed,
+        student_size=None,
+        teacher_size=None,
+        num_workers=run.data.num_workers,
+        device=pair.generator.device,
+    )
+    with contextlib.closing(Progress(run.num_steps)) as progress:
+        for step, batch in enumerate(batches):
+            drawn = torch.rand((), generator=step_generator(run.seed, "kept", step))
+            encoded = tokenizer.encode(batch.image, counts[int(drawn * len(counts))])
+            ids = range(step * run.batch_size, (step + 1) * run.batch_size)
+            decoded = _decode(pair, mixture(run, pair, batch, encoded, ids, "training"), encoded)
+            loss = reconstruction_loss(batch.image, decoded)
+            if perceptual is not None:
+                loss = loss + run.perceptual_weight * perceptual(decoded, batch.image).mean()
+            set_learning_rate(
+                optimizer, learning_rate(step, run.optim, run.num_steps, run.batch_size)
+            )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = clip(tokenizer.decoder.parameters(), run.optim.clip_norm)
+            if guard.check(step, {"loss": loss, "grad_norm": norm}):
+                optimizer.step()
+                ema.update()
+            else:
+                logger.warning("step %d is not finite and is skipped", step)
+            progress.update()
+
+
+def _counts(run: PostTraining, pair: Pair) -> tuple[int, ...]:
+    """Each K to train on.
+
+    Raises:
+        ValueError: the generator lacks one, or its order makes no tokens between others.
+    """
+    config = pair.generator.config
+    if not config.order.fills_in:
+        raise ValueError(
+            f"the generator in {run.generator} must be of order 'random', not "
+            f"'{config.order.kind}': only that one makes tokens anew between others"
+        )
+    counts = run.num_kept or config.kept_candidates
+    if not set(counts) <= set(config.kept_candidates):
+        raise ValueError(
+            f"num_kept {counts} must be among the K of the generator, {config.kept_candidates}"
+        )
+    return counts
+
+
+def _save(run: PostTraining, pair: Pair, before: dict[str, float], after: dict[str, float]) -> None:
+    """Write the tokenizer with its present weights, and where they come from."""
+    old = load_model(resolve(run.tokenizer), kind="tokenizer").record["extra"]
+    note: dict[str, Any] = {
+        "run": to_json(run),
+        "tokenizer": pair.tokenizer_hash,
+        "generator": pair.generator_hash,
+        "environment": environment(pair.generator.device),
+        "before": before,
+        "after": after,
+    }
+    save_model(
+        run.out,
+        pair.tokenizer.state_dict(),
+        pair.tokenizer.config,
+        kind="tokenizer",
+        extra=old | {"decoder_finetuning": note},
+        tokens_id=tokens_hash(resolve(run.tokenizer)),
+    )
