@@ -83,7 +83,8 @@ def parts(seam: tyro.conf.Positional[str] = "", kind: tyro.conf.Positional[str] 
         print("\n`mergevq parts SEAM` shows the settings of each kind.")
         return
     seams = [union for seams in found.values() for union in seams]
-    chosen = [union for union in seams if seam in {union.name, _place(union)}]
+    chosen = [union for union in seams if seam == union.name]
+    chosen = chosen or [union for union in seams if seam == _place(union)]
     if not chosen:
         known = list(dict.fromkeys(map(_place, seams)))
         raise ValueError(f"no part {seam!r}{nearest(seam, known)}; there are {', '.join(known)}")
