@@ -83,8 +83,7 @@ def parts(seam: tyro.conf.Positional[str] = "", kind: tyro.conf.Positional[str] 
         print("\n`mergevq parts SEAM` shows the settings of each kind.")
         return
     seams = [union for seams in found.values() for union in seams]
-    chosen = [union for union in seams if seam == union.name]
-    chosen = chosen or [union for union in seams if seam == _place(union)]
+    chosen = [union for union in seams if seam in {union.name, _place(union)}]
     if not chosen:
         known = list(dict.fromkeys(map(_place, seams)))
         raise ValueError(f"no part {seam!r}{nearest(seam, known)}; there are {', '.join(known)}")
@@ -93,9 +92,11 @@ def parts(seam: tyro.conf.Positional[str] = "", kind: tyro.conf.Positional[str] 
         raise ValueError(
             f"no {seam} of kind {kind!r}{nearest(kind, kinds)}; there are {', '.join(kinds)}"
         )
+    # A kind of two parts whose names end alike is that of the whole name.
+    named = [union for union in chosen if seam == union.name and kind in union.members]
     described = [
         _described(union.name, name, member)
-        for union in chosen
+        for union in named or chosen
         for name, member in union.members.items()
         if kind in {"", name}
     ]
