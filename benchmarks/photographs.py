@@ -121,7 +121,7 @@ def evaluations(options: argparse.Namespace, out: Path) -> list[tuple[str, list[
                 f"generation-{name}",
                 [
                     *("evaluate", "generation", "--reference", reference, *seen),
-                    *("--generator", str(out / "models" / name), "--tokenizer", tokenizer),
+                    *("--generator", str(out / "models" / name), "--model", tokenizer),
                     *("--num-images", options.num_images, "--out", str(out / f"samples-{name}")),
                 ],
             )

@@ -60,7 +60,7 @@ compdef _mergevq mergevq""",
     "fish": f"""complete -c mergevq -a \
 '(mergevq {COMPLETE} (commandline -opc)[2..-1] (commandline -ct) 2>/dev/null)'""",
 }
-_MODELS = {"--model", "--generator", "--tokenizer"}
+_MODELS = {"--model", "--generator"}
 _OF_TRAINING = ("--dry-run", "--resume", "--help")
 
 

@@ -252,7 +252,7 @@ def generation(  # noqa: PLR0913 - each is an option
         batch_size: images at once.
     """
     run = None
-    if sampling.generator or sampling.tokenizer:
+    if sampling.generator or sampling.model:
         run = sampling.run(num_images=num, batch_size=batch_size)
     settings = GenerationSettings(
         reference=str(reference),

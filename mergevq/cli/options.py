@@ -46,7 +46,7 @@ class SamplingOptions:
     generator: str = ""
     """directory of the generator, its name in `mergevq models`, or owner/name@revision on Hugging
     Face; by default one that comes with the package."""
-    tokenizer: str = ""
+    model: str = ""
     """the same of the tokenizer of its tokens; by default where it was when the generator was
     trained."""
     decoder: str | None = None
@@ -101,7 +101,7 @@ class SamplingOptions:
 
         # By its name, so that the same images can be made again elsewhere.
         dtype = resolve_precision(self.precision, resolve_device(self.device))
-        model, tokenizer = self.generator or BUNDLED_GENERATOR, self.tokenizer
+        model, tokenizer = self.generator or BUNDLED_GENERATOR, self.model
         if not tokenizer:
             from mergevq.generator.generation import known_tokenizer
 

@@ -250,7 +250,7 @@ Recipe = Literal["none", "imagenet256_g_source", "imagenet256_gr_source"]
 def finetune_source(  # noqa: PLR0913 - each is an option
     recipe: tyro.conf.Positional[Recipe] = "none",
     *,
-    tokenizer: str | None = None,
+    model: str | None = None,
     tokens: str | None = None,
     generator: str | None = None,
     out: Path | None = None,
@@ -274,7 +274,7 @@ def finetune_source(  # noqa: PLR0913 - each is an option
 
     Args:
         recipe: name of a run; options replace what it says.
-        tokenizer: directory of the tokenizer, or owner/name@revision on Hugging Face; without a
+        model: directory of the tokenizer, or owner/name@revision on Hugging Face; without a
             recipe runs/tokenizer/model.
         tokens: folder of its tokens (`mergevq encode`); without a recipe runs/tokens.
         generator: directory of the generator, or owner/name@revision on Hugging Face; without a
@@ -298,7 +298,7 @@ def finetune_source(  # noqa: PLR0913 - each is an option
     from mergevq.training.source import finetune_source as finetune
 
     given = {
-        "tokenizer": tokenizer,
+        "tokenizer": model,
         "tokens": tokens,
         "generator": generator,
         "out": None if out is None else str(out),
@@ -330,7 +330,7 @@ def finetune_source(  # noqa: PLR0913 - each is an option
 
 def finetune_decoder(  # noqa: PLR0913 - each is an option
     *,
-    tokenizer: str,
+    model: str,
     generator: str,
     data: str,
     out: Path,
@@ -354,7 +354,7 @@ def finetune_decoder(  # noqa: PLR0913 - each is an option
     of the tokenizer go with the result too. Measure samples before and after: rFID may get worse.
 
     Args:
-        tokenizer: directory of the tokenizer, or owner/name@revision on Hugging Face.
+        model: directory of the tokenizer, or owner/name@revision on Hugging Face.
         generator: directory of the generator, or owner/name@revision on Hugging Face.
         data: images that the tokenizer was trained on, as `mergevq train --data.path` takes them.
         out: where the tokenizer with the new decoder goes.
@@ -379,7 +379,7 @@ def finetune_decoder(  # noqa: PLR0913 - each is an option
     done = finetune(
         replace(
             start,
-            tokenizer=tokenizer,
+            tokenizer=model,
             generator=generator,
             data=replace(start.data, path=data, val_path=val_data, num_workers=num_workers),
             out=str(out),

@@ -150,11 +150,11 @@ class GenerationSettings:
         check_numbers(self)
         require(
             (self.run is None) != (self.samples is None),
-            "either a generator (--model) or --samples is needed, not both",
+            "either a generator (--generator) or --samples is needed, not both",
         )
         require(
             self.classifier is None or self.run is not None,
-            "--classifier needs the classes, which only a generator has (--model)",
+            "--classifier needs the classes, which only a generator has (--generator)",
         )
         require(
             self.classifier is not None or not self.classifier_outputs,

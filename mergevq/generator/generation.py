@@ -127,7 +127,7 @@ def known_tokenizer(model: str | Path) -> str:
     if not isinstance(path, str):
         raise ValueError(
             f"the generator in {directory} does not say where its tokenizer is; name it with "
-            "--tokenizer"
+            "--model"
         )
     try:
         require_same_tokenizer(
@@ -136,7 +136,7 @@ def known_tokenizer(model: str | Path) -> str:
     except (ValueError, RuntimeError) as error:
         raise ValueError(
             f"{path}, where the generator in {directory} had its tokenizer, has it no longer "
-            f"({error}); name it with --tokenizer"
+            f"({error}); name it with --model"
         ) from error
     return path
 

@@ -19,11 +19,11 @@ from mergevq.cli.main import COMMANDS, GROUPS, main
         (["train", "digits32", "--optim.lr", "0"], "--optim.lr (0.0) must be above 0"),
         (["train", "digits32", "--data.val-fraction", "2"], "--data.val-fraction (2.0) must be"),
         (
-            ["sample", "--generator", "g", "--tokenizer", "t", "--out", "o", "--steps", "0"],
+            ["sample", "--generator", "g", "--model", "t", "--out", "o", "--steps", "0"],
             "--steps (0) must be between 1 and",
         ),
         (
-            ["sample", "--generator", "g", "--tokenizer", "t", "--out", "o", "--guidance", "-1"],
+            ["sample", "--generator", "g", "--model", "t", "--out", "o", "--guidance", "-1"],
             "--guidance (-1.0) must be",
         ),
         (

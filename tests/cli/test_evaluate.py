@@ -178,7 +178,7 @@ def test_options_of_sampling_reach_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate_generation, "evaluate_generation", seen.append)
     run(
         "generation",
-        *("--generator", "m", "--tokenizer", "t", "--reference", "r.npz", "--extractor", "e.pt"),
+        *("--generator", "m", "--model", "t", "--reference", "r.npz", "--extractor", "e.pt"),
         *("--out", tmp_path, "--num", 6, "--num-kept", 5, "--seed", 7, "--weights", "int8"),
         *("--guidance", 3, "--guidance-schedule", "power", "--guidance-power", 1.5),
         *("--guidance-interval", 0.1, 0.9, "--temperature", 1, 0.8, "--top-k", 0, 4),
@@ -214,7 +214,7 @@ def test_the_number_of_images_has_two_names(tmp_path):
         with pytest.raises(ValueError, match=r"num_images \(0\) must be between 1 and"):
             run(
                 "generation",
-                *("--generator", "m", "--tokenizer", "t", name, 0, "--out", tmp_path),
+                *("--generator", "m", "--model", "t", name, 0, "--out", tmp_path),
                 *("--reference", "r.npz", "--extractor", "e.pt"),
             )
 

@@ -30,7 +30,7 @@ def test_the_command_passes_its_options_on_and_says_what_it_gained(material, cap
     whole = train_source.finetune_source
     monkeypatch.setattr(train_source, "finetune_source", lambda run: seen.append(run) or whole(run))
     places = {name: str(material / name) for name in ("tokenizer", "tokens", "generator", "new")}
-    arguments = ["--tokenizer", places["tokenizer"], "--tokens", places["tokens"]]
+    arguments = ["--model", places["tokenizer"], "--tokens", places["tokens"]]
     arguments += ["--generator", places["generator"], "--out", places["new"]]
     arguments += ["--num-steps", "2", "--batch-size", "4", "--lr", "0.01", "--passes", "3"]
     arguments += ["--max-replaced", "0.25", "--val-images", "3", "--val-fraction", "0.2"]

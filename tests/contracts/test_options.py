@@ -135,18 +135,18 @@ GIVEN = {
     "reconstruct": {"images": (Path("a.png"),)},
     "compress": {"images": (Path("a.png"),)},
     "decompress": {"files": (Path("a.mvq"),)},
-    "sample": {"generator": "a-generator", "tokenizer": "a-tokenizer"},
+    "sample": {"generator": "a-generator", "model": "a-tokenizer"},
     "convert": {"checkpoint": Path("a.ckpt"), "image_size": 8, "num_kept": 3, "num_heads": 2},
-    "evaluate generation": {"generator": "a-generator", "tokenizer": "a-tokenizer"},
-    "evaluate guidance": {"generator": "a-generator", "tokenizer": "a-tokenizer"},
+    "evaluate generation": {"generator": "a-generator", "model": "a-tokenizer"},
+    "evaluate guidance": {"generator": "a-generator", "model": "a-tokenizer"},
     "evaluate reference": {"kind": "generation"},
     "compare": {"arms": ("digits32",)},
     "finetune-source": {
-        "tokenizer": "a-tokenizer",
+        "model": "a-tokenizer",
         "tokens": "a-folder",
         "generator": "a-generator",
     },
-    "finetune-decoder": {"tokenizer": "a-tokenizer", "generator": "a-generator"},
+    "finetune-decoder": {"model": "a-tokenizer", "generator": "a-generator"},
     "quantize": {"model": "a-tokenizer"},
     "bench tokenizer": {"out": Path("bench.json"), "reference": Path("plain.py")},
     "bench generator": {"out": Path("bench.json"), "reference": Path("plain.py")},
@@ -175,7 +175,7 @@ NEEDS = {
     },
 }
 """Options that go with others."""
-WITHOUT = {("evaluate generation", "samples"): ("generator", "tokenizer")}
+WITHOUT = {("evaluate generation", "samples"): ("generator", "model")}
 """Options that do not go with others, which are left out."""
 VALUES = {
     ("evaluate guidance", "guidance"): ("1.5", 1.5),
@@ -227,7 +227,11 @@ CALLED = {
     "image_batch_size": "batch_size",
     "linear_epochs": "num_epochs",
     "images": {"bench tokenizer": "batch_size", "sample": "image_ids"},
-    "model": {"reconstruct": "path", "compress": "path", "decompress": "path"},
+    "model": {
+        **dict.fromkeys(("reconstruct", "compress", "decompress"), "path"),
+        **dict.fromkeys(("sample", "finetune-source", "finetune-decoder"), "tokenizer"),
+        **dict.fromkeys(("evaluate generation", "evaluate guidance"), "tokenizer"),
+    },
     "lpips_weights": "path",
     "quality": {"compress": "bits_per_pixel"},
     "checkpoint": "path",

@@ -295,7 +295,7 @@ def test_two_processes_sample_and_measure_what_one_does(tmp_path, sampled_folder
     models = [
         "--generator",
         str(sampled_folder / "generator"),
-        "--tokenizer",
+        "--model",
         str(sampled_folder / "tokenizer"),
     ]
     networks = ["--extractor", str(sampled_folder / "colours.pt"), "--classifier"]

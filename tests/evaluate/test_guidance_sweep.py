@@ -238,7 +238,7 @@ def test_without_a_class_score_it_is_left_out(tmp_path, folder):
 
 
 def command_line(folder, out):
-    models = ["--generator", str(folder / "generator"), "--tokenizer", str(folder / "tokenizer")]
+    models = ["--generator", str(folder / "generator"), "--model", str(folder / "tokenizer")]
     networks = ["--extractor", str(folder / "colours.pt")]
     networks += ["--reference", str(folder / "reference.npz"), "--num-images", "6"]
     options = ["--guidance", "1.9", "--stop", "2", "--batch-size", "2", "--device", "cpu"]

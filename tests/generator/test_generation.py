@@ -117,7 +117,7 @@ def read(path):
 
 
 def sample(folder, out, *options, order="merge"):
-    models = ["--generator", str(folder / order), "--tokenizer", str(folder / "tokenizer")]
+    models = ["--generator", str(folder / order), "--model", str(folder / "tokenizer")]
     return main(["sample", *models, "--out", str(out), "--device", "cpu", *options])
 
 
@@ -466,7 +466,7 @@ def test_the_tokenizer_is_found_where_training_had_it(folder, tmp_path, capsys):
         assert main([*command, "--out", str(tmp_path / "again")]) == 1
         printed = capsys.readouterr().err
         assert found in printed
-        assert "name it with --tokenizer" in printed
+        assert "name it with --model" in printed
         shutil.rmtree(tmp_path / "tokenizer", ignore_errors=True)
     assert not (tmp_path / "again").exists()
 
@@ -481,7 +481,7 @@ def test_the_directory_of_a_run_is_not_its_model(folder, tmp_path, capsys):
 
 def test_a_generator_that_does_not_know_its_tokenizer_says_so(folder, tmp_path):
     model = generator_of(folder, tmp_path / "model", None)
-    with pytest.raises(ValueError, match=r"does not say where .* name it with --tokenizer"):
+    with pytest.raises(ValueError, match=r"does not say where .* name it with --model"):
         known_tokenizer(model)
 
 

@@ -715,7 +715,7 @@ def test_the_command_trains_and_samples(material, tmp_path, capsys):
     assert main(command) == 0
     model = capsys.readouterr().out.removeprefix("trained generator: ").strip()
     assert model == str(tmp_path / "run/model")
-    models = ["--generator", model, "--tokenizer", str(material / "tokenizer"), "--device", "cpu"]
+    models = ["--generator", model, "--model", str(material / "tokenizer"), "--device", "cpu"]
     command = ["sample", *models, "--classes", "2", "--num", "3", "--out", str(tmp_path / "out")]
     assert main(command) == 0
     assert (tmp_path / "out/000002.png").is_file()
