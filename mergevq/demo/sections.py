@@ -104,6 +104,7 @@ def numbers_section(trial: Trial) -> Section:
             *_recognised_rows(trial),
             ["Bits per image: tokens", *(f"{k * num_bits:g}" for k in measured)],
             ["Bits per image: source", *(f"{maps[k]:.1f}" for k in measured)],
+            *_coded_rows(trial),
             row("Bits per image: total", "bits", 1),
             row("Bits per pixel, given source", "bits_per_pixel", 3),
             [
@@ -126,6 +127,13 @@ def numbers_section(trial: Trial) -> Section:
         ),
         tables=[table],
     )
+
+
+def _coded_rows(trial: Trial) -> list[list[str]]:
+    """Bits of source maps as they are written, at every K; none where they were not."""
+    coded = [numbers.get("map_bits") for numbers in trial.measured.values()]
+    bits = [f"{each:.1f}" for each in coded if each is not None]
+    return [["Bits per image: source as coded", *bits]] if len(bits) == len(coded) else []
 
 
 def _recognised_rows(trial: Trial) -> list[list[str]]:

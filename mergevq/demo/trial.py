@@ -26,12 +26,15 @@ from mergevq.metrics.judge import Judge, fit_judge
 from mergevq.report.lettering import shown_names
 from mergevq.report.pictures import merge_map, to_pil
 from mergevq.runtime.device import autocast, resolve_device
+from mergevq.runtime.environment import missing
 from mergevq.runtime.logs import Progress
 from mergevq.runtime.run import RunDirectory, read_run_record
 from mergevq.tokenizer.tokenizer import Tokenizer
 
 _BATCH_SIZE = 64
 """Images measured at a time."""
+_CODED = 64
+"""Images whose source maps are written, to know their bits."""
 _MAX_PICTURED = 10
 """Images in a picture: one of each class where there are classes."""
 _SAMPLES_PER_CLASS = 20
@@ -129,7 +132,10 @@ def examine(run: TokenizerRun) -> Trial:
     # Float32 whatever the training was in: the numbers then depend on the model alone.
     precision = autocast(device, None)
     batches = _batches(run, dataset)
-    outcomes = measure(tokenizer, batches, num_kepts, perceptual=None, autocast=precision)
+    coded = () if missing("codec") else range(_CODED)
+    outcomes = measure(
+        tokenizer, batches, num_kepts, perceptual=None, autocast=precision, coded=coded
+    )
     train_set, _ = open_train_val(run.data)
     probes, recognised = [], {}
     if dataset.num_classes > 0:

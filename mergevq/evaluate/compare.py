@@ -68,8 +68,9 @@ class Outcome(NamedTuple):
 
         `psnr`, `ssim`, `l1`, `lpips` and their `_recovered` twins, `source_accuracy`,
         `codebook_usage`, `perplexity`, `bits` and `bits_per_pixel` of one image, `num_images`;
-        without maps there are no twins and no accuracy. Of tokens that are real numbers, in place
-        of use and bits, `num_floats` of one image and `active_channels`.
+        `map_bits` where maps were coded; without maps there are no twins and no accuracy. Of tokens
+        that are real numbers, in place of use and bits, `num_floats` of one image and
+        `active_channels`.
         """
         shown = ("psnr", "ssim", "l1", "lpips")
         numbers = {
@@ -87,6 +88,8 @@ class Outcome(NamedTuple):
                 "bits": self.bits.total,
                 "bits_per_pixel": self.bits.total / self.num_pixels,
             }
+        if self.map_bits is not None:
+            numbers["map_bits"] = self.map_bits
         if self.channels is not None:
             numbers |= {
                 "num_floats": float(self.num_floats),
@@ -294,6 +297,7 @@ def measure(
     *,
     perceptual: Perceptual | None,
     autocast: torch.autocast,
+    coded: Iterable[int] = (),
 ) -> dict[int, Outcome]:
     """Reconstruct images at several K; gives what was measured, by K.
 
@@ -303,8 +307,11 @@ def measure(
         num_kept: each K.
         perceptual: network for LPIPS; None leaves it out.
         autocast: precision of encoder and decoder; metrics are always float32.
+        coded: positions of the images whose source maps are written, to know their bits.
     """
-    evaluations = Evaluations(tokenizer, num_kept, perceptual=perceptual, autocast=autocast)
+    evaluations = Evaluations(
+        tokenizer, num_kept, perceptual=perceptual, autocast=autocast, coded=coded
+    )
     device = next(tokenizer.parameters()).device
     for batch in batches:
         evaluations.update(batch.image.to(device), batch.index)

@@ -190,6 +190,8 @@ def test_bits_are_those_of_the_tokens_and_of_the_source(trial):
     assert rows["Bits per image: tokens"] == ["128", "192"]
     assert rows["Bits per image: source"] == [f"{source_bits(64, k):.1f}" for k in (16, 24)]
     assert rows["Bits per image: total"] == [f"{total:.1f}" for total in totals]
+    coded = [float(bits) for bits in rows["Bits per image: source as coded"]]
+    assert all(64 < bits < source_bits(64, k) + 64 for bits, k in zip(coded, (16, 24), strict=True))
     assert rows["Bits per pixel, given source"] == [f"{total / 32**2:.3f}" for total in totals]
 
 
