@@ -25,6 +25,7 @@ from mergevq.cli.tables import (
     columns,
     guidance_table,
     logit_error_line,
+    next_lines,
     numbers_table,
     reconstruction_table,
     robustness_table,
@@ -100,6 +101,7 @@ def reconstruction(
         print(reconstruction_table(record))
         _print_unmeasured(record)
         print(f"results: {out}")
+        print(next_lines(("probe", "knn", "--model", subject.model, "--data", subject.data)))
 
 
 def robustness(
@@ -142,6 +144,7 @@ def robustness(
         _print_unmeasured(record)
         _print_left_out(record["left_out"])
         print(f"results: {out}")
+        print(next_lines(("train", "RECIPE", "--regularizer.kind", "perturb")))
 
 
 def reference(  # noqa: PLR0913 - each is an option
@@ -203,6 +206,7 @@ def reference(  # noqa: PLR0913 - each is an option
         print(f"extractor: {written['extractor']} ({written['extractor_sha256'][:12]})")
         if array is not None:
             print(f"images: {array}")
+        print(next_lines(("evaluate", kind, "--reference", out, "--extractor", extractor)))
 
 
 def generation(  # noqa: PLR0913 - each is an option
@@ -279,6 +283,8 @@ def generation(  # noqa: PLR0913 - each is an option
             print(logit_error_line(sampling.weights, record["logit_error"]))
         _print_left_out(record["left_out"])
         print(f"results: {out}")
+        given = ("--reference", reference, "--extractor", extractor)
+        print(next_lines(("evaluate", "guidance", *given)))
 
 
 def guidance(  # noqa: PLR0913 - each is an option
@@ -341,6 +347,7 @@ def guidance(  # noqa: PLR0913 - each is an option
         print(guidance_table(record))
         _print_left_out(record["left_out"])
         print(f"results: {out}")
+        print(next_lines(("sample", "--guidance", "SCALE", "--out", "samples")))
 
 
 def selftest(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from mergevq.cli.options import MAY_BE_EMPTY, Counts, Sampling, whole_numbers
-from mergevq.cli.tables import logit_error_line
+from mergevq.cli.tables import logit_error_line, next_lines
 from mergevq.config.base import BUNDLED_TOKENIZER, MAX_PIXELS, Device, Precision, SizePolicy
 from mergevq.config.parts import bits_of, per_token
 from mergevq.runtime.environment import let_products_repeat, prepare_to_compute
@@ -162,6 +162,7 @@ def encode(  # noqa: PLR0913 - each is an option
         f"{out}: {kept} tokens of {record.bits:g} bits for each of {len(written)} rows, from "
         f"{record.num_images} images{broken}; encoded in {record.precision}"
     )
+    print(next_lines(("train", "RECIPE", "--tokens.path", out, "--tokens.tokenizer", model)))
 
 
 def quantize(  # noqa: PLR0913 - each is an option
@@ -219,6 +220,7 @@ def quantize(  # noqa: PLR0913 - each is an option
         f"{len(channels.mean)} channels, {channels.num_active} of them in use; measured over "
         f"{channels.num_tokens} tokens of {measured.num_images} images"
     )
+    print(next_lines(("encode", "--model", out, "--data", data, "--out", "TOKENS")))
 
 
 def sample(  # noqa: PLR0913 - each is an option
@@ -273,6 +275,8 @@ def sample(  # noqa: PLR0913 - each is an option
         print("complete already, nothing was sampled")
     print(f"{len(written.images)} images: {out}")
     print(f"grid: {written.grid}")
+    measures = ("--reference", "REFERENCE", "--extractor", "EXTRACTOR")
+    print(next_lines(("evaluate", "generation", "--samples", out, *measures)))
 
 
 def convert(

@@ -9,7 +9,6 @@ import inspect
 import io
 import logging
 import os
-import shlex
 import signal
 import sys
 import warnings
@@ -28,7 +27,7 @@ from mergevq.cli.errors import command_line, options_of_command, options_of_sett
 from mergevq.cli.errors import speaks_for_itself as _speaks_for_itself
 from mergevq.cli.images import convert, encode, quantize, reconstruct, sample
 from mergevq.cli.options import MAY_BE_EMPTY
-from mergevq.cli.tables import summary
+from mergevq.cli.tables import next_lines, summary
 from mergevq.cli.train import recipes, train
 from mergevq.config.base import MAX_PIXELS, Device, Precision, nearest
 from mergevq.config.kinds import with_kinds
@@ -116,21 +115,18 @@ def quickstart(*, out: Path = Path("runs/quickstart"), num_steps: int | None = N
     for number in done.reached:
         print(f"  {number.value:<14} {number.label}")
     print(f"report: {done.report} (open it in a browser; its pictures are beside it)")
-    print("next:")
-    for line in _after_quickstart(done.tokenizer, done.generator):
-        print(f"  {line}")
+    print(_after_quickstart(done.tokenizer, done.generator))
 
 
-def _after_quickstart(tokenizer: Path, generator: Path) -> list[str]:
+def _after_quickstart(tokenizer: Path, generator: Path) -> str:
     """Commands to go on with."""
-    models = ["--model", str(tokenizer), "--generator", str(generator)]
-    commands = [
-        ["sample", "--generator", str(generator), "--guidance", "2", "--out", "samples"],
-        ["reconstruct", "PICTURE", "--model", str(tokenizer), "--size-policy", "resize"],
-        ["demo", *models, "--data", "digits"],
-        ["train", "photos64", "--data.path", "FOLDER"],
-    ]
-    return [shlex.join(["mergevq", *command]) for command in commands]
+    models = ("--model", tokenizer, "--generator", generator)
+    return next_lines(
+        ("sample", "--generator", generator, "--guidance", 2, "--out", "samples"),
+        ("reconstruct", "PICTURE", "--model", tokenizer, "--size-policy", "resize"),
+        ("demo", *models, "--data", "digits"),
+        ("train", "photos64", "--data.path", "FOLDER"),
+    )
 
 
 def demo(

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import tyro
 
 from mergevq.cli.options import MAY_BE_EMPTY, shown_default
+from mergevq.cli.tables import next_lines
 from mergevq.config.base import BUNDLED_TOKENIZER, MAX_PIXELS, Device, ImagePool, Precision, Stage
 from mergevq.config.probing import FeatureConfig, FinetuneConfig, KnnConfig, LinearConfig, ProbeRun
 from mergevq.config.training import DataConfig
@@ -265,6 +266,7 @@ def _run(run: ProbeRun) -> None:
     print("\n".join(summary(record)))
     pictures = sum(len(row["pictures"]) for row in record["rows"])
     print(f"{pictures} pictures and all numbers: {run.out} ({RECORD})")
+    print(next_lines(("demo", "--model", run.model, "--data", run.data.path)))
 
 
 def _counts(texts: tuple[str, ...]) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """Tables of results as text."""
 
 import inspect
+import shlex
 from collections.abc import Callable, Sequence
 
 from mergevq.config.generator import (
@@ -24,6 +25,12 @@ def print_table(title: str, rows: dict[str, str]) -> None:
     print(title)
     for name, value in rows.items():
         print(f"  {name:<14} {value}")
+
+
+def next_lines(*commands: Sequence[object]) -> str:
+    """Commands of mergevq to go on with, a line for each; a word in capitals is to be filled in."""
+    lines = [shlex.join(["mergevq", *map(str, command)]) for command in commands]
+    return "\n  ".join(["next:", *lines])
 
 
 def summary(function: Callable[..., object]) -> str:

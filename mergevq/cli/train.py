@@ -18,7 +18,7 @@ import tyro
 
 from mergevq.cli.errors import parsed
 from mergevq.cli.options import MAY_BE_EMPTY, Counts, as_text, whole_numbers
-from mergevq.cli.tables import print_table, summary
+from mergevq.cli.tables import next_lines, print_table, summary
 from mergevq.config.base import Device, Precision, nearest
 from mergevq.config.contest import Arm, ContestSettings
 from mergevq.config.evaluation import TrunkName
@@ -111,7 +111,22 @@ def train(arguments: list[str]) -> int:
     model = train_run(options.run, resume=options.resume)
     if os.environ.get("RANK", "0") == "0":
         print(f"trained {_KINDS[type(options.run)]}: {model}")
+        print(_after_training(options.run, model))
     return 0
+
+
+def _after_training(run: TokenizerRun | GeneratorRun | DecoderRun, model: Path) -> str:
+    """Commands to go on with."""
+    if isinstance(run, GeneratorRun):
+        return next_lines(("sample", "--generator", model, "--out", "samples"))
+    if isinstance(run, DecoderRun):
+        return next_lines(
+            ("reconstruct", "PICTURE", "--model", run.tokenizer, "--decoder", model),
+        )
+    given = ("--model", model, "--data", run.data.path)
+    return next_lines(
+        ("evaluate", "reconstruction", *given), ("encode", *given, "--out", f"{run.out}/tokens")
+    )
 
 
 def recipes() -> None:
@@ -193,6 +208,8 @@ def compare(  # noqa: PLR0913 - each is an option
 
     print(table(run.compare(contest)))
     print(f"results: {out}")
+    first = Path(contest.run_of(contest.arms[0], contest.seeds[0]).out, "model")
+    print(next_lines(("evaluate", "reconstruction", "--model", first)))
 
 
 def _arm(text: str, settings: Sequence[str]) -> Arm:
@@ -326,6 +343,7 @@ def finetune_source(  # noqa: PLR0913 - each is an option
         f"clean: an image's own tokens; new: {run.max_replaced:.0%} of them made by the generator"
     )
     print(f"tokenizer: {done.directory}")
+    print(next_lines(("sample", "--generator", run.generator, "--model", done.directory)))
 
 
 def finetune_decoder(  # noqa: PLR0913 - each is an option
@@ -400,6 +418,7 @@ def finetune_decoder(  # noqa: PLR0913 - each is an option
         print(f"{name:<12} {f'{before:.2f} -> {done.after[name]:.2f}':>20}")
     print(f"own: an image's own tokens; mixed: {preserve:.0%} of them, the others are generated")
     print(f"tokenizer: {done.directory}")
+    print(next_lines(("sample", "--generator", generator, "--model", done.directory)))
 
 
 COMMANDS: dict[str, Callable[..., object]] = {

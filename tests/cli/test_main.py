@@ -405,7 +405,7 @@ def test_a_tilde_is_the_users_folder_in_every_option(words, monkeypatch, tmp_pat
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     seen = []
-    monkeypatch.setattr("mergevq.training.train.train", lambda run, **_: seen.append(run))
+    monkeypatch.setattr("mergevq.training.train.train", lambda run, **_: seen.append(run) or Path())
     main(["train", "digits32", *words, "--data.path=~/pictures"])
     assert seen[0].out == f"{tmp_path}/x"
     assert seen[0].data.path == f"{tmp_path}/pictures"
@@ -478,7 +478,10 @@ def test_a_dry_run_says_what_a_run_would_take(images, tmp_path, capsys):
 def test_training_leaves_a_model_that_reconstructs(images, tmp_path, capsys):
     data = ["--data.path", str(images), "--data.num-workers", "0"]
     assert main(["train", "digits32", *TINY, *data, "--out", str(tmp_path / "run")]) == 0
-    model = capsys.readouterr().out.removeprefix("trained tokenizer: ").strip()
+    trained, title, *commands = capsys.readouterr().out.splitlines()
+    model = trained.removeprefix("trained tokenizer: ")
+    assert title == "next:"
+    assert all(f"--model {model} --data {images}" in command for command in commands)
     assert reconstruct([images / "0.png"], model, tmp_path) == 0
     assert main(["train", "digits32", *TINY, *data, "--out", str(tmp_path / "run")]) == 1
     assert "--resume" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import typing
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tyro
@@ -94,7 +95,7 @@ def test_the_command_offers_every_recipe():
 def run_of(monkeypatch, *arguments):
     """The run that training is given."""
     seen = []
-    monkeypatch.setattr("mergevq.training.train.train", lambda run, **_: seen.append(run))
+    monkeypatch.setattr("mergevq.training.train.train", lambda run, **_: seen.append(run) or Path())
     assert main(["train", "digits32", *arguments]) == 0
     return seen[0]
 

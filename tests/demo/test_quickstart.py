@@ -262,7 +262,8 @@ def test_a_quickstart_prints_little_and_ends_with_numbers_and_what_is_next(done)
 
 def test_what_is_next_after_a_quickstart_can_be_done(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    lines = _after_quickstart(finished / "tokenizer/model", finished / "generator/model")
+    text = _after_quickstart(finished / "tokenizer/model", finished / "generator/model")
+    _, *lines = text.splitlines()
     Image.new("RGB", (40, 30)).save("PICTURE.png")
     for line in lines[:2]:
         words = shlex.split(line.replace("PICTURE", "PICTURE.png"))
