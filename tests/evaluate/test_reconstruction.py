@@ -42,7 +42,7 @@ class Identity(Tokenizer):
         self.image = image
         return super().embed(image)
 
-    def decode(self, tokens, source, grid_shape=None):  # noqa: ARG002
+    def decode(self, tokens, source, grid_shape=None, noise=None):  # noqa: ARG002
         return self.image
 
 

@@ -292,7 +292,7 @@ def test_only_images_that_were_made_can_be_made_again(folder, tmp_path):
         make_again(folder / "merge/config.json", [0])
 
 
-@pytest.mark.parametrize("weights", ["fp16", "bf16", "int8"])
+@pytest.mark.parametrize("weights", [pytest.param("fp16", marks=pytest.mark.slow), "bf16", "int8"])
 def test_lighter_weights_say_what_they_cost_and_can_be_repeated(folder, tmp_path, weights):
     written = write_samples(run_of(folder, weights=weights), tmp_path / "out")
     assert written.logit_error is not None

@@ -104,6 +104,7 @@ def test_table_plot_and_pictures_are_written(done):
     assert (folder / "out" / "rate_distortion.png").is_file() == has_plots("the plot")
 
 
+@pytest.mark.slow
 def test_nothing_is_trained_twice_and_what_was_stopped_goes_on(done, monkeypatch):
     settings, record, folder = done
     trained = []

@@ -59,7 +59,7 @@ def settings(tmp_path, out="quantized", **values):
     )
 
 
-@pytest.mark.parametrize("kind", ["kl", "none"])
+@pytest.mark.parametrize("kind", ["kl", pytest.param("none", marks=pytest.mark.slow)])
 def test_with_ever_more_levels_pictures_become_those_of_the_autoencoder(kind, tmp_path):
     model = saved(tmp_path / "model", **{"quantizer.kind": kind})
     with torch.no_grad():
