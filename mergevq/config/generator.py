@@ -239,7 +239,29 @@ class Several:
         check_numbers(self)
 
 
-Passes = OneByOne | Several
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drafted:
+    """Drafted tokens checked several in each pass, for orders `raster` and `merge`.
+
+    A draft is accepted if it is what would be sampled in its place, so that images are those of one
+    token in each pass.
+    """
+
+    kind: Literal["drafted"] = "drafted"
+    draft: Literal["previous", "left", "above"] = "previous"
+    """Draft of a token: what was chosen there in the pass before, after a wrong draft; or the token
+    of the cell to the left, or above it. `left` is the draft where there is no other."""
+    num_drafted: int = 4
+    """Tokens drafted for each pass, which decodes one more than it accepts."""
+    budget: bool = True
+    """As in `OneByOne`, without the smaller cache."""
+
+    def __post_init__(self) -> None:
+        """Reject passes without a draft."""
+        check_numbers(self)
+
+
+Passes = OneByOne | Several | Drafted
 """Tokens of a pass."""
 
 
@@ -269,6 +291,10 @@ class SamplingSettings:
     """Sample among the most likely values that together have this probability; 1 is all."""
     passes: Passes = field(default_factory=OneByOne)
     """Tokens decoded in one pass."""
+    bits_order: Literal["schedule", "confidence"] = "schedule"
+    """With head `bits`, order in which the bits of a token are chosen: block by block, or those of
+    which the head is most confident first, as many as the block has (BAR). `temperature` then falls
+    linearly over the blocks, and is the scale of noise on the confidence too."""
     candidates: int = 1
     """Samples drawn for each image, of which that one is kept which its class makes likeliest in
     proportion to its likelihood without a class (ILLUME)."""
@@ -338,17 +364,51 @@ def check_sampling(config: GeneratorConfig, settings: SamplingSettings) -> None:
     """Check that a generator can sample as settings ask for.
 
     Raises:
-        ValueError: it decodes one token in a pass, or its likelihoods cannot rank samples.
+        ValueError: it decodes another number of tokens in a pass, its head has no confidence, or
+            its likelihoods cannot rank samples.
     """
+    order, passes = config.order, settings.passes
     require(
-        settings.candidates == 1 or config.order.is_exact,
-        f"candidates ({settings.candidates}) must be 1 in order '{config.order.kind}', whose "
+        settings.candidates == 1 or order.is_exact,
+        f"candidates ({settings.candidates}) must be 1 in order '{order.kind}', whose "
         "likelihoods are estimates",
     )
     require(
-        config.order.in_parallel or isinstance(settings.passes, OneByOne),
-        f"passes.kind ({settings.passes.kind}) must be 'one' in order '{config.order.kind}', which "
-        "decodes one token in each pass",
+        order.in_parallel or not isinstance(passes, Several),
+        f"passes.kind ({passes.kind}) must be 'one' in order '{order.kind}', which decodes one "
+        "token in each pass",
+    )
+    require(
+        order.drafts or not isinstance(passes, Drafted),
+        f"passes.kind ({passes.kind}) must be 'one' in order '{order.kind}', whose tokens have no "
+        "neighbours that are decoded before them; orders 'raster' and 'merge' have",
+    )
+    if settings.bits_order == "confidence":
+        _check_confidence(config, settings)
+
+
+def _check_confidence(config: GeneratorConfig, settings: SamplingSettings) -> None:
+    """Reject an order of bits by confidence where it is not defined, or has no likelihood."""
+    order, passes = config.order, settings.passes
+    require(
+        isinstance(config.head, Bits),
+        f"bits_order ({settings.bits_order}) must be 'schedule' with head '{config.head.kind}', "
+        "whose sub-indices are not masked",
+    )
+    require(
+        not order.in_parallel,
+        f"bits_order ({settings.bits_order}) must be 'schedule' in order '{order.kind}', which "
+        "decodes several tokens in each pass",
+    )
+    require(
+        not (isinstance(order, Merge) and not isinstance(passes, Several) and passes.budget),
+        f"bits_order ({settings.bits_order}) must be 'schedule' where samples are held to K "
+        "distinct tokens, whose sub-indices follow from those before; turn passes.budget off",
+    )
+    require(
+        settings.candidates == 1,
+        f"candidates ({settings.candidates}) must be 1 with bits_order "
+        f"'{settings.bits_order}', whose samples have no known likelihood to be ranked by",
     )
 
 

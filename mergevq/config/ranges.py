@@ -224,6 +224,7 @@ RANGES = {
     "guidance_interval": _SHARE,
     "SamplingSettings.temperature": Range(0, 1000),
     "confidence_temperature": Range(0, 1000),
+    "num_drafted": Range(1, 2**16),
     "top_k": Range(0, 2**63 - 1),
     "top_p": Range(1e-6, 1),  # Float32 tells no smaller share of a distribution from none.
     "classifier_outputs": Range(0, 2**31 - 1),

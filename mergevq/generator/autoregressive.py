@@ -22,7 +22,7 @@ from mergevq.config.generator import (
     SamplingSettings,
 )
 from mergevq.generator.network import Network, Predicted, described
-from mergevq.generator.sampling import draw, run
+from mergevq.generator.sampling import draw, run, uniforms_of_token
 from mergevq.generator.seams import (
     Decoder,
     Draws,
@@ -188,11 +188,11 @@ class Autoregressive(nn.Module):
         seed: int,
         image_ids: Sequence[int],
         num_kept: int,
-        settings: SamplingSettings,  # noqa: ARG002
+        settings: SamplingSettings,
     ) -> Draws:
         """Uniform numbers for every part of every token, and an order, of each image."""
-        num_parts = len(self.config.part_names)
-        return draw(seed, image_ids, self.config.num_states(num_kept), num_parts, self.device)
+        count = uniforms_of_token(self.config, settings)
+        return draw(seed, image_ids, self.config.num_states(num_kept), count, self.device)
 
     def decoder(
         self,

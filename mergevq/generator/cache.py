@@ -105,6 +105,67 @@ class FullCache(_Memory):
         self.length += count
 
 
+class RowCache(_Memory):
+    """Keys and values of every input, of each row at slots of its own, which may be written again.
+
+    For rows of which some are further than others. The caller's mask keeps what was written for
+    inputs that were taken back out of sight until it is overwritten.
+    """
+
+    def reset(self) -> None:
+        """Forget everything; the next inputs are the prefix."""
+        self.slots: Tensor | None = None
+
+    def put_at(self, slots: Int64[Tensor, "b n"], end: int) -> None:
+        """Slots of the next inputs, all below `end`; slots from there on are not attended to."""
+        self.slots, self.end = slots, end
+
+    def place(self, codes: Int64[Tensor, "b"]) -> None:
+        """Do nothing: `put_at` gives the place."""
+
+    def advance(self, count: int) -> None:
+        """Do nothing: an input stays in its slot until another is put there."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Float[Tensor, "b h n d"],
+        key: Float[Tensor, "b g n d"],
+        value: Float[Tensor, "b g n d"],
+        mask: Float[Tensor, "b n m"] | None,
+    ) -> Float[Tensor, "b h n d"]:
+        """Write new inputs into their slots and attend to what the mask leaves.
+
+        Args:
+            layer: number of the layer.
+            query: of the new inputs.
+            key: of the new inputs.
+            value: of the new inputs.
+            mask: what is added to the logits of the slots below `end`; None for the prefix, each
+                input of which sees all up to itself.
+        """
+        keys, values = self.layers[layer]
+        count = key.shape[2]
+        if self.slots is None:
+            keys[:, :, :count], values[:, :, :count] = key, value
+            return attend(
+                query.to(keys.dtype),
+                keys[:, :, :count],
+                values[:, :, :count],
+                None,
+                is_causal=count > 1,
+            )
+        rows = torch.arange(len(key), device=key.device)[:, None]
+        keys[rows, :, self.slots] = key.transpose(1, 2).to(keys.dtype)
+        values[rows, :, self.slots] = value.transpose(1, 2).to(values.dtype)
+        return attend(
+            query.to(keys.dtype),
+            keys[:, :, : self.end],
+            values[:, :, : self.end],
+            None if mask is None else mask[:, None],
+        )
+
+
 class SlotCache(_Memory):
     """MergeAR's cache: a slot for each distinct token and for duplicates inside the window.
 

@@ -4,7 +4,8 @@ Source: Sun et al. 2024, "Autoregressive Model Beats Diffusion: Llama for Scalab
 Generation", section 2 (arXiv:2406.06525).
 
 Shape letters: B images, R rows (B, or 2B with guidance: conditional ones first), T tokens of a
-sequence, P parts of a token, C channels, N inputs, S and Z each B or 1.
+sequence, M tokens and drafts, P parts of a token, C channels, N inputs, E inputs looked at, S and Z
+each B or 1.
 """
 
 from collections.abc import Sequence
@@ -17,9 +18,10 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask
 
 from mergevq.config.generator import (
+    Drafted,
     SamplingSettings,
 )
-from mergevq.generator.cache import FullCache
+from mergevq.generator.cache import FullCache, RowCache
 from mergevq.generator.network import Cache, Network, Restriction
 from mergevq.generator.sampling import guidance_scales
 from mergevq.generator.seams import Draws, Layout, Sequences
@@ -62,6 +64,42 @@ class TokenByToken(Protocol):
         ...
 
 
+@runtime_checkable
+class CellByCell(Protocol):
+    """An order of all cells of which several can be checked in one pass."""
+
+    def seen(
+        self,
+        network: Network,
+        tokens: Int64[Tensor, "b m p"],
+        slots: Int64[Tensor, "b n"],
+        end: int,
+    ) -> Bool[Tensor, "b n e"]:
+        """Inputs, the prefix first, that some of them see.
+
+        Args:
+            network: of whose tokens these are.
+            tokens: of each image, those that are not decoded among them.
+            slots: inputs that look, by number.
+            end: inputs looked at.
+        """
+        ...
+
+    def restriction(
+        self,
+        network: Network,
+        tokens: Int64[Tensor, "b m p"],
+        cells: Int64[Tensor, "b n"],
+        num_kept: int,
+        settings: SamplingSettings,
+    ) -> Restriction | None:
+        """Rules for some cells of each image, one after the other, by the tokens before each.
+
+        None leaves all free.
+        """
+        ...
+
+
 def lay_out(
     network: Network,
     sequences: Sequences,
@@ -92,6 +130,11 @@ def add_targets(
     """Inputs with a vector added to each of the last T, for the place of the token it predicts."""
     prefix = inputs.shape[1] - targets.shape[-2]
     return torch.cat([inputs[:, :prefix], inputs[:, prefix:] + targets], dim=1)
+
+
+def seen_before(slots: Int64[Tensor, "b n"], end: int) -> Bool[Tensor, "b n e"]:
+    """All inputs up to each of some."""
+    return torch.arange(end, device=slots.device) <= slots[..., None]
 
 
 def full_cache(network: Network, batch: int, num_inputs: int) -> FullCache:
@@ -258,3 +301,163 @@ class SequenceDecoder:
     def _target(self, token: int) -> Float[Tensor, "c"] | None:
         """Vector of the place of a token, if there are such vectors."""
         return None if self.targets is None else self.targets[token]
+
+
+class DraftDecoder:
+    """Sequences of which several tokens are drafted and checked in each pass (`seams.Decoder`).
+
+    One pass gives the state of each drafted token; the head chooses all of them by the numbers of
+    their places, as if the drafts before were right. Those up to the first that is not its draft
+    are what decoding token by token gives, and are kept. Images of a batch go on each by itself.
+
+    Source: Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding",
+    section 2 (arXiv:2211.17192), for samples that share their random numbers; FLASH
+    (github.com/ZihuaEvan/FlashSD).
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        order: CellByCell,
+        labels: Int64[Tensor, "b"],
+        num_kept: int,
+        draws: Draws,
+        settings: SamplingSettings,
+        passes: Drafted,
+        targets: Float[Tensor, "t c"] | None = None,
+    ) -> None:
+        """Allocate the cache.
+
+        Args:
+            network: what decodes.
+            order: whose sequences these are.
+            labels: classes.
+            num_kept: K.
+            draws: uniform numbers for every token of a sequence.
+            settings: guidance, temperature and so on.
+            passes: what drafts, and how much.
+            targets: vector of the place of each token, added to the input before it.
+        """
+        self.network, self.order, self.num_kept, self.targets = network, order, num_kept, targets
+        self.uniforms, self.settings, self.passes = draws.uniforms, settings, passes
+        config, batch, device = network.config, len(draws.uniforms), network.device
+        self.num_tokens = config.num_tokens
+        scales = guidance_scales(settings, range(self.num_tokens), self.num_tokens)
+        self.labels = network.with_unconditional(labels, scales)
+        self.scale = scales[0] if len(set(scales)) == 1 else None
+        self.scales = torch.tensor(scales, device=device)
+        # Rows that are ahead go on past their end, where nothing is read.
+        most = self.num_tokens + passes.num_drafted + 1
+        self.cache = RowCache(
+            config,
+            batch=len(self.labels),
+            num_slots=config.num_prefix + most,
+            device=device,
+            dtype=cache_type(network),
+        )
+        self.kv_bytes = self.cache.num_bytes
+        self.memory = (self.cache.keys, self.cache.values)
+        self.images = torch.arange(batch, device=device)[:, None]
+        self.tokens = torch.zeros(
+            batch, most, len(config.part_sizes), dtype=torch.int64, device=device
+        )
+        self.back = _back(config.grid_size, most, above=passes.draft == "above").to(device)
+        self.finite: list[Tensor] = []
+        self._restart(0)
+
+    @property
+    def num_steps(self) -> int:
+        """Passes so far, and one for each token that the image furthest behind lacks."""
+        return self.num_passes + self.num_tokens - self.shortest
+
+    def parts(self) -> Int64[Tensor, "b t p"]:
+        """Tokens decoded so far of every image."""
+        return self.tokens[:, : self.shortest]
+
+    def known(self) -> Bool[Tensor, "b t"]:
+        """All of `parts`."""
+        return torch.ones_like(self.tokens[:, : self.shortest, 0], dtype=torch.bool)
+
+    @torch.inference_mode()
+    def seek(self, step: int, history: Int64[Tensor, "b t p"] | None = None) -> None:
+        """Fill in the prefix and take the tokens before a step as decoded (`seams.Decoder`)."""
+        target = None if self.targets is None else self.targets[0]
+        self.states = prefill(self.network, self.cache, self.labels, self.num_kept, target)
+        if history is not None:
+            self.tokens[:, :step] = history[:, :step]
+        self._restart(step)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Check a draft of each image; keep what is right of it and the token after."""
+        if self.shortest == self.num_tokens:
+            return
+        count = min(self.passes.num_drafted, self.num_tokens - self.shortest - 1)
+        if self.shortest == 0:
+            states, count = self.states[:, None], 0
+        else:
+            self._draft(count)
+            states = self._states(count)
+        cells = self.lengths[:, None] + torch.arange(count + 1, device=self.lengths.device)
+        drafts = self.tokens[self.images, cells]
+        places = cells.clamp_max(self.num_tokens - 1)
+        scale = self.scales[places].flatten()[:, None] if self.scale is None else self.scale
+        chosen = self.network.choose(
+            states.flatten(0, 1),
+            self.uniforms[self.images, places].flatten(0, 1),
+            scale,
+            self.settings,
+            self.order.restriction(self.network, self.tokens, cells, self.num_kept, self.settings),
+        )
+        self.finite += chosen.finite
+        parts = chosen.parts.unflatten(0, cells.shape)
+        self.tokens[self.images, cells] = parts
+        right = (parts == drafts).all(-1)[:, :-1].long().cumprod(1).sum(1)
+        self.lengths = (self.lengths + right + 1).clamp_max(self.num_tokens)
+        self.filled = cells[:, -1] + 1 if self.passes.draft == "previous" else self.lengths
+        self.num_passes += 1
+        # One read of the device in each pass.
+        self.shortest, self.longest = torch.stack(self.lengths.aminmax()).tolist()
+
+    def _restart(self, step: int) -> None:
+        """Take all before a step as decoded, one token in each."""
+        self.num_passes = self.shortest = self.longest = step
+        self.lengths = torch.full_like(self.images[:, 0], step)
+        self.filled = self.lengths
+
+    def _draft(self, count: int) -> None:
+        """Write drafts of the next tokens of each image after those decoded."""
+        images = self.images[:, 0]
+        for number in range(count):
+            cells = self.lengths + number
+            copied = self.tokens[images, cells - self.back[cells]]
+            is_old = (cells < self.filled)[:, None]
+            self.tokens[images, cells] = torch.where(is_old, self.tokens[images, cells], copied)
+
+    def _states(self, count: int) -> Float[Tensor, "r n c"]:
+        """States that predict the next token of each image, and those after its drafts."""
+        network, cache = self.network, self.cache
+        repeats = len(self.labels) // len(self.images)
+        cells = self.lengths[:, None] - 1 + torch.arange(count + 1, device=self.lengths.device)
+        inputs = network.embed(self.tokens[self.images, cells].repeat(repeats, 1, 1))
+        if self.targets is not None:
+            following = (cells + 1).clamp_max(self.num_tokens - 1)
+            inputs = add_targets(inputs, self.targets[following].repeat(repeats, 1, 1))
+        slots = network.config.num_prefix + cells
+        end = network.config.num_prefix + self.longest + count
+        cache.put_at(slots.repeat(repeats, 1), end)
+        where = cells.clamp_max(self.num_tokens - 1)
+        turns = Rotation(
+            *(table[0, 0, where][:, None].repeat(repeats, 1, 1, 1) for table in cache.turns)
+        )
+        seen = self.order.seen(network, self.tokens, slots, end).repeat(repeats, 1, 1)
+        return network.transform(inputs, turns, seen, cache)
+
+
+def _back(grid_size: tuple[int, int], count: int, *, above: bool) -> Int64[Tensor, "m"]:
+    """Cells from each back to that which its draft copies; beyond the grid as in the last row."""
+    cells = torch.arange(count)
+    columns = grid_size[1]
+    has_left, has_above = cells % columns > 0, cells >= columns
+    is_above = has_above if above else has_above & ~has_left
+    return torch.where(is_above, columns, 1)

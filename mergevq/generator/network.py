@@ -135,8 +135,8 @@ class Head(Protocol):
     def choose(
         self,
         states: Float[Tensor, "r c"],
-        uniforms: Float[Tensor, "b p"],
-        scale: float,
+        uniforms: Float[Tensor, "b u"],
+        scale: float | Float[Tensor, "b 1"],
         settings: SamplingSettings,
         embed: Embed,
         restriction: Restriction | None = None,
@@ -148,8 +148,8 @@ class Head(Protocol):
         Args:
             states: of the transformer; with twice as many rows as images the second half is
                 unconditional.
-            uniforms: numbers that decide.
-            scale: of guidance, if there are unconditional states.
+            uniforms: numbers that decide (`sampling.uniforms_of_token`).
+            scale: of guidance, if there are unconditional states; one, or one for each image.
             settings: temperature, top-k and top-p.
             embed: embeddings of the parts chosen before.
             restriction: rules of the order; None leaves all values free.
@@ -357,8 +357,8 @@ class Network(nn.Module):
     def choose(
         self,
         states: Float[Tensor, "r c"],
-        uniforms: Float[Tensor, "b p"],
-        scale: float,
+        uniforms: Float[Tensor, "b u"],
+        scale: float | Float[Tensor, "b 1"],
         settings: SamplingSettings,
         restriction: Restriction | None = None,
         *,

@@ -20,10 +20,12 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from mergevq.config.generator import (
+    GeneratorConfig,
     SamplingSettings,
     Several,
     check_sampling,
 )
+from mergevq.config.parts.heads import Bits
 from mergevq.generator.network import Chosen, Restriction
 from mergevq.generator.seams import Decoder, Draws, Generator, Sampled, Sequences
 from mergevq.runtime.random import numbered_seed
@@ -171,8 +173,10 @@ def sample_in_steps(
     draws = generator.draws(seed, image_ids, num_kept, settings)
     decoder = generator.decoder(labels.to(generator.device), num_kept, draws, settings)
     decoder.seek(0)
-    for step in range(1, decoder.num_steps + 1):
+    step = 0
+    while step < decoder.num_steps:
         decoder.step()
+        step += 1
         if step == decoder.num_steps:
             check_finite(decoder.finite)
         if step % every == 0 or step == decoder.num_steps:
@@ -234,8 +238,10 @@ def run(decoder: Decoder) -> None:
         RuntimeError: a cache overflowed, or a state was not finite.
     """
     decoder.seek(0)
-    for _ in range(decoder.num_steps):
+    step = 0
+    while step < decoder.num_steps:  # It may fall as steps are done.
         decoder.step()
+        step += 1
     check_finite(decoder.finite)
 
 
@@ -248,7 +254,7 @@ def draw(
     seed: int,
     image_ids: Sequence[int],
     num_tokens: int,
-    num_parts: int,
+    num_uniforms: int,
     device: torch.device,
     *,
     num_passes: int = 0,
@@ -259,7 +265,7 @@ def draw(
         seed: of the run.
         image_ids: numbers of the images.
         num_tokens: of a sequence.
-        num_parts: of a token.
+        num_uniforms: that decide the parts of a token.
         device: where the numbers are used.
         num_passes: passes in each of which every part of every token is chosen anew, and a token
             needs one number more; 0 draws none of these.
@@ -267,10 +273,10 @@ def draw(
     uniforms, orders, passes = [], [], []
     for image_id in image_ids:
         numbers = torch.Generator().manual_seed(image_seed(seed, image_id))
-        uniforms.append(torch.rand(num_tokens, num_parts, generator=numbers))
+        uniforms.append(torch.rand(num_tokens, num_uniforms, generator=numbers))
         orders.append(torch.randperm(num_tokens, generator=numbers))
         if num_passes:
-            shape = (num_passes, num_tokens, num_parts + 1)
+            shape = (num_passes, num_tokens, num_uniforms + 1)
             passes.append(torch.rand(shape, generator=numbers))
     return Draws(
         torch.stack(uniforms).to(device),
@@ -351,10 +357,24 @@ def num_passes(settings: SamplingSettings, num_tokens: int) -> int:
     return passes.num_steps if isinstance(passes, Several) else num_tokens
 
 
+def uniforms_of_token(config: GeneratorConfig, settings: SamplingSettings) -> int:
+    """U: uniform numbers that decide the parts of one token.
+
+    One for each part. Of bits chosen by confidence, two for each bit in each block: one decides the
+    value, one is noise on its confidence, and none serves twice, as which bits are masked again
+    depends on both.
+    """
+    head, num_parts = config.head, len(config.part_names)
+    if settings.bits_order == "schedule" or not isinstance(head, Bits):
+        return num_parts
+    more = (2 * len(head.block_sizes) - 1) * len(head.sizes)
+    return num_parts + config.order.tokens_per_step * more
+
+
 def choose_parts(
     logits_of: Callable[[int, Sequence[Tensor]], Float[Tensor, "r v"]],
     uniforms: Float[Tensor, "b p"],
-    scale: float,
+    scale: float | Float[Tensor, "b 1"],
     settings: SamplingSettings,
     restriction: Restriction | None,
     *,
@@ -379,9 +399,7 @@ def choose_parts(
         logits = logits_of(part, chosen)
         finite.append(logits.isfinite().all())
         if logits.shape[0] > batch:
-            conditional, unconditional = logits.chunk(2)
-            logits = unconditional + scale * (conditional - unconditional)
-            logits = conditional if scale == 1 else logits
+            logits = guided(*logits.chunk(2), scale)
         allowed = None if restriction is None else restriction.allowed(part, chosen)
         if allowed is not None:
             logits = logits.masked_fill(~allowed, -torch.inf)
@@ -398,6 +416,18 @@ def choose_parts(
             value = restriction.part(part, value, chosen)
         chosen.append(value)
     return Chosen(torch.stack(chosen, dim=-1), finite, log_prob)
+
+
+def guided(
+    conditional: Float[Tensor, "n v"],
+    unconditional: Float[Tensor, "n v"],
+    scale: float | Float[Tensor, "n 1"],
+) -> Float[Tensor, "n v"]:
+    """Logits of classifier-free guidance; of scale 1 the conditional ones themselves."""
+    mixed = unconditional + scale * (conditional - unconditional)
+    if isinstance(scale, Tensor):
+        return torch.where(scale == 1, conditional, mixed)
+    return conditional if scale == 1 else mixed
 
 
 def pick(

@@ -13,8 +13,8 @@ section 3 (arXiv:2412.01827); Luo et al. 2024, "Open-MAGVIT2", section 3.2 (sub-
 arXiv:2409.04410).
 
 Shape letters: B batch, L grid cells, K kept tokens, T tokens of a sequence (L or K), P parts of a
-token, F sub-indices of a token, C channels, N inputs, S passes, Q numbers of a token, R and Z each
-B or 1.
+token, F sub-indices of a token, U uniform numbers of a token, C channels, N inputs, S passes, Q
+numbers of a token, R and Z each B or 1.
 """
 
 from collections.abc import Mapping, Sequence
@@ -79,8 +79,8 @@ class GeneratorLoss(NamedTuple):
 class Draws(NamedTuple):
     """The random numbers of a batch of images."""
 
-    uniforms: Float[Tensor, "b t p"]
-    """In [0, 1), one for each part of each token."""
+    uniforms: Float[Tensor, "b t u"]
+    """In [0, 1), one for each part of each token; more for bits chosen by confidence."""
     order: Int64[Tensor, "b t"]
     """A permutation of the tokens."""
     passes: Float[Tensor, "b s t q"] | None = None
@@ -143,8 +143,14 @@ class Numbers(Protocol):
 class Decoder(Protocol):
     """A batch of sequences that is being decoded, some tokens of each in every step."""
 
-    num_steps: int
-    """Passes through the transformer from the first token to the last."""
+    @property
+    def num_steps(self) -> int:
+        """Passes through the transformer from the first token to the last, or the most so far.
+
+        It may fall with each step where it depends on what is drawn.
+        """
+        ...
+
     kv_bytes: int
     """Memory of the cache."""
     memory: tuple[Tensor, ...]

@@ -42,6 +42,8 @@ class Raster:
     """Whether the first parts of a token are which earlier cell it is a copy of."""
     is_exact: ClassVar[bool] = True
     """Whether likelihoods of sequences are exact, and not estimates of a bound."""
+    drafts: ClassVar[bool] = True
+    """Whether tokens can be drafted from neighbouring cells, and checked several in one pass."""
 
     def __post_init__(self) -> None:
         """Reject annealing that ends before it begins."""
@@ -88,6 +90,7 @@ class Merge:
     tokens_per_step: ClassVar[int] = 1
     names_copies: ClassVar[bool] = False
     is_exact: ClassVar[bool] = True
+    drafts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Reject a negative window."""
@@ -113,6 +116,7 @@ class Random:
     tokens_per_step: ClassVar[int] = 1
     names_copies: ClassVar[bool] = False
     is_exact: ClassVar[bool] = True
+    drafts: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,6 +136,7 @@ class Anchored:
     tokens_per_step: ClassVar[int] = 1
     names_copies: ClassVar[bool] = False
     is_exact: ClassVar[bool] = True
+    drafts: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,6 +168,7 @@ class Masked:
     tokens_per_step: ClassVar[int] = 1
     names_copies: ClassVar[bool] = False
     is_exact: ClassVar[bool] = False
+    drafts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Reject settings that contradict each other."""
@@ -196,6 +202,7 @@ class Stream:
     fills_in: ClassVar[bool] = False
     names_copies: ClassVar[bool] = True
     is_exact: ClassVar[bool] = True
+    drafts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Reject a number of cells below 1."""
@@ -218,6 +225,7 @@ class Ordered:
     tokens_per_step: ClassVar[int] = 1
     names_copies: ClassVar[bool] = False
     is_exact: ClassVar[bool] = True
+    drafts: ClassVar[bool] = False
 
 
 Order = Raster | Merge | Random | Anchored | Masked | Stream | Ordered

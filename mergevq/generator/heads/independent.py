@@ -65,7 +65,7 @@ class Independent(nn.Module):
         self,
         states: Float[Tensor, "r c"],
         uniforms: Float[Tensor, "b p"],
-        scale: float,
+        scale: float | Float[Tensor, "b 1"],
         settings: SamplingSettings,
         embed: Embed,  # noqa: ARG002
         restriction: Restriction | None = None,

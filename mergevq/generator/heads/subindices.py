@@ -65,7 +65,7 @@ class Subindices(nn.Module):
         self,
         states: Float[Tensor, "r c"],
         uniforms: Float[Tensor, "b p"],
-        scale: float,
+        scale: float | Float[Tensor, "b 1"],
         settings: SamplingSettings,
         embed: Embed,
         restriction: Restriction | None = None,

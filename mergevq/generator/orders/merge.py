@@ -9,8 +9,8 @@ M is the merge instruction, an embedding of K, and x_i is the token of cell i.
 Differs: groups are tokens of equal code, in training as in sampling, where the paper trains on the
 tokenizer's groups (`groups="source"` is the paper); a sample is held to K distinct tokens.
 
-Shape letters: B batch, R rows, L grid cells, K slots of tokens, T tokens of a sequence, P parts of
-a token, C channels, N inputs, V values of a part.
+Shape letters: B batch, R rows, L grid cells, K slots of tokens, T tokens of a sequence, M tokens
+and drafts, P parts of a token, C channels, N inputs, E inputs looked at, V values of a part.
 """
 
 from collections.abc import Sequence
@@ -23,13 +23,20 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from mergevq.config.generator import (
+    Drafted,
     GeneratorConfig,
     OneByOne,
     SamplingSettings,
 )
 from mergevq.config.parts import orders as config
 from mergevq.generator.cache import SlotCache
-from mergevq.generator.decoding import SequenceDecoder, cache_type, lay_out, turns_at
+from mergevq.generator.decoding import (
+    DraftDecoder,
+    SequenceDecoder,
+    cache_type,
+    lay_out,
+    turns_at,
+)
 from mergevq.generator.network import Cache, Network, Restriction
 from mergevq.generator.seams import (
     Decoder,
@@ -128,6 +135,43 @@ class Merge:
         """Turns of the cell that the token is."""
         return turns_at(cache, token)
 
+    def seen(
+        self,
+        network: Network,
+        tokens: Int64[Tensor, "b m p"],
+        slots: Int64[Tensor, "b n"],
+        end: int,
+    ) -> Bool[Tensor, "b n e"]:
+        """Inputs up to each that are no duplicates, and the window (`decoding.CellByCell`)."""
+        first = first_occurrence(network.indices(tokens))
+        first = functional.pad(first, (network.config.num_prefix, 0), value=True)[:, None, :end]
+        distance = slots[..., None] - torch.arange(end, device=slots.device)
+        return (distance >= 0) & ((distance <= self.config.window) | first)
+
+    def restriction(
+        self,
+        network: Network,
+        tokens: Int64[Tensor, "b m p"],
+        cells: Int64[Tensor, "b n"],
+        num_kept: int,
+        settings: SamplingSettings,
+    ) -> "Present | None":
+        """Where K distinct tokens came before, only those, if images are held to the budget."""
+        if not _is_held(settings):
+            return None
+        numbers = torch.arange(tokens.shape[1], device=cells.device)
+        before = numbers < cells[..., None]
+        first = first_occurrence(network.indices(tokens))
+        is_free = (before & first[:, None]).sum(-1) < num_kept
+        if is_free.all():
+            return None
+        return Present(
+            parts=tokens.repeat_interleave(cells.shape[1], dim=0),
+            is_there=before.flatten(0, 1),
+            is_free=is_free.flatten()[:, None],
+            sizes=network.config.part_sizes,
+        )
+
     def decoder(
         self,
         network: Network,
@@ -136,7 +180,9 @@ class Merge:
         draws: Draws,
         settings: SamplingSettings,
     ) -> Decoder:
-        """One cell in each step."""
+        """One cell in each step, or drafts of several."""
+        if isinstance(settings.passes, Drafted):
+            return DraftDecoder(network, self, labels, num_kept, draws, settings, settings.passes)
         return SequenceDecoder(network, self, labels, num_kept, draws, settings)
 
     def sampled(self, network: Network, decoder: Decoder) -> Sampled:
@@ -220,7 +266,7 @@ class Present:
 
 def _is_held(settings: SamplingSettings) -> bool:
     """Whether a sample is held to K distinct tokens."""
-    return isinstance(settings.passes, OneByOne) and settings.passes.budget
+    return isinstance(settings.passes, OneByOne | Drafted) and settings.passes.budget
 
 
 def leaders(groups: Int64[Tensor, "b t"]) -> Int64[Tensor, "b t"]:

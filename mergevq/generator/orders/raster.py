@@ -18,24 +18,28 @@ which random orders are defined; validation, likelihoods and samples are in rast
 Differs: positions are rotations by row and column, which go with the tokens, where RAR learns a
 vector for each.
 
-Shape letters: B batch, R rows, T tokens of a sequence, P parts of a token.
+Shape letters: B batch, R rows, T tokens of a sequence, M tokens and drafts, P parts
+of a token, N inputs, E inputs looked at.
 """
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 
 from mergevq.config.generator import (
+    Drafted,
     GeneratorConfig,
     SamplingSettings,
 )
 from mergevq.config.parts import orders as config
 from mergevq.generator.cache import FullCache
 from mergevq.generator.decoding import (
+    DraftDecoder,
     SequenceDecoder,
     add_targets,
     full_cache,
     lay_out,
+    seen_before,
     turns_at,
 )
 from mergevq.generator.network import INITIAL_STD, Cache, Network
@@ -128,6 +132,26 @@ class Raster(nn.Module):
         """Turns of the cell that the token is."""
         return turns_at(cache, token)
 
+    def seen(
+        self,
+        network: Network,  # noqa: ARG002
+        tokens: Int64[Tensor, "b m p"],  # noqa: ARG002
+        slots: Int64[Tensor, "b n"],
+        end: int,
+    ) -> Bool[Tensor, "b n e"]:
+        """All inputs up to each (`decoding.CellByCell`)."""
+        return seen_before(slots, end)
+
+    def restriction(
+        self,
+        network: Network,
+        tokens: Int64[Tensor, "b m p"],
+        cells: Int64[Tensor, "b n"],
+        num_kept: int,
+        settings: SamplingSettings,
+    ) -> None:
+        """No rules: every token may have every value."""
+
     def decoder(
         self,
         network: Network,
@@ -136,7 +160,11 @@ class Raster(nn.Module):
         draws: Draws,
         settings: SamplingSettings,
     ) -> Decoder:
-        """One cell in each step."""
+        """One cell in each step, or drafts of several."""
+        if isinstance(settings.passes, Drafted):
+            return DraftDecoder(
+                network, self, labels, num_kept, draws, settings, settings.passes, self.targets
+            )
         return SequenceDecoder(network, self, labels, num_kept, draws, settings, self.targets)
 
     def sampled(self, network: Network, decoder: Decoder) -> Sampled:
