@@ -417,18 +417,20 @@ class DraftDecoder:
         self.filled = cells[:, -1] + 1 if self.passes.draft == "previous" else self.lengths
         self.num_passes += 1
         # One read of the device in each pass.
-        self.shortest, self.longest = torch.stack(self.lengths.aminmax()).tolist()
+        ahead = (self.filled - self.lengths).min()
+        bounds = torch.stack([*self.lengths.aminmax(), ahead]).tolist()
+        self.shortest, self.longest, self.ahead = bounds
 
     def _restart(self, step: int) -> None:
         """Take all before a step as decoded, one token in each."""
         self.num_passes = self.shortest = self.longest = step
         self.lengths = torch.full_like(self.images[:, 0], step)
-        self.filled = self.lengths
+        self.filled, self.ahead = self.lengths, 0
 
     def _draft(self, count: int) -> None:
         """Write drafts of the next tokens of each image after those decoded."""
         images = self.images[:, 0]
-        for number in range(count):
+        for number in range(min(self.ahead, count), count):
             cells = self.lengths + number
             copied = self.tokens[images, cells - self.back[cells]]
             is_old = (cells < self.filled)[:, None]

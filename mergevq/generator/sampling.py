@@ -398,17 +398,8 @@ def choose_parts(
     for part in range(num_parts):
         logits = logits_of(part, chosen)
         finite.append(logits.isfinite().all())
-        if logits.shape[0] > batch:
-            logits = guided(*logits.chunk(2), scale)
-        allowed = None if restriction is None else restriction.allowed(part, chosen)
-        if allowed is not None:
-            logits = logits.masked_fill(~allowed, -torch.inf)
-        value = pick(
-            logits,
-            uniforms[:, part],
-            temperature=of_part(settings.temperature, part),
-            top_k=of_part(settings.top_k, part),
-            top_p=of_part(settings.top_p, part),
+        value, logits = choose_part(
+            part, logits, uniforms[:, part], scale, settings, restriction, chosen
         )
         if log_prob is not None:
             log_prob = log_prob + logits.log_softmax(-1).gather(1, value[:, None])[:, 0]
@@ -416,6 +407,48 @@ def choose_parts(
             value = restriction.part(part, value, chosen)
         chosen.append(value)
     return Chosen(torch.stack(chosen, dim=-1), finite, log_prob)
+
+
+def choose_part(
+    part: int,
+    logits: Float[Tensor, "r v"],
+    uniforms: Float[Tensor, "b"],
+    scale: float | Float[Tensor, "b 1"],
+    settings: SamplingSettings,
+    restriction: Restriction | None,
+    chosen: Sequence[Int64[Tensor, "b"]],
+    *,
+    warmth: float = 1.0,
+) -> tuple[Int64[Tensor, "b"], Float[Tensor, "b v"]]:
+    """Choose one part of a token for each image.
+
+    Args:
+        part: its number.
+        logits: float32, as `choose_parts` asks for them.
+        uniforms: numbers that decide.
+        scale: of guidance, if there are unconditional logits.
+        settings: temperature, top-k and top-p.
+        restriction: rules of the order; None leaves all values free.
+        chosen: the parts before.
+        warmth: share of the temperature.
+
+    Returns:
+        The values, before the order's rule turns them into parts, and the guided logits of those
+        that may be, at temperature 1.
+    """
+    if len(logits) > len(uniforms):
+        logits = guided(*logits.chunk(2), scale)
+    allowed = None if restriction is None else restriction.allowed(part, chosen)
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -torch.inf)
+    value = pick(
+        logits,
+        uniforms,
+        temperature=of_part(settings.temperature, part) * warmth,
+        top_k=of_part(settings.top_k, part),
+        top_p=of_part(settings.top_p, part),
+    )
+    return value, logits
 
 
 def guided(

@@ -7,10 +7,9 @@ import torch
 
 from mergevq.config.generator import Drafted, OneByOne, SamplingSettings
 from mergevq.config.parts.heads import Bits, Independent
-from mergevq.config.parts.orders import Anchored, Merge, Raster
+from mergevq.config.parts.orders import Merge, Raster
 from mergevq.generator.build import build_generator
-from mergevq.generator.sampling import guided, run, sample, sample_in_steps
-from mergevq.generator.weights import as_weights
+from mergevq.generator.sampling import sample
 from tests.support.generators import TINY
 
 DRAFTS = ("previous", "left", "above")

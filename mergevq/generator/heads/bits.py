@@ -11,16 +11,19 @@ before. One block for all parts is the assumption that they are independent, giv
 Parts that an order puts before the bits (a cell, a relation) are a block each, as an order's rules
 for one depend on those before.
 
-Differs: blocks are in a fixed order, where BAR unmasks the parts of the largest logits, whose
-tokens have no known probability; training is on that probability, all blocks of the schedule, or,
-with `masking` set to `mixed`, by BAR's random masks for half of the tokens and a random block and
-all after it for the others, as BAR's leave nothing visible in one token of thousands alone; the
-number of masked parts is a learned vector, where BAR has a network over Fourier features of their
-share; embeddings of parts are those of the transformer; the condition passes one SiLU, not one more
-in each layer.
+Sampling may unmask the bits of the highest confidence first instead, as BAR does; tokens then have
+no known probability.
 
-Shape letters: N tokens, B images, P parts of a token, S blocks, C channels, W width, Q random
-numbers of a token, R is B, or 2B with guidance.
+Differs: blocks are in a fixed order by default; confidence is a log-probability, where BAR has a
+logit, to which any constant may be added; training is on the probability of the fixed order, all
+blocks of the schedule, or, with `masking` set to `mixed`, by BAR's random masks for half of the
+tokens and a random block and all after it for the others, as BAR's leave nothing visible in one
+token of thousands alone; the number of masked parts is a learned vector, where BAR has a network
+over Fourier features of their share; embeddings of parts are those of the transformer; the
+condition passes one SiLU, not one more in each layer.
+
+Shape letters: N tokens, B images, P parts of a token, S blocks, C channels, W width, K bits of a
+cell, Q random numbers of a token in training, U in sampling, R is B, or 2B with guidance.
 """
 
 from collections.abc import Sequence
@@ -37,7 +40,7 @@ from mergevq.config.generator import (
 )
 from mergevq.config.parts import heads as config
 from mergevq.generator.network import Chosen, Embed, Predicted, Restriction
-from mergevq.generator.sampling import choose_parts
+from mergevq.generator.sampling import choose_part, choose_parts, of_part
 from mergevq.nn.llama import Projection, RmsNorm, SwiGlu
 
 _NUM_DRAWS = 3
@@ -59,6 +62,7 @@ class Bits(nn.Module):
         self.starts = block_starts(sizes, head)
         """First part of each block."""
         self.num_bits, self.visible_weight = len(head.sizes), head.visible_weight
+        self.block_sizes = head.block_sizes
         self.per_cell = num_parts // sizes.order.tokens_per_step
         self.num_uniforms = _NUM_DRAWS + self.num_bits if head.masking == "mixed" else 0
         """Random numbers of a token in training (`network.RandomHead`)."""
@@ -152,7 +156,18 @@ class Bits(nn.Module):
         *,
         scored: bool = False,
     ) -> Chosen:
-        """Choose the parts of one token for each image; see `network.Head.choose`."""
+        """Choose the parts of one token for each image; see `network.Head.choose`.
+
+        Raises:
+            ValueError: a log-probability was asked for, which bits by confidence do not have.
+        """
+        if settings.bits_order == "confidence":
+            if scored:
+                raise ValueError(
+                    f"bits_order ({settings.bits_order}) must be 'schedule' where the probability "
+                    "of a token is needed: it is not known of bits chosen by confidence"
+                )
+            return self._choose_surest(states, uniforms, scale, settings, embed, restriction)
         repeats = len(states) // len(uniforms)
         # What the network found for the block at hand.
         found: list[Tensor] = []
@@ -166,6 +181,76 @@ class Bits(nn.Module):
             return self.outputs[part](found[0]).float()
 
         return choose_parts(logits_of, uniforms, scale, settings, restriction, scored=scored)
+
+    def _choose_surest(
+        self,
+        states: Float[Tensor, "r c"],
+        uniforms: Float[Tensor, "b u"],
+        scale: float | Float[Tensor, "b 1"],
+        settings: SamplingSettings,
+        embed: Embed,
+        restriction: Restriction | None,
+    ) -> Chosen:
+        """Choose the bits of each cell in as many passes as there are blocks, the surest first.
+
+        A pass chooses all bits that are masked. Those of the highest confidence stay, with earlier
+        ones as many as all blocks so far have; the others are masked again. Confidence is the
+        log-probability of the value with Gumbel noise. Temperature and noise fall over the passes.
+        Parts of the order are chosen before, one by one.
+        """
+        values = torch.zeros(
+            len(uniforms), len(self.outputs), dtype=torch.int64, device=states.device
+        )
+        visible = torch.zeros_like(values, dtype=torch.bool)
+        finite: list[Tensor] = []
+        numbers = iter(uniforms.unbind(-1))
+
+        def choose(parts: range, start: int, warmth: float) -> tuple[Tensor, Tensor]:
+            """Values of some parts, and logits of theirs, by what is visible."""
+            found = self._found(values, visible, states, embed)
+            before = values[:, :start].unbind(-1)
+            fresh, log_probs = [], []
+            for part in parts:
+                logits = self.outputs[part](found).float()
+                finite.append(logits.isfinite().all())
+                value, logits = choose_part(
+                    part, logits, next(numbers), scale, settings, restriction, before, warmth=warmth
+                )
+                log_probs.append(logits.log_softmax(-1).gather(1, value[:, None])[:, 0])
+                fresh.append(
+                    value if restriction is None else restriction.part(part, value, before)
+                )
+            return torch.stack(fresh, dim=-1), torch.stack(log_probs, dim=-1)
+
+        for end in range(self.per_cell, len(self.outputs) + 1, self.per_cell):
+            bits = range(end - self.num_bits, end)
+            for part in range(end - self.per_cell, bits.start):
+                values[:, part] = choose(range(part, part + 1), part, 1.0)[0][:, 0]
+                visible[:, part] = True
+            for block, count in enumerate(accumulate(self.block_sizes)):
+                warmth = 1 - block / len(self.block_sizes)
+                fresh, confidence = choose(bits, bits.start, warmth)
+                noise = gumbel(torch.stack([next(numbers) for _ in bits], dim=-1))
+                scales = [of_part(settings.temperature, part) * warmth for part in bits]
+                confidence = confidence + noise * noise.new_tensor(scales)
+                own = slice(bits.start, end)
+                values[:, own] = torch.where(visible[:, own], values[:, own], fresh)
+                visible[:, own] = surest(confidence, visible[:, own], count)
+        return Chosen(values, finite, None)
+
+    def _found(
+        self,
+        values: Int64[Tensor, "b p"],
+        visible: Bool[Tensor, "b p"],
+        states: Float[Tensor, "r c"],
+        embed: Embed,
+    ) -> Float[Tensor, "r w"]:
+        """Input of the output layers, by the parts that are visible."""
+        repeats = len(states) // len(values)
+        known = torch.stack([embed(part, each) for part, each in enumerate(values.unbind(-1))], 1)
+        inputs = torch.where(visible[..., None], known, self.masks.weight).sum(1, keepdim=True)
+        num_known = visible.sum(-1, keepdim=True).repeat(repeats, 1)
+        return self._predict(inputs.repeat(repeats, 1, 1), states[:, None], num_known)[:, 0]
 
     def _input(
         self, known: Sequence[Float[Tensor, "n c"]], states: Float[Tensor, "n c"]
@@ -207,6 +292,24 @@ class Modulated(nn.Module):
         """Apply to each row alone."""
         scale, shift, gate = self.modulation(condition).chunk(3, dim=-1)
         return x + gate * self.ffn(self.norm(x) * (1 + scale) + shift)
+
+
+def gumbel(uniforms: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    """Numbers of the standard Gumbel distribution, at the places of uniform ones."""
+    smallest = torch.finfo(uniforms.dtype).tiny
+    return -(-uniforms.clamp_min(smallest).log()).log()
+
+
+def surest(
+    confidence: Float[Tensor, "b k"], visible: Bool[Tensor, "b k"], count: int
+) -> Bool[Tensor, "b k"]:
+    """The `count` bits of the highest confidence, all visible ones among them; no more than that.
+
+    Of equal ones the first.
+    """
+    confidence = confidence.masked_fill(visible, torch.inf)
+    ranks = confidence.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    return ranks < count
 
 
 def block_starts(sizes: GeneratorConfig, head: config.Bits) -> tuple[int, ...]:

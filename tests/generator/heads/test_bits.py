@@ -8,18 +8,25 @@ import pytest
 import torch
 
 from mergevq.config.generator import (
+    OneByOne,
     SamplingSettings,
+    check_sampling,
 )
 from mergevq.config.parts.heads import (
     Bits,
 )
 from mergevq.config.parts.orders import (
     Anchored,
+    Masked,
+    Merge,
+    Random,
     Raster,
     Stream,
 )
 from mergevq.generator.build import build_generator
-from mergevq.generator.heads.bits import block_starts
+from mergevq.generator.heads.bits import block_starts, gumbel, surest
+from mergevq.generator.sampling import sample
+from mergevq.generator.seams import Sequences
 from tests.support.generators import TINY, numbers_for, tiny_batch, tiny_generator
 
 STRINGS = torch.tensor(list(itertools.product(range(2), repeat=3)))
@@ -29,15 +36,20 @@ SCHEDULES = [(3,), (1, 2), (1, 1, 1)]
 
 def bits_network(schedule, order=None, **changes):
     """Three bits of a token, and random weights everywhere."""
+    return bits_generator(schedule, order, **changes).network
+
+
+def bits_generator(schedule, order=None, **changes):
+    """A generator with such a network."""
     head = Bits(sizes=(2,) * sum(schedule), schedule=schedule, num_layers=2, **changes)
     config = replace(TINY, head=head, order=order or Raster())
-    network = build_generator(config).eval().network
+    model = build_generator(config).eval()
     numbers = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in network.parameters():
+        for parameter in model.network.parameters():
             noise = torch.randn(parameter.shape, generator=numbers)
             parameter.copy_(noise * 0.3 + (parameter == 1))
-    return network
+    return model
 
 
 def log_probs(network, states, parts):
@@ -242,3 +254,127 @@ def test_a_head_that_masks_nothing_is_not_asked_for_masks():
     assert network.num_uniforms == 0
     with pytest.raises(TypeError, match=r"head \(subindices\) must be one that masks parts"):
         network.masked(state()[None], torch.zeros(1, 1, 2).long(), torch.zeros(1, 1, 3))
+
+
+def by_confidence(network, condition, numbers, *, temperature=1.0, scale=None):
+    """Bits of one token by the definition: a slow loop over passes and bits."""
+    head, sizes = network.head, network.head.block_sizes
+    num_bits, known = sum(sizes), {}
+    numbers = iter(numbers.tolist())
+    for block in range(len(sizes)):
+        share = 1 - block / len(sizes)
+        masked = [bit for bit in range(num_bits) if bit not in known]
+        inputs = sum(
+            network.embed_part(bit, torch.tensor(known[bit]))
+            if bit in known
+            else head.masks.weight[bit]
+            for bit in range(num_bits)
+        )
+        found = head._predict(
+            inputs.expand(len(condition), 1, -1), condition[:, None], torch.tensor([len(known)])
+        )[:, 0]
+        fresh, confidence = {}, {}
+        values, noise = ([next(numbers) for _ in range(num_bits)] for _ in range(2))
+        for bit in masked:
+            logits = head.outputs[bit](found).float()
+            logits = logits[0] if scale is None else logits[1] + scale * (logits[0] - logits[1])
+            one = (logits / (temperature * share)).softmax(-1)[0].item()
+            fresh[bit] = int(values[bit] >= one)
+            gumbel = -math.log(-math.log(noise[bit]))
+            log_prob = logits.log_softmax(-1)[fresh[bit]].item()
+            confidence[bit] = log_prob + temperature * share * gumbel
+        best = sorted(masked, key=lambda bit: -confidence[bit])[
+            : sum(sizes[: block + 1]) - len(known)
+        ]
+        known |= {bit: fresh[bit] for bit in best}
+    return [known[bit] for bit in range(num_bits)]
+
+
+SUREST = SamplingSettings(bits_order="confidence")
+
+
+@pytest.mark.parametrize("schedule", [(4,), (1, 3), (2, 1, 1), (1, 1, 1, 1)])
+@pytest.mark.parametrize(("temperature", "scale"), [(1.0, None), (2.5, None), (0.8, 3.0)])
+@torch.no_grad()
+def test_bits_by_confidence_are_those_of_the_definition(schedule, temperature, scale):
+    network = bits_network(schedule)
+    rows = 12
+    numbers = torch.rand(rows, 2 * 4 * len(schedule), generator=torch.Generator().manual_seed(4))
+    states = state(rows if scale is None else 2 * rows)
+    settings = replace(SUREST, temperature=temperature)
+    found = network.choose(states, numbers, scale or 1.0, settings).parts
+    for row in range(rows):
+        own = states[row::rows]
+        expected = by_confidence(network, own, numbers[row], temperature=temperature, scale=scale)
+        assert found[row].tolist() == expected
+
+
+@torch.no_grad()
+def test_one_pass_by_confidence_is_independent_bits():
+    network = bits_network((3,))
+    numbers = torch.rand(50, 6, generator=torch.Generator().manual_seed(4))
+    surest = network.choose(state(50), numbers, 1.0, SUREST).parts
+    assert torch.equal(surest, network.choose(state(50), numbers[:, :3], 1.0, PLAIN).parts)
+
+
+def test_the_surest_bits_stay_with_those_that_are_visible():
+    confidence = torch.tensor([[-0.3, -0.1, -0.2, -0.9], [-1.0, -1.0, -1.0, -1.0]])
+    visible = torch.tensor([[False, False, False, True], [False] * 4])
+    kept = surest(confidence, visible, 2)
+    assert kept.tolist() == [[False, True, False, True], [True, True, False, False]]
+    assert surest(confidence, visible, 4).all()
+
+
+def test_gumbel_noise_is_that_of_its_distribution_function():
+    values = torch.tensor([0.1, 0.5, 0.9])
+    torch.testing.assert_close((-(-gumbel(values)).exp()).exp(), values)
+    assert gumbel(torch.tensor(0.0)).isfinite()
+
+
+@pytest.mark.parametrize(
+    "order", [Raster(), Anchored(), Anchored(gap_in_bits=True), Stream(tokens_per_step=2)]
+)
+def test_samples_by_confidence_obey_the_order_and_depend_on_their_numbers_alone(order):
+    model = bits_generator((1, 2, 2), order)
+    labels = torch.tensor([0, 1, 2])
+
+    def sampled(ids, **changes):
+        return sample(
+            model,
+            labels=labels[ids],
+            num_kept=5,
+            seed=3,
+            image_ids=ids,
+            settings=replace(SUREST, guidance_scale=2.0, **changes),
+        )
+
+    found = sampled([0, 1, 2])
+    given = Sequences(found.indices, labels, 5, found.anchors, found.source_index)
+    assert model.log_likelihood(given).isfinite().all()
+    for number in range(3):
+        assert torch.equal(sampled([number]).indices[0], found.indices[number])
+    assert not torch.equal(sampled([0, 1, 2], bits_order="schedule").indices, found.indices)
+    numbers = model.draws(3, [0], 5, SUREST).uniforms
+    cells = order.tokens_per_step
+    others = len(model.config.part_names) - 5 * cells
+    assert numbers.shape[2] == others + cells * 2 * 5 * 3
+    assert torch.equal(numbers, model.draws(3, [0], 5, SUREST).uniforms)
+
+
+def test_what_has_no_likelihood_is_refused():
+    model = bits_generator((1, 2, 2))
+    with pytest.raises(ValueError, match=r"bits_order \(confidence\) .* probability"):
+        model.network.choose(state(), torch.rand(1, 40), 1.0, SUREST, scored=True)
+    with pytest.raises(ValueError, match=r"candidates \(2\) must be 1 with bits_order"):
+        check_sampling(model.config, replace(SUREST, candidates=2))
+    for order, words in (
+        (Masked(), "several tokens"),
+        (Random(), "several tokens"),
+        (Merge(), "K"),
+    ):
+        with pytest.raises(ValueError, match=rf"bits_order \(confidence\) must be .*{words}"):
+            check_sampling(replace(model.config, order=order), SUREST)
+    free = replace(SUREST, passes=OneByOne(budget=False))
+    check_sampling(replace(model.config, order=Merge()), free)
+    with pytest.raises(ValueError, match="'schedule' with head 'subindices'"):
+        check_sampling(TINY, SUREST)
