@@ -10,6 +10,7 @@ import tyro
 
 from mergevq.config.base import BUNDLED_GENERATOR, Device, Precision
 from mergevq.config.generator import (
+    Drafted,
     GuidanceSchedule,
     OneByOne,
     Passes,
@@ -37,6 +38,7 @@ Counts = Annotated[
 _PLAIN = SamplingSettings()
 _SEVERAL = Several()
 _CONFIDENCE = _SEVERAL.confidence_temperature
+_NUM_DRAFTED = Drafted().num_drafted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +78,14 @@ class SamplingOptions:
     """growth of the tokens that are known with these passes; `arccos` of masked order alone."""
     confidence: float = _CONFIDENCE
     """in masked order, scale of the noise on the confidence by which tokens are kept."""
+    draft: Literal["previous", "left", "above"] | None = None
+    """in raster and merge order, draft tokens and check several in each pass, which gives the same
+    images: what was chosen there in the pass before, or copies of the token to the left or above;
+    none by default."""
+    num_drafted: int = _NUM_DRAFTED
+    """tokens drafted for each pass."""
+    bits_order: Literal["schedule", "confidence"] = _PLAIN.bits_order
+    """with a head of bits, choose them block by block or the surest first."""
     budget: bool = True
     """in merge order, hold an image to K distinct tokens."""
     candidates: int = 1
@@ -126,6 +136,7 @@ class SamplingOptions:
                 top_k=_one_or_several(self.top_k),
                 top_p=_one_or_several(self.top_p),
                 passes=self._passes(),
+                bits_order=self.bits_order,
                 candidates=self.candidates,
             ),
         )
@@ -136,12 +147,18 @@ class SamplingOptions:
         Raises:
             ValueError: an option is not of this way of decoding.
         """
+        if self.draft is None and self.num_drafted != _NUM_DRAFTED:
+            raise ValueError("--num-drafted is of drafted tokens: give --draft too")
         if self.steps is None:
             if (self.schedule, self.confidence) != (_SEVERAL.schedule, _CONFIDENCE):
                 raise ValueError(
                     "--schedule and --confidence are of several tokens a pass: give --steps too"
                 )
+            if self.draft is not None:
+                return Drafted(draft=self.draft, num_drafted=self.num_drafted, budget=self.budget)
             return OneByOne(budget=self.budget)
+        if self.draft is not None:
+            raise ValueError("--draft is of one token after the other: leave out --steps")
         if not self.budget:
             raise ValueError("--no-budget is of one token a pass: leave out --steps")
         return Several(

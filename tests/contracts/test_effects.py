@@ -318,6 +318,10 @@ NEEDS = {
         "sampling.passes[several].num_steps": RANDOM,
         "sampling.passes[several].schedule": MASKED,
         "sampling.passes[several].confidence_temperature": MASKED,
+        "sampling.bits_order": {
+            "model.head[bits].masking": "mixed",
+            "sampling.passes[one].budget": False,
+        },
         "sampling.guidance_power": {"sampling.guidance_schedule": "power"},
         "train.save_every": {"train.keep_last": 4},
         # A finished run keeps one checkpoint more than that, so there must be three.
@@ -326,6 +330,10 @@ NEEDS = {
     },
     "source": OPTIM,
     "generation": {
+        "run.settings.bits_order": {
+            "run.model": "@bits",
+            "run.settings.passes[one].budget": False,
+        },
         "run.settings.guidance_power": {"run.settings.guidance_schedule": "power"},
         "run.settings.passes.kind": {"run.model": "@random"},
         "run.settings.passes[several].num_steps": {"run.model": "@random"},
@@ -478,6 +486,7 @@ _WORKERS = "loads in other processes, and loads the same"
 _DEVICE = "says where, and this machine may have one place"
 _AT_ONCE = "says how many images at once, and each is measured alone"
 _PLACE = "says where, and all of these runs are read from there"
+_DRAFT = "gives the same images in other passes: generator/test_drafts"
 NO_EFFECT = {
     ("tokenizer", "model.kept_range"): "training writes it",
     ("tokenizer", "model.quantizer[dimensions].channel_order"): "numbers parts: test_dimensions",
@@ -513,6 +522,11 @@ NO_EFFECT = {
         for name, reason in (("device", _DEVICE), ("num_workers", _WORKERS))
     },
     ("generation", "run.device"): _DEVICE,
+    **{
+        (kind, f"{where}.passes[drafted].{name}"): _DRAFT
+        for kind, where in (("generator", "sampling"), ("generation", "run.settings"))
+        for name in ("draft", "num_drafted")
+    },
 }
 """Settings that change no number and no file, and why."""
 
@@ -606,13 +620,14 @@ def material(tmp_path_factory):
                 num_workers=0,
                 device="cpu",
             )
-            for order in ("merge", "random", "masked"):
+            for name in ("merge", "random", "masked", "bits"):
                 # All of the first tokenizer, so that one may stand in the other's place.
-                made = {"model.order.kind": order, "train.seed": number, "train.num_steps": 8}
-                made["out"] = str(folder / f"run-{order}{suffix}")
+                made = {"train.seed": number, "train.num_steps": 8}
+                made["model.head.kind" if name == "bits" else "model.order.kind"] = name
+                made["out"] = str(folder / f"run-{name}{suffix}")
                 done = training_generator.train(replaced(generator_run(folder), made))
                 scatter(done, folder / "tokenizer", number)
-                done.rename(folder / f"{order}{suffix}")
+                done.rename(folder / f"{name}{suffix}")
             make_reference(
                 str(folder / ("images", "others")[number]),
                 folder / f"reference{suffix}.npz",

@@ -173,6 +173,7 @@ NEEDS = {
     **{
         (command, name): {"steps": 4} for command in SAMPLING for name in ("schedule", "confidence")
     },
+    **{(command, "num_drafted"): {"draft": "left"} for command in SAMPLING},
 }
 """Options that go with others."""
 WITHOUT = {("evaluate generation", "samples"): ("generator", "model")}
@@ -268,7 +269,11 @@ MORE = {
     ("sample", "again"): "it says all but which, so another function makes the images",
     ("evaluate generation", "samples"): "they stand instead of what samples",
     ("evaluate reference", "kind"): "of one kind alone features are kept",
-    **{(command, "steps"): "they are another kind of passes" for command in SAMPLING},
+    **{
+        (command, name): "they are another kind of passes"
+        for command in SAMPLING
+        for name in ("steps", "draft")
+    },
 }
 """Options that change more than one setting of the library, and why."""
 OTHERWISE = {
