@@ -5,17 +5,30 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mergevq.config.generator import Drafted, OneByOne, SamplingSettings
+from mergevq.config.generator import Drafted, OneByOne, SamplingSettings, check_sampling
 from mergevq.config.parts.heads import Bits, Independent
-from mergevq.config.parts.orders import Merge, Raster
+from mergevq.config.parts.orders import Anchored, Masked, Merge, Ordered, Random, Raster, Stream
 from mergevq.generator.build import build_generator
-from mergevq.generator.sampling import sample
+from mergevq.generator.cache import RowCache
+from mergevq.generator.decoding import DraftDecoder
+from mergevq.generator.sampling import guided, run, sample, sample_in_steps
+from mergevq.generator.weights import as_weights
 from tests.support.generators import TINY
 
 DRAFTS = ("previous", "left", "above")
+CELLS = TINY.num_tokens
+CASES = {
+    "raster": {},
+    "targets": {"order": Raster(annealing=(0.5, 0.75))},
+    "merge": {"order": Merge()},
+    "no window": {"order": Merge(window=0)},
+    "bits": {"head": Bits(sizes=(2,) * 5)},
+    "independent": {"head": Independent(sizes=(4, 8))},
+    "grouped": {"num_kv_heads": 1},
+}
 
 
-def built(order=None, head=None, spread=0.3, **changes):
+def built(order=None, head=None, **changes):
     """A generator with random weights, in evaluation mode."""
     model = build_generator(
         replace(TINY, order=order or Raster(), head=head or TINY.head, **changes)
@@ -23,11 +36,11 @@ def built(order=None, head=None, spread=0.3, **changes):
     numbers = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in model.parameters():
-            weight.copy_(torch.randn(weight.shape, generator=numbers) * spread + (weight == 1))
+            weight.copy_(torch.randn(weight.shape, generator=numbers) * 0.3 + (weight == 1))
     return model.eval()
 
 
-def sampled(model, passes, ids=range(6), **changes):
+def sampled(model, passes, ids=range(3), **changes):
     ids = list(ids)
     return sample(
         model,
@@ -39,30 +52,189 @@ def sampled(model, passes, ids=range(6), **changes):
     )
 
 
-CASES = {
-    "raster": {},
-    "targets": {"order": Raster(annealing=(0.5, 0.75))},
-    "merge": {"order": Merge()},
-    "no window": {"order": Merge(window=0)},
-    "bits": {"head": Bits(sizes=TINY.head.sizes)},
-    "independent": {"head": Independent(sizes=TINY.head.sizes)},
-    "grouped": {"num_kv_heads": 1},
-}
+def decoder_of(model, passes, rows=3, **changes):
+    settings = replace(SamplingSettings(**changes), passes=passes)
+    draws = model.draws(3, range(rows), 5, settings)
+    return model.decoder(torch.arange(rows), 5, draws, settings)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_samples_are_those_of_one_token_a_pass(case):
+    model = built(**CASES[case])
+    rising = {"guidance_scale": 3.0, "guidance_schedule": "linear", "top_k": 5}
+    for changes, passes in (({}, Drafted(num_drafted=3)), (rising, Drafted(num_drafted=40))):
+        plain = sampled(model, OneByOne(), **changes)
+        found = sampled(model, passes, **changes)
+        assert torch.equal(found.indices, plain.indices)
+        assert found.num_forward <= plain.num_forward
+        if plain.source_index is not None:
+            assert torch.equal(found.source_index, plain.source_index)
+
+
+@pytest.mark.parametrize("order", [Raster(), Merge()])
+def test_a_hundred_images_are_the_same_in_batches_of_any_size(order):
+    model = built(order)
+    plain = sampled(model, OneByOne(), range(100)).indices
+    drafted = Drafted(num_drafted=5)
+    assert torch.equal(sampled(model, drafted, range(100)).indices, plain)
+    for ids in ([7], [99, 3, 50]):
+        assert torch.equal(sampled(model, drafted, ids).indices, plain[ids])
+
+
+def test_samples_without_a_budget_and_by_confidence_are_the_same_too():
+    model = built(Merge())
+    plain = sampled(model, OneByOne(budget=False)).indices
+    assert torch.equal(sampled(model, Drafted(budget=False)).indices, plain)
+    assert max(len(set(row.tolist())) for row in plain) > 5
+    held = sampled(model, Drafted()).indices
+    assert max(len(set(row.tolist())) for row in held) == 5
+    model = built(head=Bits(sizes=(2,) * 5))
+    plain = sampled(model, OneByOne(), bits_order="confidence")
+    assert torch.equal(sampled(model, Drafted(), bits_order="confidence").indices, plain.indices)
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_lighter_weights_are_drafted_for_too(weights):
+    model = as_weights(built(), weights)
+    found = sampled(model, Drafted())
+    assert found.indices.shape == (3, CELLS)
+
+
+def test_the_most_likely_value_of_equal_cells_is_drafted_right_at_once():
+    # Outputs of zero: temperature 0 takes value 0 everywhere, which every draft copies.
+    model = build_generator(replace(TINY, order=Raster())).eval()
+    for draft in DRAFTS:
+        found = sampled(model, Drafted(draft=draft, num_drafted=4), temperature=0.0)
+        assert not found.indices.any()
+        # One token without a draft, then five in each pass.
+        assert found.num_forward == 1 + -(-(CELLS - 1) // 5)
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
-@pytest.mark.parametrize("case", CASES)
-def test_samples_are_those_of_one_token_a_pass(case, draft):
-    model = built(**CASES[case])
-    for changes in (
-        {},
-        {"guidance_scale": 2.0},
-        {"guidance_scale": 3.0, "guidance_schedule": "linear", "temperature": 0.7, "top_k": 5},
-    ):
-        plain = sampled(model, OneByOne(), **changes)
-        for count in (1, 3, 40):
-            found = sampled(model, Drafted(draft=draft, num_drafted=count), **changes)
-            assert torch.equal(found.indices, plain.indices)
-            assert found.num_forward <= plain.num_forward
-            if plain.source_index is not None:
-                assert torch.equal(found.source_index, plain.source_index)
+def test_passes_are_those_that_right_drafts_save(draft):
+    """Count by the definition, from the images alone, image by image."""
+    model, count = built(), 3
+    columns = TINY.grid_size[1]
+    for number in range(2):
+        plain = sampled(model, OneByOne(), [number]).indices[0].tolist()
+        draws = model.draws(3, [number], 5, SamplingSettings())
+        decoder = model.decoder(
+            torch.tensor([number % 3]),
+            5,
+            draws,
+            SamplingSettings(passes=Drafted(draft=draft, num_drafted=count)),
+        )
+        run(decoder)
+        assert model.sampled(decoder).indices[0].tolist() == plain
+        if draft == "previous":
+            assert decoder.num_steps <= CELLS
+            continue
+        passes, known = 1, 1
+        while known < CELLS:
+            drafts = list(plain[:known])
+            for cell in range(known, min(known + count, CELLS - 1)):
+                left, above = cell % columns > 0, cell >= columns
+                up = above and (draft == "above" or not left)
+                drafts.append(drafts[cell - (columns if up else 1)])
+            right = 0
+            while known + right < len(drafts) and drafts[known + right] == plain[known + right]:
+                right += 1
+            known, passes = known + right + 1, passes + 1
+        assert decoder.num_steps == passes
+
+
+def test_choices_after_a_wrong_draft_are_the_next_draft():
+    model = built()
+    decoder = decoder_of(model, Drafted(num_drafted=4), rows=1)
+    decoder.seek(0)
+    decoder.step()
+    decoder.step()
+    length, filled = int(decoder.lengths), int(decoder.filled)
+    before = decoder.tokens[0, length:filled].clone()
+    assert filled == 6
+    assert length < filled
+    decoder._draft(filled - length + 1)
+    assert torch.equal(decoder.tokens[0, length:filled], before)
+    assert torch.equal(decoder.tokens[0, filled], decoder.tokens[0, filled - 1])
+
+
+def test_a_decoder_goes_on_from_any_step_and_shows_what_all_images_have():
+    model = built()
+    decoder = decoder_of(model, Drafted())
+    assert isinstance(decoder, DraftDecoder)
+    assert decoder.num_steps == CELLS
+    run(decoder)
+    whole = decoder.parts().clone()
+    assert whole.shape == (3, CELLS, 2)
+    assert decoder.num_steps < CELLS
+    decoder.step()
+    assert torch.equal(decoder.parts(), whole)
+    decoder.seek(5, whole)
+    assert (decoder.num_steps, decoder.parts().shape[1]) == (CELLS, 5)
+    run(decoder)
+    assert torch.equal(decoder.parts(), whole)
+    shown = list(
+        sample_in_steps(
+            model,
+            labels=torch.arange(3),
+            num_kept=5,
+            seed=3,
+            image_ids=range(3),
+            settings=SamplingSettings(passes=Drafted()),
+            every=1,
+        )
+    )
+    assert len(shown) == shown[-1].sampled.num_forward
+    assert [each.share for each in shown] == sorted(each.share for each in shown)
+    assert shown[-1].share == 1
+    for each in shown:
+        count = each.known.shape[1]
+        assert torch.equal(each.sampled.indices, shown[-1].sampled.indices[:, :count])
+
+
+def test_rows_of_a_cache_write_and_see_their_own_slots():
+    numbers = torch.Generator().manual_seed(0)
+    cache = RowCache(TINY, batch=2, num_slots=6, device=torch.device("cpu"), dtype=torch.float32)
+    prefix = torch.randn(3, 2, 2, 2, 16, generator=numbers)
+    later = torch.randn(3, 2, 2, 2, 16, generator=numbers)
+    cache.reset()
+    cache.attend(0, *prefix, None)
+    slots = torch.tensor([[2, 3], [1, 2]])
+    cache.put_at(slots, 4)
+    seen = torch.arange(4) <= slots[..., None]
+    mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    found = cache.attend(0, *later, mask)
+    query, key, value = later
+    for row, first in enumerate((2, 1)):
+        keys = torch.cat([prefix[1][row][:, :first], key[row]], 1)
+        values = torch.cat([prefix[2][row][:, :first], value[row]], 1)
+        for number in range(2):
+            end = first + number + 1
+            weights = (query[row][:, number, None] @ keys[:, :end].mT / 4).softmax(-1)
+            expected = (weights @ values[:, :end])[:, 0]
+            torch.testing.assert_close(found[row][:, number], expected)
+
+
+def test_guidance_of_each_row_is_that_of_one_scale():
+    conditional, unconditional = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    scales = [1.0, 2.5, 0.1]
+    found = guided(conditional, unconditional, torch.tensor(scales)[:, None])
+    for row, scale in enumerate(scales):
+        assert torch.equal(found[row], guided(conditional, unconditional, scale)[row])
+    assert torch.equal(found[0], conditional[0])
+
+
+def test_orders_without_neighbours_before_are_refused():
+    for order in (Anchored(), Random(), Masked(), Stream(), Ordered()):
+        with pytest.raises(ValueError, match=r"passes.kind \(drafted\) must be 'one' in order"):
+            check_sampling(replace(TINY, order=order), SamplingSettings(passes=Drafted()))
+    with pytest.raises(ValueError, match=r"num_drafted \(0\) must be"):
+        Drafted(num_drafted=0)
+
+
+def test_broken_weights_do_not_sample():
+    model = built()
+    with torch.no_grad():
+        model.network.blocks[0].ffn.down.weight[0, 0] = torch.nan
+    with pytest.raises(RuntimeError, match="states or logits are not finite"):
+        sampled(model, Drafted())
