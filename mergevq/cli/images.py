@@ -273,6 +273,8 @@ def sample(  # noqa: PLR0913 - each is an option
         print(logit_error_line(run.weights, written.logit_error))
     if written.num_made == 0:
         print("complete already, nothing was sampled")
+    if sampling.draft is not None and written.tokens_per_pass is not None:
+        print(f"{written.tokens_per_pass:.2f} tokens in each pass")
     print(f"{len(written.images)} images: {out}")
     print(f"grid: {written.grid}")
     measures = ("--reference", "REFERENCE", "--extractor", "EXTRACTOR")

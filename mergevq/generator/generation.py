@@ -78,6 +78,8 @@ class Written(NamedTuple):
     the file."""
     num_made: int
     """Images that were not there before."""
+    tokens_per_pass: float | None
+    """Tokens of an image in each pass of the transformer; None if none was made."""
 
 
 class Origin(NamedTuple):
@@ -380,13 +382,15 @@ def write_samples(run: SampleRun, out: Path) -> Written:
     for image_id in there:
         files.read(image_id)  # which checks that it is the one that was made
     progress = Progress(run.num_images, done=len(there), unit="image")
+    tokens, passes = 0, 0
     for number in range(-(-run.num_images // run.batch_size)):
         image_ids = _batch(run, number)
         missing = [image_id for image_id in image_ids if not files.has(image_id)]
         if not missing:
             continue
         # The whole batch, whatever is missing of it: its size may decide last bits.
-        _, images = generate(pair, run, image_ids, origin)
+        sampled, images = generate(pair, run, image_ids, origin)
+        tokens, passes = tokens + sampled.indices.shape[1], passes + sampled.num_forward
         if not is_begun:
             # Only now, so that what does not fit leaves nothing behind.
             out.mkdir(parents=True, exist_ok=True)
@@ -400,7 +404,9 @@ def write_samples(run: SampleRun, out: Path) -> Written:
     rows = [shown[i : i + _GRID_COLUMNS] for i in range(0, len(shown), _GRID_COLUMNS)]
     contact_sheet(rows).save(out / GRID)
     paths = [files.path(image_id) for image_id in range(run.num_images)]
-    return Written(paths, out / GRID, error, run.num_images - len(there))
+    return Written(
+        paths, out / GRID, error, run.num_images - len(there), tokens / passes if passes else None
+    )
 
 
 def _require_empty_or_begun(out: Path) -> bool:
@@ -546,14 +552,10 @@ def _origin(pair: Pair, run: SampleRun) -> Origin | None:
     """Record of the image that is kept, if there is one."""
     if run.keep_from is None or run.mask is None:
         return None
-    config = pair.generator.config
+    num_kept = run.num_kept or pair.generator.config.num_kept
+    picture, mask = load_picture(run.keep_from), load_picture(run.mask)
     with torch.no_grad():
-        return masked_origin(
-            pair.tokenizer,
-            load_picture(run.keep_from),
-            load_picture(run.mask),
-            config.num_kept if run.num_kept is None else run.num_kept,
-        )
+        return masked_origin(pair.tokenizer, picture, mask, num_kept)
 
 
 def _record(

@@ -437,7 +437,8 @@ def choose_part(
         that may be, at temperature 1.
     """
     if len(logits) > len(uniforms):
-        logits = guided(*logits.chunk(2), scale)
+        conditional, unconditional = logits.chunk(2)
+        logits = guided(conditional, unconditional, scale)
     allowed = None if restriction is None else restriction.allowed(part, chosen)
     if allowed is not None:
         logits = logits.masked_fill(~allowed, -torch.inf)

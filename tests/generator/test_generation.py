@@ -12,6 +12,7 @@ from PIL import Image
 from mergevq.cli.main import main
 from mergevq.config.base import BUNDLED_GENERATOR, BUNDLED_TOKENIZER
 from mergevq.config.generator import (
+    Drafted,
     GeneratorConfig,
     OneByOne,
     SampleRun,
@@ -202,6 +203,21 @@ def test_an_image_is_made_again_from_the_sidecar(folder, tmp_path, order):
     (again,) = make_again(tmp_path / "out/samples.json", [3])
     assert np.array_equal(pixels(again), read(tmp_path / "out/000003.png"))
     assert len({read(path).tobytes() for path in written.images}) > 1
+
+
+def test_drafts_give_the_same_files_in_fewer_passes(folder, tmp_path):
+    run = run_of(folder, "merge")
+    plain = write_samples(run, tmp_path / "plain")
+    assert plain.tokens_per_pass == 1
+    drafted = replace(run, settings=replace(run.settings, passes=Drafted()))
+    written = write_samples(drafted, tmp_path / "drafted")
+    assert written.tokens_per_pass is not None
+    assert written.tokens_per_pass > 1
+    for ours, theirs in zip(written.images, plain.images, strict=True):
+        assert np.array_equal(read(ours), read(theirs))
+    (again,) = make_again(tmp_path / "drafted/samples.json", [3])
+    assert np.array_equal(pixels(again), read(plain.images[3]))
+    assert write_samples(drafted, tmp_path / "drafted").tokens_per_pass is None
 
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(folder, tmp_path, monkeypatch):
