@@ -8,6 +8,8 @@ import pytest
 from mergevq.cli.errors import RENAMED, file_problem, in_options, parameters
 from mergevq.cli.main import COMMANDS, GROUPS, main
 
+SAMPLE = ("sample", "--generator", "g", "--tokenizer", "t", "--out", "o")
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -26,6 +28,12 @@ from mergevq.cli.main import COMMANDS, GROUPS, main
             ["sample", "--generator", "g", "--model", "t", "--out", "o", "--guidance", "-1"],
             "--guidance (-1.0) must be",
         ),
+        (
+            [*SAMPLE, "--draft", "left", "--num-drafted", "0"],
+            "--num-drafted (0) must be between 1 and",
+        ),
+        ([*SAMPLE, "--num-drafted", "2"], "--num-drafted is of drafted tokens: give --draft too"),
+        ([*SAMPLE, "--draft", "left", "--steps", "2"], "--draft is of one token after the other"),
         (
             ["probe", "knn", "--model", "m", "--data", "d", "--k", "0"],
             "--k (0,) must all be between 1 and",
