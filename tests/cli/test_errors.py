@@ -8,7 +8,7 @@ import pytest
 from mergevq.cli.errors import RENAMED, file_problem, in_options, parameters
 from mergevq.cli.main import COMMANDS, GROUPS, main
 
-SAMPLE = ("sample", "--generator", "g", "--tokenizer", "t", "--out", "o")
+SAMPLE = ("sample", "--generator", "g", "--model", "t", "--out", "o")
 
 
 @pytest.mark.parametrize(
@@ -21,11 +21,11 @@ SAMPLE = ("sample", "--generator", "g", "--tokenizer", "t", "--out", "o")
         (["train", "digits32", "--optim.lr", "0"], "--optim.lr (0.0) must be above 0"),
         (["train", "digits32", "--data.val-fraction", "2"], "--data.val-fraction (2.0) must be"),
         (
-            ["sample", "--generator", "g", "--model", "t", "--out", "o", "--steps", "0"],
+            [*SAMPLE, "--steps", "0"],
             "--steps (0) must be between 1 and",
         ),
         (
-            ["sample", "--generator", "g", "--model", "t", "--out", "o", "--guidance", "-1"],
+            [*SAMPLE, "--guidance", "-1"],
             "--guidance (-1.0) must be",
         ),
         (
