@@ -97,7 +97,7 @@ TESTED_WITH = {
     "config/recipes/photos": "config/recipes",
     "config/recipes/tiny64": "config/recipes",
     "config/parts/branches": "config/parts",
-    "config/parts/checks": "config/parts",
+    "config/parts/conditions": "config/parts",
     "config/parts/decoders": "config/parts",
     "config/parts/expanders": "config/parts",
     "config/parts/flows": "config/parts",

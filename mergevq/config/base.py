@@ -63,3 +63,26 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """End of a message about a mistyped word: the nearest known one, if any is near."""
     near = difflib.get_close_matches(word, list(known), 1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+LayoutKind = Literal["source", "ordered"]
+"""Layout of kept tokens: each cell of the grid has one (a source map), or their order is all."""
+
+
+def require_heads(what: str, width: int, num_heads: int, name: str) -> None:
+    """Raise `ValueError` unless a width divides into heads."""
+    require(
+        width % num_heads == 0,
+        f"{what} ({width}) must be a multiple of {name} ({num_heads})",
+    )
+
+
+def require_cnn(channels: int, channel_mult: tuple[int, ...]) -> None:
+    """Raise `ValueError` unless levels exist and have whole normalisation groups."""
+    require(len(channel_mult) > 0, "channel_mult () must name one multiple per CNN level")
+    groups = min(32, channels)
+    require(
+        all((channels * mult) % groups == 0 for mult in channel_mult),
+        f"channels ({channels}) times each of channel_mult {channel_mult} must be a multiple of "
+        f"the {groups} normalisation groups",
+    )

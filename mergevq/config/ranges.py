@@ -122,6 +122,10 @@ RANGES = {
     "num_slots": _TOKENS,
     "cell_size": _SIDE,
     "gains": Range(-1000, 1000),
+    # Conditions
+    "ClassCondition.num_classes": Range(2, 2**20),
+    "num_embeddings": Range(1, 2**16),
+    "num_bytes": Range(1, 2**32),
     # Regularizers
     "image_share": _SHARE,
     "token_share": _SHARE,

@@ -10,10 +10,12 @@ from mergevq.config.parts import (
     Branches,
     CnnDecoder,
     CnnStem,
+    Condition,
     Decoder,
     Expander,
     Lfq,
     Merge,
+    NoCondition,
     OneBranch,
     PatchDecoder,
     PatchStem,
@@ -45,6 +47,8 @@ class TokenizerConfig:
     """From codes back to the grid."""
     decoder: Decoder = field(default_factory=CnnDecoder)
     """From the grid to pixels."""
+    condition: Condition = field(default_factory=NoCondition)
+    """Known of an image besides its tokens."""
     num_kept: int = 144
     """Nominal K: tokens kept per image when a call does not say."""
     kept_range: tuple[int, int] | None = None
@@ -66,6 +70,12 @@ class TokenizerConfig:
         self.reducer.check_kept((self.grid_size, self.grid_size), self.num_kept)
         self._check_layout()
         self._check_branches()
+        require(
+            isinstance(self.condition, NoCondition) or self.reducer.gives == "ordered",
+            f"model.condition.kind {self.condition.kind} is for tokens without places, and "
+            f"model.reducer.kind {self.reducer.kind} leaves some: set model.reducer.kind to "
+            "queries, or model.condition.kind to none",
+        )
         low, high = self.kept_range or (1, 1)
         require(low <= high, f"kept_range {self.kept_range} must be a smallest and a largest K")
         require_heads("encoder width", self.dim, self.reducer.num_heads, "reducer.num_heads")

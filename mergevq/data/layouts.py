@@ -32,10 +32,13 @@ class Bits(NamedTuple):
     source: float
     """The source map: log2 of the number of maps that exist for this L and K."""
 
+    condition: float = 0.0
+    """What is known of the image besides: log2 of the number of classes, or the longest text."""
+
     @property
     def total(self) -> float:
-        """Tokens and source."""
-        return self.tokens + self.source
+        """Tokens, source and condition."""
+        return self.tokens + self.source + self.condition
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +115,28 @@ class Ordered:
 
 
 Layout = Source | Ordered
+
+
+def grid_of(layout: Layout, grid_shape: tuple[int, int] | None, num_cells: int) -> tuple[int, int]:
+    """Rows and columns of the grid that tokens are decoded on.
+
+    Args:
+        layout: of the tokens.
+        grid_shape: those that are asked for; None is a square.
+        num_cells: of the square, where the layout has no cells.
+
+    Raises:
+        ValueError: the grid has other cells than the layout.
+    """
+    if grid_shape is None:
+        side = math.isqrt(layout.index.shape[1] if isinstance(layout, Source) else num_cells)
+        grid_shape = (side, side)
+    if isinstance(layout, Source) and math.prod(grid_shape) != layout.index.shape[1]:
+        raise ValueError(
+            f"grid_shape {grid_shape} must have the {layout.index.shape[1]} cells of the "
+            "source; pass the grid_shape that encode returned"
+        )
+    return grid_shape
 
 
 def blocks(grid_shape: tuple[int, int], counts: tuple[int, int], num_images: int = 1) -> Source:

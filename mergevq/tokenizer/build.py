@@ -8,6 +8,7 @@ from mergevq.config import parts as settings
 from mergevq.config.objective import LossConfig
 from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.metrics.lpips import Perceptual
+from mergevq.tokenizer.conditions.tokens import build_condition
 from mergevq.tokenizer.decoders.cnn import CnnDecoder
 from mergevq.tokenizer.decoders.patch import PatchDecoder
 from mergevq.tokenizer.expanders.mask_tokens import MaskTokens
@@ -141,7 +142,8 @@ def build_expander(config: TokenizerConfig) -> Unmerge | MaskTokens:
         case settings.MaskTokens():
             reducer, most = config.reducer, config.num_tokens
             num_slots = reducer.num_queries if isinstance(reducer, settings.Queries) else most
-            return MaskTokens(config.expander, config.decoded_dim, num_slots)
+            seen = build_condition(config.condition, config.expander.dim)
+            return MaskTokens(config.expander, config.decoded_dim, num_slots, seen)
         case _:
             assert_never(config.expander)
 

@@ -27,7 +27,9 @@ from mergevq.nn.blocks import NORM_EPS, initialize
 from mergevq.nn.norm import GroupNorm, LayerNorm
 from mergevq.nn.positions import sincos_2d, to_tokens
 from mergevq.tokenizer.build import build_reducer, build_stem
-from mergevq.tokenizer.seams import TokenSet
+from mergevq.tokenizer.conditions.tokens import ClassTokens, TextTokens, build_condition, told
+from mergevq.tokenizer.reducers.queries import Queries
+from mergevq.tokenizer.seams import Condition, TokenSet
 
 _LOG_VARIANCE = -2.0
 """Log-variance of codes where training starts: a deviation of 0.37."""
@@ -95,12 +97,19 @@ class Encoder(nn.Module):
         if semantic_dim > 0:
             self.tapped = Projection(config, dim - semantic_dim)
             initialize(self.tapped)
+        self.condition: ClassTokens | TextTokens | None = None
+        if config.condition.sees == "both":
+            self.condition = build_condition(config.condition, config.dim)
 
     def forward(
-        self, image: Float[Tensor, "b 3 h w"], num_kept: int, num_layers: int | None = None
+        self,
+        image: Float[Tensor, "b 3 h w"],
+        num_kept: int,
+        num_layers: int | None = None,
+        condition: Condition | None = None,
     ) -> TokenSet:
         """Run the stem and the first `num_layers` blocks (None: all) on the way to `num_kept`."""
-        return self.reduce(self.embed(image), num_kept, num_layers)
+        return self.reduce(self.embed(image), num_kept, num_layers, condition=condition)
 
     def embed(self, image: Float[Tensor, "b 3 h w"]) -> Embedded:
         """Run the stem, in which no K has a part."""
@@ -117,19 +126,25 @@ class Encoder(nn.Module):
         num_kept: int,
         num_layers: int | None = None,
         taps: tuple[int, ...] | None = None,
+        condition: Condition | None = None,
     ) -> TokenSet:
         """Run the first `num_layers` blocks (None: all) on what `embed` gave.
 
-        `taps` are those of the reducer; None is those of the branches.
+        `taps` are those of the reducer; None is those of the branches. A condition that encoders do
+        not see is left out.
+
+        Raises:
+            ValueError: the encoder sees a condition, and there is none.
         """
         tokens, grid_shape = embedded
         class_token = self.class_token.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
         runs_all = num_layers in (None, len(self.reducer.blocks))
-        return self.reducer(
-            *(tokens, class_token, grid_shape, num_kept),
-            num_layers=num_layers,
-            taps=(self.config.branches.taps if taps is None else taps) if runs_all else (),
-        )
+        taps = (self.config.branches.taps if taps is None else taps) if runs_all else ()
+        given = (tokens, class_token, grid_shape, num_kept)
+        seen = told(self.condition, condition)
+        if seen is not None and isinstance(self.reducer, Queries):
+            return self.reducer(*given, num_layers=num_layers, taps=taps, told=seen)
+        return self.reducer(*given, num_layers=num_layers, taps=taps)
 
     def layers(self, image: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b n c"], ...]:
         """Tokens after each block, as many as there can be: with merging off, or all queries."""

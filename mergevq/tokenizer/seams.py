@@ -19,6 +19,18 @@ from mergevq.data.batches import Batch
 from mergevq.data.codes import CodeSpec, join
 from mergevq.data.layouts import Layout, Source, require_source
 
+Condition = Int64[Tensor, "b"] | Float[Tensor, "b t c"]
+"""Known of images besides their tokens: classes, -1 for none; or embeddings, zeros for none."""
+
+
+class Told(NamedTuple):
+    """Tokens of a condition, which a part sees beside its own."""
+
+    tokens: Float[Tensor, "b t e"]
+    """Vectors of the part's width."""
+    present: Bool[Tensor, "b t"]
+    """Which of them are seen."""
+
 
 class TokenSet(NamedTuple):
     """Tokens after some of the encoder's blocks."""
@@ -92,6 +104,22 @@ class Encoded(NamedTuple):
     @property
     def source(self) -> Source:
         """Which kept token each grid cell went into; a ValueError without a source map."""
+        return require_source(self.layout, "source")
+
+
+class Reconstruction(NamedTuple):
+    """An image decoded from its own tokens."""
+
+    image: Float[Tensor, "b 3 h w"]
+    """In about [-1, 1], not clamped."""
+    encoded: Encoded
+    """Its tokens, with the layout that was given."""
+    layout: Layout
+    """The layout that was decoded with: given or recovered."""
+
+    @property
+    def source(self) -> Source:
+        """The source map that was decoded with; a ValueError without one."""
         return require_source(self.layout, "source")
 
 
@@ -279,9 +307,14 @@ class Expander(Protocol):
     """Whether a layout can be inferred from codes, so that there is a recovered one."""
 
     def __call__(
-        self, codes: Float[Tensor, "b k d"], layout: Layout, grid_shape: tuple[int, int]
+        self,
+        codes: Float[Tensor, "b k d"],
+        layout: Layout,
+        grid_shape: tuple[int, int],
+        *,
+        condition: Condition | None = None,
     ) -> Given:
-        """Input of a decoder."""
+        """Input of a decoder; only kinds for ordered tokens take a condition."""
         ...
 
     def train_pass(
@@ -293,6 +326,7 @@ class Expander(Protocol):
         *,
         inferred: Bool[Tensor, "b"] | None,
         lengths: Int64[Tensor, "b"] | None = None,
+        condition: Condition | None = None,
     ) -> Expanded:
         """Expand in training: every parameter takes part in the result.
 
@@ -304,6 +338,7 @@ class Expander(Protocol):
             inferred: images that are expanded by the inferred layout; None is none.
             lengths: tokens of each image, the first ones; no other has any effect. None is all;
                 with a source map, all are there.
+            condition: as of a call.
         """
         ...
 

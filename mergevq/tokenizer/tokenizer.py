@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -26,39 +25,27 @@ from torch import Tensor, nn
 from mergevq.config.base import Pool, Precision, RecoverySource, Stage, check_choice
 from mergevq.config.parts import per_token
 from mergevq.config.tokenizer import TokenizerConfig
-from mergevq.data.layouts import Bits, Layout, Source, require_source, source_bits
+from mergevq.data.layouts import Bits, Layout, grid_of, source_bits
 from mergevq.data.prepare import Pictures, to_batch
 from mergevq.nn.finite import require_finite
 from mergevq.report.publication import Facts, upload, write_publication
 from mergevq.runtime.artefacts import build_for, load_model, resolve, save_model, tokens_hash
 from mergevq.runtime.device import autocast, lay_out, resolve_precision
 from mergevq.runtime.settings import from_json
-from mergevq.tokenizer.build import (
-    build_decoder,
-    build_expander,
-    build_quantizer,
-    count_layers,
-)
+from mergevq.tokenizer.build import build_decoder, build_expander, build_quantizer, count_layers
+from mergevq.tokenizer.conditions.values import checked, unknown
 from mergevq.tokenizer.encoder import Embedded, Encoder
 from mergevq.tokenizer.features import pool_features, require_stage
 from mergevq.tokenizer.flows.decoder import FlowDecoder, Noise
-from mergevq.tokenizer.seams import Encoded, Quantized, Regularized, TokenizerOutput, TokenSet
-
-
-class Reconstruction(NamedTuple):
-    """An image decoded from its own tokens."""
-
-    image: Float[Tensor, "b 3 h w"]
-    """In about [-1, 1], not clamped."""
-    encoded: Encoded
-    """Its tokens, with the layout that was given."""
-    layout: Layout
-    """The layout that was decoded with: given or recovered."""
-
-    @property
-    def source(self) -> Source:
-        """The source map that was decoded with; a ValueError without one."""
-        return require_source(self.layout, "source")
+from mergevq.tokenizer.seams import (
+    Condition,
+    Encoded,
+    Quantized,
+    Reconstruction,
+    Regularized,
+    TokenizerOutput,
+    TokenSet,
+)
 
 
 class Tokenizer(nn.Module):
@@ -230,7 +217,12 @@ class Tokenizer(nn.Module):
         with self._computing():
             return self.encoder.embed(image)
 
-    def encode(self, image: Pictures | Embedded, num_kept: int | None = None) -> Encoded:
+    def encode(
+        self,
+        image: Pictures | Embedded,
+        num_kept: int | None = None,
+        condition: Condition | None = None,
+    ) -> Encoded:
         """Image to tokens.
 
         Args:
@@ -239,22 +231,19 @@ class Tokenizer(nn.Module):
                 patch size. Or what `embed` gave of it, which gives the same bits.
             num_kept: K, any integer from 1 to L that the layers reach; None is the nominal K, in
                 proportion to the grid when the image is not of the trained size.
+            condition: of the images, where the encoder sees one; see `conditions.values.checked`.
 
         Raises:
-            ValueError: wrong type, range, size or K.
+            ValueError: wrong type, range, size or K, or a condition is missing.
             RuntimeError: a latent is not finite, of which every sign would be a code.
         """
-        if isinstance(image, Embedded):
-            grid_shape = image.grid_shape
-        else:
-            image = self._batch(image)
-            grid_shape = self.grid_shape(image)
+        embedded = image if isinstance(image, Embedded) else self.embed(image)
+        tokens, grid_shape = embedded
         num_kept = self._resolve_num_kept(grid_shape, num_kept)
+        if condition is not None or self.encoder.condition is not None:
+            condition = self._condition(condition, len(tokens))
         with self._computing():
-            if isinstance(image, Embedded):
-                out = self.encoder.reduce(image, num_kept)
-            else:
-                out = self.encoder(image, num_kept)
+            out = self.encoder.reduce(embedded, num_kept, condition=condition)
             encoded, _ = self._tokens(out, grid_shape)
         require_finite("latents", encoded.latents)
         return encoded._replace(
@@ -269,6 +258,7 @@ class Tokenizer(nn.Module):
         layout: Layout,
         grid_shape: tuple[int, int] | None = None,
         noise: Noise | None = None,
+        condition: Condition | None = None,
     ) -> Float[Tensor, "b 3 h w"]:
         """Tokens to image, in about [-1, 1] and not clamped.
 
@@ -279,30 +269,26 @@ class Tokenizer(nn.Module):
                 trained one.
             noise: seed and numbers of the images, for a decoder that begins from noise; None is
                 seed 0 and their places in the batch.
+            condition: of the images, where the tokenizer has one; see `conditions.values.checked`.
 
         Raises:
-            ValueError: the grid is not a square and no shape was given, or does not fit.
+            ValueError: the grid is not a square and no shape was given, or does not fit; or a
+                condition is missing.
         """
-        if grid_shape is None:
-            cells = self.config.num_tokens
-            side = math.isqrt(layout.index.shape[1] if isinstance(layout, Source) else cells)
-            grid_shape = (side, side)
-        if isinstance(layout, Source) and math.prod(grid_shape) != layout.index.shape[1]:
-            raise ValueError(
-                f"grid_shape {grid_shape} must have the {layout.index.shape[1]} cells of the "
-                "source; pass the grid_shape that encode returned"
-            )
+        grid_shape = grid_of(layout, grid_shape, self.config.num_tokens)
         if tokens.shape[1] != layout.num_kept:
             raise ValueError(
                 f"tokens ({tokens.shape[1]}) must be as many as the source keeps "
                 f"({layout.num_kept})"
             )
         codes = self.decoded(self._read(tokens))
+        condition = self._condition(condition, len(codes))
         with self._computing():
             if self.flow is not None:
                 image = self.flow.decode(codes, layout, grid_shape, noise)
             else:
-                image = self.decoder(self.expander(codes, layout, grid_shape))
+                given = self.expander(codes, layout, grid_shape, condition=condition)
+                image = self.decoder(given)
         return self._finished(image)
 
     def codes_of(self, indices: Int64[Tensor, "*b"]) -> Float[Tensor, "*b d"]:
@@ -357,7 +343,7 @@ class Tokenizer(nn.Module):
             return self.expander.infer(self.decoded(tokens), shape, anchors)
 
     def bits(self, num_kept: int, grid_shape: tuple[int, int] | None = None) -> Bits:
-        """Bits of one image: its K tokens, and its layout where the image decides it.
+        """Bits of one image: its K tokens, its layout where the image decides it, its condition.
 
         Of tokens that are real numbers it is NaN.
 
@@ -366,11 +352,11 @@ class Tokenizer(nn.Module):
             grid_shape: (height, width) in cells; None is the trained one.
         """
         shape = grid_shape or (self.config.grid_size, self.config.grid_size)
-        per_token = self.quantizer.spec.bits
+        per_token, told = self.quantizer.spec.bits, self.config.condition.bits
         implied = self.encoder.reducer.implied(shape, num_kept, 1)
         if implied is not None:
-            return implied.bits(per_token)
-        return Bits(num_kept * per_token, source_bits(math.prod(shape), num_kept))
+            return implied.bits(per_token)._replace(condition=told)
+        return Bits(num_kept * per_token, source_bits(math.prod(shape), num_kept), told)
 
     @property
     def has_maps(self) -> bool:
@@ -385,14 +371,15 @@ class Tokenizer(nn.Module):
         num_kept: int | None = None,
         source: RecoverySource = "given",
         noise: Noise | None = None,
+        condition: Condition | None = None,
     ) -> Reconstruction:
         """Encode and decode, with the encoder's source or the one inferred from the codes."""
         check_choice("source", source, RecoverySource)
-        encoded = self.encode(image, num_kept)
+        encoded = self.encode(image, num_kept, condition)
         used = encoded.layout
         if source == "recovered":
             used = self.recover(encoded.codes, encoded.grid_shape)
-        image = self.decode(encoded.codes, used, encoded.grid_shape, noise)
+        image = self.decode(encoded.codes, used, encoded.grid_shape, noise, condition)
         return Reconstruction(image, encoded, used)
 
     def features(
@@ -441,6 +428,8 @@ class Tokenizer(nn.Module):
     ) -> TokenSet:
         """The encoder's tokens, of which `features.pool_features` makes several kinds of features.
 
+        Nothing but the image is known: a condition is left out.
+
         Args:
             image: as `encode` takes it.
             num_kept: K; None is the nominal one and L turns merging off.
@@ -459,7 +448,8 @@ class Tokenizer(nn.Module):
         merges = num_kept != math.prod(grid_shape)
         count = self._resolve_num_kept(grid_shape, num_kept) if merges else math.prod(grid_shape)
         with self._computing():
-            out = self.encoder(image, count, num_layers)
+            condition = unknown(self.config.condition, len(image), image)
+            out = self.encoder(image, count, num_layers, condition)
         return out._replace(
             tokens=self._finished(out.tokens),
             class_token=self._finished(out.class_token),
@@ -478,6 +468,7 @@ class Tokenizer(nn.Module):
         uniforms: Float[Tensor, "b k d"] | None = None,
         regularize: Callable[[Quantized], Regularized] | None = None,
         decoder_layer: int | None = None,
+        condition: Condition | None = None,
     ) -> TokenizerOutput:
         """One training pass, without checks: every parameter takes part in it.
 
@@ -495,8 +486,9 @@ class Tokenizer(nn.Module):
                 losses, and the tokens returned, are without it. None leaves them as they are.
             decoder_layer: block of the decoder whose tokens are returned too, from 1; 0 is before
                 the first, None is none.
+            condition: of the images, where the tokenizer has one.
         """
-        out = self.encoder(image, num_kept)
+        out = self.encoder(image, num_kept, condition=condition)
         encoded, quantization = self._tokens(out, self.grid_shape(image), uniforms)
         codes, lengths = encoded.codes, None
         if regularize is not None:
@@ -512,6 +504,7 @@ class Tokenizer(nn.Module):
             encoded.grid_shape,
             inferred=recovers,
             lengths=lengths,
+            condition=condition,
         )
         outputs = {} if decoder_layer is None else {decoder_layer: expanded.given.tokens}
         reconstruction = self.decoder(expanded.given, outputs)
@@ -520,7 +513,7 @@ class Tokenizer(nn.Module):
         else:
             proportion = num_kept / math.prod(encoded.grid_shape)
             view_kept = self._in_proportion(self.grid_shape(view), proportion)
-            summary = self._view_summary(self.encoder(view, view_kept))
+            summary = self._view_summary(self.encoder(view, view_kept, condition=condition))
         losses = {**self.quantizer.losses(encoded.latents), **expanded.losses, **(out.losses or {})}
         decoded = None if decoder_layer is None else outputs[decoder_layer]
         return TokenizerOutput(reconstruction, encoded, losses, summary, decoded)
@@ -550,6 +543,10 @@ class Tokenizer(nn.Module):
             sizes=self.quantizer.spec.sizes,
         )
         return encoded, quantized
+
+    def _condition(self, condition: Condition | None, num_images: int) -> Condition | None:
+        """A condition where the weights are; a ValueError if it is none of the tokenizer's."""
+        return checked(self.config.condition, condition, num_images, self.encoder.class_token)
 
     def _resolve_num_kept(self, grid_shape: tuple[int, int], num_kept: int | None) -> int:
         """K for a grid, checked against it and against the trained range."""

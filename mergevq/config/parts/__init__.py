@@ -4,8 +4,15 @@ Adding a part is a class in one of these files, a module, and a line in `mergevq
 see docs/adding-a-part.md.
 """
 
+from mergevq.config.base import LayoutKind, require_heads
 from mergevq.config.parts.branches import Branches, OneBranch, TwoBranches
-from mergevq.config.parts.checks import LayoutKind, require_heads
+from mergevq.config.parts.conditions import (
+    ClassCondition,
+    Condition,
+    NoCondition,
+    TextCondition,
+    require_no_condition,
+)
 from mergevq.config.parts.decoders import CnnDecoder, Decoder, PatchDecoder
 from mergevq.config.parts.expanders import Expander, MaskTokens, Unmerge
 from mergevq.config.parts.flows import FlowDecoder, PixelFlow, PrefixFlow
@@ -55,9 +62,11 @@ __all__ = [
     "Branched",
     "Branches",
     "Bsq",
+    "ClassCondition",
     "CnnDecoder",
     "CnnStem",
     "Codebook",
+    "Condition",
     "Continuous",
     "Decoder",
     "Dimensions",
@@ -75,6 +84,7 @@ __all__ = [
     "MaskTokens",
     "Merge",
     "MergeShape",
+    "NoCondition",
     "NoRegularizer",
     "OneBranch",
     "PatchDecoder",
@@ -93,6 +103,7 @@ __all__ = [
     "Shared",
     "Stem",
     "TailDrop",
+    "TextCondition",
     "TwoBranches",
     "Unmerge",
     "Unquantized",
@@ -101,5 +112,6 @@ __all__ = [
     "latent_dim",
     "per_token",
     "require_heads",
+    "require_no_condition",
     "weights_of",
 ]

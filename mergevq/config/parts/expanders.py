@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from mergevq.config.base import require
-from mergevq.config.parts.checks import LayoutKind, require_heads
+from mergevq.config.base import LayoutKind, require, require_heads
 from mergevq.config.ranges import check_numbers
 
 

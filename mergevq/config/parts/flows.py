@@ -6,8 +6,7 @@ Such a decoder is trained for a tokenizer that stays as it is, and is an artefac
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mergevq.config.base import require
-from mergevq.config.parts.checks import require_heads
+from mergevq.config.base import require, require_heads
 from mergevq.config.parts.regularizers import TailDrop
 from mergevq.config.ranges import check_numbers
 

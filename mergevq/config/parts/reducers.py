@@ -4,8 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from mergevq.config.base import require
-from mergevq.config.parts.checks import LayoutKind
+from mergevq.config.base import LayoutKind, require
 from mergevq.config.ranges import check_numbers
 
 MergeShape = Literal["linear", "square", "constant"]

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mergevq.config.base import require
-from mergevq.config.parts.checks import require_cnn
+from mergevq.config.base import require, require_cnn
 from mergevq.config.ranges import check_numbers
 
 

@@ -21,7 +21,8 @@ from mergevq.data.layouts import Layout
 from mergevq.nn.blocks import NORM_EPS, ContextBlock, initialize
 from mergevq.nn.norm import LayerNorm
 from mergevq.nn.positions import sincos_2d
-from mergevq.tokenizer.seams import Expanded, Given
+from mergevq.tokenizer.conditions.tokens import ClassTokens, TextTokens, told, with_present
+from mergevq.tokenizer.seams import Condition, Expanded, Given
 
 
 class MaskTokens(nn.Module):
@@ -29,8 +30,14 @@ class MaskTokens(nn.Module):
 
     can_infer: ClassVar[bool] = False
 
-    def __init__(self, config: settings.MaskTokens, code_dim: int, num_slots: int) -> None:
-        """Build for at most `num_slots` codes of `code_dim` channels."""
+    def __init__(
+        self,
+        config: settings.MaskTokens,
+        code_dim: int,
+        num_slots: int,
+        condition: ClassTokens | TextTokens | None = None,
+    ) -> None:
+        """Build for at most `num_slots` codes of `code_dim` channels; a condition is of `dim`."""
         super().__init__()
         dim = config.dim
         self.mask = nn.Parameter(torch.randn(dim) * dim**-0.5)
@@ -44,6 +51,7 @@ class MaskTokens(nn.Module):
         if config.absent == "token":
             self.absent = nn.Parameter(torch.randn(dim) * 0.02)
         initialize(self)
+        self.condition = condition
 
     def forward(
         self,
@@ -51,6 +59,7 @@ class MaskTokens(nn.Module):
         layout: Layout,
         grid_shape: tuple[int, int],
         lengths: Int64[Tensor, "b"] | None = None,
+        condition: Condition | None = None,
     ) -> Given:
         """Let the cells of a grid read the codes.
 
@@ -59,9 +68,10 @@ class MaskTokens(nn.Module):
             layout: theirs.
             grid_shape: (height, width) in cells.
             lengths: tokens that each image has, the first ones; None is all.
+            condition: of the images, where the expander was built for one.
 
         Raises:
-            ValueError: there are more codes than slots.
+            ValueError: there are more codes than slots, or a condition is missing.
         """
         num_kept, num_slots = layout.num_kept, len(self.slots)
         if num_kept > num_slots:
@@ -73,14 +83,18 @@ class MaskTokens(nn.Module):
         read = read + self.slots[:num_kept].to(read.dtype)
         cells = self.mask + sincos_2d(grid_shape, len(self.mask), codes.device)
         cells = cells.to(read.dtype).expand(len(codes), -1, -1)
-        read, mask = self._present(read, lengths, cells.shape[1])
-        x = torch.cat([cells, read], dim=1)
+        seen = told(self.condition, condition)
+        before = cells if seen is None else torch.cat([cells, seen.tokens.to(read.dtype)], dim=1)
+        read, mask = self._present(read, lengths, before.shape[1])
+        x = torch.cat([before, read], dim=1)
+        if seen is not None:
+            mask = with_present(mask, seen.present, before.shape[1], x.shape[1])
         for block in self.blocks:
             x = block(x, mask)
         return Given(self.norm(x[:, : cells.shape[1]]), grid_shape, None)
 
     def _present(
-        self, read: Float[Tensor, "b k e"], lengths: Int64[Tensor, "b"] | None, num_cells: int
+        self, read: Float[Tensor, "b k e"], lengths: Int64[Tensor, "b"] | None, num_before: int
     ) -> tuple[Float[Tensor, "b n e"], Bool[Tensor, "b 1 1 m"] | None]:
         """Embedded codes without those that are absent, and which inputs are seen (None: all)."""
         if self.absent is None and lengths is None:
@@ -90,7 +104,7 @@ class MaskTokens(nn.Module):
         ends = num_kept if lengths is None else lengths[:, None]
         present = (slots < ends).expand(len(read), -1)
         if self.absent is None:
-            return read, functional.pad(present[:, None, None, :num_kept], (num_cells, 0), value=1)
+            return read, functional.pad(present[:, None, None, :num_kept], (num_before, 0), value=1)
         absent = (self.absent + self.slots).to(read.dtype)
         padded = functional.pad(read, (0, 0, 0, num_slots - num_kept))
         return torch.where(present[..., None], padded, absent), None
@@ -104,9 +118,10 @@ class MaskTokens(nn.Module):
         *,
         inferred: Bool[Tensor, "b"] | None,  # noqa: ARG002 - the order is known of every image
         lengths: Int64[Tensor, "b"] | None = None,
+        condition: Condition | None = None,
     ) -> Expanded:
         """Expand in training; there is no loss of its own."""
-        return Expanded(self(codes, layout, grid_shape, lengths), {})
+        return Expanded(self(codes, layout, grid_shape, lengths, condition), {})
 
     def infer(
         self,

@@ -22,7 +22,7 @@ from mergevq.nn.finite import require_finite
 from mergevq.nn.norm import LayerNorm
 from mergevq.nn.positions import sincos, sincos_2d
 from mergevq.tokenizer.losses.terms import source_loss
-from mergevq.tokenizer.seams import Expanded, Given
+from mergevq.tokenizer.seams import Condition, Expanded, Given
 
 
 class Unmerge(nn.Module):
@@ -36,7 +36,12 @@ class Unmerge(nn.Module):
         self.predictor = SourcePredictor(config, code_dim)
 
     def forward(
-        self, codes: Float[Tensor, "b k d"], layout: Layout, grid_shape: tuple[int, int]
+        self,
+        codes: Float[Tensor, "b k d"],
+        layout: Layout,
+        grid_shape: tuple[int, int],
+        *,
+        condition: Condition | None = None,  # noqa: ARG002 - of ordered tokens alone
     ) -> Given:
         """Copy each code to the cells that it stands for; they are the style as well."""
         tokens = unmerge(codes, require_source(layout, "unmerging"))
@@ -51,6 +56,7 @@ class Unmerge(nn.Module):
         *,
         inferred: Bool[Tensor, "b"] | None,
         lengths: Int64[Tensor, "b"] | None = None,
+        condition: Condition | None = None,  # noqa: ARG002
     ) -> Expanded:
         """Unmerge by the given map, or by the predicted one where `inferred`.
 

@@ -20,7 +20,8 @@ from mergevq.config import parts as settings
 from mergevq.data.layouts import Ordered
 from mergevq.nn.blocks import EncoderBlock, run_blocks
 from mergevq.nn.positions import sincos_2d
-from mergevq.tokenizer.seams import TokenSet
+from mergevq.tokenizer.conditions.tokens import with_present
+from mergevq.tokenizer.seams import TokenSet, Told
 
 
 class Queries(nn.Module):
@@ -46,19 +47,26 @@ class Queries(nn.Module):
         *,
         num_layers: int | None = None,
         taps: tuple[int, ...] = (),
+        told: Told | None = None,
     ) -> TokenSet:
-        """Run the first `num_layers` blocks (None: all) and keep the first `num_kept` queries."""
+        """Run the first `num_layers` blocks (None: all) and keep the first `num_kept` queries.
+
+        Tokens of a condition, `told`, are seen by all as those of the image are.
+        """
         cells = grid + sincos_2d(grid_shape, grid.shape[-1], grid.device).to(grid.dtype)
         num_run = len(self.queries) if self.nested else num_kept
         queries = self.queries[:num_run].to(grid.dtype).expand(len(grid), -1, -1)
         recompute = self.checkpointing and self.training
-        x = torch.cat([class_token, cells, queries], dim=1)
-        mask = None
-        if self.causal:
-            mask = causal_mask(1 + cells.shape[1], num_run, x.device)
+        seen = [class_token, cells]
+        if told is not None:
+            seen.append(told.tokens.to(grid.dtype))
+        x = torch.cat([*seen, queries], dim=1)
+        start = sum(each.shape[1] for each in seen)
+        mask = causal_mask(start, num_run, x.device) if self.causal else None
+        if told is not None:
+            mask = with_present(mask, told.present, start, x.shape[1])
         outputs = dict.fromkeys(taps, x)
         x = run_blocks(self.blocks, x, num_layers, recompute=recompute, mask=mask, outputs=outputs)
-        start = 1 + cells.shape[1]
         kept, *tapped = (
             each[:, start : start + num_kept] for each in (x, *(outputs[tap] for tap in taps))
         )

@@ -1,0 +1,1 @@
+"""Conditions: what is known of an image besides its tokens, as encoder and decoder see it."""
