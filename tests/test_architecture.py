@@ -91,6 +91,7 @@ TESTED_WITH = {
     "cli/options": "cli/evaluate",
     "config/base": "config/training",
     "config/objective": "config/training",
+    "config/recipes/conditions": "config/recipes",
     "config/recipes/decoders": "config/recipes",
     "config/recipes/digits": "config/recipes",
     "config/recipes/images128": "config/recipes",

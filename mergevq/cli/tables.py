@@ -88,6 +88,9 @@ def _bits_rows(bits: Sequence[BitsRecord], *, has_maps: bool) -> list[list[str]]
         [f"bits, {name}", *(f"{each[name]:.1f}" for each in bits)]
         for name in ("tokens", "source", "total")
     ]
+    told = [each.get("condition", 0.0) for each in bits]
+    if any(told):
+        rows.insert(2, ["bits, condition", *(f"{each:.2f}" for each in told)])
     # Evaluations of earlier versions have none.
     coded = [each.get("source_coded") for each in bits]
     if any(each is not None for each in coded):

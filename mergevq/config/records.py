@@ -197,8 +197,11 @@ class BitsRecord(TypedDict):
     source_coded: float | None
     """The map as `mergevq compress` writes it, mean over the images that JPEG compresses too; null
     where there are none, or no `codec` extra. Evaluations before it have none."""
+    condition: float
+    """What is known of the image besides; 0 without a condition. Evaluations before it have none.
+    """
     total: float
-    """Tokens and the bound of the map."""
+    """Tokens, the bound of the map, and the condition."""
     per_pixel: float
     """With the given source: tokens and map."""
     per_pixel_recovered: float

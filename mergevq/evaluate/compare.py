@@ -17,6 +17,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mergevq.config.evaluation import Protocol
+from mergevq.config.parts import ClassCondition
 from mergevq.data.batches import Batch
 from mergevq.data.coding.maps import map_bits
 from mergevq.data.layouts import Bits, Source, require_source
@@ -30,11 +31,13 @@ from mergevq.metrics.codes import (
 from mergevq.metrics.comparison import Original, Originals, comparison
 from mergevq.metrics.extractor import FeatureExtractor
 from mergevq.metrics.frechet import Gaussian
-from mergevq.metrics.image import Mean
+from mergevq.metrics.image import Mean, psnr
 from mergevq.metrics.lpips import Perceptual
 from mergevq.runtime import distributed
+from mergevq.tokenizer.conditions.values import condition_of, wrong_classes
 from mergevq.tokenizer.encoder import Embedded
 from mergevq.tokenizer.flows.decoder import Noise
+from mergevq.tokenizer.seams import Condition, Encoded
 from mergevq.tokenizer.tokenizer import Tokenizer
 
 
@@ -42,7 +45,8 @@ class Outcome(NamedTuple):
     """Reconstruction by one tokenizer at one K, over all images of all ranks."""
 
     given: dict[str, float]
-    """With the encoder's source; see `Comparison.compute`."""
+    """With the encoder's source; see `Comparison.compute`. Where the tokenizer decodes by a class,
+    also PSNR with another class and without one."""
     recovered: dict[str, float] | None
     """With the source inferred from the tokens: the same numbers; None where there is no map."""
     source_accuracy: float | None
@@ -68,11 +72,12 @@ class Outcome(NamedTuple):
 
         `psnr`, `ssim`, `l1`, `lpips` and their `_recovered` twins, `source_accuracy`,
         `codebook_usage`, `perplexity`, `bits` and `bits_per_pixel` of one image, `num_images`;
-        `map_bits` where maps were coded; without maps there are no twins and no accuracy. Of tokens
-        that are real numbers, in place of use and bits, `num_floats` of one image and
-        `active_channels`.
+        `map_bits` where maps were coded; without maps there are no twins and no accuracy. With
+        classes `psnr_wrong_class` and `psnr_no_class`: the same tokens decoded with another class,
+        and without. Of tokens that are real numbers, in place of use and bits, `num_floats` of one
+        image and `active_channels`.
         """
-        shown = ("psnr", "ssim", "l1", "lpips")
+        shown = ("psnr", "ssim", "l1", "lpips", "psnr_wrong_class", "psnr_no_class")
         numbers = {
             f"{name}{suffix}": values[name]
             for suffix, values in (("", self.given), ("_recovered", self.recovered or {}))
@@ -129,6 +134,11 @@ class Evaluation:
         self.accuracy = Mean("source_accuracy")
         self.coded = coded if tokenizer.has_maps else frozenset()
         self.map_bits = Mean("map_bits")
+        self.told = {}
+        """PSNR with another class, and without one, where the tokenizer decodes by a class."""
+        if isinstance(tokenizer.config.condition, ClassCondition):
+            names = ("psnr_wrong_class", "psnr_no_class")
+            self.told = {name: Mean(name, infinite=True) for name in names}
         self.bits = Bits(0.0, 0.0)
         """Bits of one image; a rank that got none does not count."""
         self.tokens: list[Int64[Tensor, "n p"]] = []
@@ -145,6 +155,7 @@ class Evaluation:
         embedded: Embedded,
         positions: Int64[Tensor, "b"],
         seconds: float,
+        condition: Condition | None = None,
     ) -> None:
         """Reconstruct a batch and add it.
 
@@ -153,20 +164,24 @@ class Evaluation:
             embedded: the same after the stem.
             positions: of the images among all images.
             seconds: time of the stem, which a reconstruction at this K alone takes too.
+            condition: of the images, where the tokenizer has one.
         """
         image = original.image
         with _Clock(image.device) as clock, self.autocast:
             noise = Noise(0, positions.tolist())
-            given = self.tokenizer.reconstruct(embedded, self.num_kept, noise=noise)
+            given = self.tokenizer.reconstruct(
+                embedded, self.num_kept, noise=noise, condition=condition
+            )
         self.seconds += seconds + clock.seconds
         encoded = given.encoded
-        self.bits = encoded.layout.bits(self.tokenizer.quantizer.spec.bits)
+        self.bits = self.tokenizer.bits(self.num_kept, encoded.grid_shape)
         if self.tokenizer.quantizer.spec.is_continuous:
             self.channels.update(encoded.codes)
         else:
             self.tokens.append(encoded.parts.flatten(0, 1).cpu())
         self.given.update(original, given.image, positions)
         self.image_size = (image.shape[2], image.shape[3])
+        self._update_told(original, given.encoded, condition, positions)
         if self.recovered is None:
             return
         with self.autocast:
@@ -179,6 +194,28 @@ class Evaluation:
             maps = Source(given.source.index[chosen].cpu(), given.source.num_kept)
             self.map_bits.update(torch.tensor(map_bits(maps, encoded.grid_shape)).double())
         self.recovered.update(original, recovered, positions)
+
+    def _update_told(
+        self,
+        original: Original,
+        encoded: Encoded,
+        condition: Condition | None,
+        positions: Int64[Tensor, "b"],
+    ) -> None:
+        """Decode the same tokens with another class, and without one."""
+        config = self.tokenizer.config.condition
+        if not isinstance(config, ClassCondition) or condition is None:
+            return
+        told = {
+            "psnr_wrong_class": wrong_classes(config, condition, positions),
+            "psnr_no_class": torch.full_like(condition, -1),
+        }
+        for name, other in told.items():
+            with self.autocast:
+                decoded = self.tokenizer.decode(
+                    encoded.codes, encoded.layout, encoded.grid_shape, condition=other
+                )
+            self.told[name].update(psnr(original.image, decoded))
 
     def compute(self, reference: Gaussian | None = None) -> Outcome:
         """Everything, over all ranks; every rank must call.
@@ -200,7 +237,8 @@ class Evaluation:
             codebook = codebook_statistics(distributed.gather(tokens), spec)
         num_images = self.given.num_images
         return Outcome(
-            given=self.given.compute(reference),
+            given=self.given.compute(reference)
+            | {name: mean.compute().mean for name, mean in self.told.items()},
             recovered=None if self.recovered is None else self.recovered.compute(reference),
             source_accuracy=None if self.recovered is None else self.accuracy.compute().mean,
             codebook=codebook,
@@ -255,18 +293,28 @@ class Evaluations:
         """One for each K, in the order given."""
 
     @torch.no_grad()
-    def update(self, image: Float[Tensor, "b 3 h w"], positions: Int64[Tensor, "b"]) -> None:
+    def update(
+        self,
+        image: Float[Tensor, "b 3 h w"],
+        positions: Int64[Tensor, "b"],
+        labels: Int64[Tensor, "b"],
+    ) -> None:
         """Reconstruct a batch at every K and add it.
 
         Args:
             image: originals, in [-1, 1], where the tokenizer is.
             positions: of the images among all images.
+            labels: classes, -1 for none, of which a condition may be made.
+
+        Raises:
+            ValueError: the tokenizer needs a text of each image.
         """
         original = self.originals.update(image)
+        condition = condition_of(self.tokenizer.config.condition, labels, "an evaluation")
         with _Clock(image.device) as clock, self.autocast:
             embedded = self.tokenizer.embed(image)
         for evaluation in self.each:
-            evaluation.update(original, embedded, positions, clock.seconds)
+            evaluation.update(original, embedded, positions, clock.seconds, condition)
 
 
 class _Clock:
@@ -314,5 +362,5 @@ def measure(
     )
     device = next(tokenizer.parameters()).device
     for batch in batches:
-        evaluations.update(batch.image.to(device), batch.index)
+        evaluations.update(batch.image.to(device), batch.index, batch.label)
     return {evaluation.num_kept: evaluation.compute() for evaluation in evaluations.each}

@@ -56,6 +56,7 @@ from mergevq.runtime.environment import missing
 from mergevq.runtime.files import write_json
 from mergevq.runtime.logs import Progress
 from mergevq.runtime.settings import to_json
+from mergevq.tokenizer.conditions.values import condition_of
 from mergevq.tokenizer.flows.decoder import Noise
 from mergevq.tokenizer.tokenizer import Tokenizer
 
@@ -182,7 +183,7 @@ def measure_reconstructions(
         for batch in subject.batches():
             pixels = to_uint8(batch.image)
             hashes.update(pixels, batch.index)
-            evaluations.update(batch.image.to(world.device), batch.index)
+            evaluations.update(batch.image.to(world.device), batch.index, batch.label)
             progress.update(len(evaluations.each) * len(pixels))
             baselines.update(pixels, batch.index)
             analytic.update(pixels, batch.index)
@@ -286,9 +287,10 @@ def _bits(outcome: Outcome) -> BitsRecord:
         "tokens": outcome.bits.tokens,
         "source": outcome.bits.source,
         "source_coded": outcome.map_bits,
+        "condition": outcome.bits.condition,
         "total": outcome.bits.total,
         "per_pixel": outcome.bits.total / outcome.num_pixels,
-        "per_pixel_recovered": outcome.bits.tokens / outcome.num_pixels,
+        "per_pixel_recovered": (outcome.bits.total - outcome.bits.source) / outcome.num_pixels,
     }
 
 
@@ -371,11 +373,15 @@ def worst_best_picture(subject: Opened, measured: Measured) -> Image.Image:
     shown = [extreme for _, extremes in named for extreme in extremes]
     for extreme in shown:
         images = images_at(subject, [extreme.position])
-        image = next(images).image.to(subject.world.device)
+        batch = next(images)
+        image, config = batch.image.to(subject.world.device), subject.tokenizer.config
+        condition = condition_of(config.condition, batch.label, "an evaluation")
         with subject.autocast():
             embedded = subject.tokenizer.embed(image)
             noise = Noise(0, [extreme.position])
-            given = subject.tokenizer.reconstruct(embedded, measured.num_kept, noise=noise)
+            given = subject.tokenizer.reconstruct(
+                embedded, measured.num_kept, noise=noise, condition=condition
+            )
             decoded = [given.image]
             if subject.tokenizer.has_maps:
                 again = subject.tokenizer.reconstruct(

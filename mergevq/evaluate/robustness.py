@@ -46,6 +46,7 @@ from mergevq.runtime.files import write_json
 from mergevq.runtime.logs import Progress
 from mergevq.runtime.random import step_generator
 from mergevq.runtime.settings import to_json
+from mergevq.tokenizer.conditions.values import condition_of
 from mergevq.tokenizer.flows.decoder import Noise
 from mergevq.tokenizer.near import ball_share, choose_bits, radius_of
 from mergevq.tokenizer.tokenizer import Tokenizer
@@ -215,7 +216,8 @@ def measure_robustness(
             hashes.update(to_uint8(batch.image), batch.index)
             original = originals.update(image)
             with subject.autocast():
-                encoded = tokenizer.encode(image, num_kept)
+                condition = condition_of(config.condition, batch.label, "robustness")
+                encoded = tokenizer.encode(image, num_kept, condition)
             ids = batch.index.tolist()
             flips = {r: draw_flips(num_kept, num_bits, r, seed, ids) for r in balls}
             for (fraction, radius), compared in comparisons.items():
@@ -224,7 +226,9 @@ def measure_robustness(
                     codes = perturb(codes, flips[radius], num_replaced(num_kept, fraction))
                 with subject.autocast():
                     noise = Noise(0, ids)
-                    decoded = tokenizer.decode(codes, encoded.layout, encoded.grid_shape, noise)
+                    decoded = tokenizer.decode(
+                        codes, encoded.layout, encoded.grid_shape, noise, condition
+                    )
                 compared.update(original, decoded, batch.index)
                 progress.update(len(image))
     progress.close()

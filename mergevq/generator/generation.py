@@ -20,10 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mergevq.config.base import FORMAT_VERSION, Precision
-from mergevq.config.generator import (
-    SampleRun,
-    SamplingSettings,
-)
+from mergevq.config.generator import SampleRun, SamplingSettings
 from mergevq.data.layouts import Source
 from mergevq.data.prepare import crop_square, load_picture, load_square, to_tensor
 from mergevq.data.sample_files import SampleFiles
@@ -40,6 +37,7 @@ from mergevq.runtime.migrate import migrate_samples
 from mergevq.runtime.random import BatchNumbers
 from mergevq.runtime.run import environment
 from mergevq.runtime.settings import from_json, to_json
+from mergevq.tokenizer.conditions.values import condition_of, require_classes
 from mergevq.tokenizer.flows.decoder import Noise
 from mergevq.tokenizer.tokenizer import Tokenizer
 
@@ -169,11 +167,15 @@ def load_pair(
     extra = saved.record["extra"]
     require_same_tokenizer(extra.get("tokenizer"), tokens_hash(tokenizer), generator=model)
     generator = saved_generator(saved).to(device)
+    loaded = Tokenizer.from_pretrained(
+        tokenizer, precision=precision, device=device, decoder=decoder
+    )
+    require_classes(
+        loaded.config.condition, generator.config.num_classes, f"the generator in {model}"
+    )
     return Pair(
         generator=generator,
-        tokenizer=Tokenizer.from_pretrained(
-            tokenizer, precision=precision, device=device, decoder=decoder
-        ),
+        tokenizer=loaded,
         generator_hash=model_hash(model),
         tokenizer_hash=model_hash(tokenizer),
         class_names=class_names(extra, generator.config.num_classes, where=model),
@@ -215,12 +217,14 @@ def load_run(run: SampleRun, device: torch.device) -> tuple[Pair, float | None]:
     return pair, _weights_error(exact, pair.generator, run)
 
 
+@torch.no_grad()
 def decode_sampled(
     tokenizer: Tokenizer,
     sampled: Sampled,
     grid_shape: tuple[int, int],
     source: Source | None = None,
     noise: Noise | None = None,
+    labels: Int64[Tensor, "b"] | None = None,
 ) -> Float[Tensor, "b 3 h w"]:
     """Turn sampled tokens into images, in [-1, 1].
 
@@ -235,6 +239,7 @@ def decode_sampled(
         source: of the kept tokens, where it is known.
         noise: seed and numbers of the images, for a decoder that begins from noise; None is seed 0
             and their places.
+        labels: classes that the tokens were sampled for, of a tokenizer that decodes by a class.
     """
     noise = noise or Noise(0, range(len(sampled.indices)))
     device = next(tokenizer.parameters()).device
@@ -256,7 +261,11 @@ def decode_sampled(
             anchors = None if anchors is None else anchors.to(device)[rows]
             known = tokenizer.recover(tokens, grid_shape, anchors)
         own = Noise(noise.seed, [noise.image_ids[row] for row in rows.tolist()])
-        images.append(tokenizer.decode(tokens, known, grid_shape, own)[: len(indices) - first])
+        told = None
+        if labels is not None:
+            told = condition_of(tokenizer.config.condition, labels.to(device)[rows], "sampling")
+        image = tokenizer.decode(tokens, known, grid_shape, own, told)
+        images.append(image[: len(indices) - first])
     return torch.cat(images).clamp(-1, 1)
 
 
@@ -338,6 +347,7 @@ def generate(
     config = pair.generator.config
     labels = class_labels(run, config.num_classes, image_ids)
     num_kept, noise = run.num_kept or config.num_kept, Noise(run.seed, image_ids)
+    tokenizer, shape = pair.tokenizer, config.grid_size
     if origin is None:
         sampled = sample(
             pair.generator,
@@ -347,7 +357,7 @@ def generate(
             image_ids=image_ids,
             settings=run.settings,
         )
-        return sampled, _decode(pair, sampled, None, noise)
+        return sampled, decode_sampled(tokenizer, sampled, shape, None, noise, labels)
     sampled = inpaint(
         pair.generator,
         indices=origin.indices.expand(len(labels), -1),
@@ -359,7 +369,8 @@ def generate(
     )
     # New tokens take the places of those they replace, so that what is kept stays where it is.
     index = origin.source.index.expand(len(labels), -1)
-    return sampled, _decode(pair, sampled, Source(index, origin.source.num_kept), noise)
+    source = Source(index, origin.source.num_kept)
+    return sampled, decode_sampled(tokenizer, sampled, shape, source, noise, labels)
 
 
 def write_samples(run: SampleRun, out: Path) -> Written:
@@ -504,15 +515,6 @@ def read_sample_run(written: dict[str, Any], *, where: str) -> SampleRun:
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     return from_json(SampleRun, run, where=f"{where}: run")
-
-
-def _decode(
-    pair: Pair, sampled: Sampled, source: Source | None, noise: Noise
-) -> Float[Tensor, "b 3 h w"]:
-    """Decode without gradients."""
-    shape = pair.generator.config.grid_size
-    with torch.no_grad():
-        return decode_sampled(pair.tokenizer, sampled, shape, source, noise)
 
 
 def _batch(run: SampleRun, number: int) -> list[int]:

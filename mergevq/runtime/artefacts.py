@@ -54,6 +54,7 @@ _TOKENS = ("image_size", "stem", "reducer", "quantizer")
 """Settings of a tokenizer that decide its tokens; each token file says its own K."""
 _ONE_BRANCH = {"kind": "one"}
 """Branches of tokenizers from before there were others, which are left out of the hash."""
+_NO_CONDITION = {"kind": "none"}
 
 
 class SavedModel(NamedTuple):
@@ -179,6 +180,9 @@ def tokens_hash(directory: str | Path) -> str:
         branches = record["config"].get("branches", _ONE_BRANCH)
         if branches != _ONE_BRANCH:
             settings["branches"] = {n: v for n, v in branches.items() if n != "decodes"}
+        condition = record["config"].get("condition", _NO_CONDITION)
+        if condition != _NO_CONDITION:
+            settings["condition"] = {n: condition[n] for n in ("kind", "sees")}
         digest = hashlib.sha256(json.dumps([record["kind"], settings], sort_keys=True).encode())
     with open_tensors(directory / WEIGHTS) as weights:
         for name in sorted(weights.keys()):

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from mergevq.config.base import RecoverySource, SizePolicy, check_choice
+from mergevq.config.parts import require_no_condition
 from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.data.layouts import Bits, Ordered, Source, joined
 from mergevq.data.prepare import to_rgb, to_tensor
@@ -161,6 +162,7 @@ def embed_image(
     Raises:
         ValueError: the size is not legal.
     """
+    require_no_condition(tokenizer.config.condition, "a picture by itself")
     picture = _fit(image, tokenizer.config, size_policy)
     layout = _layout(picture, tokenizer.config, size_policy)
     if size_policy == "error":

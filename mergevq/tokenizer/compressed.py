@@ -32,6 +32,7 @@ from torch import Tensor
 
 from mergevq.config.base import MAX_PIXELS, Precision, RecoverySource, SizePolicy, check_choice
 from mergevq.config.evaluation import Quality
+from mergevq.config.parts import require_no_condition
 from mergevq.data.codes import require_parts
 from mergevq.data.coding.maps import MapModel, code_maps, map_models
 from mergevq.data.coding.streams import Reader, Writer
@@ -81,8 +82,9 @@ class PictureCodec:
     """`runtime.artefacts.tokens_hash` of its directory, hexadecimal."""
 
     def __post_init__(self) -> None:
-        """Raise `ValueError` where tokens are real numbers, which no file holds."""
+        """Raise `ValueError` where tokens are real numbers, or decoded by a condition."""
         require_parts(self.tokenizer.quantizer.spec.sizes, "a compressed file")
+        require_no_condition(self.tokenizer.config.condition, "a compressed file")
 
     @classmethod
     def from_pretrained(

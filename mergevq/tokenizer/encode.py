@@ -35,6 +35,7 @@ from mergevq.runtime.artefacts import resolve, tokens_hash
 from mergevq.runtime.device import deterministic, precision_name, resolve_device
 from mergevq.runtime.logs import Progress
 from mergevq.runtime.run import environment
+from mergevq.tokenizer.conditions.values import condition_of, require_classes
 from mergevq.tokenizer.seams import Encoded
 from mergevq.tokenizer.tokenizer import Tokenizer
 
@@ -113,6 +114,8 @@ def token_record(
     """
     config = tokenizer.config
     require_parts(tokenizer.quantizer.spec.sizes, "a folder of tokens")
+    condition_of(config.condition, torch.zeros(1, dtype=torch.int64), "a folder of tokens")
+    require_classes(config.condition, images.num_classes, data)
     blank = torch.empty(1, 3, config.image_size, config.image_size)
     for count in num_kept:
         tokenizer.num_tokens(blank, count)
@@ -247,10 +250,11 @@ def _encode_batch(
 ) -> dict[int, TokenRows]:
     """Encode images at each K; with `flip`, the row of each is followed by its mirror image's."""
     image = batch.image.to(next(tokenizer.parameters()).device)
+    condition = condition_of(tokenizer.config.condition, batch.label, "a folder of tokens")
     views = [tokenizer.embed(view) for view in ((image, image.flip(-1)) if flip else (image,))]
     rows = {}
     for count in num_kept:
-        encoded = [tokenizer.encode(view, count) for view in views]
+        encoded = [tokenizer.encode(view, count, condition) for view in views]
         parts = torch.stack([view.parts for view in encoded], dim=1)
         source = torch.stack([_map_of(view) for view in encoded], dim=1)
         rows[count] = TokenRows(

@@ -28,6 +28,7 @@ from mergevq.nn.norm import GroupNorm, LayerNorm
 from mergevq.nn.positions import sincos_2d, to_tokens
 from mergevq.tokenizer.build import build_reducer, build_stem
 from mergevq.tokenizer.conditions.tokens import ClassTokens, TextTokens, build_condition, told
+from mergevq.tokenizer.conditions.values import unknown
 from mergevq.tokenizer.reducers.queries import Queries
 from mergevq.tokenizer.seams import Condition, TokenSet
 
@@ -147,12 +148,16 @@ class Encoder(nn.Module):
         return self.reducer(*given, num_layers=num_layers, taps=taps)
 
     def layers(self, image: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b n c"], ...]:
-        """Tokens after each block, as many as there can be: with merging off, or all queries."""
+        """Tokens after each block, as many as there can be: with merging off, or all queries.
+
+        A condition is left out.
+        """
         embedded = self.embed(image)
         num_tokens = embedded.tokens.shape[1]
         most = self.config.reducer.nearest_kept(embedded.grid_shape, num_tokens)
         numbers = tuple(range(1, len(self.reducer.blocks) + 1))
-        return self.reduce(embedded, most, taps=numbers).taps
+        told = unknown(self.config.condition, len(embedded.tokens), embedded.tokens)
+        return self.reduce(embedded, most, taps=numbers, condition=told).taps
 
     def latents(self, out: TokenSet) -> Float[Tensor, "b k d"]:
         """Project kept tokens after the last block to D real channels: norm, SiLU, linear.

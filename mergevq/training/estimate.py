@@ -24,6 +24,7 @@ from mergevq.data.tokens.dataset import open_tokens
 from mergevq.generator.build import AnyGenerator, build_generator
 from mergevq.runtime import distributed
 from mergevq.runtime.device import resolve_device
+from mergevq.tokenizer.conditions.values import unknown
 from mergevq.tokenizer.expanders.unmerge import Unmerge
 from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training import generator_step, tokenizer_step
@@ -172,18 +173,20 @@ def _tokenizer_passes(tokenizer: Tokenizer) -> dict[str, Callable[[], object]]:
     grid_shape = (config.grid_size, config.grid_size)
     image = torch.empty(1, 3, config.image_size, config.image_size)
     codes = torch.empty(1, config.num_kept, config.decoded_dim)
-    layout = tokenizer.encoder(image, config.num_kept).layout
-    given = tokenizer.expander(codes, layout, grid_shape)
+    told = unknown(config.condition, 1, image)
+    layout = tokenizer.encoder(image, config.num_kept, condition=told).layout
+    given = tokenizer.expander(codes, layout, grid_shape, condition=told)
 
     def encode() -> None:
-        tokenizer.encoder.latents(tokenizer.encoder(image, config.num_kept))
+        out = tokenizer.encoder(image, config.num_kept, condition=told)
+        tokenizer.encoder.latents(out)
 
     def expand() -> None:
         expander = tokenizer.expander
         if isinstance(expander, Unmerge):
             expander.predictor(codes, grid_shape)
         else:
-            expander(codes, layout, grid_shape)
+            expander(codes, layout, grid_shape, condition=told)
 
     return {
         "encoder": encode,

@@ -214,9 +214,8 @@ class GeneratorTask:
             image_ids=ids,
             settings=settings,
         )
-        pictures = [
-            to_pil(image) for image in decode_sampled(self.tokenizer, sampled, config.grid_size)
-        ]
+        images = decode_sampled(self.tokenizer, sampled, config.grid_size, labels=labels)
+        pictures = [to_pil(image) for image in images]
         names = shown_names(self.train_set.record.class_names) or [""]
         rows = [
             pictures[i : i + _PICTURE_COLUMNS] for i in range(0, _NUM_PICTURED, _PICTURE_COLUMNS)

@@ -39,6 +39,8 @@ _FREE_OF_TOKENIZERS = (
     "kept_range",
     "reducer.layer_scale",
     "branches.gains",
+    "condition.dropout",
+    "condition.num_bytes",
     "decoder.layer_scale",
     "quantizer.entropy_temperature",
     "quantizer.codebook_entropy",

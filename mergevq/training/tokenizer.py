@@ -16,6 +16,7 @@ import torch
 
 from mergevq.config.identity import Identity
 from mergevq.config.objective import Labels, View, view_sizes
+from mergevq.config.parts import ClassCondition
 from mergevq.config.training import DataConfig, TokenizerRun, TrainConfig
 from mergevq.data.batches import Batch, eval_batches, open_train_val, train_batches
 from mergevq.data.cached import cached_batches
@@ -30,6 +31,7 @@ from mergevq.runtime.device import resolve_device
 from mergevq.runtime.logs import describe_batch
 from mergevq.runtime.run import RunDirectory
 from mergevq.runtime.settings import to_json
+from mergevq.tokenizer.conditions.values import condition_of
 from mergevq.tokenizer.losses.teachers import require_labels
 from mergevq.tokenizer.losses.terms import term_weights
 from mergevq.training.fit import Number, fit
@@ -96,7 +98,8 @@ def _train(run: TokenizerRun, world: distributed.World, *, resume: bool, brief: 
             device=world.device,
             resume=resume,
             made_from=made_from,
-            learns_labels=isinstance(run.teacher, Labels),
+            learns_labels=isinstance(run.teacher, Labels)
+            or isinstance(run.model.condition, ClassCondition),
             fixed=_FIXED,
         )
         nominal = run.model.num_kept if brief else None
@@ -267,7 +270,8 @@ class TokenizerTask:
         tokenizer = self.state.tokenizer.eval()
         with self.state.ema.swap(), self.learner.autocast():
             image = batch.image.to(device)
-            given = tokenizer.reconstruct(image)
+            condition = condition_of(run.model.condition, batch.label, "training")
+            given = tokenizer.reconstruct(image, condition=condition)
             columns = {"original": image, "given source": given.image}
             if tokenizer.has_maps:
                 again = tokenizer.reconstruct(image, source="recovered")

@@ -35,6 +35,7 @@ from mergevq.runtime.optim import (
 )
 from mergevq.runtime.random import BatchNumbers, draw_num_kept, step_generator
 from mergevq.tokenizer.build import build_regularizer, build_terms
+from mergevq.tokenizer.conditions.values import condition_of, left_out, require_classes, unknown
 from mergevq.tokenizer.encoder import Encoder
 from mergevq.tokenizer.losses.adversarial import (
     Discriminator,
@@ -53,7 +54,14 @@ from mergevq.tokenizer.losses.terms import (
     term_weights,
     total,
 )
-from mergevq.tokenizer.seams import Follower, Regularizer, StepDraws, Term, TokenizerOutput
+from mergevq.tokenizer.seams import (
+    Condition,
+    Follower,
+    Regularizer,
+    StepDraws,
+    Term,
+    TokenizerOutput,
+)
 from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training.fit import Number, cut
 from mergevq.training.initial import Start, initial_tokenizer
@@ -92,7 +100,7 @@ class Objective(nn.Module):
         self.regularizer = regularizer
         self.distillation = distillation
 
-    def forward(
+    def forward(  # noqa: PLR0913 - all that differs between steps
         self,
         batch: Batch,
         num_kept: int,
@@ -103,6 +111,7 @@ class Objective(nn.Module):
         recovers: Bool[Tensor, "b"] | None,
         uniforms: Float[Tensor, "b k d"] | None,
         draws: StepDraws | None,
+        condition: Condition | None,
     ) -> Pass:
         """Run the tokenizer on the image, and its encoder on the student's view if there is one.
 
@@ -123,6 +132,7 @@ class Objective(nn.Module):
             uniforms=uniforms,
             regularize=regularize,
             decoder_layer=None if self.distillation is None else self.distillation.decoder_layer,
+            condition=condition,
         )
         distilled = {}
         if self.distillation is not None:
@@ -240,6 +250,7 @@ class TokenizerLearner:
                         target=target,
                         uniforms=uniforms,
                         draws=draws,
+                        condition=self._condition(place, len(parts), part),
                     )
                 loss = total(losses, self._weights())
                 state.scaler.scale(loss / len(parts)).backward()
@@ -311,6 +322,18 @@ class TokenizerLearner:
             progress=send(torch.tensor(self.state.place / self.run.train.num_steps), device),
         )
 
+    def _condition(self, place: int, num_parts: int, part: Batch) -> Condition | None:
+        """Condition of a part's images, left out of some; None without one.
+
+        Arguments as `_uniforms`.
+        """
+        config, device = self.run.model.condition, part.image.device
+        condition = condition_of(config, part.label, "training")
+        if condition is None:
+            return None
+        dropped = self._numbers(place, num_parts, part).even("condition") < config.dropout
+        return left_out(send(condition, device), send(dropped, device))
+
     def _numbers(self, place: int, num_parts: int, part: Batch) -> BatchNumbers:
         """Random numbers of a part's images; arguments as `_uniforms`."""
         count = len(part.image)
@@ -337,7 +360,13 @@ class TokenizerLearner:
         if encoder is None or not isinstance(teacher, SelfTeacher):
             return [None for _ in parts]
         with self.autocast():
-            tokens = [encoder.summary(encoder(part.image, num_kept)) for part in parts]
+            config = self.run.model.condition
+            tokens = [
+                encoder.summary(
+                    encoder(image, num_kept, condition=unknown(config, len(image), image))
+                )
+                for image in (part.image for part in parts)
+            ]
             target = teacher.target(torch.cat(tokens))
         return list(target.split([len(part.image) for part in parts]))
 
@@ -351,6 +380,7 @@ class TokenizerLearner:
         target: Float[Tensor, "b f"] | None = None,
         uniforms: Float[Tensor, "b k d"] | None = None,
         draws: StepDraws | None = None,
+        condition: Condition | None = None,
     ) -> tuple[TokenizerLosses, TokenizerOutput]:
         """Every term for one part of a batch.
 
@@ -362,6 +392,7 @@ class TokenizerLearner:
                 alone.
             uniforms: numbers that the part's tokens are drawn by; None draws nothing.
             draws: numbers of the regularizer; None leaves it out.
+            condition: of the images, where the tokenizer has one.
         """
         run, state = self.run, self.state
         if target is None:
@@ -375,6 +406,7 @@ class TokenizerLearner:
             recovers=recovers,
             uniforms=uniforms,
             draws=draws,
+            condition=condition,
         )
         zero = torch.zeros((), device=batch.image.device)
         perceptual, adversarial = zero, zero
@@ -445,6 +477,7 @@ def build(
     # The only use of the global generator: it fills fresh weights, and is put back after.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.train.seed)  # noqa: TID251 - layers fill themselves from it
+        require_classes(run.model.condition, num_classes, "the data")
         tokenizer = initial_tokenizer(run, start)
         teacher = build_teacher(run.teacher, dim=run.model.summary_dim, num_classes=num_classes)
         discriminator = Discriminator(

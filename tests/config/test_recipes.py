@@ -41,6 +41,7 @@ TOKENIZER_RECIPES = (
     "digits32_causal",
     "digits32_tail_drop",
     "digits32_nested",
+    "digits32_class",
     "photos64",
     "photos64_wide",
     "tiny64_g",

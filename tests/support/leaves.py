@@ -64,6 +64,8 @@ def value_at(instance, path):
 
 
 COMPANIONS = {
+    ("condition", "class"): {"reducer.kind": "queries"},
+    ("condition", "text"): {"reducer.kind": "queries"},
     ("reducer", "queries"): {"expander.kind": "mask_tokens"},
     ("expander", "mask_tokens"): {"reducer.kind": "queries"},
     ("regularizer", "tail_drop"): {"model.reducer.kind": "queries", "model.reducer.nested": True},

@@ -26,6 +26,7 @@ from mergevq.config.parts import (
     Residual,
     Select,
     Shared,
+    TextCondition,
     Unmerge,
     Unquantized,
 )
@@ -86,6 +87,7 @@ _SMALL = (
     Kl(dim=4),
     Unquantized(dim=4),
     Dimensions(dim=4, num_levels=4),
+    TextCondition(dim=6, num_embeddings=3, num_bytes=20),
     Unmerge(dim=16, num_layers=1, num_heads=2),
     MaskTokens(dim=16, num_layers=1, num_heads=2),
     CnnDecoder(channels=8, num_res_blocks=1, num_layers=1, num_heads=2, layer_scale=0.1),

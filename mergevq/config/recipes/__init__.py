@@ -9,6 +9,7 @@ nobody has measured, it says how many steps of how many images there are, and no
 from collections.abc import Callable
 
 from mergevq.config.base import nearest
+from mergevq.config.recipes.conditions import digits32_class
 from mergevq.config.recipes.decoders import (
     digits32_group_flow,
     digits32_knot_flow,
@@ -141,6 +142,7 @@ TOKENIZER_RECIPES: dict[str, Callable[[], TokenizerRun]] = {
         digits32_causal,
         digits32_tail_drop,
         digits32_nested,
+        digits32_class,
         photos64,
         photos64_wide,
         tiny64_g,

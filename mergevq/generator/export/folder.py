@@ -5,6 +5,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mergevq.config.parts import require_no_condition
 from mergevq.data.codes import require_parts
 from mergevq.generator.build import load_generator
 from mergevq.generator.export.step import generator_graphs
@@ -68,6 +69,7 @@ def export_folder(
         requires_grad=False
     )
     require_parts(tokenizer.quantizer.spec.sizes, "mergevq export")
+    require_no_condition(tokenizer.config.condition, "mergevq export")
     if not is_exportable(tokenizer):
         kind = tokenizer.config.reducer.kind
         raise ValueError(

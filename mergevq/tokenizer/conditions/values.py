@@ -116,6 +116,25 @@ def condition_of(
             assert_never(config)
 
 
+def require_classes(config: settings.Condition, num_classes: int, where: str) -> None:
+    """Check that a condition of classes has those of data or of a generator.
+
+    Args:
+        config: of the tokenizer.
+        num_classes: of the others; 0 when they have none.
+        where: those are.
+
+    Raises:
+        ValueError: it has others.
+    """
+    if isinstance(config, settings.ClassCondition) and config.num_classes != num_classes:
+        raise ValueError(
+            f"model.condition.num_classes of the tokenizer ({config.num_classes}) must be the "
+            f"{num_classes} classes of {where}: take data or a generator with those, or train a "
+            "tokenizer with others or with model.condition.kind none"
+        )
+
+
 def unknown(config: settings.Condition, num_images: int, like: Tensor) -> Condition | None:
     """The condition of images about which nothing is known; None without a condition."""
     match config:

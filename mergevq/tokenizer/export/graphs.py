@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from mergevq.config.parts import require_no_condition
 from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.data.codes import require_parts
 from mergevq.data.layouts import Layout, Ordered, Source, require_source
@@ -61,6 +62,7 @@ def tokenizer_graphs(tokenizer: Tokenizer, num_kept: tuple[int, ...]) -> list[Gr
     """
     config = tokenizer.config
     require_parts(tokenizer.quantizer.spec.sizes, "a graph")
+    require_no_condition(config.condition, "a graph")
     if not num_kept:
         raise ValueError("num_kept has no value and must have one or more: --num-kept 36,64")
     grid_shape = (config.grid_size, config.grid_size)

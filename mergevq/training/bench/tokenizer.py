@@ -36,6 +36,7 @@ from mergevq.runtime.device import resolve_device
 from mergevq.runtime.environment import give_back_freed_memory
 from mergevq.runtime.optim import Ema
 from mergevq.runtime.run import environment
+from mergevq.tokenizer.conditions.values import condition_of
 from mergevq.tokenizer.quantizers.lfq import quantize_losses
 from mergevq.tokenizer.reducers.matching import match, merge_schedule, merge_step
 from mergevq.tokenizer.seams import Encoded
@@ -258,22 +259,25 @@ def _noise(run: TokenizerRun, device: torch.device) -> Batch:
 def _image_calls(learner: TokenizerLearner, batch: Batch) -> dict[str, Callable[[], object]]:
     """Calls on images, by name."""
     tokenizer = learner.state.tokenizer
+    condition = condition_of(tokenizer.config.condition, batch.label, "mergevq bench")
 
     @torch.no_grad()
     def encode() -> object:
         with learner.autocast():
-            return tokenizer.eval().encode(batch.image)
+            return tokenizer.eval().encode(batch.image, condition=condition)
 
     @functools.cache
     @torch.no_grad()
     def encoded() -> Encoded:
-        return tokenizer.eval().encode(batch.image)
+        return tokenizer.eval().encode(batch.image, condition=condition)
 
     @torch.no_grad()
     def decode() -> object:
         tokens = encoded()
         with learner.autocast():
-            return tokenizer.eval().decode(tokens.codes, tokens.layout, tokens.grid_shape)
+            return tokenizer.eval().decode(
+                tokens.codes, tokens.layout, tokens.grid_shape, condition=condition
+            )
 
     def train() -> object:
         tokenizer.train()

@@ -11,6 +11,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from mergevq.config.contest import Arm, ContestSettings, PointRecord, YardstickRecord
+from mergevq.config.parts import require_no_condition
 from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.config.training import TokenizerRun
 from mergevq.data.batches import eval_batches
@@ -71,6 +72,7 @@ def points(settings: ContestSettings, arm: Arm) -> Points:
     Raises:
         ValueError: tokens of the arm are real numbers, which have no bits to compare.
     """
+    require_no_condition(arm.run.model.condition, f"a comparison with {arm.name}")
     require_parts(arm.run.model.quantizer.sizes, f"a comparison with {arm.name}")
     if not settings.num_kept and not settings.bits:
         return Points({"own K": arm.run.model.num_kept}, [])
@@ -146,7 +148,8 @@ def measure_arm(
     for first in range(0, count, _BATCH):
         pixels = held_out.pixels[first : first + _BATCH]
         positions = torch.arange(first, first + len(pixels))
-        evaluations.update((pixels.float() / 127.5 - 1).to(device), positions)
+        labels = torch.full_like(positions, -1)
+        evaluations.update((pixels.float() / 127.5 - 1).to(device), positions, labels)
     reference = evaluations.originals.compute()
     outcomes = {each.num_kept: each.compute(reference) for each in evaluations.each}
     return [

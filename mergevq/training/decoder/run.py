@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 
 from mergevq.config.identity import Identity
+from mergevq.config.parts import require_no_condition
 from mergevq.config.training import DecoderRun
 from mergevq.data.batches import Batch, eval_batches, open_train_val
 from mergevq.data.images import ImageDataset
@@ -71,6 +72,7 @@ def _train(run: DecoderRun, world: distributed.World, *, resume: bool, brief: bo
     train_set, val_set = open_train_val(run.data)
     path = resolve(run.tokenizer)
     tokenizer = Tokenizer.from_pretrained(path, precision=run.train.precision, device=world.device)
+    require_no_condition(tokenizer.config.condition, "a decoder of its own")
     scale = measure_scale(train_set, tokenizer.config.image_size)
     made_from = replace(train_set.identity(), tokenizer=tokens_hash(path))
     task = DecoderTask(

@@ -34,6 +34,7 @@ from mergevq.metrics.codes import Channels, ChannelStatistics
 from mergevq.runtime.artefacts import load_model, resolve, save_model, tokens_hash
 from mergevq.runtime.device import deterministic, resolve_device
 from mergevq.runtime.settings import from_json, to_json
+from mergevq.tokenizer.conditions.values import condition_of
 from mergevq.tokenizer.seams import Encoded
 from mergevq.tokenizer.tokenizer import Tokenizer
 
@@ -130,7 +131,8 @@ def measure(tokenizer: Tokenizer, images: ImageDataset, settings: Quantization) 
             max_images=settings.max_images,
             num_workers=settings.num_workers,
         ):
-            encoded = tokenizer.encode(batch.image.to(device))
+            condition = condition_of(config.condition, batch.label, "mergevq quantize")
+            encoded = tokenizer.encode(batch.image.to(device), condition=condition)
             channels.update(encoded.codes)
             shares += _low_shares(encoded)
             num_images += len(batch.image)
