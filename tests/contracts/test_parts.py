@@ -17,7 +17,14 @@ from mergevq.config.contest import Arm, ContestSettings
 from mergevq.config.evaluation import ReconstructionSettings, RobustnessSettings, Subject
 from mergevq.config.kinds import unions
 from mergevq.config.objective import LossConfig
-from mergevq.config.parts import Binary, Fsq, GroupedLfq, weights_of
+from mergevq.config.parts import (
+    Binary,
+    ClassCondition,
+    Fsq,
+    GroupedLfq,
+    TextCondition,
+    weights_of,
+)
 from mergevq.config.recipes.digits import digits32, digits32_ar
 from mergevq.config.training import TokenizerRun
 from mergevq.data.batches import eval_batches
@@ -90,6 +97,16 @@ def images(model, height=1, width=1):
 def latents_of(model):
     numbers = torch.Generator().manual_seed(2)
     return torch.randn(2, NUM_KEPT, model.config.latent_dim, generator=numbers)
+
+
+def condition_for(model):
+    """What is known of two images; None where there is no place for it."""
+    match model.config.condition:
+        case ClassCondition():
+            return torch.tensor([0, -1])
+        case TextCondition(dim=dim):
+            return torch.ones(2, 1, dim)
+    return None
 
 
 def require_gradients(module, loss):
@@ -549,13 +566,15 @@ def test_a_tokenizer_with_the_part_is_the_same_after_it_was_saved(part, tmp_path
         name, _, kind = part.partition("=")
         assert value_at(model.config, name.removeprefix("model.")) == kind
         name = "codes" if model.quantizer.spec.is_continuous else "indices"
-        before = model.encode(images(model), NUM_KEPT)
-        decoded = model.decode(getattr(before, name), before.layout)
+        told = condition_for(model)
+        before = model.encode(images(model), NUM_KEPT, told)
+        decoded = model.decode(getattr(before, name), before.layout, condition=told)
         model.save_pretrained(tmp_path / "model")
         again = Tokenizer.from_pretrained(tmp_path / "model")
-        after = again.encode(images(model), NUM_KEPT)
+        after = again.encode(images(model), NUM_KEPT, told)
         assert torch.equal(getattr(before, name), getattr(after, name))
-        assert torch.equal(decoded, again.decode(getattr(after, name), after.layout))
+        found = again.decode(getattr(after, name), after.layout, condition=told)
+        assert torch.equal(decoded, found)
     finally:
         model.train()
 
@@ -640,6 +659,10 @@ def test_a_tokenizer_with_the_part_trains_and_is_validated(part, tmp_path):
     name, _, kind = part.partition("=")
     run = replaced(shrink(digits32()), {name: kind})
     data = replace(run.data, max_images=12, num_workers=0)
+    if isinstance(run.model.condition, TextCondition):
+        with pytest.raises(ValueError, match="training has the classes of images and no texts"):
+            train(replace(run, data=data, out=str(tmp_path / "run")))
+        return
     model = train(replace(run, data=data, out=str(tmp_path / "run")))
     trained = replace(run, model=Tokenizer.from_pretrained(model).config)
     assert value_at(trained, name) == kind

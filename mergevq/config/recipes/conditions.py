@@ -10,7 +10,7 @@ from mergevq.config.training import TokenizerRun
 
 
 def digits32_class() -> TokenizerRun:
-    """`digits32_queries` of 4 or 16 tokens beside the digit, in encoder and decoder (TexTok).
+    """`digits32_queries` of 4, 16 or 64 tokens beside the digit, in encoder and decoder (TexTok).
 
     Beside it, --model.condition.kind none is the same without digits, and --model.condition.sees
     decoder shows them to the decoder alone (TA-TiTok). There is no teacher, which would learn the
@@ -21,9 +21,9 @@ def digits32_class() -> TokenizerRun:
     return replace(
         run,
         model=replace(run.model, condition=ClassCondition(), num_kept=4),
-        kept=KeptConfig(candidates=(4, 16)),
+        kept=KeptConfig(candidates=(4, 16, 64)),
         teacher=NoTeacher(),
         loss=replace(run.loss, alignment_weight=0.0),
-        train=replace(run.train, eval_num_kept=(4, 16)),
+        train=replace(run.train, eval_num_kept=(4, 16, 64)),
         out="runs/digits32_class",
     )

@@ -17,7 +17,7 @@ from mergevq.tokenizer.seams import Condition
 
 
 def checked(
-    config: settings.Condition, condition: Condition | None, num_images: int, like: Tensor
+    config: settings.Condition, condition: Tensor | None, num_images: int, like: Tensor
 ) -> Condition | None:
     """A condition where the parts that see it are.
 
@@ -46,7 +46,7 @@ def checked(
 
 
 def _checked_classes(
-    config: settings.ClassCondition, condition: Condition | None, num_images: int
+    config: settings.ClassCondition, condition: Tensor | None, num_images: int
 ) -> Int64[Tensor, "b"]:
     """Classes that exist."""
     expected = f"classes from 0 to {config.num_classes - 1}, -1 where one is not known"
@@ -66,7 +66,7 @@ def _checked_classes(
 
 
 def _checked_texts(
-    config: settings.TextCondition, condition: Condition | None, num_images: int
+    config: settings.TextCondition, condition: Tensor | None, num_images: int
 ) -> Tensor:
     """Embeddings that are few enough, and finite."""
     most = config.num_embeddings
