@@ -198,7 +198,7 @@ class BitsRecord(TypedDict):
     """The map as `mergevq compress` writes it, mean over the images that JPEG compresses too; null
     where there are none, or no `codec` extra. Evaluations before it have none."""
     condition: float
-    """What is known of the image besides; 0 without a condition. Evaluations before it have none.
+    """The condition of the image; 0 without a condition. Evaluations before it have none.
     """
     total: float
     """Tokens, the bound of the map, and the condition."""

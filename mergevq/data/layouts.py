@@ -33,7 +33,7 @@ class Bits(NamedTuple):
     """The source map: log2 of the number of maps that exist for this L and K."""
 
     condition: float = 0.0
-    """What is known of the image besides: log2 of the number of classes, or the longest text."""
+    """The condition: log2 of the number of classes, or the longest text; 0 without one."""
 
     @property
     def total(self) -> float:

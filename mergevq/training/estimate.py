@@ -24,7 +24,7 @@ from mergevq.data.tokens.dataset import open_tokens
 from mergevq.generator.build import AnyGenerator, build_generator
 from mergevq.runtime import distributed
 from mergevq.runtime.device import resolve_device
-from mergevq.tokenizer.conditions.values import unknown
+from mergevq.tokenizer.conditions.values import require_classes, unknown
 from mergevq.tokenizer.expanders.unmerge import Unmerge
 from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training import generator_step, tokenizer_step
@@ -292,6 +292,7 @@ def _hours(seconds: float) -> str:
 def _estimate_tokenizer(run: TokenizerRun, world: distributed.World) -> Estimate:
     """Estimate of a run whose batch is one pass of one process."""
     train_set, val_set = open_train_val(run.data)
+    require_classes(run.model.condition, train_set.num_classes, "the data")
     probe = replace(
         run,
         kept=KeptConfig(candidates=(max(run.kept.candidates),)),

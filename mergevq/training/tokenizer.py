@@ -31,7 +31,7 @@ from mergevq.runtime.device import resolve_device
 from mergevq.runtime.logs import describe_batch
 from mergevq.runtime.run import RunDirectory
 from mergevq.runtime.settings import to_json
-from mergevq.tokenizer.conditions.values import condition_of
+from mergevq.tokenizer.conditions.values import condition_of, require_classes
 from mergevq.tokenizer.losses.teachers import require_labels
 from mergevq.tokenizer.losses.terms import term_weights
 from mergevq.training.fit import Number, fit
@@ -83,6 +83,7 @@ def _train(run: TokenizerRun, world: distributed.World, *, resume: bool, brief: 
     """The whole run on one rank."""
     distributed.local_batch(run.train.batch_size, world, accumulation=run.train.accumulation)
     train_set, val_set = open_train_val(run.data)
+    require_classes(run.model.condition, train_set.num_classes, "the data")
     start = find_start(run, train_set)
     learner = build(run, world, num_classes=train_set.num_classes, start=start)
     if isinstance(run.teacher, Labels):

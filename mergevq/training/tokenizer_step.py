@@ -35,7 +35,7 @@ from mergevq.runtime.optim import (
 )
 from mergevq.runtime.random import BatchNumbers, draw_num_kept, step_generator
 from mergevq.tokenizer.build import build_regularizer, build_terms
-from mergevq.tokenizer.conditions.values import condition_of, left_out, require_classes, unknown
+from mergevq.tokenizer.conditions.values import condition_of, left_out, unknown
 from mergevq.tokenizer.encoder import Encoder
 from mergevq.tokenizer.losses.adversarial import (
     Discriminator,
@@ -477,7 +477,6 @@ def build(
     # The only use of the global generator: it fills fresh weights, and is put back after.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.train.seed)  # noqa: TID251 - layers fill themselves from it
-        require_classes(run.model.condition, num_classes, "the data")
         tokenizer = initial_tokenizer(run, start)
         teacher = build_teacher(run.teacher, dim=run.model.summary_dim, num_classes=num_classes)
         discriminator = Discriminator(

@@ -1,4 +1,4 @@
-"""What reads images or tokens takes the condition of a tokenizer, or refuses it in one line."""
+"""Every reader of images or tokens takes the condition of a tokenizer, or refuses it."""
 
 import functools
 import math

@@ -100,7 +100,7 @@ def latents_of(model):
 
 
 def condition_for(model):
-    """What is known of two images; None where there is no place for it."""
+    """Conditions of two images; None where there is no place for them."""
     match model.config.condition:
         case ClassCondition():
             return torch.tensor([0, -1])

@@ -25,6 +25,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mergevq.config.identity import Identity, require_same_classes
+from mergevq.config.parts import require_no_condition
 from mergevq.config.training import PostTraining
 from mergevq.data.batches import Batch, eval_batches, open_train_val, train_batches
 from mergevq.data.images import ImageDataset
@@ -83,6 +84,7 @@ def finetune_decoder(run: PostTraining) -> PostTrained:
         raise ValueError(f"{out} is not empty; choose another directory with --out, or delete it")
     device = resolve_device(run.device)
     pair = load_pair(run.generator, run.tokenizer, device, precision="float32")
+    require_no_condition(pair.tokenizer.config.condition, "mergevq finetune-decoder")
     train_set, val_set = open_train_val(run.data)
     if pair.class_names:
         require_same_classes(

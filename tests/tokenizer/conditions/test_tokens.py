@@ -20,6 +20,8 @@ from mergevq.tokenizer.conditions.tokens import ClassTokens, TextTokens, with_pr
 from mergevq.tokenizer.conditions.values import unknown
 from mergevq.tokenizer.expanders.mask_tokens import MaskTokens
 from mergevq.tokenizer.tokenizer import Tokenizer
+from mergevq.training.estimate import estimate
+from mergevq.training.tokenizer import train
 from mergevq.training.tokenizer_step import build
 from tests.support.small import shrink
 from tests.training.test_tokenizer import batch
@@ -216,8 +218,11 @@ def test_a_share_of_the_images_of_a_step_is_without_its_class_however_it_is_cut(
 
 
 def test_training_takes_the_classes_of_the_data_and_a_teacher_of_itself_sees_none():
-    with pytest.raises(ValueError, match=r"tokenizer \(3\) must be the 10 classes of the data"):
-        build(run(), WORLD, num_classes=10)
+    pytest.importorskip("sklearn")
+    message = r"tokenizer \(3\) must be the 10 classes of the data"
+    for refused in (train, estimate):
+        with pytest.raises(ValueError, match=message):
+            refused(run())
     teacher = SelfDistillation(view_size=24, num_head_layers=2, num_prototypes=16)
     learner = build(replace(run(), teacher=teacher), WORLD, num_classes=3)
     one = batch(4)._replace(label=torch.arange(4) % 3)
