@@ -283,6 +283,10 @@ NEEDS = {
             f"regularizer[perturb].{name}": PERTURB
             for name in ("token_share", "num_near", "fall", "final_ratio")
         },
+        **{
+            f"model.condition[class].{name}": {"model.condition[class].num_classes": 2}
+            for name in ("num_classes", "sees", "dropout")
+        },
         "model.stem[patch].norm_eps": {"model.stem[patch].position_embedding": True},
         "init_codes": PLAIN,
         "loss.recovered_start_step": {"loss.recovered_share": 0.5},
@@ -362,6 +366,7 @@ VALUES = {
         "model.decoder[patch].bit_components": (0, 1, 2, 3) * 2,
         "regularizer[perturb].image_share": 1.0,
         "regularizer[perturb].num_near": 400,
+        "model.condition[class].dropout": 0.9,
         "kept.rate": 0.01,
         "kept.mean": 9.0,
         "kept.std": 90.0,
@@ -490,6 +495,10 @@ _DRAFT = "gives the same images in other passes: generator/test_drafts"
 NO_EFFECT = {
     ("tokenizer", "model.kept_range"): "training writes it",
     ("tokenizer", "model.quantizer[dimensions].channel_order"): "numbers parts: test_dimensions",
+    **{
+        ("tokenizer", f"model.condition[text].{name}"): "is refused: texts come from Python"
+        for name in ("dim", "num_embeddings", "num_bytes", "sees", "dropout")
+    },
     ("tokenizer", "data.num_workers"): _WORKERS,
     ("tokenizer", "data.reduced_jpeg"): "is for larger photographs: data/test_batches",
     ("tokenizer", "data.cache"): "keeps the same pixels elsewhere: data/test_cached",

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mergevq.config.base import FORMAT_VERSION
-from mergevq.config.parts import TwoBranches
+from mergevq.config.parts import ClassCondition, MaskTokens, Queries, TwoBranches
 from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.runtime.artefacts import (
     load_model,
@@ -305,6 +305,13 @@ def test_the_hash_of_tokens_follows_the_encoder_and_nothing_else(tmp_path):
         first,
         *branched.values(),
     }
+    ordered = replace(SMALL, reducer=Queries(num_heads=1), expander=MaskTokens())
+    told = {
+        sees: saved(replace(ordered, condition=ClassCondition(sees=sees)))
+        for sees in ("both", "decoder")
+    }
+    assert saved(replace(ordered, condition=ClassCondition(dropout=0.5))) == told["both"]
+    assert len({saved(ordered), *told.values()}) == 3
     others = {saved(encoder_a=1.0), saved(quantizer_b=1.0), saved(encoder_a=2.0)}
     others |= {saved(changed(SMALL, merge_shape="square")), saved(changed(SMALL, num_bits=7))}
     assert len(others | {first}) == 6
