@@ -217,7 +217,6 @@ def load_run(run: SampleRun, device: torch.device) -> tuple[Pair, float | None]:
     return pair, _weights_error(exact, pair.generator, run)
 
 
-@torch.no_grad()
 def decode_sampled(
     tokenizer: Tokenizer,
     sampled: Sampled,
@@ -326,6 +325,7 @@ def masked_origin(
     return Origin(encoded.indices, encoded.source, keep)
 
 
+@torch.no_grad()
 def generate(
     pair: Pair,
     run: SampleRun,
