@@ -236,8 +236,7 @@ def decode_sampled(
         sampled: what a generator gave.
         grid_shape: rows and columns of the generator's grid.
         source: of the kept tokens, where it is known.
-        noise: seed and numbers of the images, for a decoder that begins from noise; None is seed 0
-            and their places.
+        noise: for a decoder that begins from noise; None is of seed 0 and places in the batch.
         labels: classes that the tokens were sampled for, of a tokenizer that decodes by a class.
     """
     noise = noise or Noise(0, range(len(sampled.indices)))
@@ -415,9 +414,8 @@ def write_samples(run: SampleRun, out: Path) -> Written:
     rows = [shown[i : i + _GRID_COLUMNS] for i in range(0, len(shown), _GRID_COLUMNS)]
     contact_sheet(rows).save(out / GRID)
     paths = [files.path(image_id) for image_id in range(run.num_images)]
-    return Written(
-        paths, out / GRID, error, run.num_images - len(there), tokens / passes if passes else None
-    )
+    per_pass = tokens / passes if passes else None
+    return Written(paths, out / GRID, error, run.num_images - len(there), per_pass)
 
 
 def _require_empty_or_begun(out: Path) -> bool:
