@@ -374,7 +374,8 @@ def test_the_command_says_what_it_wrote(tmp_path, folders, capsys):
     options = ["--num-kept", "20,9", "--flip", "--num-workers", "0", "--device", "cpu"]
     assert main([*command, *options]) == 0
     said = "9 and 20 tokens of 12 bits for each of 10 rows, from 5 images; encoded in float32"
-    assert capsys.readouterr().out == f"{out}: {said}\n"
+    goes_on = f"mergevq train RECIPE --tokens.path {out} --tokens.tokenizer {model}"
+    assert capsys.readouterr().out == f"{out}: {said}\nnext:\n  {goes_on}\n"
     assert open_tokens(out).record.flip
     (data / "cat/0.png").unlink()
     assert main([*command, *options]) == 1

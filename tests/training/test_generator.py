@@ -713,8 +713,9 @@ def test_the_command_trains_and_samples(material, tmp_path, capsys):
     options += ["--train.num-steps", "2", "--train.batch-size", "4", "--train.device", "cpu"]
     command = ["train", "digits32_ar", *options, "--out", str(tmp_path / "run")]
     assert main(command) == 0
-    model = capsys.readouterr().out.removeprefix("trained generator: ").strip()
-    assert model == str(tmp_path / "run/model")
+    model = str(tmp_path / "run/model")
+    goes_on = f"next:\n  mergevq sample --generator {model} --out samples"
+    assert capsys.readouterr().out == f"trained generator: {model}\n{goes_on}\n"
     models = ["--generator", model, "--model", str(material / "tokenizer"), "--device", "cpu"]
     command = ["sample", *models, "--classes", "2", "--num", "3", "--out", str(tmp_path / "out")]
     assert main(command) == 0

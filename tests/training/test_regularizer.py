@@ -76,8 +76,8 @@ def test_decoder_and_source_predictor_get_wrong_codes_and_the_true_source(monkey
     seen = []
     train_pass = learner.state.tokenizer.expander.train_pass
 
-    def look(codes, predicted_from, layout, shape, *, inferred, lengths):
-        assert lengths is None
+    def look(codes, predicted_from, layout, shape, *, inferred, lengths, condition):
+        assert lengths is condition is None
         seen.append((codes, predicted_from, layout))
         return train_pass(codes, predicted_from, layout, shape, inferred=inferred)
 

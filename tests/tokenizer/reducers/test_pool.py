@@ -45,7 +45,7 @@ def test_blocks_are_a_partition_in_canonical_order_of_nearly_equal_sizes(shape, 
     assert sizes.min() >= sides[0][0] * sides[1][0]
     assert sizes.max() <= sides[0][1] * sides[1][1]
     assert torch.equal(canonicalize(source).source.index, source.index)
-    assert source.bits(3.0) == (3.0 * math.prod(counts), 0.0)
+    assert source.bits(3.0) == (3.0 * math.prod(counts), 0.0, 0.0)
 
 
 def test_a_token_is_the_mean_of_its_cells():
