@@ -280,11 +280,10 @@ def test_autocast_gives_a_float32_loss_near_to_the_exact_one(config):
 
 
 @EVERY
-@pytest.mark.parametrize("weights", ["float32", "fp16", "bf16", "int8"])
+@pytest.mark.parametrize("weights", [pytest.param("fp16", marks=pytest.mark.slow), "bf16", "int8"])
 def test_weights_of_other_types_sample_too(config, weights):
-    model = built(config)
-    lighter = as_weights(model, weights)
-    assert sampled(lighter).indices.shape == sampled(model).indices.shape
+    found = sampled(as_weights(built(config), weights)).indices
+    assert found.shape == (len(LABELS), config.length(NUM_KEPT))
 
 
 @EVERY

@@ -94,7 +94,12 @@ KINDS = {
 }
 FROZEN = ("teacher[huggingface]", "teacher[torchscript]")
 """Teachers that need a file: contracts/test_effects, test_teachers."""
-NAMES = [name for name in KINDS if name not in ELSEWHERE and not name.startswith(FROZEN)]
+NAMES = [
+    # Those of data and loss take half of the time, and have tests of their own.
+    pytest.param(name, marks=[pytest.mark.slow] * name.startswith(("kept", "data", "loss")))
+    for name in KINDS
+    if name not in ELSEWHERE and not name.startswith(FROZEN)
+]
 
 
 def start() -> TokenizerRun:

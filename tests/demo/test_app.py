@@ -116,6 +116,7 @@ def pixels(path):
 
 
 @PAGE
+@pytest.mark.slow
 def test_every_tab_answers(client, folder):
     picture = uploaded(folder / "pictures" / "cat" / "0.png")
     *pictures, drawing, text, times, _ = client.predict(picture, 5, api_name="/reconstruct")
@@ -175,7 +176,10 @@ KINDS = {
 
 
 @PAGE
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (i % 3 > 0)) for i, name in enumerate(KINDS)],
+)
 def test_the_page_sees_the_pixels_that_the_command_line_sees(
     client, tokenizer, folder, tmp_path, name
 ):

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.mark.parametrize("as_samples", [False, True])
+@pytest.mark.parametrize("as_samples", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_stray_pictures_change_no_number(tmp_path, sampled_folder, pair, as_samples):
     run = sample_run(sampled_folder)
     sample_missing(pair, run, tmp_path / "out", ALONE)

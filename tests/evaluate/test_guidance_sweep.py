@@ -207,6 +207,7 @@ def test_scales_of_another_evaluation_are_refused_and_kept(tmp_path, folder, eva
     assert len(list((tmp_path / "out/2.0/samples").glob("*.png"))) == 6
 
 
+@pytest.mark.slow
 def test_without_a_class_score_it_is_left_out(tmp_path, folder):
     class Unclassed(torch.nn.Module):
         def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:

@@ -205,6 +205,7 @@ def test_an_image_is_made_again_from_the_sidecar(folder, tmp_path, order):
     assert len({read(path).tobytes() for path in written.images}) > 1
 
 
+@pytest.mark.slow
 def test_drafts_give_the_same_files_in_fewer_passes(folder, tmp_path):
     run = run_of(folder, "merge")
     plain = write_samples(run, tmp_path / "plain")
@@ -308,7 +309,9 @@ def test_only_images_that_were_made_can_be_made_again(folder, tmp_path):
         make_again(folder / "merge/config.json", [0])
 
 
-@pytest.mark.parametrize("weights", [pytest.param("fp16", marks=pytest.mark.slow), "bf16", "int8"])
+@pytest.mark.parametrize(
+    "weights", [*(pytest.param(w, marks=pytest.mark.slow) for w in ("fp16", "bf16")), "int8"]
+)
 def test_lighter_weights_say_what_they_cost_and_can_be_repeated(folder, tmp_path, weights):
     written = write_samples(run_of(folder, weights=weights), tmp_path / "out")
     assert written.logit_error is not None

@@ -174,7 +174,9 @@ def test_the_batch_an_image_is_in_does_not_change_its_tokens(tmp_path, tokenizer
 # -------------------------------------------------------------------- stopped, resumed and shared
 
 
-@pytest.mark.parametrize("num_batches", [0, 3, 4, 7])
+@pytest.mark.parametrize(
+    "num_batches", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 4, 7))]
+)
 def test_stopped_and_resumed_gives_the_same_bytes(
     tmp_path, tokenizer, digits, record, complete, num_batches
 ):

@@ -576,7 +576,13 @@ def test_a_batch_of_one_trains():
 
 @VERSIONS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("image_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "image_dtype",
+    [
+        torch.float32,
+        *(pytest.param(t, marks=pytest.mark.slow) for t in (torch.bfloat16, torch.float16)),
+    ],
+)
 def test_a_model_in_low_precision_runs_end_to_end(config, dtype, image_dtype):
     model, image = tokenizer(config).to(dtype), images().to(image_dtype)
     encoded = model.encode(image)

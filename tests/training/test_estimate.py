@@ -126,6 +126,7 @@ def test_tensors_of_other_devices_do_not_count():
 # -------------------------------------------------------------------------------- estimate
 
 
+@pytest.mark.slow
 def test_the_parameters_are_those_of_the_networks(run, found):
     tokenizer = Tokenizer(run.model)
     sizes = {
@@ -142,6 +143,7 @@ def test_the_data_are_counted(found):
     assert found.num_classes == 2
 
 
+@pytest.mark.slow
 def test_extrapolated_memory_is_what_is_then_used(run, found, monkeypatch):
     monkeypatch.setattr("mergevq.training.estimate._TRACKED_IMAGES", 16)
     assert found.memory_bytes == pytest.approx(estimate(run).memory_bytes, rel=0.1)

@@ -172,7 +172,7 @@ def test_every_parameter_of_the_tokenizer_gets_a_gradient():
     assert without == []
 
 
-@pytest.mark.parametrize("kind", ["none", "self"])
+@pytest.mark.parametrize("kind", ["self", pytest.param("none", marks=pytest.mark.slow)])
 def test_accumulation_equals_the_whole_batch_but_for_entropy(kind):
     # The codebook entropy is of each part; see docs/deviations.md.
     gradients = []
@@ -516,7 +516,9 @@ def test_codes_that_are_not_bits_have_no_numbers_of_bits():
     assert task.interval_numbers() == {"codebook_usage": 1.0, "perplexity": pytest.approx(9)}
 
 
-@pytest.mark.parametrize(("num_images", "world_size"), [(5, 3), (4, 8), (64, 3)])
+@pytest.mark.parametrize(
+    ("num_images", "world_size"), [(5, 3), pytest.param(4, 8, marks=pytest.mark.slow), (64, 3)]
+)
 def test_any_number_of_ranks_shares_out_the_validation_images(num_images, world_size):
     pytest.importorskip("sklearn")
     run = small(num_eval_images=num_images, eval_num_kept=(16,))

@@ -250,9 +250,14 @@ def test_fine_tuning_is_the_same_for_the_same_seed(tmp_path):
     "changed",
     [
         {"randaugment": 9.0},
-        {"randaugment": 9.0, "augmentation": "resized_crop"},
-        {"erasing": 1.0},
-        {"drop_path": 0.5},
+        *(
+            pytest.param(changed, marks=pytest.mark.slow)
+            for changed in (
+                {"randaugment": 9.0, "augmentation": "resized_crop"},
+                {"erasing": 1.0},
+                {"drop_path": 0.5},
+            )
+        ),
     ],
     ids="-".join,
 )

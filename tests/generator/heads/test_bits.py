@@ -332,7 +332,14 @@ def test_gumbel_noise_is_that_of_its_distribution_function():
 
 
 @pytest.mark.parametrize(
-    "order", [Raster(), Anchored(), Anchored(gap_in_bits=True), Stream(tokens_per_step=2)]
+    "order",
+    [
+        Raster(),
+        *(
+            pytest.param(order, marks=pytest.mark.slow)
+            for order in (Anchored(), Anchored(gap_in_bits=True), Stream(tokens_per_step=2))
+        ),
+    ],
 )
 def test_samples_by_confidence_obey_the_order_and_depend_on_their_numbers_alone(order):
     model = bits_generator((1, 2, 2), order)

@@ -170,6 +170,7 @@ def test_images_are_measured_in_both_precisions_and_layouts():
     assert {m.num_images for m in found} == {2}
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_step_are_all_of_it():
     parts = bench.profile_train_step(RUN, num_repeats=1)
     assert sum(part.share for part in parts) == pytest.approx(1)
