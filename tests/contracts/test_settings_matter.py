@@ -94,12 +94,7 @@ KINDS = {
 }
 FROZEN = ("teacher[huggingface]", "teacher[torchscript]")
 """Teachers that need a file: contracts/test_effects, test_teachers."""
-NAMES = [
-    # Those of data and loss take half of the time, and have tests of their own.
-    pytest.param(name, marks=[pytest.mark.slow] * name.startswith(("kept", "data", "loss")))
-    for name in KINDS
-    if name not in ELSEWHERE and not name.startswith(FROZEN)
-]
+NAMES = [name for name in KINDS if name not in ELSEWHERE and not name.startswith(FROZEN)]
 
 
 def start() -> TokenizerRun:
@@ -175,6 +170,7 @@ def test_a_run_is_the_same_again():
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_every_setting_changes_how_a_tokenizer_is_trained(name):
     pytest.importorskip("sklearn")
     base = with_parts_of(replaced(start(), BASES.get(name, {})), name)

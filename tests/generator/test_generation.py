@@ -190,7 +190,9 @@ def test_small_images_are_decoded_several_at_once_and_large_ones_alone(folder, m
 # ------------------------------------------------------------------------------- the folder
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "order", ["random", *(pytest.param(o, marks=pytest.mark.slow) for o in ORDERS if o != "random")]
+)
 def test_an_image_is_made_again_from_the_sidecar(folder, tmp_path, order):
     num_steps = 3 if order == "random" else None
     settings = SamplingSettings(

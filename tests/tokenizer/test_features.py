@@ -16,7 +16,6 @@ from tests.support.tokenizer import G
 
 G_R = changed(G, channel_mult=(2, 2, 2, 4), num_kept=9)
 R = changed(G, stem="patch", patch_dim=32, position_embedding=True)
-VERSIONS = pytest.mark.parametrize("config", [G, G_R, R], ids=["G", "G+R", "R"])
 
 
 def tokenizer(config=G):
@@ -57,7 +56,9 @@ STAGES_AND_LAYERS = [
 ]
 
 
-@VERSIONS
+@pytest.mark.parametrize(
+    "config", [G_R, *(pytest.param(config, marks=pytest.mark.slow) for config in (G, R))]
+)
 @pytest.mark.parametrize("pool", ["none", "class", "mean", "size_weighted_mean"])
 @pytest.mark.parametrize(("stage", "layer"), STAGES_AND_LAYERS)
 def test_features_of_every_kind_have_the_stated_shape(config, stage, pool, layer):

@@ -298,6 +298,7 @@ def test_a_run_that_has_had_its_minutes_is_complete_and_goes_on_with_more(materi
 
 
 @pytest.mark.usefixtures("curves")
+@pytest.mark.slow
 def test_training_says_what_a_step_consists_of_and_draws_its_log(material, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     run = replace(small(material, num_steps=2, eval_every=1), out=str(tmp_path / "run"))
