@@ -13,6 +13,7 @@ that a grid of 8 cells has any beside its mean.
 Shape letters: B batch, L grid cells, K tokens, D channels, H and W cells.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -33,6 +34,7 @@ from mergevq.data.layouts import Source, unmerge
 from mergevq.metrics.codes import Channels, ChannelStatistics
 from mergevq.runtime.artefacts import load_model, resolve, save_model, tokens_hash
 from mergevq.runtime.device import deterministic, resolve_device
+from mergevq.runtime.logs import Progress
 from mergevq.runtime.settings import from_json, to_json
 from mergevq.tokenizer.conditions.values import condition_of
 from mergevq.tokenizer.seams import Encoded
@@ -123,7 +125,8 @@ def measure(tokenizer: Tokenizer, images: ImageDataset, settings: Quantization) 
     config, device = tokenizer.config, next(tokenizer.parameters()).device
     channels, num_images = Channels(config.quantizer.dim), 0
     shares: list[Float[Tensor, "b d"]] = []
-    with deterministic(device):
+    total = len(images) if settings.max_images is None else min(settings.max_images, len(images))
+    with deterministic(device), contextlib.closing(Progress(total, unit="image")) as progress:
         for batch in eval_batches(
             images,
             image_size=config.image_size,
@@ -136,6 +139,7 @@ def measure(tokenizer: Tokenizer, images: ImageDataset, settings: Quantization) 
             channels.update(encoded.codes)
             shares += _low_shares(encoded)
             num_images += len(batch.image)
+            progress.update(len(batch.image))
     found = channels.compute()
     for channel, variance in enumerate(found.variance.tolist()):
         require(
