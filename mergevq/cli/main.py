@@ -159,7 +159,7 @@ def demo(
 
     # Ended by either signal, the page takes its pictures with it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with serve(
+    served = serve(
         model,
         generator=generator,
         compare=compare,
@@ -168,7 +168,9 @@ def demo(
         device=device,
         precision=precision,
         port=port,
-    ) as page:
+    )
+    # The page waits for a signal, and one may come before it does.
+    with served as page, contextlib.suppress(KeyboardInterrupt):
         print(f"page: {page.local_url} (Ctrl-C ends it)")
         page.block_thread()
 
