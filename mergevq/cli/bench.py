@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mergevq.cli.tables import print_table
+from mergevq.cli.tables import next_lines, print_table
 from mergevq.config.base import Device
 from mergevq.config.generator import (
     Weights,
@@ -103,6 +103,8 @@ def generator(  # noqa: PLR0913 - each is an option
             "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         }
         write_json(out, benchmark.record(place, options, configs, speeds))
+        print(f"results: {out}")
+    print(next_lines(("sample", "--generator", "GENERATOR", "--weights", weights[-1])))
 
 
 def tokenizer(  # noqa: PLR0913 - each is an option
@@ -161,6 +163,8 @@ def tokenizer(  # noqa: PLR0913 - each is an option
         print_table("parts of a train step", shares)
     if out is not None:
         write_json(out, benchmark.record(conditions, measurements, parts))
+        print(f"results: {out}")
+    print(next_lines(("train", recipe, "--data.path", "FOLDER")))
 
 
 def gpu(  # noqa: PLR0913 - each is an option
@@ -217,6 +221,7 @@ def gpu(  # noqa: PLR0913 - each is an option
         say=_say,
     )
     print(f"results: {out}")
+    print(next_lines(("train", recipes[0], "--data.path", "FOLDER")))
 
 
 def _say(line: str) -> None:

@@ -11,6 +11,7 @@ import tyro
 
 from mergevq.cli.images import naming, output_paths, raise_failed, unused
 from mergevq.cli.options import MAY_BE_EMPTY, as_text
+from mergevq.cli.tables import next_lines
 from mergevq.config.base import (
     BUNDLED_TOKENIZER,
     MAX_PIXELS,
@@ -88,6 +89,7 @@ def compress(  # noqa: PLR0913 - each is an option
     codec = PictureCodec.from_pretrained(model, precision=precision, device=place)
     out.mkdir(parents=True, exist_ok=True)
     failed: list[ValueError] = []
+    written: list[Path] = []
     for path, output in zip(images, outputs, strict=True):
         try:
             picture = load_picture(path)
@@ -104,7 +106,10 @@ def compress(  # noqa: PLR0913 - each is an option
             failed.append(error)
             continue
         write_bytes(output, done.data)
+        written.append(output)
         print(f"{path}: {_compressed_line(done, wanted)} -> {output}")
+    if written:
+        print(next_lines(("decompress", written[0], "--model", model)))
     raise_failed(failed, len(images), "images")
 
 
@@ -154,6 +159,8 @@ def decompress(
             continue
         picture.save(output)
         print(f"{path}: {picture.width} x {picture.height} pixels -> {output}")
+    if len(failed) < len(files):
+        print(next_lines(("demo", "--model", model)))
     raise_failed(failed, len(files), "files")
 
 

@@ -4,6 +4,7 @@ As in `mergevq.cli.main`, a signature is the options, a docstring is the help, a
 imported inside.
 """
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from mergevq.cli.options import Counts, whole_numbers
+from mergevq.cli.tables import next_lines
 from mergevq.config.base import BUNDLED_TOKENIZER
 from mergevq.runtime.environment import prepare_to_compute
 
@@ -89,7 +91,7 @@ def web(
         f"{site.folder}: {site.num_bytes / 1e6:.1f} MB, of which the model "
         f"{site.model_bytes / 1e6:.1f}; K {', '.join(map(str, site.num_kept))}"
     )
-    print(f"serve it: python -m http.server --directory {site.folder}")
+    print(f"next:\n  python -m http.server --directory {shlex.quote(str(site.folder))}")
 
 
 def _write(
@@ -105,6 +107,7 @@ def _write(
 
     counts = whole_numbers("num_kept", num_kept)
     _print(export_folder(model, out, form, num_kept=counts, generator=generator))
+    print(next_lines(("export", "web", model), ("reconstruct", "PICTURE", "--model", model)))
 
 
 def _print(exported: "ExportedFolder") -> None:

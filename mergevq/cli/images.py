@@ -103,6 +103,8 @@ def reconstruct(
         for result in results:
             print(f"{path}: {_result_line(result)}")
         print(f"{path}: -> {output}, full size in {folder}")
+    if len(failed) < len(images):
+        print(next_lines(("compress", "PICTURE", "--model", model)))
     raise_failed(failed, len(images), "images")
 
 

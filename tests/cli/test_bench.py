@@ -22,6 +22,11 @@ def test_the_command_prints_every_row_and_writes_them_with_the_conditions(tmp_pa
     assert "measuring without comparison" in printed
     for name in ("full cache", "MergeAR", "RandAR", "anchored", "MaskGIT"):
         assert f" {name} " in printed
+    assert printed.splitlines()[-3:] == [
+        f"results: {tmp_path / 'speeds.json'}",
+        "next:",
+        "  mergevq sample --generator GENERATOR --weights bf16",
+    ]
     written = json.loads((tmp_path / "speeds.json").read_text())
     assert [speed["order"] for speed in written["speeds"]] == list(KINDS)
     assert written["conditions"]["max_steps"] == 1

@@ -63,7 +63,9 @@ def test_pictures_become_files_and_pictures_again(model, tmp_path, capsys):
         f"0.png: 20 of 64 tokens, {size} bytes, {8 * size / 256:.3f} bits per pixel -> small/0.mvq"
     )
     assert lines[1].startswith("1.png: 6 tiles x 20 of 64 tokens, ")
-    assert lines[3] == "small/1.mvq: 37 x 21 pixels -> again/1.png"
+    assert lines[2:4] == ["next:", f"  mergevq decompress small/0.mvq --model {model}"]
+    assert lines[5] == "small/1.mvq: 37 x 21 pixels -> again/1.png"
+    assert lines[6:] == ["next:", f"  mergevq demo --model {model}"]
     tokenizer = Tokenizer.from_pretrained(model, precision="float32")
     with Image.open("1.png") as picture, Image.open("again/1.png") as again:
         expected = decode_image(tokenizer, encode_image(tokenizer, picture, size_policy="tile"))

@@ -21,6 +21,9 @@ def test_each_graph_has_a_line_with_its_distance_from_pytorch(monkeypatch, capsy
         "encoder_8.onnx  whole numbers equal 100.00%, others within 0.0e+00",
         "decoder.onnx    whole numbers equal 100.00%, others within 2.0e-06",
         "out: 1.2 MB, described in export.json",
+        "next:",
+        "  mergevq export web photos64",
+        "  mergevq reconstruct PICTURE --model photos64",
     ]
 
 
@@ -30,7 +33,8 @@ def test_a_site_is_announced_with_the_command_that_serves_it(monkeypatch, capsys
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
         "s: 2.0 MB, of which the model 0.0; K 8, 9",
-        "serve it: python -m http.server --directory s",
+        "next:",
+        "  python -m http.server --directory s",
     ]
 
 
