@@ -128,6 +128,7 @@ TESTED_WITH = {
     "training/decoder/step": "training/decoder/run",
     "training/generator_step": "training/generator",
     "training/tokenizer_step": "training/tokenizer",
+    "training/posthoc/part": "training/posthoc/source",
 }
 NO_NOUN = re.compile(r'^\s*r?"""(Of|What|Whatever|Whoever)\b', re.MULTILINE)
 """Beginnings of docstrings that leave their noun to the reader."""

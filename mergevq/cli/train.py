@@ -312,7 +312,7 @@ def finetune_source(  # noqa: PLR0913 - each is an option
     """
     start = SourceRun() if recipe == "none" else SOURCE_RECIPES[recipe]()
     prepare_to_compute()
-    from mergevq.training.source import finetune_source as finetune
+    from mergevq.training.posthoc.source import finetune_source as finetune
 
     given = {
         "tokenizer": model,

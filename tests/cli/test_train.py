@@ -15,7 +15,7 @@ from mergevq.config.parts import Fsq, PatchDecoder, PatchStem
 from mergevq.config.recipes import RECIPES, SOURCE_RECIPES
 from mergevq.config.training import SourceRun
 from mergevq.training.contest import run as contest
-from tests.training.test_source import NUM_KEPT, material  # noqa: F401 - a fixture
+from tests.training.posthoc.test_source import NUM_KEPT, material  # noqa: F401 - a fixture
 
 
 def test_help_needs_no_torch():
@@ -26,7 +26,7 @@ def test_help_needs_no_torch():
 def test_the_command_passes_its_options_on_and_says_what_it_gained(material, capsys, monkeypatch):  # noqa: F811
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     seen = []
-    from mergevq.training import source as train_source
+    from mergevq.training.posthoc import source as train_source
 
     whole = train_source.finetune_source
     monkeypatch.setattr(train_source, "finetune_source", lambda run: seen.append(run) or whole(run))
@@ -66,7 +66,7 @@ def test_the_command_passes_its_options_on_and_says_what_it_gained(material, cap
 
 def test_a_recipe_fills_in_what_the_options_leave_out(monkeypatch):
     seen = []
-    from mergevq.training import source as train_source
+    from mergevq.training.posthoc import source as train_source
 
     def stop(run):
         seen.append(run)

@@ -46,8 +46,8 @@ from mergevq.runtime.artefacts import tokens_hash
 from mergevq.tokenizer.encode import encode
 from mergevq.training import fit
 from mergevq.training import generator as training_generator
-from mergevq.training import source as train_source
 from mergevq.training import tokenizer as train_tokenizer
+from mergevq.training.posthoc import source as train_source
 from tests.support.leaves import changed, leaf_kinds, replaced, with_parts_of
 from tests.support.small import shrink, shrink_generator
 

@@ -88,7 +88,7 @@ LIBRARY = {
     },
     "demo": {"demo.app.serve": STOP},
     "compare": {"training.contest.run.compare": STOP},
-    "finetune-source": {"training.source.finetune_source": STOP},
+    "finetune-source": {"training.posthoc.source.finetune_source": STOP},
     "finetune-decoder": {"training.posthoc.decoder.finetune_decoder": STOP},
     "evaluate reconstruction": {"evaluate.reconstruction.evaluate_reconstruction": STOP},
     "evaluate robustness": {"evaluate.robustness.evaluate_robustness": STOP},

@@ -15,10 +15,9 @@ decoded, by the image's own source map. There is no adversarial loss.
 Shape letters: B images of a batch, K kept tokens, P parts of a token, H and W pixels.
 """
 
-import contextlib
 import logging
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -29,31 +28,17 @@ from mergevq.config.parts import require_no_condition
 from mergevq.config.training import PostTraining
 from mergevq.data.batches import Batch, eval_batches, open_train_val, train_batches
 from mergevq.data.images import ImageDataset
-from mergevq.generator.generation import Pair, load_pair
+from mergevq.generator.generation import Pair
 from mergevq.metrics.image import psnr
 from mergevq.metrics.lpips import Perceptual, load_perceptual
-from mergevq.runtime.artefacts import load_model, resolve, save_model, tokens_hash
-from mergevq.runtime.device import resolve_device
-from mergevq.runtime.logs import Progress
-from mergevq.runtime.optim import (
-    Ema,
-    NonFiniteGuard,
-    build_optimizer,
-    clip,
-    learning_rate,
-    set_learning_rate,
-)
+from mergevq.runtime.optim import Ema
 from mergevq.runtime.random import step_generator
-from mergevq.runtime.run import environment
-from mergevq.runtime.settings import to_json
 from mergevq.tokenizer.losses.terms import reconstruction_loss
 from mergevq.tokenizer.seams import Encoded
-from mergevq.training.source import replace_tokens
+from mergevq.training.posthoc.part import open_pair, replace_tokens, save_part, train_part
 
 logger = logging.getLogger("mergevq")
 
-_MAX_NONFINITE = 20
-"""Steps in a row with a non-finite loss or gradient after which the run stops."""
 _EVAL_BATCH = 64
 """Images looked at at once."""
 
@@ -79,11 +64,7 @@ def finetune_decoder(run: PostTraining) -> PostTrained:
             something in `out`.
         RuntimeError: losses stayed non-finite.
     """
-    out = Path(run.out)
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; choose another directory with --out, or delete it")
-    device = resolve_device(run.device)
-    pair = load_pair(run.generator, run.tokenizer, device, precision="float32")
+    pair = open_pair(run)
     require_no_condition(pair.tokenizer.config.condition, "mergevq finetune-decoder")
     train_set, val_set = open_train_val(run.data)
     if pair.class_names:
@@ -97,16 +78,16 @@ def finetune_decoder(run: PostTraining) -> PostTrained:
     perceptual = load_perceptual("vgg", run.perceptual_path) if run.perceptual_weight > 0 else None
     if perceptual is None:
         logger.warning("no LPIPS weights: the loss is the absolute difference alone")
-    pair.generator.requires_grad_(requires_grad=False)
-    pair.tokenizer.requires_grad_(requires_grad=False)
     decoder = pair.tokenizer.decoder.requires_grad_(requires_grad=True)
     ema = Ema(decoder, run.optim.ema_decay)
     before = evaluate(run, pair, val_set, counts)
-    _learn(run, pair, train_set, counts, ema, None if perceptual is None else perceptual.to(device))
+    if perceptual is not None:
+        perceptual = perceptual.to(pair.generator.device)
+    _learn(run, pair, train_set, counts, ema, perceptual)
     with ema.swap():
         after = evaluate(run, pair, val_set, counts)
-        _save(run, pair, before, after)
-    return PostTrained(out, before, after)
+        save_part(run, pair, "decoder_finetuning", {"before": before, "after": after})
+    return PostTrained(Path(run.out), before, after)
 
 
 def mixture(
@@ -179,8 +160,6 @@ def _learn(
 ) -> None:
     """Train the decoder in place."""
     tokenizer = pair.tokenizer
-    optimizer = build_optimizer([tokenizer.decoder], run.optim, run.batch_size)
-    guard = NonFiniteGuard(_MAX_NONFINITE)
     batches = train_batches(
         dataset,
         run.data,
@@ -193,65 +172,30 @@ def _learn(
         num_workers=run.data.num_workers,
         device=pair.generator.device,
     )
-    with contextlib.closing(Progress(run.num_steps)) as progress:
-        for step, batch in enumerate(batches):
-            drawn = torch.rand((), generator=step_generator(run.seed, "kept", step))
-            encoded = tokenizer.encode(batch.image, counts[int(drawn * len(counts))])
-            ids = range(step * run.batch_size, (step + 1) * run.batch_size)
-            decoded = _decode(pair, mixture(run, pair, batch, encoded, ids, "training"), encoded)
-            loss = reconstruction_loss(batch.image, decoded)
-            if perceptual is not None:
-                loss = loss + run.perceptual_weight * perceptual(decoded, batch.image).mean()
-            set_learning_rate(
-                optimizer, learning_rate(step, run.optim, run.num_steps, run.batch_size)
-            )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = clip(tokenizer.decoder.parameters(), run.optim.clip_norm)
-            if guard.check(step, {"loss": loss, "grad_norm": norm}):
-                optimizer.step()
-                ema.update()
-            else:
-                logger.warning("step %d is not finite and is skipped", step)
-            progress.update()
+
+    def loss_of(step: int, batch: Batch) -> Float[Tensor, ""]:
+        drawn = torch.rand((), generator=step_generator(run.seed, "kept", step))
+        encoded = tokenizer.encode(batch.image, counts[int(drawn * len(counts))])
+        ids = range(step * run.batch_size, (step + 1) * run.batch_size)
+        decoded = _decode(pair, mixture(run, pair, batch, encoded, ids, "training"), encoded)
+        loss = reconstruction_loss(batch.image, decoded)
+        if perceptual is not None:
+            loss = loss + run.perceptual_weight * perceptual(decoded, batch.image).mean()
+        return loss
+
+    train_part(run, tokenizer.decoder, ema, batches, loss_of)
 
 
 def _counts(run: PostTraining, pair: Pair) -> tuple[int, ...]:
     """Each K to train on.
 
     Raises:
-        ValueError: the generator lacks one, or its order makes no tokens between others.
+        ValueError: the generator lacks one.
     """
     config = pair.generator.config
-    if not config.order.fills_in:
-        raise ValueError(
-            f"the generator in {run.generator} must be of order 'random', not "
-            f"'{config.order.kind}': only that one makes tokens anew between others"
-        )
     counts = run.num_kept or config.kept_candidates
     if not set(counts) <= set(config.kept_candidates):
         raise ValueError(
             f"num_kept {counts} must be among the K of the generator, {config.kept_candidates}"
         )
     return counts
-
-
-def _save(run: PostTraining, pair: Pair, before: dict[str, float], after: dict[str, float]) -> None:
-    """Write the tokenizer with its present weights, and where they come from."""
-    old = load_model(resolve(run.tokenizer), kind="tokenizer").record["extra"]
-    note: dict[str, Any] = {
-        "run": to_json(run),
-        "tokenizer": pair.tokenizer_hash,
-        "generator": pair.generator_hash,
-        "environment": environment(pair.generator.device),
-        "before": before,
-        "after": after,
-    }
-    save_model(
-        run.out,
-        pair.tokenizer.state_dict(),
-        pair.tokenizer.config,
-        kind="tokenizer",
-        extra=old | {"decoder_finetuning": note},
-        tokens_id=tokens_hash(resolve(run.tokenizer)),
-    )

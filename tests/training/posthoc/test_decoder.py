@@ -11,9 +11,9 @@ from mergevq.data.batches import Batch
 from mergevq.generator.generation import load_pair
 from mergevq.generator.seams import Sampled
 from mergevq.runtime.artefacts import load_model, model_hash, tokens_hash
-from mergevq.training import source
+from mergevq.training.posthoc import part
 from mergevq.training.posthoc.decoder import finetune_decoder, mixture
-from tests.training.test_source import CPU, NUM_KEPT, material  # noqa: F401 - a fixture
+from tests.training.posthoc.test_source import CPU, NUM_KEPT, material  # noqa: F401 - a fixture
 
 
 def run_of(folder, out, **changes):
@@ -66,7 +66,7 @@ def test_the_same_run_gives_the_same_weights(material, tuned, tmp_path):  # noqa
 
 
 def test_where_all_tokens_stay_no_generator_is_asked(material, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(source, "inpaint", None)
+    monkeypatch.setattr(part, "inpaint", None)
     done = finetune_decoder(run_of(material, tmp_path / "out", preserve=1.0))
     assert done.before[f"own@{NUM_KEPT}"] == done.before[f"mixed@{NUM_KEPT}"]
 
@@ -80,7 +80,7 @@ def test_as_many_tokens_stay_as_are_asked_for(material, tmp_path, monkeypatch, p
         assert rest["settings"].passes.num_steps == run.num_passes
         return Sampled(torch.where(keep, indices, 0), None, None, run.num_passes, 0)
 
-    monkeypatch.setattr(source, "inpaint", zeros)
+    monkeypatch.setattr(part, "inpaint", zeros)
     image = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     encoded = pair.tokenizer.encode(image, NUM_KEPT)
     encoded = encoded._replace(parts=torch.full_like(encoded.parts, 5))

@@ -21,8 +21,9 @@ from mergevq.generator.build import build_generator, save_generator
 from mergevq.generator.generation import load_pair
 from mergevq.runtime.artefacts import load_model, model_hash, tokens_hash
 from mergevq.tokenizer.tokenizer import Tokenizer
-from mergevq.training import source as train_source
-from mergevq.training.source import finetune_source, replace_tokens
+from mergevq.training.posthoc import source as train_source
+from mergevq.training.posthoc.part import replace_tokens
+from mergevq.training.posthoc.source import finetune_source
 from tests.support.generators import KINDS
 from tests.training.test_generator import NUM_BITS, small_tokenizer
 

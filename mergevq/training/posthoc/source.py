@@ -14,50 +14,29 @@ tokenizer are those of the result too.
 Shape letters: B images of a batch, K kept tokens.
 """
 
-import contextlib
-import logging
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mergevq.config.generator import (
-    SamplingSettings,
-    Several,
-)
 from mergevq.config.identity import Identity, require_same_classes
-from mergevq.config.training import PostTraining, SourceRun
-from mergevq.data.codes import join
-from mergevq.data.codes import split as split_index
+from mergevq.config.training import SourceRun
 from mergevq.data.layouts import Source
 from mergevq.data.tokens.batches import split, token_batches
-from mergevq.data.tokens.dataset import TokenDataset, open_tokens
+from mergevq.data.tokens.dataset import TokenBatch, TokenDataset, open_tokens
 from mergevq.data.tokens.files import require_tokenizer
-from mergevq.generator.generation import Pair, load_pair
-from mergevq.generator.sampling import inpaint
-from mergevq.runtime.artefacts import load_model, resolve, save_model, tokens_hash
-from mergevq.runtime.device import autocast, resolve_device, resolve_precision
-from mergevq.runtime.logs import Progress
-from mergevq.runtime.optim import (
-    Ema,
-    NonFiniteGuard,
-    build_optimizer,
-    clip,
-    learning_rate,
-    set_learning_rate,
-)
+from mergevq.generator.generation import Pair
+from mergevq.runtime.artefacts import resolve, tokens_hash
+from mergevq.runtime.device import autocast, resolve_precision
+from mergevq.runtime.optim import Ema
 from mergevq.runtime.random import step_generator
-from mergevq.runtime.run import environment
 from mergevq.runtime.settings import to_json
 from mergevq.tokenizer.expanders.unmerge import SourcePredictor, Unmerge
 from mergevq.tokenizer.losses.terms import source_loss
+from mergevq.training.posthoc.part import open_pair, replace_tokens, save_part, train_part
 
-logger = logging.getLogger("mergevq")
-
-_MAX_NONFINITE = 20
-"""Steps in a row with a non-finite loss or gradient after which the run stops."""
 _EVAL_BATCH = 64
 """Images looked at at once."""
 
@@ -92,11 +71,7 @@ def finetune_source(run: SourceRun) -> Finetuned:
             something in `out`.
         RuntimeError: losses stayed non-finite, or a file of tokens is damaged.
     """
-    out = Path(run.out)
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; choose another directory with --out, or delete it")
-    device = resolve_device(run.device)
-    pair = load_pair(run.generator, run.tokenizer, device, precision="float32")
+    pair = open_pair(run)
     dataset = open_tokens(run.tokens)
     require_tokenizer(dataset.record, tokens_hash(resolve(run.tokenizer)))
     if pair.class_names:
@@ -108,58 +83,19 @@ def finetune_source(run: SourceRun) -> Finetuned:
         )
     counts = _counts(run, pair, dataset)
     train_set, val_set = split(dataset, run.val_fraction)
-    pair.generator.requires_grad_(requires_grad=False)
-    pair.tokenizer.requires_grad_(requires_grad=False)
     predictor = _predictor(pair).requires_grad_(requires_grad=True)
     ema = Ema(predictor, run.optim.ema_decay)
     before = evaluate(run, pair, val_set, counts)
     _learn(run, pair, train_set, counts, ema)
     with ema.swap():
         after = evaluate(run, pair, val_set, counts)
-        _save(run, pair, dataset, before, after)
-    return Finetuned(out, before, after)
-
-
-def replace_tokens(
-    run: SourceRun | PostTraining,
-    pair: Pair,
-    parts: Int64[Tensor, "b k p"],
-    label: Int64[Tensor, "b"],
-    *,
-    num_replaced: int,
-    image_ids: range,
-    purpose: str,
-) -> Int64[Tensor, "b k p"]:
-    """Let the generator make a part of each image's tokens anew, given the others.
-
-    Args:
-        run: its seed and number of passes.
-        pair: the generator, in evaluation mode, and its tokenizer.
-        parts: tokens of images.
-        label: their classes; -1 is none.
-        num_replaced: tokens to make anew, of every image as many.
-        image_ids: numbers that the draws of these images are tied to.
-        purpose: what else they are tied to.
-    """
-    batch_size, num_kept = parts.shape[:2]
-    if num_replaced == 0:
-        return parts
-    sizes = pair.tokenizer.quantizer.spec.sizes
-    keep = torch.ones(batch_size, num_kept, dtype=torch.bool)
-    for row, image_id in enumerate(image_ids):
-        numbers = step_generator(run.seed, "replaced", purpose, image_id)
-        keep[row, torch.randperm(num_kept, generator=numbers)[:num_replaced]] = False
-    null = pair.generator.config.null_class
-    sampled = inpaint(
-        pair.generator,
-        indices=join(parts, sizes),
-        keep=keep,
-        labels=torch.where(label < 0, null, label),
-        seed=step_generator(run.seed, "new tokens", purpose, 0).initial_seed(),
-        image_ids=image_ids,
-        settings=SamplingSettings(passes=Several(num_steps=run.num_passes)),
-    )
-    return split_index(sampled.indices.cpu(), sizes)
+        results = {
+            "tokens": to_json(dataset.record),
+            "before": {name: part._asdict() for name, part in before.items()},
+            "after": {name: part._asdict() for name, part in after.items()},
+        }
+        save_part(run, pair, "source_finetuning", results)
+    return Finetuned(Path(run.out), before, after)
 
 
 def evaluate(
@@ -228,8 +164,6 @@ def _learn(
     predictor = _predictor(pair)
     device, shape = pair.generator.device, pair.generator.config.grid_size
     dtype = resolve_precision(run.precision, device)
-    optimizer = build_optimizer([predictor], run.optim, run.batch_size)
-    guard = NonFiniteGuard(_MAX_NONFINITE)
     batches = token_batches(
         dataset,
         batch_size=run.batch_size,
@@ -237,32 +171,22 @@ def _learn(
         seed=run.seed,
         num_kept=lambda step: counts[int(_uniform(run, "kept", step) * len(counts))],
     )
-    with contextlib.closing(Progress(run.num_steps)) as progress:
-        for step, batch in enumerate(batches):
-            share = run.max_replaced * _uniform(run, "share", step)
-            ids = range(step * run.batch_size, (step + 1) * run.batch_size)
-            parts = replace_tokens(
-                *(run, pair, batch.parts, batch.label),
-                num_replaced=int(share * batch.parts.shape[1]),
-                image_ids=ids,
-                purpose="training",
-            )
-            codes = _seen(pair, parts, device)
-            own = Source(batch.source.index.to(device), batch.source.num_kept)
-            set_learning_rate(
-                optimizer, learning_rate(step, run.optim, run.num_steps, run.batch_size)
-            )
-            optimizer.zero_grad(set_to_none=True)
-            with autocast(device, dtype):
-                loss = source_loss(predictor(codes, shape), own)
-            loss.backward()
-            norm = clip(predictor.parameters(), run.optim.clip_norm)
-            if guard.check(step, {"loss": loss, "grad_norm": norm}):
-                optimizer.step()
-                ema.update()
-            else:
-                logger.warning("step %d is not finite and is skipped", step)
-            progress.update()
+
+    def loss_of(step: int, batch: TokenBatch) -> Float[Tensor, ""]:
+        share = run.max_replaced * _uniform(run, "share", step)
+        ids = range(step * run.batch_size, (step + 1) * run.batch_size)
+        parts = replace_tokens(
+            *(run, pair, batch.parts, batch.label),
+            num_replaced=int(share * batch.parts.shape[1]),
+            image_ids=ids,
+            purpose="training",
+        )
+        codes = _seen(pair, parts, device)
+        own = Source(batch.source.index.to(device), batch.source.num_kept)
+        with autocast(device, dtype):
+            return source_loss(predictor(codes, shape), own)
+
+    train_part(run, predictor, ema, batches, loss_of)
 
 
 def _uniform(run: SourceRun, purpose: str, step: int) -> float:
@@ -274,15 +198,9 @@ def _counts(run: SourceRun, pair: Pair, dataset: TokenDataset) -> tuple[int, ...
     """Each K to train on.
 
     Raises:
-        ValueError: there is none, the tokens or the generator lack one, or the order needs none.
+        ValueError: there is none, or the tokens or the generator lack one.
     """
     config = pair.generator.config
-    if not config.order.fills_in:
-        raise ValueError(
-            f"the generator in {run.generator} must be of order 'random', not "
-            f"'{config.order.kind}': only that one makes tokens anew between others and leaves the "
-            "source to be found"
-        )
     common = tuple(sorted(set(dataset.num_kept) & set(config.kept_candidates)))
     counts = run.num_kept or common
     if not counts or not set(counts) <= set(common):
@@ -291,31 +209,3 @@ def _counts(run: SourceRun, pair: Pair, dataset: TokenDataset) -> tuple[int, ...
             f"the generator {config.kept_candidates} have, {common}"
         )
     return counts
-
-
-def _save(
-    run: SourceRun,
-    pair: Pair,
-    dataset: TokenDataset,
-    before: dict[str, Recovery],
-    after: dict[str, Recovery],
-) -> None:
-    """Write the tokenizer with its present weights, and where they come from."""
-    old = load_model(resolve(run.tokenizer), kind="tokenizer").record["extra"]
-    note: dict[str, Any] = {
-        "run": to_json(run),
-        "tokenizer": pair.tokenizer_hash,
-        "generator": pair.generator_hash,
-        "tokens": to_json(dataset.record),
-        "environment": environment(pair.generator.device),
-        "before": {name: part._asdict() for name, part in before.items()},
-        "after": {name: part._asdict() for name, part in after.items()},
-    }
-    save_model(
-        run.out,
-        pair.tokenizer.state_dict(),
-        pair.tokenizer.config,
-        kind="tokenizer",
-        extra=old | {"source_finetuning": note},
-        tokens_id=tokens_hash(resolve(run.tokenizer)),
-    )
