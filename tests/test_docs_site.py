@@ -3,7 +3,6 @@
 import functools
 import http.server
 import io
-import shutil
 import subprocess
 import sys
 import threading
@@ -13,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support.browser import WIDTHS
+
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 ROOT = Path(__file__).resolve().parents[1]
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-WIDTHS = {"desk": 1280, "phone": 390}
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -44,20 +43,6 @@ def served(site):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="a browser is driven with playwright"
-    )
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip(f"none of {', '.join(BROWSERS)} is here")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(params=WIDTHS)

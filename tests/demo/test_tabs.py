@@ -4,7 +4,6 @@ import hashlib
 import io
 import logging
 import re
-import shutil
 import socket
 import time
 from pathlib import Path
@@ -14,11 +13,10 @@ import pytest
 from PIL import Image
 
 from mergevq.demo import app, draw_tabs
+from tests.support.browser import WIDTHS
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-WIDTHS = {"desk": 1280, "phone": 390}
 PATIENCE = 60_000
 """Milliseconds that an answer may take."""
 
@@ -37,20 +35,6 @@ def served(folder):
         port=port,
     ) as page:
         yield page.local_url
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="a browser is driven with playwright"
-    )
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip(f"none of {', '.join(BROWSERS)} is here")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(params=WIDTHS)

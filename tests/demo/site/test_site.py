@@ -154,23 +154,6 @@ def served(tmp_path_factory):
     server.wait()
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """Chromium, headless."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    path = (
-        shutil.which("chromium")
-        or shutil.which("chromium-browser")
-        or shutil.which("google-chrome")
-    )
-    if path is None:
-        pytest.skip("no chromium")
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
 def digit_picture(path):
     """A picture of the model's size, so that a browser has nothing to resize."""
     noise = np.random.default_rng(0)
