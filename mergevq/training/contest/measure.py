@@ -3,6 +3,7 @@
 Shape letters: B batch, N held-out images.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ from mergevq.metrics.references import ImageHashes
 from mergevq.metrics.yardsticks import TrainingImages, yardsticks
 from mergevq.runtime.device import autocast, resolve_precision
 from mergevq.runtime.environment import missing
+from mergevq.runtime.logs import Progress
 from mergevq.tokenizer.tokenizer import Tokenizer
 
 _BATCH = 64
@@ -128,9 +130,16 @@ def read_images(
 
 
 def measure_arm(
-    tokenizer: Tokenizer, run: TokenizerRun, asked: Points, held_out: HeldOut
+    tokenizer: Tokenizer, run: TokenizerRun, asked: Points, held_out: HeldOut, progress: Progress
 ) -> list[PointRecord]:
     """Reconstruct held-out images at each K; in the precision of training.
+
+    Args:
+        tokenizer: a trained one.
+        run: how it was trained.
+        asked: each K.
+        held_out: the images.
+        progress: told of each image.
 
     Raises:
         ValueError: a number is not finite.
@@ -150,6 +159,7 @@ def measure_arm(
         positions = torch.arange(first, first + len(pixels))
         labels = torch.full_like(positions, -1)
         evaluations.update((pixels.float() / 127.5 - 1).to(device), positions, labels)
+        progress.update(len(pixels))
     reference = evaluations.originals.compute()
     outcomes = {each.num_kept: each.compute(reference) for each in evaluations.each}
     return [
@@ -190,14 +200,17 @@ def measure_yardsticks(
     found = yardsticks(images, list(budgets))
     originals = Originals(held_out.perceptual, held_out.extractor)
     each = [comparison(held_out.perceptual, held_out.extractor) for _ in found]
-    for first in range(0, len(held_out.pixels), _BATCH):
-        image = held_out.pixels[first : first + _BATCH].float() / 127.5 - 1
-        label = held_out.label[first : first + _BATCH]
-        positions = torch.arange(first, first + len(image))
-        original = originals.update(image.to(held_out.device))
-        for yardstick, compared in zip(found, each, strict=True):
-            decoded = yardstick.decode(image, label)
-            compared.update(original, decoded.to(held_out.device), positions)
+    count = len(held_out.pixels)
+    with contextlib.closing(Progress(count * len(found), unit="image")) as progress:
+        for first in range(0, count, _BATCH):
+            image = held_out.pixels[first : first + _BATCH].float() / 127.5 - 1
+            label = held_out.label[first : first + _BATCH]
+            positions = torch.arange(first, first + len(image))
+            original = originals.update(image.to(held_out.device))
+            for yardstick, compared in zip(found, each, strict=True):
+                decoded = yardstick.decode(image, label)
+                compared.update(original, decoded.to(held_out.device), positions)
+                progress.update(len(image))
     reference = originals.compute()
     return [
         {

@@ -5,6 +5,7 @@ pictures beside them are made of these. Runs that are finished are measured agai
 again; one that was stopped goes on.
 """
 
+import contextlib
 import json
 import logging
 import statistics
@@ -34,7 +35,7 @@ from mergevq.report.plots import Panel, has_plots, line_plot
 from mergevq.runtime.artefacts import model_hash
 from mergevq.runtime.device import deterministic, resolve_device
 from mergevq.runtime.files import write_json
-from mergevq.runtime.logs import read_metrics
+from mergevq.runtime.logs import Progress, read_metrics
 from mergevq.runtime.run import RunDirectory, command_line, environment, read_run_record
 from mergevq.runtime.settings import changed_settings, from_json, to_json
 from mergevq.tokenizer.tokenizer import Tokenizer
@@ -80,7 +81,12 @@ def compare(settings: ContestSettings) -> ContestRecord:
         finish(settings.run_of(arm, seed), brief=True)
     held_out = opened.held_out
     with deterministic(held_out.device):
-        arms = [_measured(settings, arm, asked[arm.name], held_out) for arm in settings.arms]
+        total = len(settings.arms) * len(settings.seeds) * len(held_out.pixels)
+        with contextlib.closing(Progress(total, unit="image")) as progress:
+            arms = [
+                _measured(settings, arm, asked[arm.name], held_out, progress)
+                for arm in settings.arms
+            ]
         yardsticks = _yardsticks(settings, arms, asked, opened)
     record: ContestRecord = {
         "format_version": FORMAT_VERSION,
@@ -175,7 +181,9 @@ def _load(run: TokenizerRun, device: torch.device) -> Tokenizer:
     return Tokenizer.from_pretrained(model, precision=run.train.precision, device=device)
 
 
-def _measured(settings: ContestSettings, arm: Arm, asked: Points, held_out: HeldOut) -> ArmRecord:
+def _measured(
+    settings: ContestSettings, arm: Arm, asked: Points, held_out: HeldOut, progress: Progress
+) -> ArmRecord:
     """An arm with every seed."""
     num_parameters, seeds = 0, list[SeedRecord]()
     for seed in settings.seeds:
@@ -193,7 +201,7 @@ def _measured(settings: ContestSettings, arm: Arm, asked: Points, held_out: Held
                 "run": str(Path(arm.name, str(seed))),
                 "model_hash": model_hash(directory.model),
                 "images_per_second": statistics.median(speeds) if speeds else None,
-                "points": measure_arm(tokenizer, run, asked, held_out),
+                "points": measure_arm(tokenizer, run, asked, held_out, progress),
             }
         )
     return {

@@ -105,7 +105,7 @@ def test_table_plot_and_pictures_are_written(done):
 
 
 @pytest.mark.slow
-def test_nothing_is_trained_twice_and_what_was_stopped_goes_on(done, monkeypatch):
+def test_nothing_is_trained_twice_and_what_was_stopped_goes_on(done, monkeypatch, capsys):
     settings, record, folder = done
     trained = []
     # Training that is stopped at once.
@@ -114,6 +114,8 @@ def test_nothing_is_trained_twice_and_what_was_stopped_goes_on(done, monkeypatch
     )
     again = compare(replace(settings, num_shown=0, seeds=(1, 0), num_yardstick_images=0))
     assert trained == []
+    count = 4 * record["num_images"]
+    assert f"image {count}/{count}" in capsys.readouterr().err
     assert again["arms"][0]["seeds"] == record["arms"][0]["seeds"][::-1]
     # A run that was stopped after its first save has a model of fewer steps.
     path = folder / "out" / "pool" / "1" / "model" / "config.json"
