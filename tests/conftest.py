@@ -7,7 +7,7 @@ import pytest
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-pytest_plugins = ["tests.support.browser"]
+pytest_plugins = ["tests.support.browser", "tests.support.shapes"]
 
 
 @pytest.fixture(autouse=True, scope="session")
