@@ -23,6 +23,7 @@ from mergevq.cli.options import (
 )
 from mergevq.cli.tables import (
     columns,
+    correlation_table,
     guidance_table,
     logit_error_line,
     next_lines,
@@ -33,6 +34,7 @@ from mergevq.cli.tables import (
 from mergevq.config.base import MAX_PIXELS, Device
 from mergevq.config.evaluation import (
     FRACTIONS,
+    CorrelationSettings,
     GenerationSettings,
     ReconstructionSettings,
     ReferenceKind,
@@ -109,6 +111,8 @@ def robustness(
     subject: SubjectOptions,
     num_kept: int | None = None,
     fractions: tuple[str, ...] = tuple(map(str, FRACTIONS)),
+    map_fractions: Annotated[tuple[str, ...], MAY_BE_EMPTY] = (),
+    joint: tyro.conf.FlagCreatePairsOff[bool] = False,
     radius: int | None = None,
     seed: int = 0,
     out: Path = Path("evaluations/robustness"),
@@ -123,20 +127,26 @@ def robustness(
         subject: what is evaluated, and by what.
         num_kept: K; the tokenizer's own by default.
         fractions: shares of the tokens that are replaced (0,0.5,0.9).
+        map_fractions: shares of the cells that the source map puts into the group of another cell
+            (0,0.02,0.1,0.5), beside it or any, of the given map and of the recovered one.
+        joint: also with tokens and cells wrong together, in each of --map-fractions but 0, and
+            with the map recovered from wrong tokens.
         radius: most bits in which a replacement differs; by default the three of pFID, which are
             the smallest with at least 200, 280 and 360 of 4096 codes within them, and may be one.
-        seed: of which tokens and which bits.
+        seed: of which tokens, bits and cells.
         out: where the results go.
     """
     settings = RobustnessSettings(
         subject=subject,
         out=str(out),
         num_kept=num_kept,
-        fractions=read_fractions(fractions),
+        fractions=read_fractions("fractions", fractions),
+        map_fractions=read_fractions("map_fractions", map_fractions) if map_fractions else (),
+        joint=joint,
         radius=radius,
         seed=seed,
     )
-    from mergevq.evaluate.robustness import evaluate_robustness
+    from mergevq.evaluate.robustness.run import evaluate_robustness
 
     record = evaluate_robustness(settings)
     if record is not None:
@@ -144,7 +154,31 @@ def robustness(
         _print_unmeasured(record)
         _print_left_out(record["left_out"])
         print(f"results: {out}")
-        print(next_lines(("train", "RECIPE", "--regularizer.kind", "perturb")))
+        given = ("evaluate", "correlation", out, "OTHERS")
+        print(next_lines(("train", "RECIPE", "--regularizer.kind", "perturb"), given))
+
+
+def correlation(
+    *,
+    records: tyro.conf.Positional[tuple[Path, ...]],
+    out: Path = Path("evaluations/correlation"),
+) -> None:
+    """Rank tokenizers by reconstructions, wrong tokens and samples, and correlate the ranks.
+
+    Spearman's rho of pFID and of rFID with gFID, each of one extractor, over three tokenizers or
+    more, and the least that is significant of so many. Writes OUT/evaluation.json.
+
+    Args:
+        records: directories of `mergevq evaluate robustness` and `generation`, one of each for
+            every tokenizer; they are paired by its hash.
+        out: where the results go.
+    """
+    settings = CorrelationSettings(records=tuple(map(str, records)), out=str(out))
+    from mergevq.evaluate.robustness.correlation import evaluate_correlation
+
+    print(correlation_table(evaluate_correlation(settings)))
+    print(f"results: {out}")
+    print(next_lines(("evaluate", "robustness", "--model", "ANOTHER", "--extractor", "FILE")))
 
 
 def reference(  # noqa: PLR0913 - each is an option
@@ -403,5 +437,13 @@ def _print_left_out(texts: Sequence[str]) -> None:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     command.__name__: command
-    for command in (reconstruction, generation, guidance, reference, robustness, selftest)
+    for command in (
+        reconstruction,
+        generation,
+        guidance,
+        reference,
+        robustness,
+        correlation,
+        selftest,
+    )
 }

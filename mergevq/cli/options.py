@@ -196,8 +196,12 @@ def _one_or_several(numbers: tuple[Number, ...]) -> Number | tuple[Number, ...]:
     return numbers[0] if len(numbers) == 1 else numbers
 
 
-def read_fractions(texts: Sequence[str]) -> tuple[float, ...]:
+def read_fractions(name: str, texts: Sequence[str]) -> tuple[float, ...]:
     """Shares, separated by commas or spaces.
+
+    Args:
+        name: of the setting, for error messages.
+        texts: from the command line.
 
     Raises:
         ValueError: something else is between them, or there is none.
@@ -208,6 +212,7 @@ def read_fractions(texts: Sequence[str]) -> tuple[float, ...]:
         shares = ()
     if not shares or not all(map(math.isfinite, shares)):
         raise ValueError(
-            f"fractions ({' '.join(texts)}) must be numbers from 0 to 1: --fractions 0,0.5"
+            f"{name} ({' '.join(texts)}) must be numbers from 0 to 1: "
+            f"--{name.replace('_', '-')} 0,0.5"
         )
     return shares

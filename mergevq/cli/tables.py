@@ -12,7 +12,7 @@ from mergevq.config.records import (
     BitsRecord,
     CodebookRecord,
     ContinuousRecord,
-    GenerationRecord,
+    CorrelationRecord,
     GuidanceRecord,
     Numbers,
     ReconstructionRecord,
@@ -129,19 +129,23 @@ def _baseline_rows(baselines: Sequence[BaselineRecord]) -> list[list[str]]:
 
 
 def robustness_table(record: RobustnessRecord) -> str:
-    """The numbers of a curve, a row for each fraction in each ball."""
+    """The numbers of a curve, a row for each kind of mistakes."""
     results = record["results"]
     names = list(results[0]["metrics"])
     rows = [["fraction", "bits", "tokens", *names]]
-    rows += [
-        [
+    # Evaluations of earlier versions have no wrong maps.
+    has_maps = any(r.get("groups") or r.get("source", "given") != "given" for r in results)
+    if has_maps:
+        rows[0][3:3] = ["map", "groups", "cells"]
+    for result in results:
+        row = [
             f"{result['fraction']:g}",
             "-" if result["radius"] is None else str(result["radius"]),
             str(result["num_replaced"]),
-            *(_number(result, name) for name in names),
         ]
-        for result in results
-    ]
+        if has_maps:
+            row += [result["source"], result["groups"] or "-", f"{result['num_moved']:.1f}"]
+        rows.append([*row, *(_number(result, name) for name in names)])
     lines = [columns(rows), ""]
     for ball in record["balls"]:
         stands = f", for {' and '.join(map(str, ball['neighbours']))} of 4096"
@@ -152,6 +156,20 @@ def robustness_table(record: RobustnessRecord) -> str:
     if record["metrics"]:
         lines += ["", numbers_table(record)]
     return "\n".join(lines)
+
+
+def correlation_table(record: CorrelationRecord) -> str:
+    """The distances of each tokenizer, and how far they order tokenizers alike."""
+    rows = [["tokenizer", "reconstruction", "perturbed", "generation"]]
+    rows += [
+        [each["tokenizer"][:12]]
+        + [f"{each[name]:.4f}" for name in ("reconstruction", "perturbed", "generation")]
+        for each in record["tokenizers"]
+    ]
+    found, least = len(record["tokenizers"]), record["smallest_significant"]
+    words = "no rho is significant" if least is None else f"significant from |rho| {least:.3f}"
+    lines = [columns(rows), "", numbers_table(record)]
+    return "\n".join([*lines, f"{found} tokenizers: {words} (p < 0.05, two-sided)"])
 
 
 def guidance_table(record: GuidanceRecord) -> str:
@@ -168,7 +186,7 @@ def guidance_table(record: GuidanceRecord) -> str:
     return "\n".join(lines)
 
 
-def numbers_table(record: GenerationRecord | RobustnessRecord) -> str:
+def numbers_table(record: Numbers) -> str:
     """The numbers of an evaluation as a whole, a row each."""
     return columns([[name, _number(record, name)] for name in record["metrics"]])
 

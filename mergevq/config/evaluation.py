@@ -21,6 +21,8 @@ covariance; the extractor sees bytes. `authors`: as their evaluation code, for n
 beside theirs: resized bilinear; pixels are cut off to bytes; SSIM has a uniform window of 7 x 7 and
 sample covariance; the extractor sees pixels between bytes too.
 """
+Groups = Literal["neighbour", "random"]
+"""Where a wrong source map has a cell's group from: a cell above, below or beside it, or any."""
 FRACTIONS = (0.0, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Shares of wrong tokens: none, few, and those whose mean `evaluate robustness` gives."""
 
@@ -100,16 +102,36 @@ class RobustnessSettings:
     """K; None is the tokenizer's own."""
     fractions: tuple[float, ...] = FRACTIONS
     """Shares of the tokens that are replaced."""
+    map_fractions: tuple[float, ...] = ()
+    """Shares of the cells that the source map puts into another group, given and recovered; none
+    leaves wrong maps out."""
+    joint: bool = False
+    """Whether tokens and cells are wrong together too, in equal shares, and the map recovered from
+    wrong tokens."""
     radius: int | None = None
     """Most bits that differ; None is each of the smallest whose balls have 200, 280 and 360 of
     4,096 codes or more."""
     seed: int = 0
-    """Seed of which tokens and which bits are wrong."""
+    """Seed of which tokens, bits and cells are wrong."""
 
     def __post_init__(self) -> None:
-        """Reject fractions outside [0, 1], and none at all."""
+        """Reject fractions outside [0, 1], none at all, and both wrong without shares of cells."""
         check_numbers(self)
+        require(
+            bool(self.map_fractions) or not self.joint,
+            "joint needs shares of the cells beside those of the tokens: --map-fractions 0.1,0.5",
+        )
         require(len(self.fractions) > 0, "fractions () must hold at least one: 0 is none replaced")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CorrelationSettings:
+    """All that a correlation over tokenizers depends on."""
+
+    records: tuple[str, ...]
+    """`evaluation.json` of evaluations of robustness and of generation, or their directories."""
+    out: str
+    """Directory of results; must not hold any."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -240,6 +240,7 @@ RANGES = {
     "num_shown": Range(0, 2**16),
     "num_baseline_images": Range(0, 2**32),
     "fractions": _SHARE,
+    "map_fractions": _SHARE,
     "radius": Range(0, 256),
     "num_looked_up": Range(1, 2**16),
     "seeds": _INT64,

@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
-from mergevq.config.base import require
+from mergevq.config.base import RecoverySource, require
 from mergevq.config.evaluation import (
+    CorrelationSettings,
     GenerationSettings,
+    Groups,
     ReconstructionSettings,
     ReferenceKind,
     RobustnessSettings,
@@ -274,12 +276,20 @@ class BallRecord(TypedDict):
 
 
 class RobustnessResult(Numbers):
-    """Results at one fraction in one ball."""
+    """Results for one kind of mistakes."""
 
     fraction: float
     radius: int | None
     """None where nothing is replaced."""
+    source: RecoverySource
+    """Source map. Evaluations before it have none, and nothing below on cells."""
+    map_fraction: float
+    """Share of the cells that are put into another group."""
+    groups: Groups | None
+    """None where no cell is."""
     num_replaced: int
+    num_moved: float
+    """Cells in another group, mean over images."""
 
 
 class RobustnessRecord(EvaluationRecord, SubjectRecord, Numbers):
@@ -290,6 +300,31 @@ class RobustnessRecord(EvaluationRecord, SubjectRecord, Numbers):
     balls: list[BallRecord]
     results: list[RobustnessResult]
     left_out: list[str]
+
+
+class CorrelatedTokenizer(TypedDict):
+    """Distances of one tokenizer: of reconstructions, with wrong tokens, and of samples."""
+
+    tokenizer: str
+    """Hash."""
+    reconstruction: float
+    perturbed: float
+    generation: float
+    records: list[str]
+    """Paths of the evaluations of robustness and of generation."""
+
+
+class CorrelationRecord(EvaluationRecord, Numbers):
+    """`evaluation.json` of `mergevq evaluate correlation`; its metrics are Spearman's rho."""
+
+    kind: Literal["correlation evaluation"]
+    settings: Annotated[dict[str, Any], CorrelationSettings]
+    extractor: ExtractorRecord
+    distance: str
+    """Name of the Frechet distance."""
+    tokenizers: list[CorrelatedTokenizer]
+    smallest_significant: float | None
+    """Least absolute rho with p < 0.05, two-sided; null where none is, of so few tokenizers."""
 
 
 class SamplesRecord(TypedDict):

@@ -15,7 +15,7 @@ from mergevq.config.recipes.digits import digits32
 from mergevq.data.batches import eval_batches
 from mergevq.data.images import open_images
 from mergevq.evaluate.reconstruction import evaluate_reconstruction
-from mergevq.evaluate.robustness import evaluate_robustness
+from mergevq.evaluate.robustness.run import evaluate_robustness
 from mergevq.generator.export.folder import export_folder
 from mergevq.generator.generation import decode_sampled
 from mergevq.generator.seams import Sampled

@@ -38,7 +38,7 @@ from mergevq.evaluate.guidance_sweep import evaluate_guidance
 from mergevq.evaluate.probe import linear
 from mergevq.evaluate.probe import run as probing
 from mergevq.evaluate.reconstruction import evaluate_reconstruction
-from mergevq.evaluate.robustness import evaluate_robustness
+from mergevq.evaluate.robustness.run import evaluate_robustness
 from mergevq.generator.build import load_generator, save_generator
 from mergevq.metrics.lpips import Perceptual
 from mergevq.metrics.references import make_reference

@@ -91,7 +91,8 @@ LIBRARY = {
     "finetune-source": {"training.posthoc.source.finetune_source": STOP},
     "finetune-decoder": {"training.posthoc.decoder.finetune_decoder": STOP},
     "evaluate reconstruction": {"evaluate.reconstruction.evaluate_reconstruction": STOP},
-    "evaluate robustness": {"evaluate.robustness.evaluate_robustness": STOP},
+    "evaluate robustness": {"evaluate.robustness.run.evaluate_robustness": STOP},
+    "evaluate correlation": {"evaluate.robustness.correlation.evaluate_correlation": STOP},
     "evaluate reference": {"metrics.references.make_reference": STOP},
     "evaluate generation": {"evaluate.generation.evaluate_generation": STOP},
     "evaluate guidance": {"evaluate.guidance_sweep.evaluate_guidance": STOP},
@@ -159,6 +160,7 @@ NEEDS = {
     ("sample", "keep_from"): {"keep_from": Path("a.png"), "mask": Path("b.png")},
     ("sample", "mask"): {"keep_from": Path("a.png"), "mask": Path("b.png")},
     ("sample", "images"): {"again": Path("samples.json")},
+    ("evaluate robustness", "joint"): {"map_fractions": ("0.2",)},
     **{
         (command, name): {"classifier": Path("classes.pt")}
         for command, name in (
@@ -183,6 +185,7 @@ VALUES = {
     ("evaluate guidance", "stop"): ("2.5", 2.5),
     ("evaluate guidance", "step"): ("0.25", 0.25),
     ("evaluate robustness", "fractions"): (("0.25", "0.75"), (0.25, 0.75)),
+    ("evaluate robustness", "map_fractions"): (("0.2", "0.7"), (0.2, 0.7)),
     ("reconstruct", "out"): (Path("other"), "other/a.png"),
     ("compress", "out"): (Path("other"), "other/a.mvq"),
     ("compress", "quality"): (("bits_per_pixel", 0.5), 0.5),

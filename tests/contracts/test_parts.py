@@ -31,7 +31,7 @@ from mergevq.data.batches import eval_batches
 from mergevq.data.images import open_images
 from mergevq.data.layouts import Source, merge
 from mergevq.evaluate.reconstruction import evaluate_reconstruction
-from mergevq.evaluate.robustness import evaluate_robustness
+from mergevq.evaluate.robustness.run import evaluate_robustness
 from mergevq.generator.build import load_generator
 from mergevq.generator.export.folder import export_folder
 from mergevq.metrics.codes import CodebookUsage, codebook_statistics

@@ -365,7 +365,7 @@ import sys, warnings
 warnings.simplefilter("ignore")
 from mergevq.config.evaluation import ReconstructionSettings, RobustnessSettings, Subject
 from mergevq.evaluate.reconstruction import evaluate_reconstruction
-from mergevq.evaluate.robustness import evaluate_robustness
+from mergevq.evaluate.robustness.run import evaluate_robustness
 folder, out, batch_size = sys.argv[1:]
 subject = Subject(model=f"{folder}/model", data=f"{folder}/images", device="cpu",
                   batch_size=int(batch_size), extractor=f"{folder}/colours.pt", num_workers=0,

@@ -2,27 +2,44 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
+from mergevq.cli.tables import robustness_table
 from mergevq.config.evaluation import RobustnessSettings, Subject
+from mergevq.config.parts.reducers import Pool
 from mergevq.config.records import RobustnessRecord
 from mergevq.evaluate.reconstruction import measure_reconstructions
-from mergevq.evaluate.robustness import (
+from mergevq.evaluate.robustness.maps import move_cells
+from mergevq.evaluate.robustness.run import (
     Point,
+    Wrong,
     default_radii,
     draw_flips,
     evaluate_robustness,
     mean_distance,
+    mean_map_distances,
     measure_robustness,
+    mistakes,
     perturb,
 )
+from mergevq.metrics.image import psnr
+from mergevq.nn.rows import take_rows
 from mergevq.tokenizer.bits import codes_to_indices
 from mergevq.tokenizer.tokenizer import Tokenizer
-from tests.support.evaluations import subject_of, write_images, write_network, write_tokenizer
+from tests.support.evaluations import (
+    CONFIG,
+    subject_of,
+    write_images,
+    write_network,
+    write_tokenizer,
+)
 from tests.support.records import assert_declared
 
+PLAIN = Wrong(0.0, None)
+WRONG = [Wrong(0.5, 2), Wrong(0.0, None, "given", 0.5, "random")]
 pytestmark = pytest.mark.filterwarnings("ignore:a Frechet distance of:UserWarning")
 
 
@@ -43,11 +60,84 @@ def subject(folder):
 
 def test_a_fraction_of_zero_is_the_reconstruction_to_the_last_digit(subject):
     (found,) = measure_reconstructions(subject, [8]).measured
-    curves = measure_robustness(subject, 8, [0.0, 1.0], radii=[2, 1], seed=0)
+    curves = measure_robustness(subject, 8, [PLAIN, Wrong(1.0, 1), Wrong(1.0, 2)], seed=0)
     assert curves.points[0].numbers == found.outcome.given
-    assert [point.radius for point in curves.points] == [None, 1, 2]
     assert found.outcome.given not in [point.numbers for point in curves.points[1:]]
     assert curves.num_images == 5
+
+
+def test_no_moved_cell_is_the_reconstruction_by_the_given_and_by_the_recovered_map(subject):
+    subject = subject._replace(extractor=None)
+    (found,) = measure_reconstructions(subject, [8]).measured
+    wrongs = [
+        Wrong(0.0, None, source, share, groups)
+        for source in ("given", "recovered")
+        for share, groups in ((0.0, None), (0.0, "neighbour"), (0.0, "random"), (0.5, "random"))
+    ]
+    points = measure_robustness(subject, 8, wrongs, seed=0).points
+    plain = [found.outcome.given] * 3 + [found.outcome.recovered] * 3
+    assert [point.numbers for point in points[:3] + points[4:7]] == plain
+    assert plain[0] != plain[3]
+    for point, before in ((points[3], plain[0]), (points[7], plain[3])):
+        assert point.num_moved == pytest.approx(8, abs=1)
+        assert point.numbers != before
+
+
+def test_tokens_and_cells_that_are_wrong_together_are_those_that_are_wrong_alone(subject):
+    joint = Wrong(0.5, 2, "given", 0.5, "neighbour")
+    points = measure_robustness(subject, 8, [PLAIN, joint], seed=3).points
+    with torch.no_grad():
+        (batch,) = subject._replace(subject=replace(subject.subject, batch_size=5)).batches()
+        encoded = subject.tokenizer.encode(batch.image, 8)
+        ids = list(range(5))
+        codes = perturb(encoded.codes, draw_flips(8, 4, 2, 3, ids), 4)
+        moved = move_cells(encoded.source, (4, 4), "neighbour", [8], seed=3, image_ids=ids)[8]
+        image = subject.tokenizer.decode(take_rows(codes, moved.order), moved.source)
+    assert points[1].numbers["psnr"] == pytest.approx(
+        float(psnr(batch.image, image).mean()), abs=1e-3
+    )
+    # The map alone, with the tokens in its order, is what unmerging gives cell by cell.
+    order = moved.order.gather(1, moved.source.index)
+    assert (order != encoded.source.index).sum(1).tolist() == moved.num_moved.tolist()
+
+
+def test_a_map_recovered_from_wrong_tokens_is_theirs(subject):
+    wrong = Wrong(0.5, 2, "recovered")
+    (point,) = measure_robustness(subject, 8, [wrong], seed=0).points
+    with torch.no_grad():
+        (batch,) = subject._replace(subject=replace(subject.subject, batch_size=5)).batches()
+        codes = subject.tokenizer.encode(batch.image, 8).codes
+        codes = perturb(codes, draw_flips(8, 4, 2, 0, list(range(5))), 4)
+        image = subject.tokenizer.decode(codes, subject.tokenizer.recover(codes))
+    assert point.numbers["psnr"] == pytest.approx(float(psnr(batch.image, image).mean()), abs=1e-3)
+
+
+def test_mistakes_are_of_tokens_of_maps_and_of_both(folder, tmp_path):
+    changes = {"fractions": (0.5, 0.0), "map_fractions": (0.0, 0.1)}
+    alone = mistakes(settings_of(folder, tmp_path, **changes), [2])
+    assert alone == [
+        PLAIN,
+        Wrong(0.5, 2),
+        Wrong(0.0, None, "given", 0.1, "neighbour"),
+        Wrong(0.0, None, "given", 0.1, "random"),
+        Wrong(0.0, None, "recovered"),
+        Wrong(0.0, None, "recovered", 0.1, "neighbour"),
+        Wrong(0.0, None, "recovered", 0.1, "random"),
+    ]
+    assert mistakes(settings_of(folder, tmp_path, **changes, joint=True), [2])[7:] == [
+        Wrong(0.1, 2, "given", 0.1, "neighbour"),
+        Wrong(0.1, 2, "given", 0.1, "random"),
+        Wrong(0.1, 2, "recovered"),
+    ]
+    with pytest.raises(ValueError, match="joint needs shares of the cells"):
+        settings_of(folder, tmp_path, joint=True)
+
+
+def test_maps_that_are_implied_cannot_be_wrong(folder):
+    config = replace(CONFIG, reducer=Pool(), num_kept=16)
+    pooled = subject_of(Tokenizer(config), folder / "images")
+    with pytest.raises(ValueError, match=r"imply it \(model.reducer.kind pool\); leave --map-fr"):
+        measure_robustness(pooled, 16, [Wrong(0.0, None, "given", 0.5, "random")], seed=0)
 
 
 def test_wrong_tokens_change_the_image_more_the_more_there_are(subject):
@@ -66,7 +156,7 @@ def test_wrong_tokens_change_the_image_more_the_more_there_are(subject):
 
 def test_two_curves_agree_to_the_last_digit_and_another_seed_does_not(subject):
     first, second, other = (
-        measure_robustness(subject, 8, [0.5], radii=[2], seed=seed).points for seed in (0, 0, 1)
+        measure_robustness(subject, 8, WRONG, seed=seed).points for seed in (0, 0, 1)
     )
     assert first == second != other
 
@@ -107,13 +197,13 @@ def test_the_balls_are_those_of_the_papers_numbers():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"radii": [0]}, r"radius \(0\) must be between 1 and the 4 bits"),
-        ({"radii": [1, 5]}, r"radius \(5\) must be between 1 and the 4 bits"),
+        ({"wrongs": [Wrong(0.5, 0)]}, r"radius \(0\) must be between 1 and the 4 bits"),
+        ({"wrongs": [*WRONG, Wrong(0.5, 5)]}, r"radius \(5\) must be between 1 and the 4 bits"),
         ({"num_kept": 17}, "17"),
     ],
 )
 def test_what_cannot_be_is_refused(subject, change, message):
-    given = {"num_kept": 8, "fractions": [0.5], "radii": [1], "seed": 0}
+    given = {"num_kept": 8, "wrongs": WRONG, "seed": 0}
     with pytest.raises(ValueError, match=message):
         measure_robustness(subject, **given | change)
 
@@ -122,7 +212,10 @@ def test_the_mean_is_over_the_papers_fractions_and_balls():
     # Of 12 bits the balls of 200 and 280 neighbours are one, which counts twice.
     points = [
         Point(
-            fraction, radius, 1, {"psnr": 0.0, "frechet_net": 10 * fraction + 100 * (radius == 4)}
+            Wrong(fraction, radius),
+            1,
+            0.0,
+            {"psnr": 0.0, "frechet_net": 10 * fraction + 100 * (radius == 4)},
         )
         for fraction in (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
         for radius in (3, 4)
@@ -130,6 +223,20 @@ def test_the_mean_is_over_the_papers_fractions_and_balls():
     assert mean_distance(points, 12) == {"perturbed_frechet_net": pytest.approx(7 + 100 / 3)}
     inception = [point._replace(numbers={"fid": 2.0}) for point in points]
     assert mean_distance(inception, 12) == {"perturbed_fid": pytest.approx(2)}
+
+
+def test_means_over_wrong_maps_are_by_map_and_by_groups():
+    base = {("given", "neighbour"): 0, ("given", "random"): 100, ("recovered", "neighbour"): 200}
+    base |= {("recovered", "random"): 300}
+    points = [
+        Point(Wrong(0.0, None, *kind[:1], share, kind[1]), 0, 0.0, {"fid": start + 10 * share})
+        for kind, start in base.items()
+        for share in (0.1, 0.5, 0.6, 0.7, 0.8, 0.9)
+    ]
+    assert mean_map_distances(points) == {
+        f"moved_{groups}_{source}_fid": pytest.approx(start + 7)
+        for (source, groups), start in base.items()
+    }
 
 
 def settings_of(folder, out, *, extractor=True, **changes):
@@ -157,6 +264,30 @@ def test_the_curve_is_written_and_drawn(tmp_path, folder):
     assert record["left_out"] == []
     assert len(record["model"]["hash"]) == len(record["data"]["pixels_sha256"]) == 64
     assert (tmp_path / "robustness.png").is_file()
+
+
+def test_wrong_maps_are_written_and_drawn(tmp_path, folder):
+    changes = {"fractions": (0.0,), "map_fractions": (0.0, 0.5), "joint": True, "radius": 2}
+    record = evaluate_robustness(settings_of(folder, tmp_path, **changes))
+    assert_declared(json.loads((tmp_path / "evaluation.json").read_text()), RobustnessRecord)
+    assert [
+        (r["fraction"], r["source"], r["groups"], r["num_moved"]) for r in record["results"]
+    ] == [
+        (0.0, "given", None, 0.0),
+        (0.0, "given", "neighbour", pytest.approx(8, abs=1)),
+        (0.0, "given", "random", pytest.approx(8, abs=1)),
+        (0.0, "recovered", None, 0.0),
+        (0.0, "recovered", "neighbour", pytest.approx(8, abs=1)),
+        (0.0, "recovered", "random", pytest.approx(8, abs=1)),
+        (0.5, "given", "neighbour", pytest.approx(8, abs=1)),
+        (0.5, "given", "random", pytest.approx(8, abs=1)),
+        (0.5, "recovered", None, 0.0),
+    ]
+    text = "the means of the Frechet distances of wrong maps: they need --map-fractions 0.5,0.6"
+    assert record["left_out"][1].startswith(text)
+    assert (tmp_path / "robustness.png").is_file()
+    table = robustness_table(record)
+    assert "map     groups  cells" in table
 
 
 def test_without_matplotlib_the_numbers_are_written_after_one_warning(

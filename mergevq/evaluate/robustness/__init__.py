@@ -1,0 +1,1 @@
+"""Effects of wrong tokens and wrong maps on images, and how they go with generation."""
