@@ -48,6 +48,7 @@ def test_extras_are_the_documented_ones():
         "demo",
         "log",
         "quickstart",
+        "text",
         "dev",
     }
     assert set(EXTRAS) == documented

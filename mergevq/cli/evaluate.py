@@ -30,16 +30,20 @@ from mergevq.cli.tables import (
     numbers_table,
     reconstruction_table,
     robustness_table,
+    text_table,
 )
-from mergevq.config.base import MAX_PIXELS, Device
+from mergevq.config.base import BUNDLED_TOKENIZER, MAX_PIXELS, Device, Precision
 from mergevq.config.evaluation import (
     FRACTIONS,
+    RENDERED,
     CorrelationSettings,
     GenerationSettings,
     ReconstructionSettings,
+    Reconstructor,
     ReferenceKind,
     RobustnessSettings,
     Subject,
+    TextSettings,
     TrunkName,
 )
 from mergevq.config.generator import (
@@ -60,6 +64,43 @@ class SweptOptions(SamplingOptions):
     """how it rises from 1 as an image grows; the paper's is linear."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Through:
+    """Options of a tokenizer that images go through."""
+
+    model: str = BUNDLED_TOKENIZER
+    """directory of a tokenizer, a name of `mergevq models`, or owner/name@revision on Hugging
+    Face."""
+    decoder: str | None = None
+    """directory of a decoder that was trained for the tokenizer, or its id; by default the
+    tokenizer's own."""
+    num_kept: Counts = ()
+    """K, one or several (36,64,144), of ordered tokens so many first ones; the tokenizer's own if
+    there are none."""
+    batch_size: int = 64
+    """images at once."""
+    device: Device = "auto"
+    """where to compute."""
+    precision: Precision = "auto"
+    """precision of the model; auto is bf16 where the device gains from it."""
+
+    def settings(self) -> Reconstructor:
+        """The same as settings.
+
+        Raises:
+            ValueError: K is no number, or out of range.
+        """
+        return Reconstructor(
+            model=self.model,
+            decoder=self.decoder,
+            num_kept=whole_numbers("num_kept", self.num_kept),
+            batch_size=self.batch_size,
+            device=self.device,
+            precision=self.precision,
+        )
+
+
+ThroughOptions = Annotated[Through, tyro.conf.arg(name="")]
 Swept = Annotated[SweptOptions, tyro.conf.arg(name="")]
 
 
@@ -160,7 +201,7 @@ def robustness(
 
 def correlation(
     *,
-    records: tyro.conf.Positional[tuple[Path, ...]],
+    records: Annotated[tyro.conf.Positional[tuple[Path, ...]], MAY_BE_EMPTY],
     out: Path = Path("evaluations/correlation"),
 ) -> None:
     """Rank tokenizers by reconstructions, wrong tokens and samples, and correlate the ranks.
@@ -179,6 +220,48 @@ def correlation(
     print(correlation_table(evaluate_correlation(settings)))
     print(f"results: {out}")
     print(next_lines(("evaluate", "robustness", "--model", "ANOTHER", "--extractor", "FILE")))
+
+
+def text(
+    *,
+    through: ThroughOptions,
+    data: str = RENDERED,
+    image_size: int | None = None,
+    max_images: int = 200,
+    max_pixels: int = MAX_PIXELS,
+    seed: int = 0,
+    out: Path = Path("evaluations/text"),
+) -> None:
+    """Measure how much text can still be read, in words of known places, by their height.
+
+    Words are read by rapidocr (extra `text`): in the originals, which is the ceiling, in the
+    originals at half of the side and back, and in what comes back with the given and with the
+    recovered source. Writes OUT/evaluation.json and OUT/words.png.
+
+    Args:
+        through: the tokenizer, and how images go through it.
+        data: `rendered`, words in the font of Pillow on flat and noisy backgrounds, or a file of
+            JSON lines with image, box (left, top, right, bottom) and text.
+        image_size: side of the images in pixels; what the tokenizer was trained at by default.
+        max_images: images that are rendered, or read, evenly spaced.
+        max_pixels: largest picture that is read, as width times height.
+        seed: of rendered words, places and backgrounds.
+        out: where the results go.
+    """
+    settings = TextSettings(
+        through=through.settings(),
+        out=str(out),
+        data=data,
+        image_size=image_size,
+        max_images=max_images,
+        max_pixels=max_pixels,
+        seed=seed,
+    )
+    from mergevq.evaluate.content.text import evaluate_text
+
+    print(text_table(evaluate_text(settings)))
+    print(f"results: {out}")
+    print(next_lines(("evaluate", "reconstruction", "--model", through.model, "--data", "FOLDER")))
 
 
 def reference(  # noqa: PLR0913 - each is an option
@@ -444,6 +527,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
         reference,
         robustness,
         correlation,
+        text,
         selftest,
     )
 }

@@ -212,6 +212,8 @@ ALONE: set[Callable[..., object]] = {
     sample,
     publish,
     cli_evaluate.selftest,
+    cli_evaluate.correlation,
+    cli_evaluate.text,
     *cli_probe.COMMANDS.values(),
     *cli_export.COMMANDS.values(),
     *cli_source.COMMANDS.values(),

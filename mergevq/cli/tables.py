@@ -17,6 +17,7 @@ from mergevq.config.records import (
     Numbers,
     ReconstructionRecord,
     RobustnessRecord,
+    TextRecord,
 )
 
 
@@ -155,6 +156,35 @@ def robustness_table(record: RobustnessRecord) -> str:
         )
     if record["metrics"]:
         lines += ["", numbers_table(record)]
+    return "\n".join(lines)
+
+
+def text_table(record: TextRecord) -> str:
+    """How much text is read, a row for each kind of images, a column for each range of heights."""
+    buckets = record["rows"][0]["buckets"]
+    heads = [f"{each['low']:g}-{each['high']:g} px" for each in buckets]
+    reader = f"{record['reader']['name']} {record['reader']['version']}"
+    lines = []
+    measures = {"text_exact": "mean_exact", "text_1_minus_ned": "mean_1_minus_ned"}
+    for name, mean in measures.items():
+        rows = [[name, *heads, "mean", *(f"refined {head}" for head in heads)]]
+        for row in record["rows"]:
+            way = "" if row["num_kept"] is None else f" K = {row['num_kept']}, {row['source']}"
+            cells = [
+                bucket[part][name] for part in ("scores", "refined") for bucket in row["buckets"]
+            ]
+            cells.insert(len(buckets), row[mean])
+            rows.append([row["name"] + way, *("-" if c is None else f"{c:.3f}" for c in cells)])
+        lines += [columns(rows), ""]
+    counts = [each[part]["num_words"] for part in ("scores", "refined") for each in buckets]
+    lines.append(
+        f"words: {', '.join(map(str, counts[: len(buckets)]))}; refined, read to the letter in the "
+        f"original: {', '.join(map(str, counts[len(buckets) :]))}"
+    )
+    data = record["data"]
+    lines.append(
+        f"{data['num_images']} images of {data['image_size']} pixels ({data['path']}), {reader}"
+    )
     return "\n".join(lines)
 
 

@@ -21,6 +21,8 @@ covariance; the extractor sees bytes. `authors`: as their evaluation code, for n
 beside theirs: resized bilinear; pixels are cut off to bytes; SSIM has a uniform window of 7 x 7 and
 sample covariance; the extractor sees pixels between bytes too.
 """
+RENDERED = "rendered"
+"""Text that is drawn for the evaluation, in place of data."""
 Groups = Literal["neighbour", "random"]
 """Where a wrong source map has a cell's group from: a cell above, below or beside it, or any."""
 FRACTIONS = (0.0, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -122,6 +124,53 @@ class RobustnessSettings:
             "joint needs shares of the cells beside those of the tokens: --map-fractions 0.1,0.5",
         )
         require(len(self.fractions) > 0, "fractions () must hold at least one: 0 is none replaced")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reconstructor:
+    """A tokenizer, and how images go through it."""
+
+    model: str = BUNDLED_TOKENIZER
+    """Directory of a tokenizer, a name of `mergevq models`, or owner/name@revision on Hugging
+    Face."""
+    decoder: str | None = None
+    """Directory of a decoder that was trained for the tokenizer, or its id; None is the tokenizer's
+    own."""
+    num_kept: tuple[int, ...] = ()
+    """Each K; none is the tokenizer's own."""
+    batch_size: int = 64
+    """Images at once."""
+    device: Device = "auto"
+    """Where to compute."""
+    precision: Precision = "auto"
+    """Precision of the model; auto is bf16 where the device gains from it."""
+
+    def __post_init__(self) -> None:
+        """Reject impossible counts."""
+        check_numbers(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextSettings:
+    """All that an evaluation of text in reconstructions depends on."""
+
+    through: Reconstructor
+    out: str
+    """Directory of results; must not hold any."""
+    data: str = RENDERED
+    """`rendered`, or a file of JSON lines with image, box and text."""
+    image_size: int | None = None
+    """Side of the images in pixels; None is what the tokenizer was trained at."""
+    max_images: int = 200
+    """Images that are rendered, or read, evenly spaced, of those in the file."""
+    max_pixels: int = MAX_PIXELS
+    """Largest picture that is read, as width times height."""
+    seed: int = 0
+    """Seed of rendered words, places and backgrounds."""
+
+    def __post_init__(self) -> None:
+        """Reject impossible counts."""
+        check_numbers(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,6 +13,7 @@ from mergevq.config.evaluation import (
     ReconstructionSettings,
     ReferenceKind,
     RobustnessSettings,
+    TextSettings,
     TrunkName,
 )
 from mergevq.config.generator import (
@@ -300,6 +301,75 @@ class RobustnessRecord(EvaluationRecord, SubjectRecord, Numbers):
     balls: list[BallRecord]
     results: list[RobustnessResult]
     left_out: list[str]
+
+
+class ReaderRecord(TypedDict):
+    """Which program read the text."""
+
+    name: str
+    version: str
+    sha256: str
+    """Hash of the file of its recogniser."""
+
+
+class TextScores(TypedDict):
+    """Shares of words that were read right."""
+
+    num_words: int
+    text_exact: float | None
+    """Read to the letter, case and all; null of no word."""
+    text_1_minus_ned: float | None
+    """1 - edit distance by the longer text; likewise."""
+
+
+class TextBucket(TypedDict):
+    """Words of one range of heights."""
+
+    low: float
+    """Least height in pixels."""
+    high: float
+    """Heights are below it."""
+    scores: TextScores
+    refined: TextScores
+    """Over words that were read to the letter in the original."""
+
+
+class TextRow(TypedDict):
+    """Results of the images of one kind."""
+
+    name: str
+    """`original`, `degraded` (a half of the side and back), `wrong image` (the originals' readings
+    against texts of other images), or `reconstruction`."""
+    num_kept: int | None
+    source: RecoverySource | None
+    buckets: list[TextBucket]
+    mean_exact: float | None
+    """Mean of the buckets that have words; null without any."""
+    mean_1_minus_ned: float | None
+
+
+class TextData(TypedDict):
+    """Which text was read."""
+
+    path: str
+    num_images: int
+    num_words: int
+    """Words of all heights."""
+    num_outside: int
+    """Words that are left out: of another height, or not wholly inside the square."""
+    image_size: int
+    pixels_sha256: str
+
+
+class TextRecord(EvaluationRecord):
+    """`evaluation.json` of `mergevq evaluate text`."""
+
+    kind: Literal["text evaluation"]
+    settings: Annotated[dict[str, Any], TextSettings]
+    model: ModelRecord
+    data: TextData
+    reader: ReaderRecord
+    rows: list[TextRow]
 
 
 class CorrelatedTokenizer(TypedDict):

@@ -80,6 +80,7 @@ EXTRAS = {
     "log": ("tensorboard",),
     "quickstart": ("matplotlib", "scikit-learn"),
     "teacher": ("transformers",),
+    "text": ("onnxruntime", "rapidocr"),
 }
 """Requirements of each extra a user may want, as in pyproject.toml."""
 

@@ -333,6 +333,7 @@ NEEDS = {
         "train.max_nonfinite": OVERFLOW,
     },
     "source": OPTIM,
+    "robustness": {"joint": {"map_fractions": (0.5,)}},
     "generation": {
         "run.settings.bits_order": {
             "run.model": "@bits",
