@@ -26,6 +26,7 @@ from mergevq.cli.tables import (
     correlation_table,
     guidance_table,
     logit_error_line,
+    mask_table,
     next_lines,
     numbers_table,
     reconstruction_table,
@@ -38,6 +39,7 @@ from mergevq.config.evaluation import (
     RENDERED,
     CorrelationSettings,
     GenerationSettings,
+    MaskSettings,
     ReconstructionSettings,
     Reconstructor,
     ReferenceKind,
@@ -262,6 +264,42 @@ def text(
     print(text_table(evaluate_text(settings)))
     print(f"results: {out}")
     print(next_lines(("evaluate", "reconstruction", "--model", through.model, "--data", "FOLDER")))
+
+
+def masks(
+    *,
+    through: ThroughOptions,
+    data: str,
+    max_images: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    out: Path = Path("evaluations/masks"),
+) -> None:
+    """Measure how well masks come back, by the number of tokens, beside codings of as many bits.
+
+    A mask is where an image is brighter than one half. IoU, Dice and the agreement of boundaries
+    within 1 pixel, of ordered tokens for 1, 2, 4, .. first ones. Writes OUT/evaluation.json and
+    OUT/masks.png, IoU over bits.
+
+    Args:
+        through: the tokenizer, and how masks go through it.
+        data: a folder of images or masks, a parquet file, WebDataset shards, or `digits`.
+        max_images: only so many, evenly spaced; all by default.
+        max_pixels: largest picture that is read, as width times height; larger ones count as
+            unreadable.
+        out: where the results go.
+    """
+    settings = MaskSettings(
+        through=through.settings(),
+        data=data,
+        out=str(out),
+        max_images=max_images,
+        max_pixels=max_pixels,
+    )
+    from mergevq.evaluate.content.masks import evaluate_masks
+
+    print(mask_table(evaluate_masks(settings)))
+    print(f"results: {out}")
+    print(next_lines(("evaluate", "reconstruction", "--model", through.model, "--data", data)))
 
 
 def reference(  # noqa: PLR0913 - each is an option
@@ -528,6 +566,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
         robustness,
         correlation,
         text,
+        masks,
         selftest,
     )
 }

@@ -214,6 +214,7 @@ ALONE: set[Callable[..., object]] = {
     cli_evaluate.selftest,
     cli_evaluate.correlation,
     cli_evaluate.text,
+    cli_evaluate.masks,
     *cli_probe.COMMANDS.values(),
     *cli_export.COMMANDS.values(),
     *cli_source.COMMANDS.values(),

@@ -14,6 +14,7 @@ from mergevq.config.records import (
     ContinuousRecord,
     CorrelationRecord,
     GuidanceRecord,
+    MaskRecord,
     Numbers,
     ReconstructionRecord,
     RobustnessRecord,
@@ -185,6 +186,25 @@ def text_table(record: TextRecord) -> str:
     lines.append(
         f"{data['num_images']} images of {data['image_size']} pixels ({data['path']}), {reader}"
     )
+    return "\n".join(lines)
+
+
+def mask_table(record: MaskRecord) -> str:
+    """How well masks come back, a row for each kind."""
+    names = ("iou", "ciou", "dice", "boundary_f")
+    rows = [["masks", "bits", *names, "above budget"]]
+    for row in record["rows"]:
+        parts = [row["name"]]
+        parts += [] if row["num_kept"] is None else [f"K = {row['num_kept']}"]
+        parts += [] if row["source"] is None else [row["source"]]
+        bits = "-" if row["bits"] is None else f"{row['bits']:.1f}"
+        above = str(row["num_above_budget"])
+        rows.append([", ".join(parts), bits, *(_number(row, name) for name in names), above])
+    data = record["data"]
+    lines = [columns(rows), "", f"{data['num_images']} masks of {data['image_size']} pixels"]
+    lines[-1] += f", {record['num_empty']} of them empty: two empty masks agree wholly"
+    if data["num_unreadable"]:
+        lines[-1] += f"; {data['num_unreadable']} cannot be read"
     return "\n".join(lines)
 
 

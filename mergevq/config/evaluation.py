@@ -174,6 +174,26 @@ class TextSettings:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MaskSettings:
+    """All that an evaluation of masks depends on."""
+
+    through: Reconstructor
+    data: str
+    """A folder of images, a parquet file, WebDataset shards, or `digits`: masks are where they are
+    brighter than one half."""
+    out: str
+    """Directory of results; must not hold any."""
+    max_images: int | None = None
+    """Only so many, evenly spaced; None is all."""
+    max_pixels: int = MAX_PIXELS
+    """Largest picture that is read, as width times height; larger ones count as unreadable."""
+
+    def __post_init__(self) -> None:
+        """Reject impossible counts."""
+        check_numbers(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CorrelationSettings:
     """All that a correlation over tokenizers depends on."""
 

@@ -10,6 +10,7 @@ from mergevq.config.evaluation import (
     CorrelationSettings,
     GenerationSettings,
     Groups,
+    MaskSettings,
     ReconstructionSettings,
     ReferenceKind,
     RobustnessSettings,
@@ -370,6 +371,32 @@ class TextRecord(EvaluationRecord):
     data: TextData
     reader: ReaderRecord
     rows: list[TextRow]
+
+
+class MaskRow(Numbers):
+    """Agreement of the masks of one kind: means over images, and `ciou` of all pixels."""
+
+    name: str
+    """`original`, `degraded` (a half of the side and back), `reconstruction`, or a coding."""
+    num_kept: int | None
+    """K; of a coding, the one whose bits it has."""
+    source: RecoverySource | None
+    bits: float | None
+    """Bits of one mask, of codings the mean; null of none, and of real numbers."""
+    num_above_budget: int
+    """Masks whose smallest coding has more bits than the tokens."""
+
+
+class MaskRecord(EvaluationRecord):
+    """`evaluation.json` of `mergevq evaluate masks`."""
+
+    kind: Literal["mask evaluation"]
+    settings: Annotated[dict[str, Any], MaskSettings]
+    model: ModelRecord
+    data: DataRecord
+    num_empty: int
+    """Masks without a pixel, which agree wholly with one that comes back empty."""
+    rows: list[MaskRow]
 
 
 class CorrelatedTokenizer(TypedDict):

@@ -266,7 +266,7 @@ def test_an_interrupt_ends_with_the_code_of_one(monkeypatch):
     [
         *("reconstruct", "compress", "decompress", "sample", "finetune-source", "finetune-decoder"),
         *("probe linear", "probe knn", "probe finetune"),
-        *("evaluate correlation", "evaluate text"),
+        *("evaluate correlation", "evaluate text", "evaluate masks"),
     ],
 )
 def test_what_one_process_does_is_not_done_by_several(words, tmp_path, monkeypatch, capsys):
@@ -281,7 +281,7 @@ def test_what_one_process_does_is_not_done_by_several(words, tmp_path, monkeypat
 def test_what_several_processes_share_is_left_to_them(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for words in (["encode"], *(["evaluate", name] for name in GROUPS["evaluate"])):
-        if words[-1] in {"selftest", "correlation", "text"}:
+        if words[-1] in {"selftest", "correlation", "text", "masks"}:
             continue
         with pytest.raises(SystemExit) as exit_:
             main([*words, "--help"])

@@ -94,6 +94,7 @@ LIBRARY = {
     "evaluate robustness": {"evaluate.robustness.run.evaluate_robustness": STOP},
     "evaluate correlation": {"evaluate.robustness.correlation.evaluate_correlation": STOP},
     "evaluate text": {"evaluate.content.text.evaluate_text": STOP},
+    "evaluate masks": {"evaluate.content.masks.evaluate_masks": STOP},
     "evaluate reference": {"metrics.references.make_reference": STOP},
     "evaluate generation": {"evaluate.generation.evaluate_generation": STOP},
     "evaluate guidance": {"evaluate.guidance_sweep.evaluate_guidance": STOP},

@@ -6,13 +6,16 @@ Shape letters: B batch, H and W pixels, K kept tokens.
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, UInt8
+from PIL import Image
 from torch import Tensor
 
 from mergevq.config.base import RecoverySource
 from mergevq.config.evaluation import Reconstructor
 from mergevq.config.records import ModelRecord
 from mergevq.data.layouts import Ordered
+from mergevq.data.prepare import to_tensor
+from mergevq.metrics.image import to_uint8
 from mergevq.runtime.artefacts import model_hash, resolve
 from mergevq.runtime.device import autocast, resolve_device, resolve_precision
 from mergevq.runtime.settings import to_json
@@ -68,7 +71,7 @@ class Passes(NamedTuple):
         condition = condition_of(tokenizer.config.condition, batch.labels, "an evaluation")
         with autocast(self.device, self.precision):
             embedded = tokenizer.embed(image.to(self.device))
-            if way.num_kept < tokenizer.config.num_kept and self._is_ordered(image):
+            if way.num_kept < tokenizer.config.num_kept and self.is_ordered():
                 encoded = tokenizer.encode(embedded, condition=condition)
                 codes, layout = encoded.codes[:, : way.num_kept], Ordered(way.num_kept)
                 decoded = tokenizer.decode(codes, layout, encoded.grid_shape, noise, condition)
@@ -76,11 +79,17 @@ class Passes(NamedTuple):
                 decoded = tokenizer.reconstruct(embedded, *way, noise, condition).image
         return decoded.float().cpu()
 
-    def _is_ordered(self, image: Float[Tensor, "b 3 h w"]) -> bool:
+    def is_ordered(self) -> bool:
         """Whether tokens come in an order, of which the first are enough."""
-        shape, config = self.tokenizer.grid_shape(image), self.tokenizer.config
+        config = self.tokenizer.config
+        shape = (config.grid_size, config.grid_size)
         implied = self.tokenizer.encoder.reducer.implied(shape, config.num_kept, 1)
         return isinstance(implied, Ordered)
+
+    @property
+    def side(self) -> int:
+        """Side of the images that the tokenizer was trained at, in pixels."""
+        return self.tokenizer.config.image_size
 
 
 def open_passes(through: Reconstructor) -> Passes:
@@ -110,3 +119,10 @@ def open_passes(through: Reconstructor) -> Passes:
             for source in sources
         ],
     )
+
+
+def degraded(pixels: UInt8[Tensor, "3 h w"]) -> UInt8[Tensor, "3 h w"]:
+    """An image at half of its side and back, bicubic: which any measure must find worse."""
+    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    half = image.resize((image.width // 2, image.height // 2), Image.Resampling.BICUBIC)
+    return to_uint8(to_tensor(half.resize(image.size, Image.Resampling.BICUBIC)))

@@ -25,7 +25,7 @@ from torch import Tensor
 from mergevq.config.evaluation import RENDERED, TextSettings
 from mergevq.config.records import TextBucket, TextRecord, TextRow, TextScores
 from mergevq.data.prepare import to_float, to_tensor
-from mergevq.evaluate.content.passes import Numbered, Passes, Way, open_passes
+from mergevq.evaluate.content.passes import Numbered, Passes, Way, degraded, open_passes
 from mergevq.evaluate.content.readers import RapidOcr, TextReader
 from mergevq.evaluate.content.words import Word, Written, rendered, written
 from mergevq.evaluate.subject import RECORD, evaluation_record, require_fresh
@@ -182,13 +182,6 @@ def cut_out(pixels: UInt8[Tensor, "3 s s"], word: Word) -> UInt8[Tensor, "3 h w"
     width = max(1, round(part.width * _READ_HEIGHT / part.height))
     part = part.resize((width, _READ_HEIGHT), Image.Resampling.BICUBIC)
     return to_uint8(to_tensor(part))
-
-
-def degraded(pixels: UInt8[Tensor, "3 s s"]) -> UInt8[Tensor, "3 s s"]:
-    """An image at half of its side and back, bicubic: what any reading must be worse of."""
-    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    half = image.resize((image.width // 2, image.height // 2), Image.Resampling.BICUBIC)
-    return to_uint8(to_tensor(half.resize(image.size, Image.Resampling.BICUBIC)))
 
 
 # ------------------------------------------------------------------------------------ the numbers

@@ -12,11 +12,10 @@ from mergevq.config.evaluation import Reconstructor, TextSettings
 from mergevq.config.records import TextRecord
 from mergevq.data.prepare import to_tensor
 from mergevq.evaluate.content import text
-from mergevq.evaluate.content.passes import Passes, Way
+from mergevq.evaluate.content.passes import Passes, Way, degraded
 from mergevq.evaluate.content.text import (
     bucket_of,
     cut_out,
-    degraded,
     evaluate_text,
     one_minus_ned,
     read_words,
