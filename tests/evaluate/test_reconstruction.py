@@ -372,7 +372,8 @@ subject = Subject(model=f"{folder}/model", data=f"{folder}/images", device="cpu"
                   precision="float32")
 evaluate_reconstruction(ReconstructionSettings(
     subject=subject, out=f"{out}/reconstruction", num_kept=(8, 16), num_baseline_images=3))
-evaluate_robustness(RobustnessSettings(subject=subject, out=f"{out}/robustness"))
+evaluate_robustness(RobustnessSettings(
+    subject=subject, out=f"{out}/robustness", map_fractions=(0.0, 0.5), joint=True))
 """
 
 
@@ -398,6 +399,7 @@ def test_two_ranks_find_what_one_process_finds(tmp_path, folder):
             assert one.keys() == two.keys()
             if kind == "robustness":
                 assert one["metrics"] == pytest.approx(two["metrics"], rel=1e-9)
+                assert one["num_moved"] == two["num_moved"]
                 continue
             for source in ("given", "recovered"):
                 assert one[source]["metrics"] == pytest.approx(two[source]["metrics"], rel=1e-9)
