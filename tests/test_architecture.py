@@ -94,6 +94,7 @@ TESTED_WITH = {
     "config/recipes/conditions": "config/recipes",
     "config/recipes/decoders": "config/recipes",
     "config/recipes/digits": "config/recipes",
+    "config/recipes/holistic": "config/recipes",
     "config/recipes/images128": "config/recipes",
     "config/recipes/photos": "config/recipes",
     "config/recipes/tiny64": "config/recipes",

@@ -65,8 +65,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-LayoutKind = Literal["source", "ordered"]
-"""Layout of kept tokens: each cell of the grid has one (a source map), or their order is all."""
+LayoutKind = Literal["source", "ordered", "holistic"]
+"""Layout of kept tokens: each cell of the grid has one (a source map), or their order is all, or
+tokens of the whole image come first and those of the cells, in raster order, after them."""
 
 
 def require_heads(what: str, width: int, num_heads: int, name: str) -> None:

@@ -77,6 +77,8 @@ RANGES = {
     "num_merger_layers": _LAYERS,
     "num_grid_layers": Range(0, 2**12),
     "num_queries": _TOKENS,
+    "num_holistic": Range(0, 2**20),
+    "num_full_layers": Range(0, 2**12),
     "num_heads": _HEADS,
     "layer_scale": Range(0, 1000),
     "norm_eps": _EPS,

@@ -13,6 +13,7 @@ from mergevq.config.parts import (
     Condition,
     Decoder,
     Expander,
+    Holistic,
     Lfq,
     Merge,
     NoCondition,
@@ -62,9 +63,10 @@ class TokenizerConfig:
             f"image_size ({self.image_size}) must be a multiple of the patch size "
             f"({self.patch_size}): of a CNN 2 to the number of levels in channel_mult minus one",
         )
+        most = self.most_kept((self.grid_size, self.grid_size))
         require(
-            1 <= self.num_kept <= self.num_tokens,
-            f"num_kept ({self.num_kept}) must be between 1 and the {self.num_tokens} tokens of a "
+            1 <= self.num_kept <= most,
+            f"num_kept ({self.num_kept}) must be between 1 and the {most} tokens of a "
             f"{self.image_size}-pixel image with patch size {self.patch_size}",
         )
         self.reducer.check_kept((self.grid_size, self.grid_size), self.num_kept)
@@ -95,7 +97,7 @@ class TokenizerConfig:
     def _check_layout(self) -> None:
         """Reject a reducer and an expander of different layouts, and fewer slots than queries."""
         reducer, expander = self.reducer, self.expander
-        others = {"source": "unmerge", "ordered": "mask_tokens"}
+        others = {"source": "unmerge", "ordered": "mask_tokens", "holistic": "fuse"}
         require(
             reducer.gives == expander.reads,
             f"model.reducer.kind {reducer.kind} leaves tokens with the layout "
@@ -173,6 +175,31 @@ class TokenizerConfig:
     def num_tokens(self) -> int:
         """L: tokens before merging, at the trained size."""
         return self.grid_size**2
+
+    def most_kept(self, grid_shape: tuple[int, int]) -> int:
+        """Tokens of a grid of which none is left out: its cells, and those of the whole image."""
+        reducer = self.reducer
+        return math.prod(grid_shape) + (
+            reducer.num_holistic if isinstance(reducer, Holistic) else 0
+        )
+
+    def kept_in_proportion(self, grid_shape: tuple[int, int], proportion: float) -> int:
+        """K for a grid, rounded to one that the encoder gives.
+
+        Ordered tokens have no part of a grid each: there are as many of any grid. So there are of
+        tokens of the whole image before those of cells.
+
+        Args:
+            grid_shape: (height, width) in cells.
+            proportion: K over cells, at the trained size.
+        """
+        reducer, trained = self.reducer, self.num_tokens
+        fixed = trained * proportion if reducer.gives == "ordered" else 0
+        if isinstance(reducer, Holistic):
+            fixed = reducer.num_holistic
+            proportion = max(trained * proportion - fixed, 0) / trained
+        cells = 0 if reducer.gives == "ordered" else math.prod(grid_shape)
+        return reducer.nearest_kept(grid_shape, round(fixed + cells * proportion))
 
     @property
     def dim(self) -> int:

@@ -199,7 +199,8 @@ def _kept_slider(place: Place, tokenizer: Tokenizer, label: str) -> Any:  # noqa
 def _kept_range(tokenizer: Tokenizer) -> tuple[int, int, int]:
     """Least K that is legal and that the tokenizer was trained with, largest and nominal K."""
     config = tokenizer.config
-    least = config.reducer.least_kept((config.grid_size, config.grid_size))
+    shape = (config.grid_size, config.grid_size)
+    least = config.reducer.least_kept(shape)
     if config.kept_range is not None:
         least = max(least, config.kept_range[0])
-    return least, config.num_tokens, config.num_kept
+    return least, config.most_kept(shape), config.num_kept

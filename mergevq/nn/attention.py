@@ -6,7 +6,7 @@ Shape letters: B batch, H query heads, G key heads, N queries, M keys, D channel
 import math
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 from torch.nn import functional
 
@@ -94,6 +94,18 @@ def attend_apart(
         mask = functional.pad(mask, (0, 1), value=mask.dtype == torch.bool)
     key, value = torch.cat([key, own_key], dim=2), torch.cat([value, own_value], dim=2)
     return attend(query, key, value, mask)
+
+
+def level_mask(levels: Int64[Tensor, "n"]) -> Bool[Tensor, "n n"]:
+    """Which inputs each sees: those of its own level and of lower ones.
+
+    Examples:
+        Two inputs that see each other, between one that sees itself alone and one that sees all.
+
+        >>> level_mask(torch.tensor([0, 1, 1, 2])).int().tolist()
+        [[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    """
+    return levels <= levels[:, None]
 
 
 def additive_mask(mask: Shaped[Tensor, "*mask m"], dtype: torch.dtype) -> Shaped[Tensor, "*mask m"]:

@@ -11,6 +11,7 @@ from mergevq.metrics.lpips import Perceptual
 from mergevq.tokenizer.conditions.tokens import build_condition
 from mergevq.tokenizer.decoders.cnn import CnnDecoder
 from mergevq.tokenizer.decoders.patch import PatchDecoder
+from mergevq.tokenizer.expanders.fuse import Fuse
 from mergevq.tokenizer.expanders.mask_tokens import MaskTokens
 from mergevq.tokenizer.expanders.unmerge import Unmerge
 from mergevq.tokenizer.losses.gram import Gram
@@ -26,6 +27,7 @@ from mergevq.tokenizer.quantizers.product import Product
 from mergevq.tokenizer.quantizers.residual import Residual
 from mergevq.tokenizer.quantizers.shared import Shared
 from mergevq.tokenizer.reducers.divprune import DivPrune
+from mergevq.tokenizer.reducers.holistic import Holistic
 from mergevq.tokenizer.reducers.learned_merge import LearnedMerge
 from mergevq.tokenizer.reducers.merge import Merge
 from mergevq.tokenizer.reducers.pool import Pool
@@ -54,9 +56,9 @@ def build_stem(config: settings.Stem) -> nn.Module:
             assert_never(config)
 
 
-def build_reducer(
+def build_reducer(  # noqa: PLR0911 - one case for each kind
     config: settings.Reducer, dim: int
-) -> Merge | LearnedMerge | Pool | DivPrune | Select | Queries:
+) -> Merge | LearnedMerge | Pool | DivPrune | Select | Queries | Holistic:
     """Reducer of a kind on `dim` channels."""
     match config:
         case settings.Merge():
@@ -71,6 +73,8 @@ def build_reducer(
             return Select(config, dim)
         case settings.Queries():
             return Queries(config, dim)
+        case settings.Holistic():
+            return Holistic(config, dim)
         case _:
             assert_never(config)
 
@@ -134,7 +138,7 @@ def build_regularizer(config: settings.Regularizer) -> Perturb | TailDrop | None
             assert_never(config)
 
 
-def build_expander(config: TokenizerConfig) -> Unmerge | MaskTokens:
+def build_expander(config: TokenizerConfig) -> Unmerge | MaskTokens | Fuse:
     """Expander of a kind, for codes of the configuration's quantizer."""
     match config.expander:
         case settings.Unmerge():
@@ -144,6 +148,9 @@ def build_expander(config: TokenizerConfig) -> Unmerge | MaskTokens:
             num_slots = reducer.num_queries if isinstance(reducer, settings.Queries) else most
             seen = build_condition(config.condition, config.expander.dim)
             return MaskTokens(config.expander, config.decoded_dim, num_slots, seen)
+        case settings.Fuse():
+            most = config.most_kept((config.grid_size, config.grid_size))
+            return Fuse(config.expander, config.decoded_dim, most - config.num_tokens)
         case _:
             assert_never(config.expander)
 

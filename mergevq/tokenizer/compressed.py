@@ -299,8 +299,8 @@ class _Trial(NamedTuple):
     def num_kepts(self) -> list[int]:
         """K that there are for a tile: those trained with, if the grid is the trained one."""
         config, shape = self.codec.tokenizer.config, self.embedded.parts[0].grid_shape
-        low, high = config.reducer.least_kept(shape), math.prod(shape)
-        if config.kept_range is not None and high == config.num_tokens:
+        low, high = config.reducer.least_kept(shape), config.most_kept(shape)
+        if config.kept_range is not None and math.prod(shape) == config.num_tokens:
             low, high = max(low, config.kept_range[0]), min(high, config.kept_range[1])
         every = range(low, high + 1)
         return [count for count in every if config.reducer.nearest_kept(shape, count) == count]

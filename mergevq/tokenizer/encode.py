@@ -12,6 +12,7 @@ Shape letters: B batch, S image side, N rows of a shard, L grid tokens, K kept t
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -119,12 +120,12 @@ def token_record(
     blank = torch.empty(1, 3, config.image_size, config.image_size)
     for count in num_kept:
         tokenizer.num_tokens(blank, count)
-    identity = images.identity()
+    identity, grid_shape = images.identity(), tokenizer.grid_shape(blank)
     return TokenRecord(
         tokenizer=tokenizer_hash,
         num_kept=tuple(sorted(set(num_kept or (config.num_kept,)))),
         sizes=tokenizer.quantizer.spec.sizes,
-        grid_shape=tokenizer.grid_shape(blank),
+        grid_shape=grid_shape,
         data=data,
         images=identity.images,
         labels=identity.labels,
@@ -134,6 +135,7 @@ def token_record(
         flip=flip,
         max_pixels=images.max_pixels,
         layout=config.reducer.gives,
+        num_holistic=config.most_kept(grid_shape) - math.prod(grid_shape),
         precision=precision_name(tokenizer.computes_in()),
     )
 

@@ -152,11 +152,11 @@ class Encoder(nn.Module):
 
         A condition is left out.
         """
-        embedded = self.embed(image)
-        num_tokens = embedded.tokens.shape[1]
-        most = self.config.reducer.nearest_kept(embedded.grid_shape, num_tokens)
+        embedded, config = self.embed(image), self.config
+        shape = embedded.grid_shape
+        most = config.reducer.nearest_kept(shape, config.most_kept(shape))
         numbers = tuple(range(1, len(self.reducer.blocks) + 1))
-        told = unknown(self.config.condition, len(embedded.tokens), embedded.tokens)
+        told = unknown(config.condition, len(embedded.tokens), embedded.tokens)
         return self.reduce(embedded, most, taps=numbers, condition=told).taps
 
     def latents(self, out: TokenSet) -> Float[Tensor, "b k d"]:

@@ -91,7 +91,7 @@ class Tokenizer(nn.Module):
         whole = "" if math.isnan(bits) else f", {bits:.0f} an image with its layout"
         lines = (
             f"{side} x {side} pixels, {cells} x {cells} cells of {config.patch_size} pixels",
-            f"K {config.num_kept} of {config.num_tokens}{trained}",
+            f"K {config.num_kept} of {config.most_kept((cells, cells))}{trained}",
             f"{per_token(config.quantizer)} a token{whole}",
             ", ".join(f"{name} {getattr(config, name).kind}" for name in parts),
             f"{sum(each.numel() for each in self.parameters()):,} parameters, "
@@ -414,7 +414,7 @@ class Tokenizer(nn.Module):
         require_stage(stage, num_layers, self.num_layers)
         image = self._batch(image)
         if stage == "pre_merge":
-            num_kept = math.prod(self.grid_shape(image))
+            num_kept = self.config.most_kept(self.grid_shape(image))
         out = self.run_layers(image, num_kept, num_layers)
         return pool_features(self.encoder, self.quantizer, out, stage, pool)
 
@@ -445,8 +445,8 @@ class Tokenizer(nn.Module):
                 f"layer ({num_layers}) must be between 0 and the {self.num_layers} blocks"
             )
         grid_shape = self.grid_shape(image)
-        merges = num_kept != math.prod(grid_shape)
-        count = self._resolve_num_kept(grid_shape, num_kept) if merges else math.prod(grid_shape)
+        merges = num_kept != (most := self.config.most_kept(grid_shape))
+        count = self._resolve_num_kept(grid_shape, num_kept) if merges else most
         with self._computing():
             condition = unknown(self.config.condition, len(image), image)
             out = self.encoder(image, count, num_layers, condition)
@@ -512,7 +512,7 @@ class Tokenizer(nn.Module):
             summary = self.encoder.summary(out, encoded.codes)
         else:
             proportion = num_kept / math.prod(encoded.grid_shape)
-            view_kept = self._in_proportion(self.grid_shape(view), proportion)
+            view_kept = self.config.kept_in_proportion(self.grid_shape(view), proportion)
             summary = self._view_summary(self.encoder(view, view_kept, condition=condition))
         losses = {**self.quantizer.losses(encoded.latents), **expanded.losses, **(out.losses or {})}
         decoded = None if decoder_layer is None else outputs[decoder_layer]
@@ -552,7 +552,7 @@ class Tokenizer(nn.Module):
         """K for a grid, checked against it and against the trained range."""
         config, num_tokens = self.config, math.prod(grid_shape)
         if num_kept is None:
-            return self._in_proportion(grid_shape, config.num_kept / config.num_tokens)
+            return self.config.kept_in_proportion(grid_shape, config.num_kept / config.num_tokens)
         config.reducer.check_kept(grid_shape, num_kept)
         if config.kept_range is not None and num_tokens == config.num_tokens:
             low, high = config.kept_range
@@ -563,15 +563,6 @@ class Tokenizer(nn.Module):
                     stacklevel=3,
                 )
         return num_kept
-
-    def _in_proportion(self, grid_shape: tuple[int, int], proportion: float) -> int:
-        """K for a grid, rounded to one that the encoder gives.
-
-        Ordered tokens have no part of a grid each: there are as many of any grid.
-        """
-        reducer = self.config.reducer
-        cells = math.prod(grid_shape) if reducer.gives == "source" else self.config.num_tokens
-        return reducer.nearest_kept(grid_shape, round(cells * proportion))
 
     def computes_in(self) -> torch.dtype | None:
         """The dtype that calls are autocast to where the weights are; None is their own."""

@@ -215,12 +215,13 @@ def test_branches_give_latents_a_summary_and_channels_to_decode(part):
 
 @of("reducer")
 def test_the_numbers_of_tokens_that_a_reducer_leaves_are_known_before(part):
-    reducer, grid = small(part).config.reducer, (8, 8)
-    least = reducer.least_kept(grid)
+    config, grid = small(part).config, (8, 8)
+    reducer = config.reducer
+    least, most = reducer.least_kept(grid), config.most_kept(grid)
     reducer.check_kept(grid, least)
     for num_kept in (1, 17, 64):
         reducer.check_kept(grid, reducer.nearest_kept(grid, num_kept))
-    for num_kept in (0, 65, least - 1):
+    for num_kept in (0, most + 1, least - 1):
         with pytest.raises(ValueError, match=rf"num_kept \({num_kept}\) must be "):
             reducer.check_kept(grid, num_kept)
 

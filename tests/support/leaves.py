@@ -67,6 +67,8 @@ COMPANIONS = {
     ("condition", "class"): {"reducer.kind": "queries"},
     ("condition", "text"): {"reducer.kind": "queries"},
     ("reducer", "queries"): {"expander.kind": "mask_tokens"},
+    ("reducer", "holistic"): {"expander.kind": "fuse"},
+    ("expander", "fuse"): {"reducer.kind": "holistic"},
     ("expander", "mask_tokens"): {"reducer.kind": "queries"},
     ("regularizer", "tail_drop"): {"model.reducer.kind": "queries", "model.reducer.nested": True},
     ("distillation", "preserve"): {"init_from": "digits32"},

@@ -14,7 +14,7 @@ from mergevq.config.parts.conditions import (
     require_no_condition,
 )
 from mergevq.config.parts.decoders import CnnDecoder, Decoder, PatchDecoder
-from mergevq.config.parts.expanders import Expander, MaskTokens, Unmerge
+from mergevq.config.parts.expanders import Expander, Fuse, MaskTokens, Unmerge
 from mergevq.config.parts.flows import FlowDecoder, PixelFlow, PrefixFlow
 from mergevq.config.parts.quantizers import (
     Bernoulli,
@@ -44,6 +44,7 @@ from mergevq.config.parts.quantizers import (
 from mergevq.config.parts.reducers import (
     NUM_KEYS,
     DivPrune,
+    Holistic,
     LearnedMerge,
     Merge,
     MergeShape,
@@ -75,8 +76,10 @@ __all__ = [
     "Expander",
     "FlowDecoder",
     "Fsq",
+    "Fuse",
     "GradientUpdate",
     "GroupedLfq",
+    "Holistic",
     "Kl",
     "LayoutKind",
     "LearnedMerge",

@@ -62,4 +62,32 @@ class MaskTokens:
         return self.dim, None
 
 
-Expander = Unmerge | MaskTokens
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fuse:
+    """Tokens of the cells, which read those of the whole image before them (Hita)."""
+
+    kind: Literal["fuse"] = "fuse"
+    dim: int = 384
+    """Width."""
+    fusion: Literal["causal", "full"] = "causal"
+    """Tokens that each reads besides itself: those before it, or all."""
+    num_layers: int = 3
+    """Transformer blocks."""
+    num_heads: int = 8
+    """Attention heads."""
+
+    reads: ClassVar[LayoutKind] = "holistic"
+
+    def __post_init__(self) -> None:
+        """Reject blocks that cannot be built."""
+        check_numbers(self)
+        require_heads("expander.dim", self.dim, self.num_heads, "expander.num_heads")
+        # Sine and cosine of row and column.
+        require(self.dim % 4 == 0, f"expander.dim ({self.dim}) must be a multiple of 4")
+
+    def given_dims(self, code_dim: int) -> tuple[int, int | None]:  # noqa: ARG002
+        """Channels of a decoder's input and of its style (None: no style), of codes of D."""
+        return self.dim, None
+
+
+Expander = Unmerge | MaskTokens | Fuse

@@ -282,6 +282,57 @@ class Queries:
         )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Holistic:
+    """Learned tokens of the whole image, and behind them one for each cell (Hita)."""
+
+    kind: Literal["holistic"] = "holistic"
+    num_holistic: int = 16
+    """H: tokens of the whole image, the first ones. With those of the L cells there are H + L; K
+    below that keeps the first of them."""
+    num_layers: int = 6
+    """Transformer blocks."""
+    num_full_layers: int = 3
+    """Blocks in which each token sees all; in those behind them it sees itself and those before it,
+    so that no token of the whole image sees a cell."""
+    num_heads: int = 8
+    """Attention heads."""
+    layer_scale: float = 1.0
+    """Initial gain of residual branches: all that a token of the whole image becomes comes through
+    them."""
+    norm_eps: float = 1e-6
+    """Added to the variance in layer norms."""
+
+    gives: ClassVar[LayoutKind] = "holistic"
+
+    def __post_init__(self) -> None:
+        """Reject counts and constants that cannot be."""
+        check_numbers(self)
+        require(
+            self.num_full_layers <= self.num_layers,
+            f"reducer.num_full_layers ({self.num_full_layers}) must be at most "
+            f"reducer.num_layers ({self.num_layers})",
+        )
+
+    def least_kept(self, grid_shape: tuple[int, int]) -> int:  # noqa: ARG002 - as of merging
+        """Fewest tokens that can be kept: the first one."""
+        return 1
+
+    def nearest_kept(self, grid_shape: tuple[int, int], num_kept: int) -> int:
+        """Number of tokens next to this one that can be kept."""
+        return min(max(num_kept, 1), self.num_holistic + math.prod(grid_shape))
+
+    def check_kept(self, grid_shape: tuple[int, int], num_kept: int) -> None:
+        """Raise `ValueError` where there are not as many tokens."""
+        num_cells = math.prod(grid_shape)
+        require(
+            1 <= num_kept <= self.num_holistic + num_cells,
+            f"num_kept ({num_kept}) must be between 1 and {self.num_holistic + num_cells}: "
+            f"{self.num_holistic} tokens of the whole image (reducer.num_holistic) and "
+            f"{num_cells} cells",
+        )
+
+
 def _least_of_halves(grid_shape: tuple[int, int], num_layers: int) -> int:
     """Fewest tokens that blocks leave of a grid's which merge half of their own each."""
     return -(-math.prod(grid_shape) >> num_layers)  # rounded up
@@ -308,4 +359,4 @@ def _require_at_most_cells(grid_shape: tuple[int, int], num_kept: int) -> None:
     )
 
 
-Reducer = Merge | LearnedMerge | Pool | DivPrune | Select | Queries
+Reducer = Merge | LearnedMerge | Pool | DivPrune | Select | Queries | Holistic

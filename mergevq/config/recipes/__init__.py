@@ -48,6 +48,7 @@ from mergevq.config.recipes.digits import (
     digits32_tail_drop,
     digits32_vq,
 )
+from mergevq.config.recipes.holistic import digits32_holistic
 from mergevq.config.recipes.imagenet256 import (
     imagenet256_g,
     imagenet256_g_d32,
@@ -142,6 +143,7 @@ TOKENIZER_RECIPES: dict[str, Callable[[], TokenizerRun]] = {
         digits32_causal,
         digits32_tail_drop,
         digits32_nested,
+        digits32_holistic,
         digits32_class,
         photos64,
         photos64_wide,

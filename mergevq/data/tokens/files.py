@@ -84,7 +84,9 @@ class TokenRecord:
     """Precision of the encoder, by name and never `auto`; older records say nothing, and are of
     float32."""
     layout: LayoutKind = "source"
-    """Layout of the tokens; `ordered` ones have no map."""
+    """Layout of the tokens; only `source` has a map."""
+    num_holistic: int = 0
+    """Tokens of the whole image, before those of the cells."""
     shard_size: int = 1024
     """Images of a shard; the last may have fewer."""
 
@@ -97,9 +99,15 @@ class TokenRecord:
             raise ValueError(f"num_kept {self.num_kept} must be different numbers in order")
         if min(self.grid_shape) < 1:
             raise ValueError(f"grid_shape {self.grid_shape} must have at least one cell")
-        if self.num_kept[0] < 1 or self.num_kept[-1] > self.num_tokens:
+        if self.num_holistic < 0 or (self.num_holistic > 0 and self.layout != "holistic"):
+            raise ValueError(
+                f"num_holistic ({self.num_holistic}) must be 0 with layout {self.layout!r}"
+            )
+        most = self.num_holistic + self.num_tokens
+        if self.num_kept[0] < 1 or self.num_kept[-1] > most:
             raise ValueError(
                 f"num_kept {self.num_kept} must be between 1 and the {self.num_tokens} cells"
+                + f" and {self.num_holistic} tokens before them" * (self.num_holistic > 0)
             )
         if not self.sizes or min(self.sizes) < 2 or max(self.sizes) > 2**63:
             raise ValueError(f"sizes {self.sizes} must be of 2 to 2**63 values each")

@@ -82,13 +82,14 @@ def feature_kinds(tokenizer: Tokenizer, config: FeatureConfig) -> list[FeatureKi
         ValueError: a K or a layer is impossible.
     """
     model = tokenizer.config
-    num_kepts = sorted({*(config.num_kept or (model.num_kept,)), model.num_tokens})
+    most = model.most_kept((model.grid_size, model.grid_size))
+    num_kepts = sorted({*(config.num_kept or (model.num_kept,)), most})
     blank = torch.zeros(1, 3, model.image_size, model.image_size)
     for count in num_kepts[:-1]:
         tokenizer.num_tokens(blank, count)
-    if num_kepts[-1] > model.num_tokens:
+    if num_kepts[-1] > most:
         raise ValueError(
-            f"tokens ({num_kepts[-1]}) must be at most the {model.num_tokens} cells of an image of "
+            f"tokens ({num_kepts[-1]}) must be at most the {most} cells of an image of "
             f"{model.image_size} pixels"
         )
     for layer in config.layers:
@@ -103,9 +104,9 @@ def feature_kinds(tokenizer: Tokenizer, config: FeatureConfig) -> list[FeatureKi
         if stage in {"latents", "quantized"} and not last and pool != "class":
             continue
         # Asked for by name, the stage before merging is that of every K.
-        merges = num_kept < model.num_tokens and stage != "pre_merge"
+        merges = num_kept < most and stage != "pre_merge"
         stage, pool = _same(stage, pool, merges=merges)
-        count = num_kept if merges else model.num_tokens
+        count = num_kept if merges else most
         kind = FeatureKind(
             num_kept=count, merges=merges, stage=stage, pool=pool, layer=layer, last=last
         )

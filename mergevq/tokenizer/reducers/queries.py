@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mergevq.config import parts as settings
 from mergevq.data.layouts import Ordered
+from mergevq.nn.attention import level_mask
 from mergevq.nn.blocks import EncoderBlock, run_blocks
 from mergevq.nn.positions import sincos_2d
 from mergevq.tokenizer.conditions.tokens import with_present
@@ -90,5 +91,4 @@ def causal_mask(num_seen: int, num_queries: int, device: torch.device) -> Bool[T
         num_queries: K.
         device: where the mask is made.
     """
-    ends = torch.arange(num_seen + num_queries, device=device)
-    return ends <= ends[:, None].clamp_min(num_seen - 1)
+    return level_mask((torch.arange(num_seen + num_queries, device=device) + 1 - num_seen).relu())

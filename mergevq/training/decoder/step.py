@@ -170,7 +170,7 @@ def flow_config(run: DecoderRun, tokenizer: TokenizerConfig) -> FlowConfig:
     Raises:
         ValueError: they do not fit, or the tokenizer does not give a K that is asked for.
     """
-    ordered = tokenizer.reducer.gives == "ordered"
+    ordered = tokenizer.reducer.gives != "source"
     return FlowConfig(
         decoder=run.decoder,
         times=run.times,

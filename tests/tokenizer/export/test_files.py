@@ -157,7 +157,7 @@ def test_graphs_of_every_kind_of_part_compute_what_it_does(part):
 
 
 OTHER_REDUCERS = sorted({part.partition("=")[2] for part in PARTS if "reducer" in part} - {"merge"})
-NOT_EXPORTED = {*OTHER_REDUCERS, "mask_tokens"}
+NOT_EXPORTED = {*OTHER_REDUCERS, "mask_tokens", "fuse"}
 
 
 @pytest.mark.parametrize("kind", OTHER_REDUCERS)

@@ -140,7 +140,7 @@ def test_codes_reach_pixels_through_the_expander_alone():
 
 def test_a_view_has_as_many_tokens_as_the_image():
     model = Tokenizer(shrink(digits32_queries()).model)
-    assert model._in_proportion((6, 6), 16 / 64) == 16
+    assert model.config.kept_in_proportion((6, 6), 16 / 64) == 16
 
 
 def test_each_layout_has_its_expander():
