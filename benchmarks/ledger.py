@@ -29,6 +29,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 NOT_COMPARED = {"images_per_second", "sequences_per_second"}
 ACCEPTED = "Losses change:"
+LEARNS_FROM = {
+    "source": "digits32",
+    "ordered": "digits32_causal",
+    "holistic": "digits32_holistic",
+}
+"""Recipe of the tokenizer whose tokens a generator learns, by their layout."""
 
 
 def find(name, *modules):
@@ -165,7 +171,7 @@ def write(path):
         for name, make in find("GENERATOR_RECIPES", *RECIPES).items():
             run = make()
             layout = getattr(getattr(run.model, "order", None), "layout", "source")
-            of = "digits32" if layout == "source" else "digits32_causal"
+            of = LEARNS_FROM[layout]
             run = generator_run(run, folder / of / "model", folder, folder / name)
             find("train", *GENERATOR)(run)
             ledger[name] = entry(folder / name)

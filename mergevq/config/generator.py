@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from mergevq.config.base import Device, Precision, require
 from mergevq.config.parts.heads import Bits, Head, Subindices
-from mergevq.config.parts.orders import NUM_RELATIONS, Masked, Merge, Order
+from mergevq.config.parts.orders import NUM_RELATIONS, Holistic, Masked, Merge, Order
 from mergevq.config.ranges import check_numbers
 
 GuidanceSchedule = Literal["constant", "linear", "cosine", "power"]
@@ -84,9 +84,11 @@ class GeneratorConfig:
         """Reject a K that the grid does not have, or that has no embedding."""
         for num_kept in (self.num_kept, *self.kept_candidates):
             require(
-                1 <= num_kept <= self.num_tokens,
+                1 <= num_kept <= self.num_holistic + self.num_tokens,
                 f"num_kept ({num_kept}) must be between 1 and the {self.num_tokens} cells of the "
-                f"{self.grid_size[0]} x {self.grid_size[1]} grid",
+                f"{self.grid_size[0]} x {self.grid_size[1]} grid"
+                + f" and {self.num_holistic} tokens before them"
+                * (self.num_holistic > 0),
             )
         require(
             self.num_kept in self.kept_candidates
@@ -98,6 +100,11 @@ class GeneratorConfig:
     def num_tokens(self) -> int:
         """L: cells of the grid."""
         return self.grid_size[0] * self.grid_size[1]
+
+    @property
+    def num_holistic(self) -> int:
+        """H: tokens of the whole image, before those of cells."""
+        return self.order.num_holistic if isinstance(self.order, Holistic) else 0
 
     def length(self, num_kept: int) -> int:
         """Tokens of a sequence with K kept ones."""

@@ -33,6 +33,7 @@ from mergevq.config.generator import (
     sized,
 )
 from mergevq.config.parts.orders import (
+    Holistic,
     Order,
     Raster,
 )
@@ -52,6 +53,7 @@ NAMES = {
     "masked": "MaskGIT",
     "stream": "codes and map",
     "ordered": "ordered tokens",
+    "holistic": "holistic first",
 }
 """Names of orders, by kind, in the printed table."""
 NOMINAL_KEPT = {256: 144, 1024: 256}
@@ -173,7 +175,7 @@ def bench_generator(
         order = member().kind
         if orders is not None and order not in orders:
             continue
-        exact = random_generator(replace(config, order=member()), device)
+        exact = random_generator(_with_order(config, member()), device)
         bf16 = as_weights(exact, "bf16")
         for kind in weights:
             generators[order, kind] = bf16 if kind == "bf16" else as_weights(exact, kind)
@@ -194,6 +196,14 @@ def bench_generator(
         ]
         for speed in compared(found):
             yield replace(speed, logit_error=errors.get((speed.order, speed.weights)))
+
+
+def _with_order(config: GeneratorConfig, order: Order) -> GeneratorConfig:
+    """The same generator with another order; tokens of the whole image are beside all cells."""
+    if not isinstance(order, Holistic):
+        return replace(config, order=order)
+    num_kept = order.num_holistic + config.num_tokens
+    return replace(config, order=order, num_kept=num_kept, kept_candidates=(num_kept,))
 
 
 def grid_config(config: GeneratorConfig, num_cells: int) -> GeneratorConfig:

@@ -19,6 +19,7 @@ from mergevq.generator.heads.subindices import Subindices
 from mergevq.generator.nat import Nat
 from mergevq.generator.network import Head, Network
 from mergevq.generator.orders.anchored import Anchored
+from mergevq.generator.orders.holistic import Holistic
 from mergevq.generator.orders.merge import Merge
 from mergevq.generator.orders.ordered import Ordered
 from mergevq.generator.orders.random import Random
@@ -28,7 +29,13 @@ from mergevq.runtime.artefacts import SavedModel, build_for, load_model, resolve
 from mergevq.runtime.settings import from_json
 
 Sequential = (
-    orders.Raster | orders.Merge | orders.Random | orders.Anchored | orders.Stream | orders.Ordered
+    orders.Raster
+    | orders.Merge
+    | orders.Random
+    | orders.Anchored
+    | orders.Stream
+    | orders.Ordered
+    | orders.Holistic
 )
 """Orders of the autoregressive family."""
 AnyGenerator = Autoregressive | Nat
@@ -43,7 +50,9 @@ def build_generator(config: GeneratorConfig) -> AnyGenerator:
     return Autoregressive(config, build_order(config.order, config), network)
 
 
-def build_order(order: Sequential, config: GeneratorConfig) -> seams.Order:
+def build_order(  # noqa: PLR0911 - one case for each kind
+    order: Sequential, config: GeneratorConfig
+) -> seams.Order:
     """The order of an autoregressive generator."""
     match order:
         case orders.Raster():
@@ -58,6 +67,8 @@ def build_order(order: Sequential, config: GeneratorConfig) -> seams.Order:
             return Stream(order)
         case orders.Ordered():
             return Ordered()
+        case orders.Holistic():
+            return Holistic(order, config)
         case _:
             assert_never(order)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from mergevq.config.base import LayoutKind
 from mergevq.config.generator import (
     GeneratorConfig,
 )
@@ -41,6 +42,25 @@ from mergevq.runtime.optim import (
 from mergevq.runtime.random import BatchNumbers, step_generator
 from mergevq.training.fit import Number
 from mergevq.training.initial import initialize_generator_from
+
+_LAYOUTS: dict[LayoutKind, str] = {
+    "source": "have a source map",
+    "ordered": "are ordered, without a place on the grid",
+    "holistic": "are of the whole image and then of each cell",
+}
+"""Layouts of tokens, in words."""
+_ORDERS: dict[LayoutKind, str] = {
+    "source": "merge or random",
+    "ordered": "ordered",
+    "holistic": "holistic",
+}
+"""Orders of a generator for tokens of a layout."""
+_REDUCERS: dict[LayoutKind, str] = {
+    "source": "merge or pool",
+    "ordered": "queries",
+    "holistic": "holistic",
+}
+"""Reducers of a tokenizer that leave tokens with a layout."""
 
 
 @dataclass(kw_only=True)
@@ -183,13 +203,10 @@ def fitted_config(run: GeneratorRun, record: TokenRecord) -> GeneratorConfig:
     model = run.resolved_model
     if record.layout != model.order.layout:
         raise ValueError(
-            f"the tokens of {run.tokens.path} are ordered, without a place on the grid, and "
-            f"model.order.kind {model.order.kind} lays out cells or slots: set model.order.kind to "
-            "ordered, or take a tokenizer whose model.reducer.kind is merge or pool"
-            if record.layout == "ordered"
-            else f"the tokens of {run.tokens.path} have a source map, and model.order.kind "
-            f"{model.order.kind} makes none: set model.order.kind to merge or random, or take a "
-            "tokenizer whose model.reducer.kind is queries"
+            f"the tokens of {run.tokens.path} {_LAYOUTS[record.layout]}, and model.order.kind "
+            f"{model.order.kind} makes tokens that {_LAYOUTS[model.order.layout]}: set "
+            f"model.order.kind to {_ORDERS[record.layout]}, or take a tokenizer whose "
+            f"model.reducer.kind is {_REDUCERS[model.order.layout]}"
         )
     if not record.has_index:
         raise ValueError(
@@ -198,6 +215,7 @@ def fitted_config(run: GeneratorRun, record: TokenRecord) -> GeneratorConfig:
         )
     for name, wanted, found in (
         ("model.grid_size", model.grid_size, record.grid_shape),
+        ("model.order.num_holistic", model.num_holistic, record.num_holistic),
         ("the product of model.head.sizes", model.num_codes, record.num_values),
         ("model.num_classes", model.num_classes or record.num_classes, record.num_classes),
     ):
@@ -221,7 +239,7 @@ def to_sequences(generator: AnyGenerator, batch: TokenBatch) -> Sequences:
     config, device = generator.config, generator.device
     label = torch.where(batch.label < 0, config.null_class, batch.label).to(device)
     indices = batch.indices
-    if config.order.layout == "ordered":
+    if config.order.layout != "source":
         return Sequences(
             indices=indices.to(device), class_label=label, num_kept=batch.layout.num_kept
         )

@@ -78,6 +78,7 @@ LEARNS_FROM = {
     "digits32_bits": "digits32",
     "digits32_anchor_bits": "digits32",
     "digits32_ordered": "digits32_causal",
+    "digits32_holistic_ar": "digits32_holistic",
     "photos64_mergear": "photos64",
     "photos64_wide_mergear": "photos64_wide",
     "photos64_wide_randar": "photos64_wide",
@@ -276,6 +277,9 @@ def test_a_generator_fits_the_tokens_of_its_tokenizer(name, tokenizer):
     assert run.tokens.tokenizer == f"{source.out}/model"
     assert run.tokens.path == f"{source.out}/tokens"
     for num_kept in run.kept.candidates:
+        source.model.reducer.check_kept(run.model.grid_size, num_kept)
+        if source.model.reducer.gives != "source":
+            continue
         counts = merge_schedule(source.model.num_tokens, num_kept, source.model.reducer.num_layers)
         assert source.model.num_tokens - sum(counts) == num_kept
 

@@ -506,6 +506,7 @@ NO_EFFECT = {
     ("tokenizer", "train.device"): _DEVICE,
     ("tokenizer", "train.checkpointing"): "saves memory, which test_estimate measures",
     ("generator", "model.order[merge].flex_attention"): "is for CUDA",
+    ("generator", "model.order[holistic].num_holistic"): "is the tokens': orders/test_holistic",
     ("generator", "train.device"): _DEVICE,
     ("generator", "parallel"): "is for several processes",
     ("generator", "train.checkpointing"): "saves memory",

@@ -54,6 +54,7 @@ _PARTS = {
     "num_decoder_layers": "order",
     "reuse": "order",
     "tokens_per_step": "order",
+    "num_holistic": "order",
     "sizes": "head",
     "num_head_layers": "head",
 }

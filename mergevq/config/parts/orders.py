@@ -227,5 +227,30 @@ class Ordered:
     drafts: ClassVar[bool] = False
 
 
-Order = Raster | Merge | Random | Anchored | Masked | Stream | Ordered
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Holistic:
+    """The tokens of a tokenizer of kind `holistic`: of the whole image, then of cells (Hita)."""
+
+    kind: Literal["holistic"] = "holistic"
+    num_holistic: int = 4
+    """H: tokens of the whole image, the tokenizer's `num_holistic`; 0 is order `raster`."""
+
+    reads: ClassVar[Reads] = "kept"
+    layout: ClassVar[LayoutKind] = "holistic"
+    merges: ClassVar[bool] = True
+    is_anchored: ClassVar[bool] = False
+    gap_in_bits: ClassVar[bool] = False
+    in_parallel: ClassVar[bool] = False
+    fills_in: ClassVar[bool] = False
+    tokens_per_step: ClassVar[int] = 1
+    names_copies: ClassVar[bool] = False
+    is_exact: ClassVar[bool] = True
+    drafts: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Reject a negative number."""
+        check_numbers(self)
+
+
+Order = Raster | Merge | Random | Anchored | Masked | Stream | Ordered | Holistic
 """How sequences are ordered and decoded."""

@@ -48,7 +48,7 @@ from mergevq.config.recipes.digits import (
     digits32_tail_drop,
     digits32_vq,
 )
-from mergevq.config.recipes.holistic import digits32_holistic
+from mergevq.config.recipes.holistic import digits32_holistic, digits32_holistic_ar
 from mergevq.config.recipes.imagenet256 import (
     imagenet256_g,
     imagenet256_g_d32,
@@ -101,6 +101,7 @@ GENERATOR_RECIPES: dict[str, Callable[[], GeneratorRun]] = {
         digits32_bits,
         digits32_anchor_bits,
         digits32_ordered,
+        digits32_holistic_ar,
         photos64_mergear,
         photos64_wide_mergear,
         photos64_wide_randar,

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from mergevq.config.parts import Fuse, Holistic
-from mergevq.config.recipes.digits import digits32
+from mergevq.config.parts import Fuse, Holistic, orders
+from mergevq.config.recipes.digits import digits32, digits32_ar
 from mergevq.config.tokenizer import KeptConfig
-from mergevq.config.training import TokenizerRun
+from mergevq.config.training import GeneratorRun, TokenizerRun, TokensConfig
 
 
 def digits32_holistic() -> TokenizerRun:
@@ -27,4 +27,24 @@ def digits32_holistic() -> TokenizerRun:
         loss=replace(run.loss, recovered_share=0.0),
         train=replace(run.train, num_steps=1500, eval_num_kept=(68,)),
         out="runs/digits32_holistic",
+    )
+
+
+def digits32_holistic_ar() -> GeneratorRun:
+    """The 68 tokens of `digits32_holistic`: four of the whole image, then all cells row by row.
+
+    Tokens: `mergevq encode --model runs/digits32_holistic/model --data digits --num-kept 68
+    --out runs/digits32_holistic/tokens`. Source: Hita (arXiv:2507.02358). Hardware and time: not
+    measured, 600 steps of 64 sequences. Expected: not measured.
+    """
+    run = digits32_ar()
+    order = orders.Holistic(num_holistic=4)
+    return replace(
+        run,
+        model=replace(run.model, order=order, num_kept=68, kept_candidates=(68,)),
+        tokens=TokensConfig(
+            path="runs/digits32_holistic/tokens", tokenizer="runs/digits32_holistic/model"
+        ),
+        kept=KeptConfig(candidates=(68,)),
+        out="runs/digits32_holistic_ar",
     )
