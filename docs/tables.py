@@ -144,6 +144,31 @@ def contest_rows(records: Mapping[str, Record]) -> list[Record]:
     return found
 
 
+def compare_rows(records: Mapping[str, Record]) -> list[Record]:
+    """A row for each arm and number of tokens or bits, numbers of all seeds in it; yardsticks."""
+    record, found = records["compare"], list[Record]()
+    judged = {(v["arm"], v["label"]): v for v in record["verdicts"] if v["metric"] == "psnr"}
+    for arm in record["arms"]:
+        points = [point for seed in arm["seeds"] for point in seed["points"]]
+        for label in dict.fromkeys(point["label"] for point in points):
+            each = [point for point in points if point["label"] == label]
+            numbers = {name: [p["metrics"][name] for p in each] for name in each[0]["metrics"]}
+            row = {**each[0], "model": f"`{arm['name']}`", "metrics": numbers}
+            row["bits_layout_coded"] = [p["bits_layout_coded"] or 0 for p in each]
+            row["bits"] = each[0]["bits_tokens"] + each[0]["bits_layout"]
+            row["images_per_second"] = [seed["images_per_second"] for seed in arm["seeds"]]
+            if gap := judged.get((arm["name"], label)):
+                row["gap"] = f"{gap['gap']:+.2f}, {gap['verdict']}"
+            found.append({**row, "num_parameters": arm["num_parameters"]})
+    # Of so many bits as an arm has there are many; those asked for are enough.
+    asked = {str(bits) for bits in record["settings"]["bits"]}
+    return found + [
+        {"model": each["name"], "label": "-", **each}
+        for each in record["yardsticks"]
+        if each["name"] != "principal components" or f"{each['bits']:.0f}" in asked
+    ]
+
+
 # ---------------------------------------------------------------------------------------- tables
 
 _RECONSTRUCTION = Table(
@@ -207,6 +232,32 @@ TABLES: Mapping[str, Table] = {
             *("data settings.data", "tokenizer settings.tokenizer", "K settings.num_kept"),
             *("recipe settings.recipe", "seeds settings.seeds", "samples settings.num_samples"),
             *("class accuracy of real images real_accuracy", *_WRITTEN),
+        ),
+    ),
+    "compare": Table(
+        files={"compare": "comparison"},
+        rows=compare_rows,
+        columns={
+            "at": ("label", "s"),
+            "K": ("num_kept", "d"),
+            "bits of tokens": ("bits_tokens", ".0f"),
+            "bits of layout": ("bits_layout", ".0f"),
+            "as coded": ("bits_layout_coded", ".0f"),
+            "bits, total": ("bits", ".0f"),
+            "PSNR (dB)": (r"metrics\.psnr", ".2f"),
+            "gap": ("gap", "s"),
+            "PSNR, recovered": (r"metrics\.psnr_recovered", ".2f"),
+            "SSIM": (r"metrics\.ssim", ".3f"),
+            "LPIPS": (r"metrics\.lpips", ".3f"),
+            "{0}": (r"metrics\.((?:frechet|fid)\w*(?<!_recovered))", ".1f"),
+            "codes in use": (r"metrics\.codebook_usage", ".1%"),
+            "images/s in training": ("images_per_second", ".0f"),
+            "parameters": ("num_parameters", ",d"),
+        },
+        alike=("pixels_sha256", "settings.seeds"),
+        facts=(
+            *("training images num_train_images", "held-out images num_images"),
+            *("seeds settings.seeds", "gap to settings.against", *_WRITTEN),
         ),
     ),
     "codecs": Table(

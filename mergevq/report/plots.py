@@ -21,6 +21,10 @@ _COLOURS = (
     *("#2457d6", "#d9730d", "#0f8a5f", "#8b3fd1", "#c42b4f"),
     *("#12879c", "#7a5b21", "#5f6b7a", "#d44fa0", "#8aa60a"),
 )
+_STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
+"""Line and marker of the first curves of all colours, of the next, and so on."""
+_MANY = 8
+"""Labels above which the legend is beside the curves and not on them."""
 _INK = "#33383f"
 _GRID = "#e6e8ec"
 
@@ -35,7 +39,8 @@ class Curve:
     label: str = ""
     """For the legend; empty is not in it."""
     colour: int = 0
-    """Number of the colour: the same in two panels for what belongs together."""
+    """Number of the colour, and where there are no more, of the style of line too: the same in two
+    panels for what belongs together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,18 +91,22 @@ def line_plot(
         axes = figure.add_subplot(num_rows, num_columns, number + 1, sharey=neighbour)
         for curve in panel.curves:
             values = [math.nan if value is None else value for value in curve.y]
+            again, colour = divmod(curve.colour, len(_COLOURS))
+            line, marker = _STYLES[again % len(_STYLES)]
             axes.plot(
                 curve.x,
                 values,
-                color=_COLOURS[curve.colour % len(_COLOURS)],
+                color=_COLOURS[colour],
+                linestyle=line,
                 # A few points are measurements to be seen, many are a line.
-                marker="o" if len(values) <= 20 else None,
+                marker=marker if len(values) <= 20 else None,
                 markersize=3,
                 linewidth=1.4,
                 label=curve.label or "_",
             )
-        if any(curve.label for curve in panel.curves):
-            axes.legend(fontsize=8, labelcolor=_INK, edgecolor=_GRID)
+        if count := sum(bool(curve.label) for curve in panel.curves):
+            beside = {"loc": "upper left", "bbox_to_anchor": (1.02, 1)} if count > _MANY else {}
+            axes.legend(fontsize=8, labelcolor=_INK, edgecolor=_GRID, **beside)
         if number + num_columns >= len(panels):
             axes.set_xlabel(x_label, fontsize=9, color=_INK)
         _dress(axes, panel.title)

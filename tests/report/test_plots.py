@@ -36,6 +36,25 @@ def test_curves_have_their_own_colours():
     assert curve_pixels(plot, ORANGE) > 100
 
 
+def test_an_eleventh_curve_is_no_second_first():
+    def drawn(colour):
+        curve = Curve(x=[0, 1], y=[0, 1], colour=colour)
+        return curve_pixels(line_plot([Panel(title="t", curves=[curve])], x_label="x"), BLUE)
+
+    assert 0 < drawn(10) < drawn(0)
+
+
+def test_many_labels_are_beside_the_curves():
+    def end(count):
+        curves = [Curve(x=[0, 1], y=[n, n], label="n", colour=n) for n in range(count)]
+        plot = np.asarray(line_plot([Panel(title="t", curves=curves)], x_label="x")).astype(int)
+        orange = np.abs(plot - ORANGE).sum(-1) < 30
+        return orange[orange.sum(1).argmax()].nonzero()[0][-1]
+
+    # A line over the whole width of the axes.
+    assert end(9) < 0.9 * end(8)
+
+
 def test_panels_fill_rows():
     panel = Panel(title="t", curves=[Curve(x=[0, 1], y=[0, 1])])
     one, three = (line_plot([panel] * num, x_label="x") for num in (1, 3))

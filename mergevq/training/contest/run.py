@@ -9,7 +9,8 @@ import contextlib
 import json
 import logging
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,9 +107,7 @@ def compare(settings: ContestSettings) -> ContestRecord:
     write_json(out / RECORD, record)
     (out / TABLE).write_text(table(record), encoding="utf-8")
     if plotting:
-        panel = Panel(title="PSNR in dB, given source", curves=rate_distortion(arms, yardsticks))
-        plot = line_plot([panel], x_label="bits of an image, tokens and layout", size=(7.2, 5.4))
-        plot.save(out / PLOT)
+        _plot(arms, yardsticks).save(out / PLOT)
     if settings.num_shown:
         _pictures(settings, asked, held_out).save(out / PICTURES)
     return record
@@ -234,6 +233,23 @@ def _yardsticks(
         if components:
             return found + components
     return found
+
+
+def _plot(arms: Sequence[ArmRecord], yardsticks: Sequence[YardstickRecord]) -> Image.Image:
+    """PSNR over bits: of the arms, then beside yardsticks, which may be far above them."""
+    curves = rate_distortion(arms, yardsticks)
+    names = {arm["name"] for arm in arms}
+    alone = [curve for curve in curves if curve.label in names]
+    beside = [replace(curve, label="" if curve in alone else curve.label) for curve in curves]
+    panels = [
+        Panel(title="PSNR in dB, given source", curves=alone),
+        Panel(title="beside yardsticks", curves=beside),
+    ]
+    return line_plot(
+        panels if yardsticks else panels[:1],
+        x_label="bits of an image, tokens and layout",
+        size=(5.4, 3.8),
+    )
 
 
 @torch.no_grad()

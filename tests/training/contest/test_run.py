@@ -18,6 +18,7 @@ from mergevq.training import train as training
 from mergevq.training.contest.run import compare
 from mergevq.training.tokenizer import TokenizerTask
 from tests.support.small import shrink
+from tests.support.tables import table_of
 
 
 def settings_for(folder, **given):
@@ -102,6 +103,25 @@ def test_table_plot_and_pictures_are_written(done):
         assert sheet.width > 3 * 128
         assert sheet.height > 2 * 128
     assert (folder / "out" / "rate_distortion.png").is_file() == has_plots("the plot")
+
+
+def test_the_documents_take_the_record(done, tmp_path):
+    _, record, folder = done
+    rows, below = table_of(tmp_path, "compare", compare=folder / "out" / "compare.json")
+    arms = [row for row in rows if row["at"] != "-"]
+    assert [(row["model"], row["at"]) for row in arms] == [
+        (f"`{name}`", label) for name in ("merge", "pool") for label in ("K = 20", "400 bits")
+    ]
+    gaps = [v for v in record["verdicts"] if v["metric"] == "psnr"]
+    assert [row["gap"] for row in arms] == [
+        *("-", "-"),
+        *(f"{gap['gap']:+.2f}, {gap['verdict']}" for gap in gaps),
+    ]
+    psnr = [seed["points"][0]["metrics"]["psnr"] for seed in record["arms"][0]["seeds"]]
+    mean, each = sum(psnr) / 2, ", ".join(f"{value:.2f}" for value in psnr)
+    assert arms[0]["PSNR (dB)"] == f"{mean:.2f} ({each})"
+    assert {row["model"] for row in rows[4:]} >= {"mean image", "components"}
+    assert "seeds 0 and 1" in below
 
 
 @pytest.mark.slow
