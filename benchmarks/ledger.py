@@ -33,6 +33,7 @@ LEARNS_FROM = {
     "source": "digits32",
     "ordered": "digits32_causal",
     "holistic": "digits32_holistic",
+    "scales": "digits32_scales",
 }
 """Recipe of the tokenizer whose tokens a generator learns, by their layout."""
 

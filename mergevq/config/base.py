@@ -65,9 +65,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-LayoutKind = Literal["source", "ordered", "holistic"]
+LayoutKind = Literal["source", "ordered", "holistic", "scales"]
 """Layout of kept tokens: each cell of the grid has one (a source map), or their order is all, or
-tokens of the whole image come first and those of the cells, in raster order, after them."""
+tokens of the whole image come first and those of the cells, in raster order, after them, or they
+are those of a grid at several scales, the coarsest first."""
 
 
 def require_heads(what: str, width: int, num_heads: int, name: str) -> None:

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from mergevq.config.base import Device, Precision, require
+from mergevq.config.parts import num_kept_of
 from mergevq.config.parts.heads import Bits, Head, Subindices
-from mergevq.config.parts.orders import NUM_RELATIONS, Holistic, Masked, Merge, Order
+from mergevq.config.parts.orders import NUM_RELATIONS, Holistic, Masked, Merge, Order, Scale
 from mergevq.config.ranges import check_numbers
 
 GuidanceSchedule = Literal["constant", "linear", "cosine", "power"]
@@ -78,14 +79,34 @@ class GeneratorConfig:
             or not isinstance(self.order, Masked),
             "head.masking (mixed) must be 'schedule' in order 'masked', which masks whole tokens",
         )
+        if isinstance(self.order, Scale):
+            self._check_scales(self.order)
         self._check_kept()
+
+    def _check_scales(self, order: Scale) -> None:
+        """Reject scales that do not end with the grid, and a head that reads all of a token."""
+        rows, columns = self.grid_size
+        scales = order.scales_of(rows)
+        require(
+            (rows, columns) == scales[-1:] * 2,
+            f"order.scales {scales} must end with the side of a square grid, and the grid is "
+            f"{rows} x {columns}",
+        )
+        require(
+            not isinstance(self.head, Bits),
+            "head.kind (bits) must be subindices or independent in order 'scale', whose tokens are "
+            "not inputs: parts have no embeddings there but those that sub-indices read",
+        )
 
     def _check_kept(self) -> None:
         """Reject a K that the grid does not have, or that has no embedding."""
+        cells = f"{self.num_tokens} cells"
+        if isinstance(self.order, Scale):
+            cells = f"{self.most_kept} tokens of all scales"
         for num_kept in (self.num_kept, *self.kept_candidates):
             require(
-                1 <= num_kept <= self.num_holistic + self.num_tokens,
-                f"num_kept ({num_kept}) must be between 1 and the {self.num_tokens} cells of the "
+                1 <= num_kept <= self.most_kept,
+                f"num_kept ({num_kept}) must be between 1 and the {cells} of the "
                 f"{self.grid_size[0]} x {self.grid_size[1]} grid"
                 + f" and {self.num_holistic} tokens before them"
                 * (self.num_holistic > 0),
@@ -105,6 +126,13 @@ class GeneratorConfig:
     def num_holistic(self) -> int:
         """H: tokens of the whole image, before those of cells."""
         return self.order.num_holistic if isinstance(self.order, Holistic) else 0
+
+    @property
+    def most_kept(self) -> int:
+        """Largest K: the cells of the grid and tokens before them, or those of all scales."""
+        if isinstance(self.order, Scale):
+            return num_kept_of(self.order.scales_of(self.grid_size[0]))[-1]
+        return self.num_holistic + self.num_tokens
 
     def length(self, num_kept: int) -> int:
         """Tokens of a sequence with K kept ones."""
@@ -178,6 +206,16 @@ class GeneratorConfig:
             sizes = (NUM_RELATIONS, max(self.kept_candidates), *sizes)
         return sizes * self.order.tokens_per_step
 
+    @property
+    def embedded_sizes(self) -> tuple[int, ...]:
+        """Values of the parts with embeddings, which inputs and heads read.
+
+        In order `scale`, whose inputs are sums of codes, those from which a head predicts others.
+        """
+        if not isinstance(self.order, Scale):
+            return self.part_sizes
+        return self.part_sizes[:-1] if isinstance(self.head, Subindices) else ()
+
 
 class Size(NamedTuple):
     """Shape of a generator."""
@@ -219,7 +257,7 @@ def sized(config: GeneratorConfig, size: str) -> GeneratorConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OneByOne:
-    """One token in each pass."""
+    """One token in each pass, in order `scale` one scale."""
 
     kind: Literal["one"] = "one"
     budget: bool = True

@@ -22,6 +22,7 @@ from mergevq.config.parts import (
     PatchStem,
     Quantizer,
     Reducer,
+    Scales,
     Stem,
     Unmerge,
     latent_dim,
@@ -63,13 +64,14 @@ class TokenizerConfig:
             f"image_size ({self.image_size}) must be a multiple of the patch size "
             f"({self.patch_size}): of a CNN 2 to the number of levels in channel_mult minus one",
         )
-        most = self.most_kept((self.grid_size, self.grid_size))
+        grid_shape = (self.grid_size, self.grid_size)
+        most = self.most_kept(grid_shape)
         require(
             1 <= self.num_kept <= most,
             f"num_kept ({self.num_kept}) must be between 1 and the {most} tokens of a "
             f"{self.image_size}-pixel image with patch size {self.patch_size}",
         )
-        self.reducer.check_kept((self.grid_size, self.grid_size), self.num_kept)
+        self.kept_by.check_kept(grid_shape, self.num_kept)
         self._check_layout()
         self._check_branches()
         require(
@@ -96,14 +98,32 @@ class TokenizerConfig:
 
     def _check_layout(self) -> None:
         """Reject a reducer and an expander of different layouts, and fewer slots than queries."""
-        reducer, expander = self.reducer, self.expander
-        others = {"source": "unmerge", "ordered": "mask_tokens", "holistic": "fuse"}
+        part, expander = self.kept_by, self.expander
+        others = {
+            "source": "unmerge",
+            "ordered": "mask_tokens",
+            "holistic": "fuse",
+            "scales": "scale_sum",
+        }
+        seam = "quantizer" if isinstance(part, Scales) else "reducer"
         require(
-            reducer.gives == expander.reads,
-            f"model.reducer.kind {reducer.kind} leaves tokens with the layout "
-            f"'{reducer.gives}', and model.expander.kind {expander.kind} reads "
-            f"'{expander.reads}': set model.expander.kind to {others[reducer.gives]}",
+            part.gives == expander.reads,
+            f"model.{seam}.kind {part.kind} leaves tokens with the layout "
+            f"'{part.gives}', and model.expander.kind {expander.kind} reads "
+            f"'{expander.reads}': set model.expander.kind to {others[part.gives]}",
         )
+        if isinstance(part, Scales):
+            require(
+                self.reducer.gives == "source",
+                f"model.quantizer.kind scales is of the cells of a grid, and model.reducer.kind "
+                f"{self.reducer.kind} leaves tokens without places: set model.reducer.kind to "
+                "merge or pool, which then leave all cells, or take another quantizer",
+            )
+            require(
+                self.branches.semantic_dim == 0,
+                f"branches.kind ({self.branches.kind}) must be one with quantizer.kind scales, "
+                "whose codes of all channels are one table's",
+            )
 
     def _check_branches(self) -> None:
         """Reject taps of blocks that are not there, and branches that the quantizer cuts apart."""
@@ -177,11 +197,20 @@ class TokenizerConfig:
         return self.grid_size**2
 
     def most_kept(self, grid_shape: tuple[int, int]) -> int:
-        """Tokens of a grid of which none is left out: its cells, and those of the whole image."""
-        reducer = self.reducer
-        return math.prod(grid_shape) + (
-            reducer.num_holistic if isinstance(reducer, Holistic) else 0
-        )
+        """Tokens of a grid of which none is left out.
+
+        Those of its cells and of the whole image, or those of all scales.
+        """
+        part = self.kept_by
+        if isinstance(part, Scales):
+            return part.most_kept()
+        return math.prod(grid_shape) + self.num_holistic
+
+    @property
+    def num_holistic(self) -> int:
+        """H: tokens of the whole image, before those of cells."""
+        part = self.kept_by
+        return part.num_holistic if isinstance(part, Holistic) else 0
 
     def kept_in_proportion(self, grid_shape: tuple[int, int], proportion: float) -> int:
         """K for a grid, rounded to one that the encoder gives.
@@ -193,13 +222,23 @@ class TokenizerConfig:
             grid_shape: (height, width) in cells.
             proportion: K over cells, at the trained size.
         """
-        reducer, trained = self.reducer, self.num_tokens
-        fixed = trained * proportion if reducer.gives == "ordered" else 0
-        if isinstance(reducer, Holistic):
-            fixed = reducer.num_holistic
+        part, trained = self.kept_by, self.num_tokens
+        is_listed = part.gives in {"ordered", "scales"}
+        fixed = trained * proportion if is_listed else 0
+        if isinstance(part, Holistic):
+            fixed = part.num_holistic
             proportion = max(trained * proportion - fixed, 0) / trained
-        cells = 0 if reducer.gives == "ordered" else math.prod(grid_shape)
-        return reducer.nearest_kept(grid_shape, round(fixed + cells * proportion))
+        cells = 0 if is_listed else math.prod(grid_shape)
+        return part.nearest_kept(grid_shape, round(fixed + cells * proportion))
+
+    @property
+    def kept_by(self) -> Reducer | Scales:
+        """The part that gives the tokens their number and layout: the reducer, or scales."""
+        return self.quantizer if isinstance(self.quantizer, Scales) else self.reducer
+
+    def num_reduced(self, grid_shape: tuple[int, int], num_kept: int) -> int:
+        """Tokens that the reducer leaves for K kept ones: all cells where scales are quantized."""
+        return math.prod(grid_shape) if isinstance(self.kept_by, Scales) else num_kept
 
     @property
     def dim(self) -> int:

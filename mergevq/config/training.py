@@ -37,6 +37,7 @@ from mergevq.config.parts import (
     PrefixFlow,
     Queries,
     Regularizer,
+    Scales,
     weights_of,
 )
 from mergevq.config.parts.flows import FlowDecoder, Solution, Times, check_solution
@@ -221,6 +222,11 @@ class TokenizerRun:
         )
         if isinstance(self.model.quantizer, Continuous):
             self._check_continuous()
+        require(
+            self.quantize_start_step == 0 or not isinstance(self.model.quantizer, Scales),
+            f"quantize_start_step ({self.quantize_start_step}) must be 0 with "
+            "model.quantizer.kind scales: latents are of cells, and the decoder's tokens of scales",
+        )
         if self.init_codes == "components":
             self._check_components()
         if self.regularizer.drops:

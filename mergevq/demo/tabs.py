@@ -200,7 +200,7 @@ def _kept_range(tokenizer: Tokenizer) -> tuple[int, int, int]:
     """Least K that is legal and that the tokenizer was trained with, largest and nominal K."""
     config = tokenizer.config
     shape = (config.grid_size, config.grid_size)
-    least = config.reducer.least_kept(shape)
+    least = config.kept_by.least_kept(shape)
     if config.kept_range is not None:
         least = max(least, config.kept_range[0])
     return least, config.most_kept(shape), config.num_kept

@@ -54,6 +54,7 @@ NAMES = {
     "stream": "codes and map",
     "ordered": "ordered tokens",
     "holistic": "holistic first",
+    "scale": "next scale",
 }
 """Names of orders, by kind, in the printed table."""
 NOMINAL_KEPT = {256: 144, 1024: 256}

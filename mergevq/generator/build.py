@@ -24,6 +24,7 @@ from mergevq.generator.orders.merge import Merge
 from mergevq.generator.orders.ordered import Ordered
 from mergevq.generator.orders.random import Random
 from mergevq.generator.orders.raster import Raster
+from mergevq.generator.orders.scale import Scale
 from mergevq.generator.orders.stream import Stream
 from mergevq.runtime.artefacts import SavedModel, build_for, load_model, resolve, save_model
 from mergevq.runtime.settings import from_json
@@ -36,6 +37,7 @@ Sequential = (
     | orders.Stream
     | orders.Ordered
     | orders.Holistic
+    | orders.Scale
 )
 """Orders of the autoregressive family."""
 AnyGenerator = Autoregressive | Nat
@@ -69,6 +71,8 @@ def build_order(  # noqa: PLR0911 - one case for each kind
             return Ordered()
         case orders.Holistic():
             return Holistic(order, config)
+        case orders.Scale():
+            return Scale(order, config)
         case _:
             assert_never(order)
 

@@ -211,7 +211,7 @@ class Network(nn.Module):
         if config.kept_candidates:
             self.kept_embedding = nn.Embedding(len(config.kept_candidates), config.dim)
         self.part_embeddings = nn.ModuleList(
-            nn.Embedding(size, config.dim) for size in config.part_sizes
+            nn.Embedding(size, config.dim) for size in config.embedded_sizes
         )
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(make_block(config) for _ in range(config.num_layers))

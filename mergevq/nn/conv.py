@@ -1,17 +1,22 @@
 """Residual and resampling convolutions.
 
 Source: Yu et al. 2024, "Language Model Beats Diffusion", appendix A (adaptive group norm,
-arXiv:2310.05737).
+arXiv:2310.05737); Tian et al. 2024, "Visual Autoregressive Modeling: Scalable Image Generation via
+Next-Scale Prediction", section 3.2 (sums over scales, arXiv:2404.02905).
 
-Shape letters: B batch, C channels, H and W pixels or grid cells.
+Shape letters: B batch, C channels, H and W pixels or grid cells, N tokens of a scale or of several.
 """
 
+from collections.abc import Iterator, Sequence
+
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mergevq.nn.blocks import NORM_EPS
 from mergevq.nn.norm import GroupNorm, channels_last_norm, is_slow
+from mergevq.nn.positions import to_grid, to_tokens
 
 
 class ResBlock(nn.Module):
@@ -76,3 +81,51 @@ class AdaptiveGroupNorm(nn.Module):
         if is_slow(x):
             return channels_last_norm(x, self.norm.num_groups, gain, shift, self.norm.eps)
         return gain[..., None, None] * self.norm(x) + shift[..., None, None]
+
+
+def to_scale(grid: Float[Tensor, "b c h h"], scale: int) -> Float[Tensor, "b n c"]:
+    """Means of a grid's areas, `scale` along each side, in raster order."""
+    return to_tokens(functional.interpolate(grid, size=(scale, scale), mode="area"))
+
+
+def from_scale(
+    codes: Float[Tensor, "b n c"], side: int, kernel: Float[Tensor, "c c 3 3"]
+) -> Float[Tensor, "b c h h"]:
+    """Codes of a square scale on a grid with `side` cells along each side: bicubic, then filtered.
+
+    Args:
+        codes: in raster order.
+        side: of the grid.
+        kernel: of the filter.
+    """
+    scale = round(codes.shape[1] ** 0.5)
+    grid = to_grid(codes, (scale, scale)).contiguous()
+    if scale != side:
+        grid = functional.interpolate(grid, size=(side, side), mode="bicubic")
+    return functional.conv2d(grid, kernel, padding=1)
+
+
+def scale_sums(
+    codes: Float[Tensor, "b n c"],
+    scales: Sequence[int],
+    kernels: Float[Tensor, "s c c 3 3"],
+) -> Iterator[Float[Tensor, "b c h h"]]:
+    """Sums over the first scale, the first two, and so on, on the grid of the last.
+
+    In float32 under any autocast, and each sum adds one scale to the one before: the same codes
+    give the same bits to whoever adds them.
+
+    Args:
+        codes: of all scales, or of the first ones, the coarsest first; others count as zeros.
+        scales: sides of all.
+        kernels: filter of each scale.
+    """
+    counts = [scale**2 for scale in scales]
+    with torch.autocast(codes.device.type, enabled=False):
+        missing = sum(counts) - codes.shape[1]
+        padded = functional.pad(codes.float(), (0, 0, 0, missing))
+        total: Tensor | None = None
+        for own, kernel in zip(padded.split(counts, dim=1), kernels.float(), strict=True):
+            added = from_scale(own, scales[-1], kernel)
+            total = added if total is None else total + added
+            yield total

@@ -13,6 +13,7 @@ from mergevq.tokenizer.decoders.cnn import CnnDecoder
 from mergevq.tokenizer.decoders.patch import PatchDecoder
 from mergevq.tokenizer.expanders.fuse import Fuse
 from mergevq.tokenizer.expanders.mask_tokens import MaskTokens
+from mergevq.tokenizer.expanders.scale_sum import ScaleSum
 from mergevq.tokenizer.expanders.unmerge import Unmerge
 from mergevq.tokenizer.losses.gram import Gram
 from mergevq.tokenizer.quantizers.bernoulli import Bernoulli
@@ -21,6 +22,7 @@ from mergevq.tokenizer.quantizers.codebook import Codebook
 from mergevq.tokenizer.quantizers.continuous import Kl, Unquantized
 from mergevq.tokenizer.quantizers.dimensions import Dimensions
 from mergevq.tokenizer.quantizers.fsq import Fsq
+from mergevq.tokenizer.quantizers.grids.scales import Scales
 from mergevq.tokenizer.quantizers.grouped_lfq import GroupedLfq
 from mergevq.tokenizer.quantizers.lfq import Lfq
 from mergevq.tokenizer.quantizers.product import Product
@@ -35,12 +37,12 @@ from mergevq.tokenizer.reducers.queries import Queries
 from mergevq.tokenizer.reducers.select import Select
 from mergevq.tokenizer.regularizers.perturb import Perturb
 from mergevq.tokenizer.regularizers.tail_drop import TailDrop
-from mergevq.tokenizer.seams import Term
+from mergevq.tokenizer.seams import Quantizer, Term
 from mergevq.tokenizer.stems import cnn_stem, patch_stem
 
 _LAYERS = (
     *("num_layers", "num_res_blocks", "channel_mult", "blocks"),
-    *("taps", "branch_dims", "depth"),
+    *("taps", "branch_dims", "depth", "num_filters"),
 )
 """Settings that say how many modules a part has."""
 
@@ -91,6 +93,7 @@ def build_quantizer(  # noqa: C901, PLR0911, PLR0912 - one case for each kind
     | Product
     | Shared
     | Residual
+    | Scales
     | Kl
     | Unquantized
     | Dimensions
@@ -115,6 +118,8 @@ def build_quantizer(  # noqa: C901, PLR0911, PLR0912 - one case for each kind
             return Shared(config)
         case settings.Residual():
             return Residual(config)
+        case settings.Scales():
+            return Scales(config)
         case settings.Kl():
             return Kl(config)
         case settings.Unquantized():
@@ -138,8 +143,10 @@ def build_regularizer(config: settings.Regularizer) -> Perturb | TailDrop | None
             assert_never(config)
 
 
-def build_expander(config: TokenizerConfig) -> Unmerge | MaskTokens | Fuse:
-    """Expander of a kind, for codes of the configuration's quantizer."""
+def build_expander(
+    config: TokenizerConfig, quantizer: Quantizer
+) -> Unmerge | MaskTokens | Fuse | ScaleSum:
+    """Expander of a kind, for codes of the configuration's quantizer, which is built already."""
     match config.expander:
         case settings.Unmerge():
             return Unmerge(config.expander, config.decoded_dim)
@@ -151,6 +158,10 @@ def build_expander(config: TokenizerConfig) -> Unmerge | MaskTokens | Fuse:
         case settings.Fuse():
             most = config.most_kept((config.grid_size, config.grid_size))
             return Fuse(config.expander, config.decoded_dim, most - config.num_tokens)
+        case settings.ScaleSum():
+            if not isinstance(quantizer, Scales):
+                raise TypeError(f"quantizer ({config.quantizer.kind}) must be scales")
+            return ScaleSum(quantizer)
         case _:
             assert_never(config.expander)
 

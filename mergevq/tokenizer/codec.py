@@ -96,7 +96,7 @@ class ImageReconstruction:
     num_kept: int
     """K, of each tile."""
     num_cells: int
-    """L: tokens of each tile before merging."""
+    """Most tokens that a tile can have: its cells, or those of all scales."""
     num_tiles: int
     """1 unless the picture was cut."""
     bits: Bits
@@ -271,7 +271,7 @@ def reconstruct_image(
         psnr_given=float(psnr(original[None], given[None])),
         psnr_recovered=None if recovered is None else float(psnr(original[None], recovered[None])),
         num_kept=kept,
-        num_cells=math.prod(encoded.grid_shape),
+        num_cells=tokenizer.config.most_kept(encoded.grid_shape),
         num_tiles=num_tiles,
         bits=Bits(num_tiles * tile_bits.tokens, num_tiles * tile_bits.source),
         given_size=image.given_size,

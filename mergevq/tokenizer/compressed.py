@@ -299,11 +299,11 @@ class _Trial(NamedTuple):
     def num_kepts(self) -> list[int]:
         """K that there are for a tile: those trained with, if the grid is the trained one."""
         config, shape = self.codec.tokenizer.config, self.embedded.parts[0].grid_shape
-        low, high = config.reducer.least_kept(shape), config.most_kept(shape)
+        low, high = config.kept_by.least_kept(shape), config.most_kept(shape)
         if config.kept_range is not None and math.prod(shape) == config.num_tokens:
             low, high = max(low, config.kept_range[0]), min(high, config.kept_range[1])
         every = range(low, high + 1)
-        return [count for count in every if config.reducer.nearest_kept(shape, count) == count]
+        return [count for count in every if config.kept_by.nearest_kept(shape, count) == count]
 
 
 def _fewest_that_reach(trial: _Trial, name: str, target: float) -> Compressed:
@@ -528,7 +528,7 @@ def _checked(codec: PictureCodec, header: Header, num_bytes: int, max_pixels: in
         )
     _require_small_tiles(codec.tokenizer, layout)
     num_cells = math.prod(header.grid_shape)
-    config.reducer.check_kept(header.grid_shape, header.num_kept)
+    config.kept_by.check_kept(header.grid_shape, header.num_kept)
     known = map_models(num_cells, header.num_kept) if codec.tokenizer.has_maps else ()
     if header.map_model not in {None, *known}:
         raise ValueError(

@@ -12,7 +12,6 @@ Shape letters: B batch, S image side, N rows of a shard, L grid tokens, K kept t
 
 import contextlib
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -134,8 +133,8 @@ def token_record(
         class_names=identity.class_names,
         flip=flip,
         max_pixels=images.max_pixels,
-        layout=config.reducer.gives,
-        num_holistic=config.most_kept(grid_shape) - math.prod(grid_shape),
+        layout=config.kept_by.gives,
+        num_holistic=config.num_holistic,
         precision=precision_name(tokenizer.computes_in()),
     )
 

@@ -141,6 +141,7 @@ class Encoder(nn.Module):
         class_token = self.class_token.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
         runs_all = num_layers in (None, len(self.reducer.blocks))
         taps = (self.config.branches.taps if taps is None else taps) if runs_all else ()
+        num_kept = self.config.num_reduced(grid_shape, num_kept)
         given = (tokens, class_token, grid_shape, num_kept)
         seen = told(self.condition, condition)
         if seen is not None and isinstance(self.reducer, Queries):

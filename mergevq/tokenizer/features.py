@@ -52,6 +52,11 @@ def pool_features(
     tokens = encoder.latents(out) if stage in _LAST else out.tokens
     if stage == "quantized":
         tokens = quantizer(tokens).codes
+        if pool == "size_weighted_mean" and tokens.shape[1] != out.layout.num_kept:
+            raise ValueError(
+                f"pool ({pool}) weighs tokens by their cells, and the {tokens.shape[1]} quantized "
+                "ones are of several scales: take the pool mean"
+            )
     if stage == "unmerged" or pool == "size_weighted_mean":
         tokens = unmerge(tokens, require_source(out.layout, f"{stage} features"))
     return tokens if pool == "none" else tokens.mean(1)

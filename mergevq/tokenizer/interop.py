@@ -23,7 +23,7 @@ from mergevq.runtime.files import (
     require_regular,
     require_weights,
 )
-from mergevq.tokenizer.build import build_expander
+from mergevq.tokenizer.build import build_expander, build_quantizer
 from mergevq.tokenizer.losses.teachers import AlignmentHead
 from mergevq.tokenizer.tokenizer import Tokenizer
 
@@ -75,7 +75,7 @@ def load_official(state: State, config: TokenizerConfig) -> Official:
     """
     converted = {f"encoder.{k}": v for k, v in _encoder(_part(state, "encoder"), config).items()}
     converted |= {f"decoder.{k}": v for k, v in _decoder(_part(state, "decoder"), config).items()}
-    predictor = build_expander(config).state_dict()
+    predictor = build_expander(config, build_quantizer(config.quantizer)).state_dict()
     converted |= {f"expander.{k}": v for k, v in predictor.items()}
     tokenizer = Tokenizer.from_weights(config, converted)
     return Official(tokenizer.eval(), _alignment_head(_part(state, "encoder.dist_head")))

@@ -91,8 +91,8 @@ class Encoded(NamedTuple):
     """(height, width) in cells; their product is L."""
     class_token: Float[Tensor, "b c"]
     """The encoder's summary, aligned with the teacher unless semantic codes are."""
-    latents: Float[Tensor, "b k e"]
-    """Before quantization."""
+    latents: Float[Tensor, "b n e"]
+    """Before quantization: of the K tokens, or of the cells that a quantizer lays out anew."""
     sizes: tuple[int, ...]
     """Values of each part; () of real numbers."""
 
@@ -196,7 +196,8 @@ class Quantizer(Protocol):
     ) -> Quantized:
         """Quantize; `decode` gives the same codes of the parts, bit for bit.
 
-        A kind of real numbers gives no parts, and `decode` and `near` are a ValueError.
+        A kind of real numbers gives no parts, and `decode` and `near` are a ValueError. One that
+        lays tokens out (`LaysOut`) gives others than as many as there are latents.
 
         Args:
             latents: any real values, of `TokenizerConfig.latent_dim` channels.
@@ -241,15 +242,27 @@ class Follower(Protocol):
     """A quantizer with codes that are no weights: they follow the latents of each step."""
 
     def follow(
-        self, latents: Float[Tensor, "n d"], parts: Int64[Tensor, "n p"], generator: torch.Generator
+        self, latents: Float[Tensor, "n d"], parts: Int64[Tensor, "m p"], generator: torch.Generator
     ) -> None:
         """Move codes after a step of training that was taken; every rank calls it.
 
         Args:
-            latents: of this rank's tokens, as many on every rank.
-            parts: the same tokens quantized.
+            latents: of this rank's tokens, image after image, as many on every rank.
+            parts: the same tokens quantized; of a kind that lays tokens out, those that are kept.
             generator: draws for the step, the same numbers on every rank.
         """
+        ...
+
+
+@runtime_checkable
+class LaysOut(Protocol):
+    """A quantizer of all cells of a grid whose tokens are others than those cells.
+
+    It gives the most that there are, of which the first K are kept: they are those of a smaller K.
+    """
+
+    def implied(self, grid_shape: tuple[int, int], num_kept: int, num_images: int, /) -> Layout:
+        """The layout of K tokens, for each of the images (`Reducer.implied`)."""
         ...
 
 

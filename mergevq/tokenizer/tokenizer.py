@@ -40,6 +40,7 @@ from mergevq.tokenizer.flows.decoder import FlowDecoder, Noise
 from mergevq.tokenizer.seams import (
     Condition,
     Encoded,
+    LaysOut,
     Quantized,
     Reconstruction,
     Regularized,
@@ -79,7 +80,7 @@ class Tokenizer(nn.Module):
         dim, style_dim = config.expander.given_dims(config.decoded_dim)
         # The decoder draws first, so that a seed gives the weights it always gave.
         self.decoder = build_decoder(config, dim, style_dim)
-        self.expander = build_expander(config)
+        self.expander = build_expander(config, self.quantizer)
 
     def __repr__(self) -> str:
         """Size, tokens, bits and parameters in a few lines, not the tree of modules."""
@@ -244,7 +245,7 @@ class Tokenizer(nn.Module):
             condition = self._condition(condition, len(tokens))
         with self._computing():
             out = self.encoder.reduce(embedded, num_kept, condition=condition)
-            encoded, _ = self._tokens(out, grid_shape)
+            encoded, _ = self._tokens(out, grid_shape, num_kept)
         require_finite("latents", encoded.latents)
         return encoded._replace(
             codes=self._finished(encoded.codes),
@@ -336,7 +337,7 @@ class Tokenizer(nn.Module):
         """
         tokens = self._read(tokens)
         shape = grid_shape or (self.config.grid_size, self.config.grid_size)
-        implied = self.encoder.reducer.implied(shape, tokens.shape[1], len(tokens))
+        implied = self._implied(shape, tokens.shape[1], len(tokens))
         if implied is not None:
             return implied.to(tokens.device)
         with self._computing():
@@ -353,7 +354,7 @@ class Tokenizer(nn.Module):
         """
         shape = grid_shape or (self.config.grid_size, self.config.grid_size)
         per_token, told = self.quantizer.spec.bits, self.config.condition.bits
-        implied = self.encoder.reducer.implied(shape, num_kept, 1)
+        implied = self._implied(shape, num_kept, 1)
         if implied is not None:
             return implied.bits(per_token)._replace(condition=told)
         return Bits(num_kept * per_token, source_bits(math.prod(shape), num_kept), told)
@@ -363,7 +364,12 @@ class Tokenizer(nn.Module):
         """Whether each image has a layout of its own, which costs bits and may be recovered."""
         cells = self.config.grid_size
         shape = (cells, cells)
-        return self.encoder.reducer.implied(shape, self.config.num_kept, 1) is None
+        return self._implied(shape, self.config.num_kept, 1) is None
+
+    def _implied(self, shape: tuple[int, int], num_kept: int, num_images: int) -> Layout | None:
+        """The layout that grid and K imply; None where images differ (`Reducer.implied`)."""
+        part = self.quantizer if isinstance(self.quantizer, LaysOut) else self.encoder.reducer
+        return part.implied(shape, num_kept, num_images)
 
     def reconstruct(
         self,
@@ -489,7 +495,7 @@ class Tokenizer(nn.Module):
             condition: of the images, where the tokenizer has one.
         """
         out = self.encoder(image, num_kept, condition=condition)
-        encoded, quantization = self._tokens(out, self.grid_shape(image), uniforms)
+        encoded, quantization = self._tokens(out, self.grid_shape(image), num_kept, uniforms)
         codes, lengths = encoded.codes, None
         if regularize is not None:
             codes, lengths = regularize(quantization)
@@ -528,15 +534,21 @@ class Tokenizer(nn.Module):
         self,
         out: TokenSet,
         grid_shape: tuple[int, int],
+        num_kept: int,
         uniforms: Float[Tensor, "b k d"] | None = None,
     ) -> tuple[Encoded, Quantized]:
         """Tokens of what the encoder gave, and the same as the quantizer has them."""
         latents = self.encoder.latents(out)
-        codes, parts = quantized = self.quantizer(latents, uniforms)
+        quantized = self.quantizer(latents, uniforms)
+        layout = out.layout
+        if isinstance(self.quantizer, LaysOut):
+            quantized = Quantized(quantized.codes[:, :num_kept], quantized.parts[:, :num_kept])
+            layout = self.quantizer.implied(grid_shape, num_kept, len(latents))
+        codes, parts = quantized
         encoded = Encoded(
             codes=codes,
             parts=parts,
-            layout=out.layout,
+            layout=layout,
             grid_shape=grid_shape,
             class_token=out.class_token,
             latents=latents,
@@ -553,7 +565,7 @@ class Tokenizer(nn.Module):
         config, num_tokens = self.config, math.prod(grid_shape)
         if num_kept is None:
             return self.config.kept_in_proportion(grid_shape, config.num_kept / config.num_tokens)
-        config.reducer.check_kept(grid_shape, num_kept)
+        config.kept_by.check_kept(grid_shape, num_kept)
         if config.kept_range is not None and num_tokens == config.num_tokens:
             low, high = config.kept_range
             if not low <= num_kept <= high:

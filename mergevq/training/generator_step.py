@@ -22,7 +22,9 @@ from mergevq.config.generator import (
 from mergevq.config.training import GeneratorRun
 from mergevq.data.tokens.dataset import TokenBatch
 from mergevq.data.tokens.files import TokenRecord, require_tokenizer
+from mergevq.generator.autoregressive import Autoregressive
 from mergevq.generator.build import AnyGenerator, build_generator
+from mergevq.generator.orders.scale import Scale
 from mergevq.generator.seams import GeneratorLoss, Sequences
 from mergevq.nn.llama import set_share
 from mergevq.runtime import distributed
@@ -40,6 +42,8 @@ from mergevq.runtime.optim import (
     set_learning_rate,
 )
 from mergevq.runtime.random import BatchNumbers, step_generator
+from mergevq.tokenizer.quantizers.grids.scales import Scales
+from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training.fit import Number
 from mergevq.training.initial import initialize_generator_from
 
@@ -47,20 +51,23 @@ _LAYOUTS: dict[LayoutKind, str] = {
     "source": "have a source map",
     "ordered": "are ordered, without a place on the grid",
     "holistic": "are of the whole image and then of each cell",
+    "scales": "are of a grid at several scales",
 }
 """Layouts of tokens, in words."""
 _ORDERS: dict[LayoutKind, str] = {
     "source": "merge or random",
     "ordered": "ordered",
     "holistic": "holistic",
+    "scales": "scale",
 }
 """Orders of a generator for tokens of a layout."""
-_REDUCERS: dict[LayoutKind, str] = {
-    "source": "merge or pool",
-    "ordered": "queries",
-    "holistic": "holistic",
+_PARTS: dict[LayoutKind, str] = {
+    "source": "reducer.kind is merge or pool",
+    "ordered": "reducer.kind is queries",
+    "holistic": "reducer.kind is holistic",
+    "scales": "quantizer.kind is scales",
 }
-"""Reducers of a tokenizer that leave tokens with a layout."""
+"""Parts of a tokenizer that leave tokens with a layout."""
 
 
 @dataclass(kw_only=True)
@@ -172,6 +179,8 @@ def build(run: GeneratorRun, world: distributed.World, record: TokenRecord) -> G
         generator = build_generator(config)
     if run.init_from is not None:
         initialize_generator_from(generator, run.init_from, record.identity)
+    if isinstance(generator, Autoregressive) and isinstance(generator.order, Scale):
+        _take_codes(generator.order, run)
     device = world.device
     dtype = resolve_precision(run.train.precision, device)
     generator.train()
@@ -194,6 +203,14 @@ def build(run: GeneratorRun, world: distributed.World, record: TokenRecord) -> G
     return GeneratorLearner(run=run, world=world, state=state, wrapped=wrapped, dtype=dtype)
 
 
+def _take_codes(order: Scale, run: GeneratorRun) -> None:
+    """Copy codes and filters of the tokens' tokenizer, of whose sums the inputs are made."""
+    quantizer = Tokenizer.from_pretrained(resolve(run.tokens.tokenizer)).quantizer
+    if isinstance(quantizer, Scales):
+        scales, table = quantizer.config.scales, quantizer.table
+        order.take_codes(scales, table.codes(), quantizer.kernels())
+
+
 def fitted_config(run: GeneratorRun, record: TokenRecord) -> GeneratorConfig:
     """The run's architecture with the classes of the tokens.
 
@@ -206,7 +223,7 @@ def fitted_config(run: GeneratorRun, record: TokenRecord) -> GeneratorConfig:
             f"the tokens of {run.tokens.path} {_LAYOUTS[record.layout]}, and model.order.kind "
             f"{model.order.kind} makes tokens that {_LAYOUTS[model.order.layout]}: set "
             f"model.order.kind to {_ORDERS[record.layout]}, or take a tokenizer whose "
-            f"model.reducer.kind is {_REDUCERS[model.order.layout]}"
+            f"model.{_PARTS[model.order.layout]}"
         )
     if not record.has_index:
         raise ValueError(

@@ -283,7 +283,7 @@ class TokenizerLearner:
         numbers = sums | norms | {"grad_norm": norm, "num_skipped": state.guard.num_skipped}
         return numbers, reconstructions
 
-    def _follow(self, latents: Float[Tensor, "b k d"], parts: Int64[Tensor, "b k p"]) -> None:
+    def _follow(self, latents: Float[Tensor, "b n d"], parts: Int64[Tensor, "b k p"]) -> None:
         """Let codes that are no weights follow this rank's tokens, unless the encoder stays."""
         quantizer = self.state.tokenizer.quantizer
         if isinstance(quantizer, Follower) and self.run.encoder_lr_ratio > 0:

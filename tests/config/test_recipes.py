@@ -43,6 +43,7 @@ TOKENIZER_RECIPES = (
     "digits32_nested",
     "digits32_holistic",
     "digits32_class",
+    "digits32_scales",
     "photos64",
     "photos64_wide",
     "tiny64_g",
@@ -79,6 +80,7 @@ LEARNS_FROM = {
     "digits32_anchor_bits": "digits32",
     "digits32_ordered": "digits32_causal",
     "digits32_holistic_ar": "digits32_holistic",
+    "digits32_next_scale": "digits32_scales",
     "photos64_mergear": "photos64",
     "photos64_wide_mergear": "photos64_wide",
     "photos64_wide_randar": "photos64_wide",
@@ -141,8 +143,8 @@ def test_a_recipe_says_hardware_and_time_or_how_much_there_is_to_do(name):
 def test_every_candidate_k_can_be_reached(name):
     run = TOKENIZER_RUNS[name]()
     for num_kept in run.kept.candidates:
-        run.model.reducer.check_kept((run.model.grid_size,) * 2, num_kept)
-        if run.model.reducer.gives != "source":
+        run.model.kept_by.check_kept((run.model.grid_size,) * 2, num_kept)
+        if run.model.kept_by.gives != "source":
             continue
         counts = merge_schedule(run.model.num_tokens, num_kept, run.model.reducer.num_layers)
         assert run.model.num_tokens - sum(counts) == num_kept
@@ -277,8 +279,8 @@ def test_a_generator_fits_the_tokens_of_its_tokenizer(name, tokenizer):
     assert run.tokens.tokenizer == f"{source.out}/model"
     assert run.tokens.path == f"{source.out}/tokens"
     for num_kept in run.kept.candidates:
-        source.model.reducer.check_kept(run.model.grid_size, num_kept)
-        if source.model.reducer.gives != "source":
+        source.model.kept_by.check_kept(run.model.grid_size, num_kept)
+        if source.model.kept_by.gives != "source":
             continue
         counts = merge_schedule(source.model.num_tokens, num_kept, source.model.reducer.num_layers)
         assert source.model.num_tokens - sum(counts) == num_kept

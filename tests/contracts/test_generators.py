@@ -33,7 +33,7 @@ from mergevq.generator.sampling import sample
 from mergevq.generator.weights import as_weights
 from mergevq.runtime.random import BatchNumbers
 from mergevq.runtime.settings import from_json, to_json
-from tests.support.generators import TINY, loss_of, numbers_for
+from tests.support.generators import FITS, TINY, loss_of, numbers_for
 
 HEADS = get_args(Head) or (Head,)
 # Where one kind of order is several models: what else it can be.
@@ -62,7 +62,7 @@ PAIRS = [
 ]
 CONFIGS = [
     pytest.param(
-        replace(TINY, order=order, head=head(sizes=TINY.head.sizes)),
+        replace(TINY, order=order, head=head(sizes=TINY.head.sizes), **FITS.get(order.kind, {})),
         id=f"{order.kind}{number}-{head().kind}",
     )
     for number, (order, head) in enumerate(PAIRS)

@@ -557,6 +557,8 @@ TRAIN_VALUES = {
     ("digits32", "model.quantizer[dimensions].channel_order"): {
         "model.quantizer[dimensions].channel_order": (1, 0, 2, 3, 4, 5, 6, 7)
     },
+    ("digits32", "model.quantizer[scales].scales"): {"model.quantizer[scales].scales": (1, 3, 8)},
+    ("digits32_ar", "model.order[scale].scales"): {"model.order[scale].scales": (1, 3, 8)},
     ("digits32", "init_codes"): {
         "init_codes": "components",
         "model.stem[patch].norm": False,

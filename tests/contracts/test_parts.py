@@ -25,6 +25,7 @@ from mergevq.config.parts import (
     TextCondition,
     weights_of,
 )
+from mergevq.config.parts.orders import Scale
 from mergevq.config.recipes.digits import digits32, digits32_ar
 from mergevq.config.training import TokenizerRun
 from mergevq.data.batches import eval_batches
@@ -47,7 +48,7 @@ from mergevq.tokenizer.codec import (
 from mergevq.tokenizer.compressed import PictureCodec, compress_image, decompress_image
 from mergevq.tokenizer.encode import encode, encode_images, token_record
 from mergevq.tokenizer.export.graphs import tokenizer_graphs
-from mergevq.tokenizer.seams import StepDraws
+from mergevq.tokenizer.seams import Quantized, StepDraws
 from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training.contest.measure import points
 from mergevq.training.generator import train as train_generator
@@ -95,8 +96,14 @@ def images(model, height=1, width=1):
 
 
 def latents_of(model):
-    numbers = torch.Generator().manual_seed(2)
-    return torch.randn(2, NUM_KEPT, model.config.latent_dim, generator=numbers)
+    numbers, cells = torch.Generator().manual_seed(2), model.config.grid_size
+    count = model.config.num_reduced((cells, cells), NUM_KEPT)
+    return torch.randn(2, count, model.config.latent_dim, generator=numbers)
+
+
+def tokens_of(model, latents, *uniforms):
+    """The tokens that are kept of latents; of scales there are more."""
+    return Quantized(*(each[:, :NUM_KEPT] for each in model.quantizer(latents, *uniforms)))
 
 
 def condition_for(model):
@@ -250,7 +257,7 @@ def test_codes_are_those_of_the_parts_to_the_last_bit(part):
     assert (spec.sizes, spec.dim) == (settings.sizes, settings.dim)
     assert spec.is_binary == isinstance(settings, Binary)
     assert spec.bits == spec.dim or not spec.is_binary
-    codes, parts = quantizer(latents_of(model))
+    codes, parts = tokens_of(model, latents_of(model))
     assert codes.shape == (2, NUM_KEPT, spec.dim)
     assert parts.shape == (2, NUM_KEPT, len(spec.sizes))
     assert torch.equal(quantizer.decode(parts), codes)
@@ -281,10 +288,10 @@ def test_gradients_of_codes_and_of_losses_reach_the_latents(part):
     assert set(own) <= set(losses) <= {"commitment", "entropy", *own}
     # Weights of other names are those of all tokenizers.
     assert not set(own) & set(weights_of(LossConfig()))
-    for value in (model.quantizer(latents).codes.square().sum(), *losses.values()):
+    for value in (tokens_of(model, latents).codes.square().sum(), *losses.values()):
         assert value.shape == ()
         assert value.isfinite()
-    (of_codes,) = torch.autograd.grad(model.quantizer(latents).codes.sum(), latents)
+    (of_codes,) = torch.autograd.grad(tokens_of(model, latents).codes.sum(), latents)
     assert of_codes.isfinite().all()
     assert of_codes.count_nonzero() > 0
     if losses:
@@ -298,17 +305,18 @@ def test_tokens_depend_on_numbers_only_where_a_quantizer_draws(part):
     latents, quantizer = latents_of(model), model.quantizer
     shape = (2, NUM_KEPT, quantizer.spec.dim)
     uniforms = torch.rand(shape, generator=torch.Generator().manual_seed(3))
-    codes, parts = quantizer(latents, uniforms)
+    codes, parts = tokens_of(model, latents, uniforms)
     assert torch.equal(quantizer.decode(parts), codes)
-    assert torch.equal(quantizer(latents, uniforms).parts, parts)
-    assert torch.equal(parts, quantizer(latents).parts) != quantizer.is_random
+    assert torch.equal(tokens_of(model, latents, uniforms).parts, parts)
+    assert torch.equal(parts, tokens_of(model, latents).parts) != quantizer.is_random
 
 
 @of("discrete")
 @pytest.mark.parametrize("num_near", [1.0, 100.0, 4095.0])
 def test_a_near_token_exists_and_is_another_one(part, num_near):
-    quantizer = small(part).quantizer
-    parts = quantizer(latents_of(small(part))).parts
+    model = small(part)
+    quantizer = model.quantizer
+    parts = tokens_of(model, latents_of(model)).parts
     shape = (2, NUM_KEPT, quantizer.spec.dim + 1)
     uniforms = torch.rand(shape, generator=torch.Generator().manual_seed(3))
     near = quantizer.near(parts, uniforms, torch.tensor(num_near))
@@ -324,8 +332,9 @@ def test_a_near_token_exists_and_is_another_one(part, num_near):
 
 @of("discrete")
 def test_the_nearest_tokens_differ_in_one_channel_or_one_entry_of_a_table(part):
-    quantizer = small(part).quantizer
-    codes, parts = quantizer(latents_of(small(part)))
+    model = small(part)
+    quantizer = model.quantizer
+    codes, parts = tokens_of(model, latents_of(model))
     shape = (2, NUM_KEPT, quantizer.spec.dim + 1)
     uniforms = torch.rand(shape, generator=torch.Generator().manual_seed(3))
     near = quantizer.near(parts, uniforms, torch.tensor(1e-9))
@@ -338,9 +347,9 @@ def test_the_nearest_tokens_differ_in_one_channel_or_one_entry_of_a_table(part):
 def test_tokens_do_not_depend_on_autocast(part):
     model = small(part)
     latents = latents_of(model)
-    plain = model.quantizer(latents)
+    plain = tokens_of(model, latents)
     with torch.autocast("cpu", torch.bfloat16):
-        cast = model.quantizer(latents)
+        cast = tokens_of(model, latents)
     assert torch.equal(plain.parts, cast.parts)
     assert torch.equal(plain.codes, cast.codes)
     assert cast.codes.dtype == torch.float32
@@ -358,7 +367,7 @@ def test_a_regularizer_changes_tokens_and_no_gradient(part, kind):
         return  # Nothing is built, and there is nothing to change codes.
     num_draws = regularizer.num_draws(model.quantizer.spec)
     latents = latents_of(model).requires_grad_()
-    quantized = model.quantizer(latents)
+    quantized = tokens_of(model, latents)
     numbers = torch.Generator().manual_seed(3)
     draws = StepDraws(
         images=torch.tensor([0.0, 0.99]),
@@ -393,15 +402,15 @@ def test_real_numbers_are_codes_without_parts(part):
     assert math.isnan(spec.bits)
     assert not spec.has_index
     latents = latents_of(model)
-    codes, parts = quantizer(latents)
+    codes, parts = tokens_of(model, latents)
     assert codes.shape == (2, NUM_KEPT, spec.dim)
     assert parts.shape == (2, NUM_KEPT, 0)
     uniforms = torch.rand(codes.shape, generator=torch.Generator().manual_seed(3))
-    drawn = quantizer(latents, uniforms).codes
-    assert torch.equal(drawn, quantizer(latents, uniforms).codes)
+    drawn = tokens_of(model, latents, uniforms).codes
+    assert torch.equal(drawn, tokens_of(model, latents, uniforms).codes)
     assert torch.equal(drawn, codes) != quantizer.is_random
     for end in (0.0, 1 - 2**-24):
-        assert quantizer(latents, 0 * uniforms + end).codes.isfinite().all()
+        assert tokens_of(model, latents, 0 * uniforms + end).codes.isfinite().all()
 
 
 NO_INDICES = "needs tokens with indices, and this tokenizer's are real numbers: "
@@ -694,9 +703,12 @@ def test_tokens_are_evaluated_and_a_generator_learns_their_parts(part, tmp_path)
     run = shrink_generator(digits32_ar())
     head = replace(run.model.head, sizes=sizes)
     places = {"path": str(tmp_path / "tokens"), "tokenizer": str(tmp_path / "tokenizer")}
+    order = run.model.order
+    if tokenizer.config.kept_by.gives == "scales":
+        order = Scale(code_dim=tokenizer.config.quantizer.dim)
     run = replace(
         run,
-        model=replace(run.model, head=head),
+        model=replace(run.model, head=head, order=order),
         tokens=replace(run.tokens, **places),
         out=str(tmp_path / "generator"),
     )

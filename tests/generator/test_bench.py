@@ -125,10 +125,11 @@ def test_every_order_is_timed_with_every_type_and_beside_every_plain_loop(speeds
 
 
 def test_rates_agree_with_each_other(speeds):
-    lengths = dict.fromkeys(("random", "anchor", "ordered"), 4) | {"holistic": 4 + 16}
+    lengths = dict.fromkeys(("random", "anchor", "ordered", "scale"), 4) | {"holistic": 4 + 16}
     for speed in speeds:
         assert speed.num_tokens == lengths.get(speed.order, 16)
-        assert speed.num_steps == speed.num_tokens
+        # The first scale has one token, and the second has room for the other three.
+        assert speed.num_steps == (2 if speed.order == "scale" else speed.num_tokens)
         assert speed.images_per_second * speed.num_tokens == pytest.approx(speed.tokens_per_second)
         seconds = speed.seconds_per_step * speed.num_steps / speed.num_images
         assert speed.images_per_second == pytest.approx(1 / seconds)
@@ -154,9 +155,10 @@ def test_only_int8_has_a_logit_error(speeds):
 
 def test_cache_bytes_by_formula(speeds):
     # Prefix 2, then: all but the last token; K and window; an instruction and a token for each slot
-    # but the last token; all kept tokens but the last.
+    # but the last token; all kept tokens but the last; all kept tokens.
     slots = {"raster": 2 + 15, "merge": 2 + 4 + 2, "random": 2 + 7, "anchor": 2 + 3, "masked": 0}
     slots |= {"stream": slots["raster"], "ordered": slots["anchor"], "holistic": 2 + 4 + 15}
+    slots["scale"] = 2 + 4
     # Keys and values of two layers, two images, two heads of 16 channels: ours on CPUs in float32,
     # those of the plain loops in the type of their weights.
     one = 2 * 2 * 2 * 2 * 16 * 4

@@ -30,6 +30,8 @@ GOES_WITH = {
     ("sampling.passes", "several"): {"model.order.kind": "random"},
 }
 """Changes to the run of `digits32_ar` that a part of some kind needs beside it."""
+FITS = {"scale": {"grid_size": (4, 4)}}
+"""Sizes that an order needs, by kind."""
 TINY = GeneratorConfig(
     dim=32,
     num_layers=2,
@@ -94,7 +96,7 @@ FIGURE_6 = torch.tensor(
 
 def tiny_generator(order, **changes):
     """In evaluation mode; outputs are random too, or every logit would be zero."""
-    model = build_generator(changed(TINY, order=order, **changes))
+    model = build_generator(changed(TINY, order=order, **{**FITS.get(order, {}), **changes}))
     numbers = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -70,6 +70,8 @@ COMPANIONS = {
     ("reducer", "holistic"): {"expander.kind": "fuse"},
     ("expander", "fuse"): {"reducer.kind": "holistic"},
     ("expander", "mask_tokens"): {"reducer.kind": "queries"},
+    ("quantizer", "scales"): {"expander.kind": "scale_sum"},
+    ("expander", "scale_sum"): {"quantizer.kind": "scales"},
     ("regularizer", "tail_drop"): {"model.reducer.kind": "queries", "model.reducer.nested": True},
     ("distillation", "preserve"): {"init_from": "digits32"},
 }

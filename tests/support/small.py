@@ -31,6 +31,7 @@ from mergevq.config.parts import (
     Select,
     Unmerge,
 )
+from mergevq.config.parts.orders import Scale
 from mergevq.config.training import DecoderRun, GeneratorRun, TokenizerRun
 
 _SIZES = {
@@ -131,6 +132,8 @@ def shrink_generator(run: GeneratorRun) -> GeneratorRun:
     """Cut a generator's run down likewise; its grid is 8 x 8, as of what `shrink` makes."""
     everything = not run.model.order.merges
     candidates = (64,) if everything else (16, 24)[: len(run.kept.candidates)]
+    if isinstance(run.model.order, Scale):
+        candidates = run.kept.candidates
     return replace(
         run,
         model=replace(

@@ -14,7 +14,7 @@ from mergevq.config.parts.conditions import (
     require_no_condition,
 )
 from mergevq.config.parts.decoders import CnnDecoder, Decoder, PatchDecoder
-from mergevq.config.parts.expanders import Expander, Fuse, MaskTokens, Unmerge
+from mergevq.config.parts.expanders import Expander, Fuse, MaskTokens, ScaleSum, Unmerge
 from mergevq.config.parts.flows import FlowDecoder, PixelFlow, PrefixFlow
 from mergevq.config.parts.quantizers import (
     Bernoulli,
@@ -33,11 +33,14 @@ from mergevq.config.parts.quantizers import (
     Product,
     Quantizer,
     Residual,
+    Scales,
     Shared,
     Unquantized,
     Update,
     bits_of,
+    check_scales,
     latent_dim,
+    num_kept_of,
     per_token,
     weights_of,
 )
@@ -102,6 +105,8 @@ __all__ = [
     "Reducer",
     "Regularizer",
     "Residual",
+    "ScaleSum",
+    "Scales",
     "Select",
     "Shared",
     "Stem",
@@ -112,7 +117,9 @@ __all__ = [
     "Unquantized",
     "Update",
     "bits_of",
+    "check_scales",
     "latent_dim",
+    "num_kept_of",
     "per_token",
     "require_heads",
     "require_no_condition",

@@ -90,4 +90,17 @@ class Fuse:
         return self.dim, None
 
 
-Expander = Unmerge | MaskTokens | Fuse
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScaleSum:
+    """The sum of the codes of all scales, each enlarged to the grid and filtered (VAR)."""
+
+    kind: Literal["scale_sum"] = "scale_sum"
+
+    reads: ClassVar[LayoutKind] = "scales"
+
+    def given_dims(self, code_dim: int) -> tuple[int, int | None]:
+        """Channels of a decoder's input and of its style (None: no style), of codes of D."""
+        return code_dim, code_dim
+
+
+Expander = Unmerge | MaskTokens | Fuse | ScaleSum

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from mergevq.config.base import LayoutKind, require
+from mergevq.config.parts.quantizers import check_scales
 from mergevq.config.ranges import check_numbers
 
 NUM_RELATIONS = 9
@@ -252,5 +253,44 @@ class Holistic:
         check_numbers(self)
 
 
-Order = Raster | Merge | Random | Anchored | Masked | Stream | Ordered | Holistic
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scale:
+    """The tokens of a grid at several scales (quantizer `scales`), a scale in each pass (VAR)."""
+
+    kind: Literal["scale"] = "scale"
+    scales: tuple[int, ...] = ()
+    """Sides of the tokenizer's scales; none is 1, 2, 4 and so on up to the side of the grid."""
+    code_dim: int = 8
+    """Channels of the tokenizer's codes, of whose sums the inputs are made."""
+
+    reads: ClassVar[Reads] = "kept"
+    layout: ClassVar[LayoutKind] = "scales"
+    merges: ClassVar[bool] = True
+    is_anchored: ClassVar[bool] = False
+    gap_in_bits: ClassVar[bool] = False
+    in_parallel: ClassVar[bool] = False
+    fills_in: ClassVar[bool] = False
+    tokens_per_step: ClassVar[int] = 1
+    names_copies: ClassVar[bool] = False
+    is_exact: ClassVar[bool] = True
+    drafts: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Reject scales out of order, and codes of no channel."""
+        check_numbers(self)
+        if self.scales:
+            check_scales(self.scales)
+
+    def scales_of(self, side: int) -> tuple[int, ...]:
+        """Sides of the scales of a square grid.
+
+        Examples:
+            >>> Scale().scales_of(8), Scale().scales_of(6), Scale(scales=(2, 8)).scales_of(8)
+            ((1, 2, 4, 8), (1, 2, 4, 6), (2, 8))
+        """
+        halves = (2**power for power in range(side.bit_length()) if 2**power < side)
+        return self.scales or (*halves, side)
+
+
+Order = Raster | Merge | Random | Anchored | Masked | Stream | Ordered | Holistic | Scale
 """How sequences are ordered and decoded."""

@@ -5,9 +5,10 @@ A term of the loss that one kind alone has is weighted by its own setting NAME_w
 
 import math
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Literal
+from itertools import accumulate
+from typing import ClassVar, Literal
 
-from mergevq.config.base import require
+from mergevq.config.base import LayoutKind, require
 from mergevq.config.ranges import RANGES, check_numbers
 
 
@@ -319,6 +320,88 @@ class Residual:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Scales:
+    """Codes of the grid at several scales, each of what those before it leave (VAR)."""
+
+    kind: Literal["scales"] = "scales"
+    codebook_size: int = 256
+    """V: codes of the table that all scales share."""
+    dim: int = 8
+    """D: channels of latents and of codes."""
+    scales: tuple[int, ...] = (1, 2, 4, 8)
+    """Sides of the scales, in tokens, up to that of the grid. K is the first tokens: all of some
+    scales, or a part of the last."""
+    num_filters: int = 4
+    """Filters of enlarged codes, each for as many scales in turn; at most one for each."""
+    filter_share: float = 0.5
+    """Share of the filtered codes in what is added; the rest is the codes as they are."""
+    update: Update = field(default_factory=GradientUpdate)
+    """How codes are learned."""
+
+    gives: ClassVar[LayoutKind] = "scales"
+    """Layout of the tokens, whatever the reducer leaves."""
+
+    def __post_init__(self) -> None:
+        """Reject a table of one code, codes of no channel, and scales out of order."""
+        check_numbers(self)
+        check_scales(self.scales)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Values of each part of a token."""
+        return (self.codebook_size,)
+
+    def least_kept(self, grid_shape: tuple[int, int]) -> int:  # noqa: ARG002 - as of reducers
+        """Fewest tokens: the first one."""
+        return 1
+
+    def most_kept(self) -> int:
+        """Most tokens: those of all scales."""
+        return num_kept_of(self.scales)[-1]
+
+    def nearest_kept(
+        self,
+        grid_shape: tuple[int, int],  # noqa: ARG002 - as of reducers
+        num_kept: int,
+    ) -> int:
+        """Number of tokens next to this one that there can be."""
+        return min(max(num_kept, 1), self.most_kept())
+
+    def check_kept(self, grid_shape: tuple[int, int], num_kept: int) -> None:
+        """Raise `ValueError` where a grid is another, or there are not as many tokens."""
+        side, most = self.scales[-1], self.most_kept()
+        require(
+            grid_shape == (side, side),
+            f"a grid of {grid_shape[0]} x {grid_shape[1]} cells must have {side} x {side}, the "
+            f"last of quantizer.scales {self.scales}: change that, or give images of the trained "
+            "size, into which size_policy 'tile' cuts larger ones",
+        )
+        require(
+            1 <= num_kept <= most,
+            f"num_kept ({num_kept}) must be between 1 and {most}, the tokens of all "
+            f"quantizer.scales {self.scales}",
+        )
+
+
+def check_scales(scales: tuple[int, ...]) -> None:
+    """Raise `ValueError` where sides of scales do not rise, or there are none."""
+    require(
+        len(scales) > 0 and list(scales) == sorted(set(scales)),
+        f"scales {scales} must be sides of grids, each larger than the one before",
+    )
+
+
+def num_kept_of(scales: tuple[int, ...]) -> tuple[int, ...]:
+    """Tokens of the first scale, of the first two, and so on.
+
+    Examples:
+        >>> num_kept_of((1, 2, 4, 8))
+        (1, 5, 21, 85)
+    """
+    return tuple(accumulate(side**2 for side in scales))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Kl:
     """Real channels, each with a mean and a deviation, drawn in training; no indices (a VAE)."""
 
@@ -397,7 +480,7 @@ Binary = Lfq | GroupedLfq | Bsq | Bernoulli
 """Quantizers each of whose channels is a bit of the token."""
 Continuous = Kl | Unquantized
 """Quantizers that leave real numbers, so that tokens have neither parts nor indices."""
-Quantizer = Binary | Fsq | Codebook | Product | Branched | Continuous | Dimensions
+Quantizer = Binary | Fsq | Codebook | Product | Branched | Scales | Continuous | Dimensions
 
 
 def latent_dim(quantizer: Quantizer) -> int:

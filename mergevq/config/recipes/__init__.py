@@ -79,6 +79,7 @@ from mergevq.config.recipes.photos import (
     photos64_wide_mergear,
     photos64_wide_randar,
 )
+from mergevq.config.recipes.scales import digits32_next_scale, digits32_scales
 from mergevq.config.recipes.tiny64 import (
     tiny64_anchored,
     tiny64_g,
@@ -102,6 +103,7 @@ GENERATOR_RECIPES: dict[str, Callable[[], GeneratorRun]] = {
         digits32_anchor_bits,
         digits32_ordered,
         digits32_holistic_ar,
+        digits32_next_scale,
         photos64_mergear,
         photos64_wide_mergear,
         photos64_wide_randar,
@@ -146,6 +148,7 @@ TOKENIZER_RECIPES: dict[str, Callable[[], TokenizerRun]] = {
         digits32_nested,
         digits32_holistic,
         digits32_class,
+        digits32_scales,
         photos64,
         photos64_wide,
         tiny64_g,

@@ -104,7 +104,7 @@ class TokenRecord:
                 f"num_holistic ({self.num_holistic}) must be 0 with layout {self.layout!r}"
             )
         most = self.num_holistic + self.num_tokens
-        if self.num_kept[0] < 1 or self.num_kept[-1] > most:
+        if self.num_kept[0] < 1 or (self.num_kept[-1] > most and self.layout != "scales"):
             raise ValueError(
                 f"num_kept {self.num_kept} must be between 1 and the {self.num_tokens} cells"
                 + f" and {self.num_holistic} tokens before them" * (self.num_holistic > 0)

@@ -67,7 +67,7 @@ def tokenizer_graphs(tokenizer: Tokenizer, num_kept: tuple[int, ...]) -> list[Gr
         raise ValueError("num_kept has no value and must have one or more: --num-kept 36,64")
     grid_shape = (config.grid_size, config.grid_size)
     for count in num_kept:
-        config.reducer.check_kept(grid_shape, count)
+        config.kept_by.check_kept(grid_shape, count)
     image = _pictures(config.image_size)
     encoders = [
         Graph(
@@ -93,7 +93,7 @@ def _pictures(side: int) -> Float[Tensor, "b 3 h w"]:
 
 def _has_source(config: TokenizerConfig) -> bool:
     """Whether tokens have a source map."""
-    return config.reducer.gives == "source"
+    return config.kept_by.gives == "source"
 
 
 def _of_tokens(tokenizer: Tokenizer, image: Float[Tensor, "b 3 h w"], num_kept: int) -> list[Graph]:
@@ -127,20 +127,25 @@ class _Encoder(nn.Module):
         super().__init__()
         self.encoder, self.quantizer = tokenizer.encoder, tokenizer.quantizer
         self.num_kept = num_kept
+        self.num_reduced = tokenizer.config.num_reduced(
+            (tokenizer.config.grid_size, tokenizer.config.grid_size), num_kept
+        )
 
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> tuple[Tensor, ...]:
         """Indices (B, K), and the source index (B, L) where tokens have one."""
         embedded = self.encoder.embed(image)
         if isinstance(self.encoder.reducer, Merge):
-            reduced, index = _merged(self.encoder, self.encoder.reducer, embedded, self.num_kept)
+            reduced, index = _merged(self.encoder, self.encoder.reducer, embedded, self.num_reduced)
         else:
             reduced = self.encoder.reduce(embedded, self.num_kept)
             index = None
             if isinstance(reduced.layout, Source):
                 index = require_source(reduced.layout, "exporting").index.expand(len(image), -1)
-        parts = self.quantizer(self.encoder.latents(reduced)).parts
+        parts = self.quantizer(self.encoder.latents(reduced)).parts[:, : self.num_kept]
         indices = self.quantizer.spec.join(parts)
-        return (indices,) if index is None else (indices, index)
+        if index is None or not _has_source(self.encoder.config):
+            return (indices,)
+        return indices, index
 
 
 def _merged(

@@ -82,7 +82,7 @@ def points(settings: ContestSettings, arm: Arm) -> Points:
     config, costs = arm.run.model, bits_of(arm.run)
     for num_kept in settings.num_kept:
         try:
-            config.reducer.check_kept((config.grid_size, config.grid_size), num_kept)
+            config.kept_by.check_kept((config.grid_size, config.grid_size), num_kept)
         except ValueError as error:
             left_out.append(f"{arm.name} at K = {num_kept}: {error}")
         else:
@@ -105,7 +105,7 @@ def bits_of(run: TokenizerRun) -> dict[int, float]:
     found = {}
     for num_kept in range(min(run.kept.candidates), max(run.kept.candidates) + 1):
         try:
-            run.model.reducer.check_kept(grid_shape, num_kept)
+            run.model.kept_by.check_kept(grid_shape, num_kept)
         except ValueError:
             continue
         found[num_kept] = tokenizer.bits(num_kept).total

@@ -170,7 +170,7 @@ def flow_config(run: DecoderRun, tokenizer: TokenizerConfig) -> FlowConfig:
     Raises:
         ValueError: they do not fit, or the tokenizer does not give a K that is asked for.
     """
-    ordered = tokenizer.reducer.gives != "source"
+    ordered = tokenizer.kept_by.gives != "source"
     return FlowConfig(
         decoder=run.decoder,
         times=run.times,
@@ -185,7 +185,7 @@ def kept_counts(run: DecoderRun, tokenizer: TokenizerConfig) -> tuple[int, ...]:
     """Each K of a run; a ValueError where the tokenizer does not give one."""
     counts = run.num_kept or (tokenizer.num_kept,)
     for num_kept in (*counts, *run.train.eval_num_kept):
-        tokenizer.reducer.check_kept((tokenizer.grid_size, tokenizer.grid_size), num_kept)
+        tokenizer.kept_by.check_kept((tokenizer.grid_size, tokenizer.grid_size), num_kept)
     return counts
 
 
