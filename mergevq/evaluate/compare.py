@@ -37,7 +37,7 @@ from mergevq.runtime import distributed
 from mergevq.tokenizer.conditions.values import condition_of, wrong_classes
 from mergevq.tokenizer.encoder import Embedded
 from mergevq.tokenizer.flows.decoder import Noise
-from mergevq.tokenizer.seams import Condition, Encoded
+from mergevq.tokenizer.seams import Condition, Encoded, Reconstruction
 from mergevq.tokenizer.tokenizer import Tokenizer
 
 
@@ -46,7 +46,7 @@ class Outcome(NamedTuple):
 
     given: dict[str, float]
     """With the encoder's source; see `Comparison.compute`. Where the tokenizer decodes by a class,
-    also PSNR with another class and without one."""
+    also PSNR with another class and without one; where it decodes by a flow, `token_agreement`."""
     recovered: dict[str, float] | None
     """With the source inferred from the tokens: the same numbers; None where there is no map."""
     source_accuracy: float | None
@@ -74,10 +74,11 @@ class Outcome(NamedTuple):
         `codebook_usage`, `perplexity`, `bits` and `bits_per_pixel` of one image, `num_images`;
         `map_bits` where maps were coded; without maps there are no twins and no accuracy. With
         classes `psnr_wrong_class` and `psnr_no_class`: the same tokens decoded with another class,
-        and without. Of tokens that are real numbers, in place of use and bits, `num_floats` of one
-        image and `active_channels`.
+        and without. With a flow decoder `token_agreement`. Of tokens that are real numbers, in
+        place of use and bits, `num_floats` of one image and `active_channels`.
         """
         shown = ("psnr", "ssim", "l1", "lpips", "psnr_wrong_class", "psnr_no_class")
+        shown += ("token_agreement",)
         numbers = {
             f"{name}{suffix}": values[name]
             for suffix, values in (("", self.given), ("_recovered", self.recovered or {}))
@@ -135,10 +136,13 @@ class Evaluation:
         self.coded = coded if tokenizer.has_maps else frozenset()
         self.map_bits = Mean("map_bits")
         self.told = {}
-        """PSNR with another class, and without one, where the tokenizer decodes by a class."""
+        """PSNR with another class, and without one, where the tokenizer decodes by a class;
+        agreement of tokens where it decodes by a flow."""
         if isinstance(tokenizer.config.condition, ClassCondition):
             names = ("psnr_wrong_class", "psnr_no_class")
             self.told = {name: Mean(name, infinite=True) for name in names}
+        if tokenizer.flow is not None and not tokenizer.quantizer.spec.is_continuous:
+            self.told["token_agreement"] = Mean("token_agreement")
         self.bits = Bits(0.0, 0.0)
         """Bits of one image; a rank that got none does not count."""
         self.tokens: list[Int64[Tensor, "n p"]] = []
@@ -182,6 +186,8 @@ class Evaluation:
         self.given.update(original, given.image, positions)
         self.image_size = (image.shape[2], image.shape[3])
         self._update_told(original, given.encoded, condition, positions)
+        if "token_agreement" in self.told:
+            self._update_agreement(given, condition, positions)
         if self.recovered is None:
             return
         with self.autocast:
@@ -217,6 +223,20 @@ class Evaluation:
                 )
             self.told[name].update(psnr(original.image, decoded))
 
+    def _update_agreement(
+        self, given: Reconstruction, condition: Condition | None, positions: Int64[Tensor, "b"]
+    ) -> None:
+        """Encode what a flow drew, by two draws of noise, and compare the tokens."""
+        encoded = given.encoded
+        noise = Noise(1, positions.tolist())
+        with self.autocast:
+            other = self.tokenizer.decode(
+                encoded.codes, encoded.layout, encoded.grid_shape, noise, condition
+            )
+            for image in (given.image, other):
+                again = self.tokenizer.encode(image.clamp(-1, 1), self.num_kept, condition)
+                self.told["token_agreement"].update(token_agreement(encoded, again))
+
     def compute(self, reference: Gaussian | None = None) -> Outcome:
         """Everything, over all ranks; every rank must call.
 
@@ -250,6 +270,21 @@ class Evaluation:
             num_images=int(distributed.sum(num_images)),
             images_per_second=float(distributed.sum(num_images / max(self.seconds, 1e-9))),
         )
+
+
+def token_agreement(first: Encoded, second: Encoded) -> Float[Tensor, "b"]:
+    """Share of each image's cells whose token is the same in two encodings.
+
+    Where tokens have no source map, it is the share of the tokens. A generative decoder that
+    invents what its tokens do not say is seen here and not in a Frechet distance.
+    """
+    ours, theirs = (
+        each.parts
+        if not isinstance(each.layout, Source)
+        else torch.take_along_dim(each.parts, each.layout.index[..., None], dim=1)
+        for each in (first, second)
+    )
+    return (ours == theirs).all(-1).float().mean(-1)
 
 
 class Evaluations:

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from mergevq.data.batches import Batch
-from mergevq.evaluate.compare import measure
+from mergevq.data.layouts import Ordered, Source
+from mergevq.evaluate.compare import measure, token_agreement
 from mergevq.metrics.image import psnr
 from mergevq.runtime.device import autocast
+from mergevq.tokenizer.seams import Encoded
 from mergevq.tokenizer.tokenizer import Tokenizer
 from tests.support.parts import tokenizer_config
 
@@ -98,3 +100,39 @@ def test_a_predictor_known_to_be_wrong_is_what_the_recovered_numbers_are_of(toke
     expected = psnr(image, decoded).mean().item()
     assert numbers["psnr_recovered"] == pytest.approx(expected, rel=1e-5)
     assert numbers["psnr_recovered"] != numbers["psnr"]
+
+
+def encoded_of(parts, index=None):
+    """Tokens of one part of one image, at the cells of a map or in order."""
+    layout = Ordered(len(parts)) if index is None else Source(torch.tensor([index]), len(parts))
+    blank = torch.zeros(1, len(parts), 1)
+    return Encoded(blank, torch.tensor([parts])[..., None], layout, (2, 2), blank, blank, (9,))
+
+
+def test_tokens_agree_where_cells_have_the_same():
+    assert token_agreement(encoded_of([1, 2, 3]), encoded_of([1, 5, 3])).item() == pytest.approx(
+        2 / 3
+    )
+    # The same cells by another map, but for the last one.
+    ours, theirs = encoded_of([4, 7], [0, 1, 1, 0]), encoded_of([4, 7, 6], [0, 1, 1, 2])
+    assert token_agreement(ours, theirs).item() == 0.75
+
+
+def test_what_a_flow_draws_is_encoded_again(tokenizer):
+    image = torch.rand(3, 3, 32, 32) * 2 - 1
+    assert "token_agreement" not in run(tokenizer, image, 3)
+    encoded = tokenizer.encode(image, 16)
+
+    class Draws:
+        """Images that are the original by one draw of noise, and grey by the other."""
+
+        def decode(self, _codes, _layout, _grid_shape, noise):
+            return image[noise.image_ids] * (1 - noise.seed)
+
+    tokenizer.flow = Draws()
+    grey = tokenizer.encode(torch.zeros_like(image), 16)
+    expected = (1 + token_agreement(encoded, grey).mean().item()) / 2
+    for size in (3, 2):
+        found = run(tokenizer, image, size)
+        assert found["token_agreement"] == pytest.approx(expected)
+        assert math.isinf(found["psnr"]) or found["psnr"] > 100
