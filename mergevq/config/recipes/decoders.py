@@ -15,13 +15,15 @@ def digits32_prefix_flow() -> DecoderRun:
     """
     return DecoderRun(
         decoder=PrefixFlow(patch_size=4, dim=96, num_layers=4, num_heads=4),
-        times=Times(),
+        # Pixels of digits are few frequencies: little is hidden but by noise near its end, and only
+        # what is hidden is learned from the tokens.
+        times=Times(shift=15.0),
         solution=Solution(num_steps=16),
         tokenizer="runs/digits32_tail_drop/model",
         num_kept=(64,),
         data=DataConfig(path="digits", val_fraction=0.2, num_workers=0),
         optim=OptimConfig(
-            lr=1e-3, betas=(0.9, 0.95), warmup_steps=50, schedule="cosine", ema_decay=0.99
+            lr=3e-3, betas=(0.9, 0.95), warmup_steps=50, schedule="cosine", ema_decay=0.99
         ),
         train=TrainConfig(
             num_steps=1000,
@@ -78,7 +80,7 @@ def digits32_pixel_flow() -> DecoderRun:
     return replace(
         run,
         decoder=PixelFlow(dim=96, num_global_layers=2, width=128, depth=4),
-        times=Times(law="uniform"),
+        times=Times(law="uniform", shift=15.0),
         solution=Solution(num_steps=8),
         tokenizer="runs/digits32/model",
         num_kept=(12, 16, 20, 24, 32),
