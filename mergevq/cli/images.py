@@ -255,7 +255,7 @@ def sample(  # noqa: PLR0913 - each is an option
         images: numbers of the images to make again.
     """
     prepare_to_compute()
-    from mergevq.generator.generation import make_again, write_samples
+    from mergevq.generator.writing import make_again, write_samples
 
     if again is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -276,7 +276,10 @@ def sample(  # noqa: PLR0913 - each is an option
     if written.num_made == 0:
         print("complete already, nothing was sampled")
     if sampling.draft is not None and written.tokens_per_pass is not None:
-        print(f"{written.tokens_per_pass:.2f} tokens in each pass")
+        print(
+            f"{written.tokens_per_pass:.2f} tokens in each pass, {written.tokens_per_pass - 1:.2f} "
+            f"of them drafted; {written.num_passes:.1f} passes for a batch"
+        )
     print(f"{len(written.images)} images: {out}")
     print(f"grid: {written.grid}")
     measures = ("--reference", "REFERENCE", "--extractor", "EXTRACTOR")

@@ -78,10 +78,13 @@ class SamplingOptions:
     """growth of the tokens that are known with these passes; `arccos` of masked order alone."""
     confidence: float = _CONFIDENCE
     """in masked order, scale of the noise on the confidence by which tokens are kept."""
-    draft: Literal["previous", "left", "above"] | None = None
+    draft: Literal["previous", "left", "above", "model"] | None = None
     """in raster and merge order, draft tokens and check several in each pass, which gives the same
-    images: what was chosen there in the pass before, or copies of the token to the left or above;
-    none by default."""
+    images: what was chosen there in the pass before, copies of the token to the left or above, or
+    what a smaller generator chooses; none by default."""
+    draft_generator: str | None = None
+    """directory of that smaller generator, its name, or owner/name@revision, trained on the same
+    tokens in the same order; with `--draft model`."""
     num_drafted: int = _NUM_DRAFTED
     """tokens drafted for each pass."""
     bits_order: Literal["schedule", "confidence"] = _PLAIN.bits_order
@@ -120,6 +123,7 @@ class SamplingOptions:
             model=model,
             tokenizer=tokenizer,
             decoder=self.decoder,
+            draft_generator=self.draft_generator,
             num_images=num_images,
             num_kept=self.num_kept,
             seed=self.seed,
@@ -149,6 +153,8 @@ class SamplingOptions:
         """
         if self.draft is None and self.num_drafted != _NUM_DRAFTED:
             raise ValueError("--num-drafted is of drafted tokens: give --draft too")
+        if (self.draft == "model") != (self.draft_generator is not None):
+            raise ValueError("--draft model and --draft-generator DIR must be given together")
         if self.steps is None:
             if (self.schedule, self.confidence) != (_SEVERAL.schedule, _CONFIDENCE):
                 raise ValueError(

@@ -293,9 +293,10 @@ class Drafted:
     """
 
     kind: Literal["drafted"] = "drafted"
-    draft: Literal["previous", "left", "above"] = "previous"
+    draft: Literal["previous", "left", "above", "model"] = "previous"
     """Draft of a token: what was chosen there in the pass before, after a wrong draft; or the token
-    of the cell to the left, or above it. `left` is the draft where there is no other."""
+    of the cell to the left, or above it, and `left` where there is no other; or what a smaller
+    generator chooses there by the same random numbers (`SampleRun.draft_generator`)."""
     num_drafted: int = 4
     """Tokens drafted for each pass, which decodes one more than it accepts."""
     budget: bool = True
@@ -373,6 +374,9 @@ class SampleRun:
     decoder: str | None = None
     """Directory of a decoder that was trained for the tokenizer, or its id; None is the tokenizer's
     own."""
+    draft_generator: str | None = None
+    """Directory of a smaller generator of the same tokens in the same order, which drafts for the
+    other, its name or owner/name@revision; of passes `drafted` with the draft `model` alone."""
     classes: tuple[int, ...] = ()
     """Class ids, one for each image in turn; none is every class there is."""
     num_images: int = 16
@@ -403,6 +407,16 @@ class SampleRun:
             (self.keep_from is None) == (self.mask is None),
             f"keep_from ({self.keep_from}) and mask ({self.mask}) must be given together",
         )
+        require(
+            (self.draft_generator is not None) == is_drafted_by_model(self.settings),
+            f"draft_generator ({self.draft_generator}) must be given with the draft 'model', and "
+            "with that alone",
+        )
+
+
+def is_drafted_by_model(settings: SamplingSettings) -> bool:
+    """Whether a second generator drafts."""
+    return isinstance(settings.passes, Drafted) and settings.passes.draft == "model"
 
 
 def check_sampling(config: GeneratorConfig, settings: SamplingSettings) -> None:

@@ -16,6 +16,7 @@ from mergevq.config.generator import (
     GeneratorConfig,
     SamplingSettings,
     check_sampling,
+    is_drafted_by_model,
 )
 from mergevq.config.objective import (
     Distillation,
@@ -405,6 +406,11 @@ class GeneratorRun:
                 f"{self.kept.candidates}: there are no tokens of another K",
             )
         check_sampling(self.model, self.sampling)
+        require(
+            not is_drafted_by_model(self.sampling),
+            "sampling.passes.draft (model) must be another one in training, which has no second "
+            "generator",
+        )
         self.resolved_model  # noqa: B018 - checks that the nominal K is a candidate
 
     @property

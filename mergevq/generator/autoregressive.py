@@ -18,9 +18,12 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from mergevq.config.generator import (
+    Drafted,
     GeneratorConfig,
     SamplingSettings,
 )
+from mergevq.generator.drafts.decoder import DraftDecoder, Drafter
+from mergevq.generator.drafts.reader import CellByCell
 from mergevq.generator.network import Network, Predicted, described
 from mergevq.generator.sampling import draw, run, uniforms_of_token
 from mergevq.generator.seams import (
@@ -52,6 +55,8 @@ class Autoregressive(nn.Module):
         # First, so that the order's own weights are the first of the parameters.
         self.order = order
         self.network = network
+        self.drafter: Drafter | None = None
+        """Model of the draft `model` of passes `drafted`; see `drafts.pairing.with_draft`."""
         self.reset_parameters()
 
     def __repr__(self) -> str:
@@ -202,7 +207,12 @@ class Autoregressive(nn.Module):
         settings: SamplingSettings,
     ) -> Decoder:
         """Sequences of these classes, none of whose tokens is decoded."""
-        return self.order.decoder(self.network, labels, num_kept, draws, settings)
+        order, passes = self.order, settings.passes
+        if isinstance(passes, Drafted) and isinstance(order, CellByCell):
+            return DraftDecoder(
+                self.network, order, labels, num_kept, draws, settings, passes, self.drafter
+            )
+        return order.decoder(self.network, labels, num_kept, draws, settings)
 
     def sampled(self, decoder: Decoder) -> Sampled:
         """The tokens that a decoder has by now; see `seams.Generator.sampled`."""

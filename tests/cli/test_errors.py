@@ -33,6 +33,8 @@ SAMPLE = ("sample", "--generator", "g", "--model", "t", "--out", "o")
             "--num-drafted (0) must be between 1 and",
         ),
         ([*SAMPLE, "--num-drafted", "2"], "--num-drafted is of drafted tokens: give --draft too"),
+        ([*SAMPLE, "--draft", "model"], "--draft model and --draft-generator DIR must be given"),
+        ([*SAMPLE, "--draft-generator", "m"], "--draft model and --draft-generator DIR must be"),
         ([*SAMPLE, "--draft", "left", "--steps", "2"], "--draft is of one token after the other"),
         (
             ["probe", "knn", "--model", "m", "--data", "d", "--k", "0"],

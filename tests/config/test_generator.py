@@ -7,7 +7,9 @@ import pytest
 
 from mergevq.config.generator import (
     GENERATOR_SIZES,
+    Drafted,
     GeneratorConfig,
+    SampleRun,
     SamplingSettings,
     Several,
     check_sampling,
@@ -116,3 +118,15 @@ def test_an_order_that_decodes_one_token_a_pass_is_not_asked_for_several():
 )
 def test_sampling_that_is_no_distribution_is_refused(values, message):
     assert refused(SamplingSettings, **values).startswith(message)
+
+
+def test_a_model_drafts_where_one_is_named_and_nowhere_else():
+    drafted = SamplingSettings(passes=Drafted(draft="model"))
+    assert SampleRun(draft_generator="small", settings=drafted).settings.passes == drafted.passes
+    for changes in (
+        {"settings": drafted},
+        {"draft_generator": "small"},
+        {"draft_generator": "small", "settings": SamplingSettings(passes=Drafted())},
+    ):
+        with pytest.raises(ValueError, match=r"draft_generator .* must be given with the draft"):
+            SampleRun(**changes)

@@ -10,11 +10,14 @@ import pytest
 
 from mergevq.config import generator, objective, parts, tokenizer, training
 from mergevq.config.generator import (
+    Drafted,
     GeneratorConfig,
+    SamplingSettings,
 )
 from mergevq.config.kinds import kind_of
 from mergevq.config.objective import Dino, Kl, LossConfig
 from mergevq.config.parts import Codebook, Fsq, GroupedLfq
+from mergevq.config.parts.orders import Merge
 from mergevq.config.tokenizer import KeptConfig
 from mergevq.config.training import (
     DataConfig,
@@ -139,6 +142,13 @@ def test_shards_are_for_generators_in_bf16_or_float32():
     fits = {"kept": KeptConfig(), "model": GeneratorConfig(), "parallel": "fsdp"}
     assert "(float16) must be bf16 or float32" in refused(GeneratorRun, train=half, **fits)
     assert GeneratorRun(**fits).parallel == "fsdp"
+
+
+def test_no_second_generator_drafts_in_training():
+    model, kept = GeneratorConfig(order=Merge()), KeptConfig(candidates=(256,))
+    sampling = SamplingSettings(passes=Drafted(draft="model"))
+    with pytest.raises(ValueError, match=r"sampling.passes.draft \(model\) must be another one"):
+        GeneratorRun(model=model, kept=kept, sampling=sampling)
 
 
 def test_a_tokenizer_starts_from_one_thing_only():

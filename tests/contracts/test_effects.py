@@ -493,7 +493,7 @@ _WORKERS = "loads in other processes, and loads the same"
 _DEVICE = "says where, and this machine may have one place"
 _AT_ONCE = "says how many images at once, and each is measured alone"
 _PLACE = "says where, and all of these runs are read from there"
-_DRAFT = "gives the same images in other passes: generator/test_drafts"
+_DRAFT = "gives the same images in other passes: generator/drafts"
 NO_EFFECT = {
     ("tokenizer", "model.kept_range"): "training writes it",
     ("tokenizer", "model.quantizer[dimensions].channel_order"): "numbers parts: test_dimensions",
@@ -536,6 +536,7 @@ NO_EFFECT = {
         for name, reason in (("device", _DEVICE), ("num_workers", _WORKERS))
     },
     ("generation", "run.device"): _DEVICE,
+    ("generation", "run.draft_generator"): _DRAFT,
     **{
         (kind, f"{where}.passes[drafted].{name}"): _DRAFT
         for kind, where in (("generator", "sampling"), ("generation", "run.settings"))

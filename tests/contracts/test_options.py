@@ -75,10 +75,8 @@ LIBRARY = {
         "report.publication.upload": "owner/name@1f2e",
     },
     "sample": {
-        "generator.generation.make_again": lambda _, images: (
-            [SimpleNamespace(save=str)] * len(images)
-        ),
-        "generator.generation.write_samples": STOP,
+        "generator.writing.make_again": lambda _, images: [SimpleNamespace(save=str)] * len(images),
+        "generator.writing.write_samples": STOP,
     },
     "convert": {
         "tokenizer.interop.read_official": None,
@@ -178,6 +176,10 @@ NEEDS = {
         (command, name): {"steps": 4} for command in SAMPLING for name in ("schedule", "confidence")
     },
     **{(command, "num_drafted"): {"draft": "left"} for command in SAMPLING},
+    **{
+        (command, "draft_generator"): {"draft": "model", "draft_generator": "a-small-one"}
+        for command in SAMPLING
+    },
 }
 """Options that go with others."""
 WITHOUT = {("evaluate generation", "samples"): ("generator", "model")}

@@ -24,7 +24,7 @@ from mergevq.config.parts.orders import (
 )
 from mergevq.data.arrays import ImageArray
 from mergevq.generator.build import build_generator, save_generator
-from mergevq.generator.generation import make_again, write_samples
+from mergevq.generator.writing import make_again, write_samples
 from mergevq.metrics.extractor import FeatureExtractor
 from mergevq.metrics.frechet import Gaussian
 from mergevq.metrics.references import (

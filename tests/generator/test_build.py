@@ -18,10 +18,10 @@ from mergevq.config.parts.orders import (
     Random,
 )
 from mergevq.generator.build import build_generator, load_generator, save_generator
-from mergevq.generator.generation import read_sample_run
 from mergevq.generator.network import Head
 from mergevq.generator.sampling import sample
 from mergevq.generator.seams import Generator, Order, Sequences
+from mergevq.generator.writing import read_sample_run
 from mergevq.runtime.migrate import migrate_generator
 from tests.support.generators import ORDERS, TINY, tiny_batch, tiny_generator
 

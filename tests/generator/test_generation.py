@@ -23,7 +23,7 @@ from mergevq.config.parts.heads import (
     Subindices,
 )
 from mergevq.data.layouts import Source
-from mergevq.generator import generation
+from mergevq.generator import writing
 from mergevq.generator.build import build_generator, load_generator, save_generator, saved_generator
 from mergevq.generator.generation import (
     class_labels,
@@ -31,11 +31,10 @@ from mergevq.generator.generation import (
     generate,
     known_tokenizer,
     load_pair,
-    make_again,
     masked_origin,
-    write_samples,
 )
 from mergevq.generator.sampling import Sampled
+from mergevq.generator.writing import make_again, write_samples
 from mergevq.runtime.artefacts import load_model, model_hash, save_model, tokens_hash
 from mergevq.runtime.environment import bundled_models
 from mergevq.tokenizer.seams import Given
@@ -223,6 +222,38 @@ def test_drafts_give_the_same_files_in_fewer_passes(folder, tmp_path):
     assert write_samples(drafted, tmp_path / "drafted").tokens_per_pass is None
 
 
+def test_a_smaller_generator_drafts_the_same_files(folder, tmp_path, capsys):
+    options = ["--num", "3", "--batch-size", "1"]
+    assert sample(folder, tmp_path / "plain", *options) == 0
+    assert "in each pass" not in capsys.readouterr().out
+    # Itself as the smaller one: of 16 tokens the first has a pass of its own, then three in each.
+    options += ["--draft", "model", "--draft-generator", str(folder / "merge")]
+    assert sample(folder, tmp_path / "out", *options, "--num-drafted", "2") == 0
+    printed = capsys.readouterr().out
+    assert "2.67 tokens in each pass, 1.67 of them drafted; 6.0 passes for a batch" in printed
+    for number in range(3):
+        name = f"{number:06d}.png"
+        assert np.array_equal(read(tmp_path / "out" / name), read(tmp_path / "plain" / name))
+    record = json.loads((tmp_path / "out/samples.json").read_text())
+    assert record["draft_generator"] == model_hash(folder / "merge")
+    (again,) = make_again(tmp_path / "out/samples.json", [2])
+    assert np.array_equal(pixels(again), read(tmp_path / "out/000002.png"))
+
+
+def test_a_draft_of_other_tokens_is_refused_and_both_are_named(folder, tmp_path, capsys):
+    strange = tmp_path / "strange"
+    save_generator(load_generator(folder / "merge"), strange, tokenizer="0123")
+    own = tokens_hash(folder / "tokenizer")
+    for draft, wanted in (
+        (strange, f"{strange} was trained on tokens of tokenizer 0123 and this is {own}"),
+        (folder / "raster", f"{folder / 'raster'} cannot draft for that in {folder / 'merge'}"),
+    ):
+        options = ["--draft", "model", "--draft-generator", str(draft)]
+        assert sample(folder, tmp_path / "out", *options) == 1
+        assert wanted in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_that_was_stopped_goes_on_where_it_was(folder, tmp_path, monkeypatch):
     run, calls = run_of(folder), []
 
@@ -233,7 +264,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(folder, tmp_path, monkeypat
         return generate(pair, run, image_ids, origin)
 
     write_samples(run, tmp_path / "whole")
-    monkeypatch.setattr(generation, "generate", stopped)
+    monkeypatch.setattr(writing, "generate", stopped)
     with pytest.raises(KeyboardInterrupt):
         write_samples(run, tmp_path / "out")
     (tmp_path / "out/000001.png").unlink()

@@ -31,7 +31,6 @@ from mergevq.config.generator import (
 from mergevq.config.parts import orders as config
 from mergevq.generator.cache import SlotCache
 from mergevq.generator.decoding import (
-    DraftDecoder,
     SequenceDecoder,
     cache_type,
     lay_out,
@@ -56,6 +55,10 @@ class Merge:
     config: config.Merge
     compresses: bool = True
     """Whether its cache is compressed; see `SlotCache`."""
+
+    @property
+    def targets(self) -> None:
+        """No vectors of places."""
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Do nothing: the order has no weights."""
@@ -142,7 +145,7 @@ class Merge:
         slots: Int64[Tensor, "b n"],
         end: int,
     ) -> Bool[Tensor, "b n e"]:
-        """Inputs up to each that are no duplicates, and the window (`decoding.CellByCell`)."""
+        """Inputs up to each that are no duplicates, and the window (`drafts.reader.CellByCell`)."""
         first = first_occurrence(network.indices(tokens))
         first = functional.pad(first, (network.config.num_prefix, 0), value=True)[:, None, :end]
         distance = slots[..., None] - torch.arange(end, device=slots.device)
@@ -180,9 +183,7 @@ class Merge:
         draws: Draws,
         settings: SamplingSettings,
     ) -> Decoder:
-        """One cell in each step, or drafts of several."""
-        if isinstance(settings.passes, Drafted):
-            return DraftDecoder(network, self, labels, num_kept, draws, settings, settings.passes)
+        """One cell in each step."""
         return SequenceDecoder(network, self, labels, num_kept, draws, settings)
 
     def sampled(self, network: Network, decoder: Decoder) -> Sampled:

@@ -27,14 +27,12 @@ from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 
 from mergevq.config.generator import (
-    Drafted,
     GeneratorConfig,
     SamplingSettings,
 )
 from mergevq.config.parts import orders as config
 from mergevq.generator.cache import FullCache
 from mergevq.generator.decoding import (
-    DraftDecoder,
     SequenceDecoder,
     add_targets,
     full_cache,
@@ -139,7 +137,7 @@ class Raster(nn.Module):
         slots: Int64[Tensor, "b n"],
         end: int,
     ) -> Bool[Tensor, "b n e"]:
-        """All inputs up to each (`decoding.CellByCell`)."""
+        """All inputs up to each (`drafts.reader.CellByCell`)."""
         return seen_before(slots, end)
 
     def restriction(
@@ -160,11 +158,7 @@ class Raster(nn.Module):
         draws: Draws,
         settings: SamplingSettings,
     ) -> Decoder:
-        """One cell in each step, or drafts of several."""
-        if isinstance(settings.passes, Drafted):
-            return DraftDecoder(
-                network, self, labels, num_kept, draws, settings, settings.passes, self.targets
-            )
+        """One cell in each step."""
         return SequenceDecoder(network, self, labels, num_kept, draws, settings, self.targets)
 
     def sampled(self, network: Network, decoder: Decoder) -> Sampled:

@@ -10,12 +10,15 @@ from mergevq.config.parts.heads import Bits, Independent
 from mergevq.config.parts.orders import Anchored, Masked, Merge, Ordered, Random, Raster, Stream
 from mergevq.generator.build import build_generator
 from mergevq.generator.cache import RowCache
-from mergevq.generator.decoding import DraftDecoder
+from mergevq.generator.decoding import prefill, put_in
+from mergevq.generator.drafts.decoder import DraftDecoder
+from mergevq.generator.drafts.pairing import with_draft
 from mergevq.generator.sampling import guided, run, sample, sample_in_steps
 from mergevq.generator.weights import as_weights
 from tests.support.generators import TINY
 
 DRAFTS = ("previous", "left", "above")
+MODEL = Drafted(draft="model", num_drafted=3)
 CELLS = TINY.num_tokens
 CASES = {
     "raster": {},
@@ -28,16 +31,23 @@ CASES = {
 }
 
 
-def built(order=None, head=None, **changes):
+def built(order=None, head=None, seed=1, spread=0.3, **changes):
     """A generator with random weights, in evaluation mode."""
     model = build_generator(
         replace(TINY, order=order or Raster(), head=head or TINY.head, **changes)
     )
-    numbers = torch.Generator().manual_seed(1)
+    numbers = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
-            weight.copy_(torch.randn(weight.shape, generator=numbers) * 0.3 + (weight == 1))
+            weight.copy_(torch.randn(weight.shape, generator=numbers) * spread + (weight == 1))
     return model.eval()
+
+
+def paired(*, spread=0.3, **changes):
+    """A generator, and the same one with a smaller one that drafts for it."""
+    small = {"dim": 16, "num_layers": 1, "num_heads": 1, "ffn_dim": 24, "num_kv_heads": None}
+    model = built(**changes, spread=spread)
+    return model, with_draft(model, built(**changes | small, seed=2, spread=spread))
 
 
 def sampled(model, passes, ids=range(3), **changes):
@@ -71,33 +81,115 @@ def test_samples_are_those_of_one_token_a_pass(case):
             assert torch.equal(found.source_index, plain.source_index)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_samples_are_those_without_the_model_that_drafts(case):
+    model, drafted = paired(**CASES[case])
+    rising = {"guidance_scale": 3.0, "guidance_schedule": "linear", "top_k": 3}
+    rising["guidance_interval"] = (0.0, 0.7)
+    parts = len(model.config.part_sizes)
+    warm = {"temperature": (0.5,) * (parts - 1) + (1.5,), "top_p": 0.9}
+    for changes, count in (({}, 3), (rising, 40), (warm, 1)):
+        plain = sampled(model, OneByOne(), **changes)
+        found = sampled(drafted, replace(MODEL, num_drafted=count), **changes)
+        assert torch.equal(found.indices, plain.indices)
+        assert found.num_forward <= plain.num_forward
+
+
+@pytest.mark.parametrize("order", [Raster(annealing=(0.5, 0.75)), Merge(), Merge(window=0)])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_model_drafts_all_of_its_own_tokens_right(order, scale):
+    model = built(order)
+    own = with_draft(model, model)
+    for count in (1, 4):
+        found = sampled(own, Drafted(draft="model", num_drafted=count), guidance_scale=scale)
+        # One token without a draft, then all drafts and the token after them in each pass.
+        assert found.num_forward == 1 + -(-(CELLS - 1) // (count + 1))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_model_drafts_what_it_would_sample_after_the_right_tokens(guidance):
+    """Count passes by the definition: its own tokens after those known, read anew each time."""
+    # Small weights, so that both models are near to uniform and often choose alike.
+    model, drafted = paired(order=Raster(), spread=0.1)
+    settings = SamplingSettings(guidance_scale=guidance)
+    all_passes = []
+    for number in range(3):
+        ids = [number]
+        draws = model.draws(3, ids, 5, settings)
+        plain = sampled(model, OneByOne(), ids, guidance_scale=guidance).indices
+        right = model.network.codes(plain)
+        known, passes = 1, 1
+        while known < CELLS:
+            count = min(MODEL.num_drafted, CELLS - 1 - known)
+            drafts = continued(drafted.drafter, number, right[:, :known], count, draws, settings)
+            wrong = (drafts != right[:, known : known + count]).any(-1)[0].tolist()
+            known += (wrong.index(True) if True in wrong else count) + 1
+            passes += 1
+        found = sampled(drafted, MODEL, ids, guidance_scale=guidance)
+        assert torch.equal(found.indices, plain)
+        assert found.num_forward == passes
+        all_passes.append(passes)
+    assert CELLS // 4 < min(all_passes) < CELLS
+    together = sampled(drafted, MODEL, guidance_scale=guidance)
+    # Each image goes on by itself; the batch is done with the last of them.
+    assert together.num_forward == max(all_passes)
+
+
+def continued(drafter, number, known, count, draws, settings):
+    """Tokens that a drafter samples after some, from an empty cache."""
+    network, order = drafter
+    labels = torch.tensor([number % 3])
+    plain = replace(settings, passes=OneByOne())
+    decoder = order.decoder(network, labels, 5, draws, plain)
+    states = prefill(network, decoder.cache, decoder.rows, 5)
+    tokens = list(known.unbind(1))
+    for cell in range(known.shape[1] + count):
+        if cell == len(tokens):
+            scale = decoder.scales[cell]
+            tokens.append(network.choose(states, draws.uniforms[:, cell], scale, plain).parts)
+        parts = tokens[cell].repeat(len(decoder.rows), 1)
+        turns = order.turns(decoder.cache, parts, cell)
+        if cell + 1 < CELLS:
+            states = put_in(network, decoder.cache, parts, turns)
+    return torch.stack(tokens, 1)[:, known.shape[1] :]
+
+
+def test_a_model_that_drafts_is_missed():
+    with pytest.raises(ValueError, match=r"passes.draft \(model\) needs a second"):
+        sampled(built(), MODEL)
+
+
 @pytest.mark.parametrize("order", [Raster(), Merge()])
 def test_a_hundred_images_are_the_same_in_batches_of_any_size(order):
-    model = built(order)
+    model, drafted = paired(order=order)
     plain = sampled(model, OneByOne(), range(100)).indices
-    drafted = Drafted(num_drafted=5)
-    assert torch.equal(sampled(model, drafted, range(100)).indices, plain)
-    for ids in ([7], [99, 3, 50]):
-        assert torch.equal(sampled(model, drafted, ids).indices, plain[ids])
+    for passes in (Drafted(num_drafted=5), replace(MODEL, num_drafted=5)):
+        assert torch.equal(sampled(drafted, passes, range(100)).indices, plain)
+        for ids in ([7], [99, 3, 50]):
+            assert torch.equal(sampled(drafted, passes, ids).indices, plain[ids])
 
 
 def test_samples_without_a_budget_and_by_confidence_are_the_same_too():
-    model = built(Merge())
+    model, drafted = paired(order=Merge())
     plain = sampled(model, OneByOne(budget=False)).indices
     assert torch.equal(sampled(model, Drafted(budget=False)).indices, plain)
+    assert torch.equal(sampled(drafted, replace(MODEL, budget=False)).indices, plain)
     assert max(len(set(row.tolist())) for row in plain) > 5
     held = sampled(model, Drafted()).indices
     assert max(len(set(row.tolist())) for row in held) == 5
-    model = built(head=Bits(sizes=(2,) * 5))
+    model, drafted = paired(head=Bits(sizes=(2,) * 5))
     plain = sampled(model, OneByOne(), bits_order="confidence")
-    assert torch.equal(sampled(model, Drafted(), bits_order="confidence").indices, plain.indices)
+    for passes in (Drafted(), MODEL):
+        found = sampled(drafted, passes, bits_order="confidence")
+        assert torch.equal(found.indices, plain.indices)
 
 
 @pytest.mark.parametrize("weights", ["bf16", "int8"])
 def test_lighter_weights_are_drafted_for_too(weights):
     model = as_weights(built(), weights)
-    found = sampled(model, Drafted())
-    assert found.indices.shape == (3, CELLS)
+    assert sampled(model, Drafted()).indices.shape == (3, CELLS)
+    drafted = with_draft(model, as_weights(built(seed=2, num_layers=1), weights))
+    assert sampled(drafted, MODEL).indices.shape == (3, CELLS)
 
 
 def test_the_most_likely_value_of_equal_cells_is_drafted_right_at_once():
@@ -158,9 +250,11 @@ def test_choices_after_a_wrong_draft_are_the_next_draft():
     assert torch.equal(decoder.tokens[0, filled], decoder.tokens[0, filled - 1])
 
 
-def test_a_decoder_goes_on_from_any_step_and_shows_what_all_images_have():
-    model = built()
-    decoder = decoder_of(model, Drafted())
+@pytest.mark.parametrize("passes", [Drafted(), MODEL])
+def test_a_decoder_goes_on_from_any_step_and_shows_what_all_images_have(passes):
+    # Small weights, near to uniform: both models choose alike now and then.
+    _, drafted = paired(spread=0.1)
+    decoder = decoder_of(drafted, passes)
     assert isinstance(decoder, DraftDecoder)
     assert decoder.num_steps == CELLS
     run(decoder)
@@ -175,12 +269,12 @@ def test_a_decoder_goes_on_from_any_step_and_shows_what_all_images_have():
     assert torch.equal(decoder.parts(), whole)
     shown = list(
         sample_in_steps(
-            model,
+            drafted,
             labels=torch.arange(3),
             num_kept=5,
             seed=3,
             image_ids=range(3),
-            settings=SamplingSettings(passes=Drafted()),
+            settings=SamplingSettings(passes=passes),
             every=1,
         )
     )

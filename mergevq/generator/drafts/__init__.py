@@ -1,0 +1,1 @@
+"""Several tokens drafted and checked in one pass of a generator."""
