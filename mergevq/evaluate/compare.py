@@ -17,7 +17,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mergevq.config.evaluation import Protocol
-from mergevq.config.parts import ClassCondition
+from mergevq.config.parts import ClassCondition, PatchDecoder
 from mergevq.data.batches import Batch
 from mergevq.data.coding.maps import map_bits
 from mergevq.data.layouts import Bits, Source, require_source
@@ -46,7 +46,8 @@ class Outcome(NamedTuple):
 
     given: dict[str, float]
     """With the encoder's source; see `Comparison.compute`. Where the tokenizer decodes by a class,
-    also PSNR with another class and without one; where it decodes by a flow, `token_agreement`."""
+    also PSNR with another class and without one; where it decodes by a flow, `token_agreement`;
+    where it decodes by patches, `seam_ratio` and `sharpness` (`metrics.comparison.Seams`)."""
     recovered: dict[str, float] | None
     """With the source inferred from the tokens: the same numbers; None where there is no map."""
     source_accuracy: float | None
@@ -74,11 +75,12 @@ class Outcome(NamedTuple):
         `codebook_usage`, `perplexity`, `bits` and `bits_per_pixel` of one image, `num_images`;
         `map_bits` where maps were coded; without maps there are no twins and no accuracy. With
         classes `psnr_wrong_class` and `psnr_no_class`: the same tokens decoded with another class,
-        and without. With a flow decoder `token_agreement`. Of tokens that are real numbers, in
+        and without. With a flow decoder `token_agreement`; with one of patches `seam_ratio` and
+        `sharpness`, which have twins too. Of tokens that are real numbers, in
         place of use and bits, `num_floats` of one image and `active_channels`.
         """
         shown = ("psnr", "ssim", "l1", "lpips", "psnr_wrong_class", "psnr_no_class")
-        shown += ("token_agreement",)
+        shown += ("token_agreement", "seam_ratio", "sharpness")
         numbers = {
             f"{name}{suffix}": values[name]
             for suffix, values in (("", self.given), ("_recovered", self.recovered or {}))
@@ -129,7 +131,10 @@ class Evaluation:
         coded: frozenset[int],
     ) -> None:
         self.tokenizer, self.num_kept, self.autocast = tokenizer, num_kept, autocast
-        self.given, recovered = (comparison(perceptual, extractor, protocol) for _ in range(2))
+        patch_size = drawn_patch_size(tokenizer)
+        self.given, recovered = (
+            comparison(perceptual, extractor, protocol, patch_size) for _ in range(2)
+        )
         self.recovered = recovered if tokenizer.has_maps else None
         """None where grid and K imply the layout, so that nothing is to recover."""
         self.accuracy = Mean("source_accuracy")
@@ -270,6 +275,14 @@ class Evaluation:
             num_images=int(distributed.sum(num_images)),
             images_per_second=float(distributed.sum(num_images / max(self.seconds, 1e-9))),
         )
+
+
+def drawn_patch_size(tokenizer: Tokenizer) -> int | None:
+    """Pixels per side of the patches that are decoded each at once; None where pixels are not."""
+    if tokenizer.flow is not None:
+        return tokenizer.flow.patch_size
+    is_patchwise = isinstance(tokenizer.config.decoder, PatchDecoder)
+    return tokenizer.config.patch_size if is_patchwise else None
 
 
 def token_agreement(first: Encoded, second: Encoded) -> Float[Tensor, "b"]:

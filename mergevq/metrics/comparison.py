@@ -22,6 +22,7 @@ from mergevq.metrics.image import (
     Mean,
     authors_ssim,
     feature_cosine,
+    patch_steps,
     psnr,
     ssim,
     to_pixels,
@@ -29,6 +30,7 @@ from mergevq.metrics.image import (
 )
 from mergevq.metrics.lpips import Perceptual
 from mergevq.metrics.sets import Rows
+from mergevq.runtime import distributed
 
 
 class Original(NamedTuple):
@@ -192,6 +194,45 @@ class Frechet:
         return {self._name: frechet_distance(reference, self._statistics.compute())}
 
 
+class Seams:
+    """Seams between patches that are decoded each by itself, and detail inside them.
+
+    `seam_ratio` is the mean absolute difference of pixels across borders of patches over that
+    inside patches, in proportion to the same of the originals: 1 is no seams. `sharpness` is the
+    energy of differences inside patches, likewise: below 1 is blur. Both are of the sums over all
+    images; a number is left out where the images it is a share of are flat.
+
+    Source: Yue et al. 2025, "UniFlow" (arXiv:2510.10575), whose decoder of patches has seams
+    without blocks among all cells.
+    """
+
+    def __init__(self, side: int) -> None:
+        """Args: side: pixels per side of a patch."""
+        self._side = side
+        self._sums = torch.zeros(2, 3, dtype=torch.float64)
+        """Sums of `Steps`, of the originals and of the decoded images."""
+
+    def update(
+        self,
+        original: Original,
+        decoded: Decoded,
+        positions: Int64[Tensor, "b"],  # noqa: ARG002 - as of other metrics
+    ) -> None:
+        """Add a batch."""
+        for row, image in enumerate((original.image, decoded.image)):
+            self._sums[row] += torch.stack(patch_steps(image, self._side)).sum(-1)
+
+    def compute(self, reference: Gaussian | None) -> dict[str, float]:  # noqa: ARG002 - none needed
+        """Both ratios. There are as many borders in both, so sums are as good as means."""
+        originals, images = distributed.sum(self._sums).tolist()
+        numbers = {}
+        if originals[0] > 0 and images[1] > 0:
+            numbers["seam_ratio"] = images[0] / images[1] * originals[1] / originals[0]
+        if originals[2] > 0:
+            numbers["sharpness"] = images[2] / originals[2]
+        return numbers
+
+
 def l1(original: Original, decoded: Decoded) -> Float[Tensor, "b"]:
     """Mean absolute difference of each image, in units of [-1, 1]."""
     return (original.image - decoded.image).abs().mean((1, 2, 3))
@@ -313,6 +354,10 @@ def comparison(
     perceptual: Perceptual | None = None,
     extractor: FeatureExtractor | None = None,
     rules: Rules = "own",
+    patch_size: int | None = None,
 ) -> Comparison:
-    """A comparison by all of `standard_metrics`."""
-    return Comparison(standard_metrics(perceptual, extractor, rules), extractor, rules)
+    """A comparison by all of `standard_metrics`, and by `Seams` of patches of a size."""
+    metrics = standard_metrics(perceptual, extractor, rules)
+    if patch_size is not None and patch_size > 1:
+        metrics.append(Seams(patch_size))
+    return Comparison(metrics, extractor, rules)

@@ -182,6 +182,40 @@ def _similarity(
     return luminance.mul_(structure).mean((1, 2, 3)).float()
 
 
+class Steps(NamedTuple):
+    """Differences between neighbouring pixels: sums over both directions and all colours."""
+
+    border: Float[Tensor, "b"]
+    """Absolute differences across borders of patches."""
+    inside: Float[Tensor, "b"]
+    """Those between pixels of one patch."""
+    energy: Float[Tensor, "b"]
+    """Squares of these."""
+
+
+def patch_steps(image: Float[Tensor, "b 3 h w"], side: int) -> Steps:
+    """Differences of each image between pixels that touch at a side, by patches from its corner.
+
+    A pixel that is not finite is a ValueError.
+
+    Args:
+        image: any range.
+        side: pixels per side of a patch.
+    """
+    require_finite("patch_steps", image, 0)
+    sums = torch.zeros(3, len(image), dtype=torch.float64)
+    for dim in (2, 3):
+        # Float32 on the device, as in other sums over pixels; sums over images are float64.
+        step = image.float().diff(dim=dim)
+        is_border = torch.arange(1, step.shape[dim] + 1, device=image.device) % side == 0
+        border, inside = (
+            step.index_select(dim, chosen.nonzero()[:, 0]) for chosen in (is_border, ~is_border)
+        )
+        parts = (border.abs(), inside.abs(), inside.square())
+        sums += torch.stack([part.sum((1, 2, 3)).cpu().double() for part in parts])
+    return Steps(*sums)
+
+
 def feature_cosine(
     features: Float[Tensor, "b d"], reconstructed_features: Float[Tensor, "b d"]
 ) -> Float[Tensor, "b"]:

@@ -1,6 +1,7 @@
 """Every metric that compares decoded images with originals keeps these; a new one enters by itself.
 
-The metrics are those that `standard_metrics` gives with all networks, by each set of rules.
+The metrics are those that `comparison` makes with all networks, and of patches, by each set of
+rules.
 """
 
 import threading
@@ -10,14 +11,15 @@ import pytest
 import torch
 
 from mergevq.config.evaluation import Protocol as Rules
-from mergevq.metrics.comparison import Decoded, Metric, Originals, standard_metrics
+from mergevq.metrics.comparison import Decoded, Metric, Originals, comparison
 from mergevq.metrics.extractor import FeatureExtractor
 from mergevq.metrics.lpips import Perceptual
 from mergevq.runtime import distributed
 from tests.support.frozen import write_extractor
 
 NUM_IMAGES = 8
-NUM_METRICS = len(standard_metrics(None, None, "own")) + 3
+PATCH_SIZE = 4
+NUM_METRICS = len(comparison(patch_size=PATCH_SIZE).metrics) + 3
 """LPIPS, feature cosine and Frechet distance need networks."""
 EVERY = pytest.mark.parametrize(
     ("rules", "number"), [(rules, n) for rules in get_args(Rules) for n in range(NUM_METRICS)]
@@ -52,7 +54,7 @@ def measured(networks, rules, number):
 
     @torch.no_grad()
     def measure(*batches, spoil=lambda decoded: decoded):
-        metrics = standard_metrics(*networks, rules)
+        metrics = comparison(*networks, rules, PATCH_SIZE).metrics
         assert len(metrics) == NUM_METRICS
         metric, originals = metrics[number], Originals(*networks)
         assert isinstance(metric, Metric)
@@ -140,7 +142,7 @@ def test_names_of_metrics_differ(networks):
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     for rules in get_args(Rules):
         names = []
-        for metric in standard_metrics(*networks, rules):
+        for metric in comparison(*networks, rules, PATCH_SIZE).metrics:
             originals = Originals(*networks)
             given = Decoded(images.flip(0), networks[1], rules)
             metric.update(originals.update(images), given, torch.arange(2))

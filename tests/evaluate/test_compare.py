@@ -120,11 +120,13 @@ def test_tokens_agree_where_cells_have_the_same():
 
 def test_what_a_flow_draws_is_encoded_again(tokenizer):
     image = torch.rand(3, 3, 32, 32) * 2 - 1
-    assert "token_agreement" not in run(tokenizer, image, 3)
+    assert not {"token_agreement", "seam_ratio", "sharpness"} & set(run(tokenizer, image, 3))
     encoded = tokenizer.encode(image, 16)
 
     class Draws:
         """Images that are the original by one draw of noise, and grey by the other."""
+
+        patch_size = 4
 
         def decode(self, _codes, _layout, _grid_shape, noise):
             return image[noise.image_ids] * (1 - noise.seed)
@@ -136,3 +138,5 @@ def test_what_a_flow_draws_is_encoded_again(tokenizer):
         found = run(tokenizer, image, size)
         assert found["token_agreement"] == pytest.approx(expected)
         assert math.isinf(found["psnr"]) or found["psnr"] > 100
+        assert found["seam_ratio"] == pytest.approx(1)
+        assert found["sharpness"] == pytest.approx(1)

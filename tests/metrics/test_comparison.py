@@ -82,6 +82,34 @@ def test_without_a_reference_there_is_no_distance(extractor):
     assert extractor.metric_name("frechet") not in found.compute()
 
 
+def test_a_step_at_each_border_of_patches_is_a_seam():
+    ramp = torch.arange(16) / 32
+    original = ramp.expand(2, 3, 16, 16)
+    # Steps of 1/32 to the right, and 1/32 more where a patch of 4 begins.
+    stepped = original + torch.arange(16) // 4 / 32
+    found = compared(comparison(patch_size=4), original, stepped, 1)
+    assert found["seam_ratio"] == pytest.approx(2)
+    assert found["sharpness"] == pytest.approx(1)
+    # Of patches of another size these steps are inside as often as across borders.
+    other = compared(comparison(patch_size=2), original, stepped)["seam_ratio"]
+    assert 1 < other < 2
+    # The same images have none, and half of the contrast is a quarter of the energy.
+    halved = compared(comparison(patch_size=4), original, original / 2)
+    assert halved["seam_ratio"] == pytest.approx(1)
+    assert halved["sharpness"] == pytest.approx(1 / 4)
+
+
+def test_flat_images_have_no_seam_ratio():
+    images = pictures(2, 0)
+    found = compared(comparison(patch_size=4), torch.zeros_like(images), images)
+    assert not {"seam_ratio", "sharpness"} & set(found)
+    found = compared(comparison(patch_size=4), images, torch.zeros_like(images))
+    assert found["sharpness"] == 0
+    assert "seam_ratio" not in found
+    for whole in (comparison(), comparison(patch_size=1)):
+        assert "seam_ratio" not in compared(whole, images, images)
+
+
 class Brightest:
     """A metric of one's own: the brightest decoded pixel."""
 

@@ -6,7 +6,15 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from mergevq.metrics.image import Mean, authors_ssim, feature_cosine, psnr, ssim, to_uint8
+from mergevq.metrics.image import (
+    Mean,
+    authors_ssim,
+    feature_cosine,
+    patch_steps,
+    psnr,
+    ssim,
+    to_uint8,
+)
 from tests.support import reference
 
 NAN = float("nan")
@@ -259,3 +267,17 @@ def test_truncated_bytes_lose_what_is_behind_the_point():
     image = torch.tensor([-1.0, -1 + 1.9 / 127.5, 1.0]).view(3, 1, 1)
     assert to_uint8(image, truncated=True).flatten().tolist() == [0, 1, 255]
     assert to_uint8(image).flatten().tolist() == [0, 2, 255]
+
+
+def test_steps_across_borders_of_patches_and_inside_them_are_counted_by_hand():
+    rows = torch.tensor([[0.0, 1.0, 3.0, 7.0], [0.0, 1.0, 3.0, 5.0]])
+    images = torch.stack([rows.expand(3, 2, 4), torch.zeros(3, 2, 4)])
+    found = patch_steps(images, 2)
+    # To the right 1 | 2 | 4 and 1 | 2 | 2, of which the middle one is at a border; down 0 0 0 2.
+    assert found.border.tolist() == [3 * (2 + 2), 0]
+    assert found.inside.tolist() == [3 * (1 + 4 + 1 + 2 + 2), 0]
+    assert found.energy.tolist() == [3 * (1 + 16 + 1 + 4 + 4), 0]
+    # In patches of one row all steps down are across borders.
+    assert patch_steps(images, 1).border.tolist() == [3 * (7 + 5 + 2), 0]
+    with pytest.raises(ValueError, match="patch_steps: item 0 is not finite"):
+        patch_steps(torch.full((1, 3, 4, 4), torch.nan), 2)

@@ -96,6 +96,11 @@ class FlowDecoder:
         self.network = network
         self.digest = digest
 
+    @property
+    def patch_size(self) -> int:
+        """Pixels per side of a patch, whose velocities are one output."""
+        return self.network.config.decoder.patch_size
+
     @classmethod
     def from_pretrained(
         cls, path: str | Path, *, tokens_id: str, device: torch.device | str = "cpu"
