@@ -130,6 +130,7 @@ TESTED_WITH = {
     "tokenizer/export/graphs": "tokenizer/export/files",
     "tokenizer/expanders/mask_tokens": "tokenizer/reducers/queries",
     "tokenizer/expanders/scale_sum": "tokenizer/quantizers/grids/scales",
+    "tokenizer/reducers/stages": "tokenizer/reducers/pool",
     "tokenizer/seams": "contracts/parts",
     "training/decoder/step": "training/decoder/run",
     "training/generator_step": "training/generator",

@@ -31,7 +31,6 @@ from mergevq.config.parts import (
     NUM_KEYS,
     Binary,
     Continuous,
-    Merge,
     NoRegularizer,
     PatchStem,
     Perturb,
@@ -307,13 +306,19 @@ class TokenizerRun:
             f"change it, {way_out}",
         )
         stem = model.stem
-        if not isinstance(stem, PatchStem) or stem.norm or not isinstance(model.reducer, Merge):
+        if not isinstance(stem, PatchStem) or stem.norm:
             raise ValueError(
                 "init_codes (components) needs model.stem.kind patch with model.stem.norm False, "
-                f"and model.reducer.kind merge, not {stem.kind}"
-                f"{' with norm True' * getattr(stem, 'norm', False)} and {model.reducer.kind}; "
-                f"change them, {way_out}"
+                f"not {stem.kind}{' with norm True' * getattr(stem, 'norm', False)}; change it, "
+                f"{way_out}"
             )
+        reducer = model.reducer
+        require(
+            reducer.ends_with_tokens,
+            f"init_codes (components) needs model.reducer.kind merge, or pool or divprune with "
+            f"fewer model.reducer.num_grid_layers than the {reducer.num_layers} blocks, not "
+            f"{reducer.kind} whose last block sees all cells; change it, {way_out}",
+        )
         require(
             isinstance(model.quantizer, Binary),
             f"init_codes (components) needs codes of bits, not model.quantizer.kind "

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import itertools
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -16,7 +17,7 @@ from mergevq.config.generator import (
 )
 from mergevq.config.kinds import kind_of
 from mergevq.config.objective import Dino, Kl, LossConfig
-from mergevq.config.parts import Codebook, Fsq, GroupedLfq
+from mergevq.config.parts import Codebook, Fsq, GroupedLfq, Pool
 from mergevq.config.parts.orders import Merge
 from mergevq.config.tokenizer import KeptConfig
 from mergevq.config.training import (
@@ -172,13 +173,13 @@ def components_run(**values):
         ({"init_vit": "b"}, "init_codes (components) must be random with init_vit (b), which"),
         (
             {"stem": "cnn", "patch_norm": True},
-            "init_codes (components) needs model.stem.kind patch with model.stem.norm False, and "
-            "model.reducer.kind merge, not cnn and merge; change them, or set init_codes to random",
+            "init_codes (components) needs model.stem.kind patch with model.stem.norm False, not "
+            "cnn; change it, or set init_codes to random",
         ),
         (
             {"patch_norm": True},
-            "init_codes (components) needs model.stem.kind patch with model.stem.norm False, and "
-            "model.reducer.kind merge, not patch with norm True and merge; change them, or set",
+            "init_codes (components) needs model.stem.kind patch with model.stem.norm False, not "
+            "patch with norm True; change it, or set",
         ),
         (
             {"patch_dim": 96, "channels": 32, "channel_mult": (1, 1, 1)},
@@ -199,6 +200,18 @@ def components_run(**values):
 )
 def test_what_cannot_start_from_components_is_refused_with_a_way_out(values, message):
     assert refused(TokenizerRun, **components_run(**values)).startswith(message)
+
+
+def test_a_start_from_components_needs_a_last_block_that_sees_tokens():
+    values = components_run()
+    pool = Pool(num_layers=4, num_heads=2)
+    message = refused(TokenizerRun, **values | {"model": replace(values["model"], reducer=pool)})
+    assert message.startswith(
+        "init_codes (components) needs model.reducer.kind merge, or pool or divprune with fewer "
+        "model.reducer.num_grid_layers than the 4 blocks, not pool whose last block sees all cells"
+    )
+    pool = replace(pool, num_grid_layers=3)
+    TokenizerRun(**values | {"model": replace(values["model"], reducer=pool)})
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.5])

@@ -30,6 +30,9 @@ class Merge:
 
     gives: ClassVar[LayoutKind] = "source"
     """Layout of the tokens that are left."""
+    ends_with_tokens: ClassVar[bool] = True
+    """Whether the MLP of the last block works on kept tokens alone, so that an analytic start can
+    write their codes there."""
 
     def __post_init__(self) -> None:
         """Reject counts and constants that cannot be."""
@@ -70,6 +73,7 @@ class LearnedMerge:
     """Added to the variance in layer norms."""
 
     gives: ClassVar[LayoutKind] = "source"
+    ends_with_tokens: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Reject counts and constants that cannot be."""
@@ -90,11 +94,14 @@ class LearnedMerge:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pool:
-    """Transformer blocks on the whole grid, then means of its blocks of cells; no map is stored."""
+    """Transformer blocks, and means of a grid's blocks of cells; no map is stored."""
 
     kind: Literal["pool"] = "pool"
     num_layers: int = 12
     """Transformer blocks."""
+    num_grid_layers: int | None = None
+    """Blocks before the means, which see all cells; those behind them see the means alone. None is
+    all."""
     num_heads: int = 8
     """Attention heads."""
     layer_scale: float = 1e-5
@@ -107,6 +114,7 @@ class Pool:
     def __post_init__(self) -> None:
         """Reject counts and constants that cannot be."""
         check_numbers(self)
+        _require_grid_layers(self.num_grid_layers, self.num_layers)
 
     def counts(self, grid_shape: tuple[int, int], num_kept: int) -> tuple[int, int] | None:
         """Blocks along both directions of a grid, the most square ones; None where there are none.
@@ -127,6 +135,11 @@ class Pool:
             key=lambda pair: abs(math.log(height * pair[1] / (width * pair[0]))),
             default=None,
         )
+
+    @property
+    def ends_with_tokens(self) -> bool:
+        """Whether the last block sees kept tokens alone."""
+        return self.num_grid_layers is not None and self.num_grid_layers < self.num_layers
 
     def least_kept(self, grid_shape: tuple[int, int]) -> int:  # noqa: ARG002 - as of merging
         """Fewest tokens that can be left of a grid's: one block."""
@@ -179,11 +192,12 @@ class DivPrune:
     def __post_init__(self) -> None:
         """Reject counts and constants that cannot be."""
         check_numbers(self)
-        require(
-            self.num_grid_layers is None or self.num_grid_layers <= self.num_layers,
-            f"reducer.num_grid_layers ({self.num_grid_layers}) must be at most "
-            f"reducer.num_layers ({self.num_layers})",
-        )
+        _require_grid_layers(self.num_grid_layers, self.num_layers)
+
+    @property
+    def ends_with_tokens(self) -> bool:
+        """Whether the last block sees kept tokens alone."""
+        return self.num_grid_layers is not None and self.num_grid_layers < self.num_layers
 
     def least_kept(self, grid_shape: tuple[int, int]) -> int:  # noqa: ARG002 - as of merging
         """Fewest tokens that can be left of a grid's: one cell."""
@@ -215,6 +229,7 @@ class Select:
     """Added to the variance in layer norms."""
 
     gives: ClassVar[LayoutKind] = "source"
+    ends_with_tokens: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Reject counts and constants that cannot be."""
@@ -255,6 +270,7 @@ class Queries:
     """Added to the variance in layer norms."""
 
     gives: ClassVar[LayoutKind] = "ordered"
+    ends_with_tokens: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Reject counts and constants that cannot be."""
@@ -304,6 +320,7 @@ class Holistic:
     """Added to the variance in layer norms."""
 
     gives: ClassVar[LayoutKind] = "holistic"
+    ends_with_tokens: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Reject counts and constants that cannot be."""
@@ -347,6 +364,15 @@ def _require_halves(grid_shape: tuple[int, int], num_kept: int, num_layers: int)
         f"num_kept ({num_kept}) must be at least {least}: each of reducer.num_layers "
         f"({num_layers}) can merge at most half of its tokens and the first has "
         f"{num_tokens}; keep more tokens or use more layers",
+    )
+
+
+def _require_grid_layers(num_grid_layers: int | None, num_layers: int) -> None:
+    """Reject more blocks before a reduction than there are."""
+    require(
+        num_grid_layers is None or num_grid_layers <= num_layers,
+        f"reducer.num_grid_layers ({num_grid_layers}) must be at most "
+        f"reducer.num_layers ({num_layers})",
     )
 
 

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mergevq.config.parts import NUM_KEYS
+from mergevq.nn.blocks import EncoderBlock
 from mergevq.tokenizer.analytic.components import KEY_OFFSET, Components
 from mergevq.tokenizer.decoders.patch import PatchDecoder
 from mergevq.tokenizer.encoder import Encoder
@@ -66,11 +67,11 @@ def waves(components: Components) -> list[Wave]:
 def start_from_components(encoder: Encoder, components: Components) -> int:
     """Set an encoder to analytic codes.
 
-    In float32 its codes are those of the mean patches of its own groups, and its groups are those
-    of `encode_analytic` but where two similarities are equal to the last digits.
+    In float32 its codes are those of the mean patches of its own groups. With reducer `merge` its
+    groups are those of `encode_analytic` but where two similarities are equal to the last digits.
 
     Args:
-        encoder: a fresh one, with a patch stem without norm; a run that asks for this start is
+        encoder: a fresh one, with a patch stem without norm; a run with this start is
             checked for the rest (`TokenizerRun.init_codes`).
         components: of as many bits, and of patches of its size.
 
@@ -93,9 +94,10 @@ def start_from_components(encoder: Encoder, components: Components) -> int:
         )
     constant, first_bit = 2 * num_carried, 2 * num_carried + 2
     _fill_stem(encoder.stem, components, num_carried)
-    blocks = [cast("MergeBlock", block) for block in encoder.reducer.blocks]
+    blocks = [cast("MergeBlock | EncoderBlock", block) for block in encoder.reducer.blocks]
     for block in blocks:
-        _fill_keys(block, constant)
+        if isinstance(block, MergeBlock):
+            _fill_keys(block, constant)
         for part in (block.attn.proj, block.mlp.fc2):
             part.weight.zero_()
             part.bias.zero_()
@@ -137,7 +139,9 @@ def _fill_keys(block: MergeBlock, constant: int) -> None:
             keys[head * head_dim + place, channel] = 1
 
 
-def _write_waves(block: MergeBlock, components: Components, constant: int, first_bit: int) -> int:
+def _write_waves(
+    block: MergeBlock | EncoderBlock, components: Components, constant: int, first_bit: int
+) -> int:
     """Let a block's MLP write the wave of each bit into the bit's pair of channels.
 
     Returns:

@@ -17,9 +17,10 @@ from torch.nn import functional
 
 from mergevq.config import parts as settings
 from mergevq.data.layouts import Source, canonicalize, merge
-from mergevq.nn.blocks import EncoderBlock, run_blocks
+from mergevq.nn.blocks import EncoderBlock
 from mergevq.nn.precision import without_autocast
 from mergevq.nn.rows import take_rows
+from mergevq.tokenizer.reducers.stages import Reduction, Stages
 from mergevq.tokenizer.seams import TokenSet
 
 
@@ -30,9 +31,9 @@ class DivPrune(nn.Module):
         """Make the blocks; the encoder initialises them after its projection."""
         super().__init__()
         self.combine = config.combine
-        self.num_grid_layers = config.num_layers
-        if config.num_grid_layers is not None:
-            self.num_grid_layers = config.num_grid_layers
+        self.num_grid_layers = config.num_grid_layers
+        if self.num_grid_layers is None:
+            self.num_grid_layers = config.num_layers
         self.blocks = nn.ModuleList(
             EncoderBlock(dim, config.num_heads, config.layer_scale, config.norm_eps)
             for _ in range(config.num_layers)
@@ -51,28 +52,19 @@ class DivPrune(nn.Module):
     ) -> TokenSet:
         """Run the first `num_layers` blocks (None: all); cells are chosen behind the grid's."""
         recompute = self.checkpointing and self.training
-        num_run = len(self.blocks) if num_layers is None else num_layers
-        x = torch.cat([class_token, grid], dim=1)
-        outputs, num_grid = dict.fromkeys(taps, x), self.num_grid_layers
-        first = min(num_run, num_grid)
-        x = run_blocks(self.blocks, x, first, recompute=recompute, outputs=outputs)
-        if num_run < num_grid:
-            num_kept = grid.shape[1]
-        chosen = choose(x[:, 1:], num_kept)
-        source, order = canonicalize(Source(join(x[:, 1:], chosen), num_kept))
+        stages = Stages(self.blocks, self.num_grid_layers, num_layers, recompute)
+        return stages.run(grid, class_token, num_kept, self._chosen, taps)
+
+    def _chosen(self, cells: Float[Tensor, "b l c"], num_kept: int) -> tuple[Source, Reduction]:
+        """The map of chosen cells, and tokens as `combine` has them."""
+        chosen = choose(cells, num_kept)
+        source, order = canonicalize(Source(join(cells, chosen), num_kept))
         chosen = chosen.gather(1, order)
 
         def reduced(cells: Float[Tensor, "b l c"]) -> Float[Tensor, "b k c"]:
             return merge(cells, source) if self.combine == "mean" else take_rows(cells, chosen)
 
-        x = torch.cat([x[:, :1], reduced(x[:, 1:])], dim=1)
-        later = {tap - num_grid: x for tap in taps if tap > num_grid}
-        x = run_blocks(self.blocks[num_grid:num_run], x, None, recompute=recompute, outputs=later)
-        tapped = tuple(
-            later[tap - num_grid][:, 1:] if tap > num_grid else reduced(outputs[tap][:, 1:])
-            for tap in taps
-        )
-        return TokenSet(x[:, 1:], x[:, 0], source, tapped)
+        return source, reduced
 
     def implied(self, grid_shape: tuple[int, int], num_kept: int, num_images: int) -> None:
         """Nothing: which cells are chosen depends on the image."""

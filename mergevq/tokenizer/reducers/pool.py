@@ -1,33 +1,37 @@
-"""Transformer blocks on the whole grid, then means of its blocks of cells.
+"""Transformer blocks, and means over blocks of a grid's cells behind some of them.
 
 The map of cells to tokens follows from the grid and K, so that it costs no bits: what merging is to
 be compared with at equal bits.
 
 Source: Cai et al. 2024, "Matryoshka Multimodal Models", section 3 (arXiv:2405.17430).
 
-Differs: blocks of any legal K cover the grid without overlap, where the authors' average pooling
-leaves out cells of a grid that does not divide and leaves 256 cells as they are for 144 tokens.
+Differs: tokens may go through transformer blocks after they are pooled; blocks of any legal K
+cover the grid without overlap, where the authors' average pooling leaves out cells of a grid that
+does not divide and leaves 256 cells as they are for 144 tokens.
 
 Shape letters: B batch, K kept tokens, L grid tokens, C channels.
 """
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mergevq.config import parts as settings
 from mergevq.data.layouts import Source, blocks, merge
-from mergevq.nn.blocks import EncoderBlock, run_blocks
+from mergevq.nn.blocks import EncoderBlock
+from mergevq.tokenizer.reducers.stages import Reduction, Stages
 from mergevq.tokenizer.seams import TokenSet
 
 
 class Pool(nn.Module):
-    """Blocks of attention, and a mean over each block of cells after the last one."""
+    """Blocks of attention, of which the first see all cells and the others means over blocks."""
 
     def __init__(self, config: settings.Pool, dim: int) -> None:
         """Make the blocks; the encoder initialises them after its projection."""
         super().__init__()
         self.config = config
+        self.num_grid_layers = config.num_grid_layers
+        if self.num_grid_layers is None:
+            self.num_grid_layers = config.num_layers
         self.blocks = nn.ModuleList(
             EncoderBlock(dim, config.num_heads, config.layer_scale, config.norm_eps)
             for _ in range(config.num_layers)
@@ -44,16 +48,15 @@ class Pool(nn.Module):
         num_layers: int | None = None,
         taps: tuple[int, ...] = (),
     ) -> TokenSet:
-        """Run the first `num_layers` blocks (None: all); all of them end in `num_kept` means."""
+        """Run the first `num_layers` blocks (None: all); cells are averaged behind the grid's."""
         recompute = self.checkpointing and self.training
-        x = torch.cat([class_token, grid], dim=1)
-        outputs = dict.fromkeys(taps, x)
-        x = run_blocks(self.blocks, x, num_layers, recompute=recompute, outputs=outputs)
-        is_last = num_layers is None or num_layers == len(self.blocks)
-        layout = self.implied(grid_shape, num_kept if is_last else grid.shape[1], len(x))
-        layout = layout.to(x.device)
-        means = tuple(merge(outputs[tap][:, 1:], layout) for tap in taps)
-        return TokenSet(merge(x[:, 1:], layout), x[:, 0], layout, means)
+
+        def means(cells: Float[Tensor, "b l c"], num_kept: int) -> tuple[Source, Reduction]:
+            layout = self.implied(grid_shape, num_kept, len(cells)).to(cells.device)
+            return layout, lambda cells: merge(cells, layout)
+
+        stages = Stages(self.blocks, self.num_grid_layers, num_layers, recompute)
+        return stages.run(grid, class_token, num_kept, means, taps)
 
     def implied(self, grid_shape: tuple[int, int], num_kept: int, num_images: int) -> Source:
         """The map of a grid cut into `num_kept` blocks, for each of the images.

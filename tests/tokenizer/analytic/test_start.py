@@ -1,8 +1,11 @@
 """A tokenizer that starts from components is the analytic tokenizer, bit for bit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from mergevq.config.parts import DivPrune, Pool
 from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.data.layouts import unmerge
 from mergevq.nn.positions import from_patches, to_patches
@@ -57,8 +60,9 @@ def components() -> Components:
 
 def started(components: Components, config: TokenizerConfig = CONFIG) -> Tokenizer:
     bit_components = tuple(component for component, _ in components.bits)
+    decoder = replace(config.decoder, bit_components=bit_components)
     torch.manual_seed(0)
-    tokenizer = Tokenizer(changed(config, bit_components=bit_components)).eval()
+    tokenizer = Tokenizer(replace(config, decoder=decoder)).eval()
     start_from_components(tokenizer.encoder, components)
     start_decoder_from_components(tokenizer.decoder, components)
     return tokenizer
@@ -92,6 +96,21 @@ def test_the_codes_are_those_of_the_mean_patches_of_its_groups(components, num_k
     image = photographs(16, 1)
     with torch.no_grad():
         encoded = started(components).encode(image, num_kept)
+    means = group_means(to_patches(image, 4), encoded.source.index, num_kept)
+    sure = clear(components, means)
+    assert sure.float().mean() > 0.995
+    assert torch.equal(encoded.codes[sure], components.codes(means)[sure])
+
+
+@pytest.mark.parametrize("reducer", [Pool, DivPrune])
+@pytest.mark.parametrize("num_kept", [64, 24, 6])
+def test_other_reducers_whose_last_block_sees_tokens_give_codes_of_mean_patches_too(
+    components, reducer, num_kept
+):
+    image = photographs(16, 1)
+    settings = reducer(num_layers=4, num_grid_layers=3, num_heads=2, layer_scale=0.1)
+    with torch.no_grad():
+        encoded = started(components, replace(CONFIG, reducer=settings)).encode(image, num_kept)
     means = group_means(to_patches(image, 4), encoded.source.index, num_kept)
     sure = clear(components, means)
     assert sure.float().mean() > 0.995

@@ -1,6 +1,7 @@
 """Tests of `mergevq.tokenizer.reducers.pool` and of blocks of a grid."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,6 +58,27 @@ def test_a_token_is_the_mean_of_its_cells():
     torch.testing.assert_close(found.tokens, means, rtol=0, atol=1e-6)
     # The class token has seen the grid before it was pooled.
     assert found.class_token.abs().max() > 0
+
+
+def test_blocks_behind_the_means_see_means_alone():
+    torch.manual_seed(0)
+    module = Pool(replace(SMALL, num_grid_layers=1), 8)
+    grid, class_token = tokens(4, 6), torch.zeros(2, 1, 8)
+    found = module(grid, class_token, (4, 6), 6, taps=(0, 1, 2))
+    seen = module.blocks[0](torch.cat([class_token, grid], dim=1))
+    means = seen[:, 1:].reshape(2, 2, 2, 3, 2, 8).mean((2, 4)).flatten(1, 2)
+    after = module.blocks[1](torch.cat([seen[:, :1], means], dim=1))
+    torch.testing.assert_close(found.tokens, after[:, 1:], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.class_token, after[:, 0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.taps[1], means, rtol=0, atol=1e-6)
+    assert torch.equal(found.taps[2], found.tokens)
+    # A probe of an early block reads all cells.
+    assert module(grid, class_token, (4, 6), 6, num_layers=0).tokens.shape[1] == 24
+
+
+def test_more_blocks_before_the_means_than_there_are_is_an_error():
+    with pytest.raises(ValueError, match=r"num_grid_layers \(3\) must be at most .*\(2\)"):
+        replace(SMALL, num_grid_layers=3)
 
 
 def test_with_all_cells_nothing_is_pooled():
