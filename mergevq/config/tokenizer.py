@@ -13,7 +13,6 @@ from mergevq.config.parts import (
     Condition,
     Decoder,
     Expander,
-    Holistic,
     Lfq,
     Merge,
     NoCondition,
@@ -209,8 +208,7 @@ class TokenizerConfig:
     @property
     def num_holistic(self) -> int:
         """H: tokens of the whole image, before those of cells."""
-        part = self.kept_by
-        return part.num_holistic if isinstance(part, Holistic) else 0
+        return self.kept_by.num_holistic
 
     def kept_in_proportion(self, grid_shape: tuple[int, int], proportion: float) -> int:
         """K for a grid, rounded to one that the encoder gives.
@@ -223,13 +221,10 @@ class TokenizerConfig:
             proportion: K over cells, at the trained size.
         """
         part, trained = self.kept_by, self.num_tokens
-        is_listed = part.gives in {"ordered", "scales"}
-        fixed = trained * proportion if is_listed else 0
-        if isinstance(part, Holistic):
-            fixed = part.num_holistic
+        fixed = part.num_holistic if part.grows else trained * proportion
+        if fixed > 0:
             proportion = max(trained * proportion - fixed, 0) / trained
-        cells = 0 if is_listed else math.prod(grid_shape)
-        return part.nearest_kept(grid_shape, round(fixed + cells * proportion))
+        return part.nearest_kept(grid_shape, round(fixed + math.prod(grid_shape) * proportion))
 
     @property
     def kept_by(self) -> Reducer | Scales:

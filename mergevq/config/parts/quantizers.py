@@ -340,6 +340,8 @@ class Scales:
 
     gives: ClassVar[LayoutKind] = "scales"
     """Layout of the tokens, whatever the reducer leaves."""
+    grows: ClassVar[bool] = False
+    num_holistic: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         """Reject a table of one code, codes of no channel, and scales out of order."""

@@ -30,6 +30,10 @@ class Merge:
 
     gives: ClassVar[LayoutKind] = "source"
     """Layout of the tokens that are left."""
+    grows: ClassVar[bool] = True
+    """Whether a larger grid has more tokens, in proportion to its cells."""
+    num_holistic: ClassVar[int] = 0
+    """Tokens of the whole image, before those of cells."""
     ends_with_tokens: ClassVar[bool] = True
     """Whether the MLP of the last block works on kept tokens alone, so that an analytic start can
     write their codes there."""
@@ -73,6 +77,8 @@ class LearnedMerge:
     """Added to the variance in layer norms."""
 
     gives: ClassVar[LayoutKind] = "source"
+    grows: ClassVar[bool] = True
+    num_holistic: ClassVar[int] = 0
     ends_with_tokens: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -110,6 +116,8 @@ class Pool:
     """Added to the variance in layer norms."""
 
     gives: ClassVar[LayoutKind] = "source"
+    grows: ClassVar[bool] = True
+    num_holistic: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         """Reject counts and constants that cannot be."""
@@ -188,6 +196,8 @@ class DivPrune:
     """Added to the variance in layer norms."""
 
     gives: ClassVar[LayoutKind] = "source"
+    grows: ClassVar[bool] = True
+    num_holistic: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         """Reject counts and constants that cannot be."""
@@ -229,6 +239,8 @@ class Select:
     """Added to the variance in layer norms."""
 
     gives: ClassVar[LayoutKind] = "source"
+    grows: ClassVar[bool] = True
+    num_holistic: ClassVar[int] = 0
     ends_with_tokens: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -270,6 +282,8 @@ class Queries:
     """Added to the variance in layer norms."""
 
     gives: ClassVar[LayoutKind] = "ordered"
+    grows: ClassVar[bool] = False
+    num_holistic: ClassVar[int] = 0
     ends_with_tokens: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -320,6 +334,7 @@ class Holistic:
     """Added to the variance in layer norms."""
 
     gives: ClassVar[LayoutKind] = "holistic"
+    grows: ClassVar[bool] = True
     ends_with_tokens: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
