@@ -159,9 +159,10 @@ def compare(  # noqa: PLR0913 - each is an option
 ) -> None:
     """Train tokenizers alike, each with several seeds, and measure all on the same held-out images.
 
-    Writes OUT/compare.json with every number of every seed, compare.md (the table), pictures.png
-    and rate_distortion.png (PSNR over total bits, all arms and yardsticks in one plot). Runs are in
-    OUT/ARM/SEED: what is finished there is not trained again, and what was stopped goes on.
+    Writes OUT/compare.json with every number of every seed, compare.md (the table), pictures.png,
+    maps.png (which cells share a token, of arms with source maps) and rate_distortion.png (PSNR
+    over total bits, all arms and yardsticks in one plot). Runs are in OUT/ARM/SEED: what is
+    finished there is not trained again, and what was stopped goes on.
 
     Yardsticks take no training by gradients: mean image, class mean, nearest training image,
     principal components of whole images with scalar quantizers, and `components`.
@@ -185,7 +186,7 @@ def compare(  # noqa: PLR0913 - each is an option
             without. Only the Inception-2015 file gives a distance called FID.
         max_images: only so many held-out images, evenly spaced.
         yardstick_images: training images that yardsticks are made of; 0 leaves yardsticks out.
-        show: held-out images in pictures.png; 0 for none.
+        show: held-out images in pictures.png and maps.png; 0 for none.
     """
     contest = ContestSettings(
         arms=tuple(_arm(text, settings) for text in arms),

@@ -28,10 +28,11 @@ from mergevq.config.contest import (
 )
 from mergevq.config.training import TokenizerRun
 from mergevq.data.batches import open_train_val
+from mergevq.data.layouts import Source
 from mergevq.metrics.extractor import FeatureExtractor
 from mergevq.metrics.lpips import load_perceptual
 from mergevq.metrics.yardsticks import TrainingImages
-from mergevq.report.pictures import contact_sheet, to_pil
+from mergevq.report.pictures import contact_sheet, merge_map, to_pil
 from mergevq.report.plots import Panel, has_plots, line_plot
 from mergevq.runtime.artefacts import model_hash
 from mergevq.runtime.device import deterministic, resolve_device
@@ -54,7 +55,8 @@ from mergevq.training.train import finish
 
 logger = logging.getLogger("mergevq")
 
-RECORD, TABLE, PLOT, PICTURES = "compare.json", "compare.md", "rate_distortion.png", "pictures.png"
+RECORD, TABLE, PLOT = "compare.json", "compare.md", "rate_distortion.png"
+PICTURES, MAPS = "pictures.png", "maps.png"
 
 
 def compare(settings: ContestSettings) -> ContestRecord:
@@ -109,7 +111,8 @@ def compare(settings: ContestSettings) -> ContestRecord:
     if plotting:
         _plot(arms, yardsticks).save(out / PLOT)
     if settings.num_shown:
-        _pictures(settings, asked, held_out).save(out / PICTURES)
+        for name, sheet in _pictures(settings, asked, held_out).items():
+            sheet.save(out / name)
     return record
 
 
@@ -255,16 +258,32 @@ def _plot(arms: Sequence[ArmRecord], yardsticks: Sequence[YardstickRecord]) -> I
 @torch.no_grad()
 def _pictures(
     settings: ContestSettings, asked: dict[str, Points], held_out: HeldOut
-) -> Image.Image:
-    """Some held-out images, and what each arm with the first seed makes of them."""
+) -> dict[str, Image.Image]:
+    """Some held-out images as each arm with the first seed has them, by name of the picture.
+
+    Decoded from given layouts, and the source maps of the arms that have any.
+    """
     count = min(settings.num_shown, len(held_out.pixels))
     chosen = [i * len(held_out.pixels) // count for i in range(count)]
     image = held_out.pixels[chosen].float() / 127.5 - 1
-    columns, titles = [image], ["original"]
+    originals = [to_pil(each) for each in image]
+    sheets = {PICTURES: [originals], MAPS: [originals]}
+    titles = {name: ["original"] for name in sheets}
     for arm in settings.arms:
         for num_kept in list(asked[arm.name].num_kept.values())[:1]:
             tokenizer = _load(settings.run_of(arm, settings.seeds[0]), held_out.device)
-            decoded = tokenizer.reconstruct(image.to(held_out.device), num_kept).image
-            columns.append(decoded.float().clamp(-1, 1).cpu())
-            titles.append(f"{arm.name}\nK = {num_kept}")
-    return contact_sheet([[to_pil(column[i]) for column in columns] for i in range(count)], titles)
+            made = tokenizer.reconstruct(image.to(held_out.device), num_kept)
+            columns = {PICTURES: [to_pil(each) for each in made.image.float().clamp(-1, 1)]}
+            if isinstance(made.layout, Source):
+                columns[MAPS] = [
+                    merge_map(each, index, made.encoded.grid_shape)
+                    for each, index in zip(image, made.layout.index.cpu(), strict=True)
+                ]
+            for name, column in columns.items():
+                sheets[name].append(column)
+                titles[name].append(f"{arm.name}\nK = {num_kept}")
+    return {
+        name: contact_sheet([list(row) for row in zip(*columns, strict=True)], titles[name])
+        for name, columns in sheets.items()
+        if len(columns) > 1
+    }

@@ -99,9 +99,10 @@ def test_the_record_says_what_the_numbers_are_of(done):
 def test_table_plot_and_pictures_are_written(done):
     _, _, folder = done
     assert "## 400 bits" in (folder / "out" / "compare.md").read_text("utf-8")
-    with Image.open(folder / "out" / "pictures.png") as sheet:
-        assert sheet.width > 3 * 128
-        assert sheet.height > 2 * 128
+    for name in ("pictures.png", "maps.png"):
+        with Image.open(folder / "out" / name) as sheet:
+            assert sheet.width > 3 * 128
+            assert sheet.height > 2 * 128
     assert (folder / "out" / "rate_distortion.png").is_file() == has_plots("the plot")
 
 
