@@ -81,6 +81,7 @@ RANGES = {
     "num_full_layers": Range(0, 2**12),
     "num_heads": _HEADS,
     "layer_scale": Range(0, 1000),
+    "locality": Range(0, 1000),
     "norm_eps": _EPS,
     "num_kept": _TOKENS,
     "Quality.psnr": Range(0, 200, above=True),

@@ -67,7 +67,8 @@ class AnalyticBaseline:
             values = []
             for part in image.split(_BATCH_SIZE):
                 codes, source = encode_analytic(
-                    components, part, count, reducer.num_layers, reducer.shape
+                    *(components, part, count, reducer.num_layers, reducer.shape),
+                    reducer.locality,
                 )
                 patches = unmerge(components.decode(codes), source)
                 values.append(psnr(part, from_patches(patches, patch_size, grid_shape)))

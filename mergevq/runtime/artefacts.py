@@ -177,6 +177,10 @@ def tokens_hash(directory: str | Path) -> str:
         digest = old_tokens_identity(record["kind"], record["config"])
     else:
         settings = {name: record["config"].get(name) for name in _TOKENS}
+        # Reducers from before it could be another merge anywhere.
+        settings["reducer"] = {
+            n: v for n, v in settings["reducer"].items() if (n, v) != ("locality", 0.0)
+        }
         branches = record["config"].get("branches", _ONE_BRANCH)
         if branches != _ONE_BRANCH:
             settings["branches"] = {n: v for n, v in branches.items() if n != "decodes"}

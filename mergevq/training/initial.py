@@ -38,6 +38,7 @@ _FREE_OF_TOKENIZERS = (
     "num_kept",
     "kept_range",
     "reducer.layer_scale",
+    "reducer.locality",
     "branches.gains",
     "condition.dropout",
     "condition.num_bytes",

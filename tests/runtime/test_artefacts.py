@@ -314,7 +314,14 @@ def test_the_hash_of_tokens_follows_the_encoder_and_nothing_else(tmp_path):
     assert len({saved(ordered), *told.values()}) == 3
     others = {saved(encoder_a=1.0), saved(quantizer_b=1.0), saved(encoder_a=2.0)}
     others |= {saved(changed(SMALL, merge_shape="square")), saved(changed(SMALL, num_bits=7))}
-    assert len(others | {first}) == 6
+    others.add(saved(replace(SMALL, reducer=replace(SMALL.reducer, locality=0.1))))
+    assert len(others | {first}) == 7
+    # As from before there was the setting.
+    record = json.loads((tmp_path / "model" / "config.json").read_text("utf-8"))
+    reducer = {n: v for n, v in record["config"]["reducer"].items() if n != "locality"}
+    assert saved() == first
+    change_record(tmp_path / "model", config=record["config"] | {"reducer": reducer})
+    assert tokens_hash(tmp_path / "model") == first
 
 
 def test_a_tokenizer_with_the_encoder_of_another_can_keep_the_hash_of_its_tokens(tmp_path):

@@ -27,6 +27,9 @@ class Merge:
     """Added to the variance in layer norms; the authors' code has 1e-5."""
     shape: MergeShape = "linear"
     """How merging is spread over blocks: `linear` is the authors' code, `square` the paper's."""
+    locality: float = 0.0
+    """Cosine that two tokens lose for each side of the grid (the longer one) between their centres:
+    above 0 near tokens merge first, and source maps take fewer bits as written. 0 is the paper."""
 
     gives: ClassVar[LayoutKind] = "source"
     """Layout of the tokens that are left."""

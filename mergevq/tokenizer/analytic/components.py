@@ -23,6 +23,7 @@ from mergevq.data.layouts import Source, canonicalize
 from mergevq.nn.positions import to_patches
 from mergevq.nn.rows import take_rows
 from mergevq.tokenizer.reducers.matching import match, merge_schedule, merge_step
+from mergevq.tokenizer.reducers.merge import nearness
 
 KEY_OFFSET = 1.5
 """A constant beside the components that merging compares: dark and bright patches of one hue are
@@ -192,6 +193,7 @@ def encode_analytic(
     num_kept: int,
     num_layers: int,
     merge_shape: MergeShape = "linear",
+    locality: float = 0.0,
 ) -> AnalyticTokens:
     """Merge patches by their leading components, then take the codes of the mean patches.
 
@@ -201,14 +203,18 @@ def encode_analytic(
         num_kept: K.
         num_layers: merging steps.
         merge_shape: how merging is spread over them.
+        locality: cosine that tokens lose for each side of the grid between them.
     """
     tokens = to_patches(image, components.patch_size)
     batch, num_tokens, _ = tokens.shape
     sizes = tokens.new_ones(batch, num_tokens)
     index = torch.arange(num_tokens, device=tokens.device).expand(batch, -1)
+    height, width = image.shape[2] // components.patch_size, image.shape[3] // components.patch_size
+    near = nearness(locality, (height, width))
     for count in merge_schedule(num_tokens, num_kept, num_layers, merge_shape):
         if count:
-            destination = match(components.keys(tokens), count)
+            places = None if near is None else near.places(index, tokens.shape[1])
+            destination = match(components.keys(tokens), count, places)
             tokens, sizes = merge_step(tokens, sizes, destination, tokens.shape[1] - count)
             index = destination.gather(1, index)
     source, order = canonicalize(Source(index, num_kept))

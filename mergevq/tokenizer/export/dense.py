@@ -20,17 +20,24 @@ from torch import Tensor
 from torch._higher_order_ops.scan import scan
 from torch.nn import functional
 
+from mergevq.tokenizer.reducers.matching import distance
 
-def match(keys: Float[Tensor, "b n d"], num_merged: int) -> Int64[Tensor, "b n"]:
+
+def match(
+    keys: Float[Tensor, "b n d"], num_merged: int, places: Float[Tensor, "b n 2"] | None = None
+) -> Int64[Tensor, "b n"]:
     """Destination of each token; see `reducers.matching.match`.
 
     Args:
         keys: what tokens are compared by.
         num_merged: tokens to remove, from 0 to N // 2.
+        places: whose distance counts against the cosine; None counts keys alone.
     """
     num_tokens = keys.shape[1]
     unit = functional.normalize(keys.float(), dim=-1)
     similarity = unit[:, 1::2] @ unit[:, ::2].mT
+    if places is not None:
+        similarity = similarity - distance(places)
     best = similarity.amax(-1)
     places = torch.arange(num_tokens // 2, device=keys.device)
     # The rank in a stable descending order: candidates that are more similar, or equal and before.
@@ -44,6 +51,15 @@ def match(keys: Float[Tensor, "b n d"], num_merged: int) -> Int64[Tensor, "b n"]
     destinations = destinations.expand(keys.shape[0], -1)
     candidates = functional.pad(candidates, (0, num_tokens % 2))
     return torch.stack([destinations, candidates], -1).flatten(1)[:, :num_tokens]
+
+
+def centres(index: Int64[Tensor, "b l"], num_tokens: int, width: int) -> Float[Tensor, "b n 2"]:
+    """Mean row and column of the cells of each token; see `reducers.matching.centres`."""
+    cells = torch.arange(index.shape[1], device=index.device)
+    inside = torch.stack([cells // width, cells % width, torch.ones_like(cells)], dim=-1).float()
+    rows = torch.arange(num_tokens, device=index.device)[:, None]
+    sums = (index[:, None, :] == rows).float() @ inside
+    return sums[..., :2] / sums[..., 2:]
 
 
 def merge_step(

@@ -17,7 +17,7 @@ from mergevq.tokenizer.encoder import Embedded, Encoder
 from mergevq.tokenizer.expanders.unmerge import Unmerge
 from mergevq.tokenizer.export import dense
 from mergevq.tokenizer.reducers.matching import merge_schedule
-from mergevq.tokenizer.reducers.merge import Merge, MergeBlock
+from mergevq.tokenizer.reducers.merge import Merge, MergeBlock, Nearness, nearness
 from mergevq.tokenizer.seams import TokenSet
 from mergevq.tokenizer.tokenizer import Tokenizer
 
@@ -158,11 +158,12 @@ def _merged(
     index = torch.arange(num_tokens, device=grid.device).expand(batch, -1)
     sizes: Tensor | None = None
     counts = merge_schedule(num_tokens, num_kept, len(reducer.blocks), reducer.shape)
+    near = nearness(reducer.locality, embedded.grid_shape)
     taps = encoder.config.branches.taps
     tapped = dict.fromkeys(taps, grid)
     for number, (block, count) in enumerate(zip(reducer.blocks, counts, strict=True), 1):
         if isinstance(block, MergeBlock):
-            x, index, sizes = _run(block, x, index, sizes, count)
+            x, index, sizes = _run(block, x, index, sizes, count, near)
         if number in tapped:
             tapped[number] = dense.copied(x[:, 1:], index)
     index, rank = dense.canonicalize(index, num_kept)
@@ -178,12 +179,16 @@ def _run(
     index: Int64[Tensor, "b l"],
     sizes: Float[Tensor, "b n"] | None,
     num_merged: int,
+    near: Nearness | None,
 ) -> tuple[Float[Tensor, "b m c"], Int64[Tensor, "b l"], Float[Tensor, "b m"] | None]:
     """One block; arguments and results are those of `MergeBlock.forward`."""
     attended = block.attn(block.norm1(x), sizes)
     x = x + block.ls1(attended.tokens)
     if num_merged > 0:
-        destination = dense.match(attended.keys[:, 1:], num_merged)
+        places = None
+        if near is not None:
+            places = near.per_cell * dense.centres(index, x.shape[1] - 1, near.width)
+        destination = dense.match(attended.keys[:, 1:], num_merged, places)
         groups = torch.nn.functional.pad(destination + 1, (1, 0))
         sizes = torch.ones_like(x[..., 0]) if sizes is None else sizes
         x, sizes = dense.merge_step(x, sizes, groups, x.shape[1] - num_merged)

@@ -5,7 +5,8 @@ Li et al. 2025, "MergeVQ", section 3.2 and appendix A.1 (arXiv:2504.00999).
 
 Differs: the paper's source matrix is never built, an index per grid token does its work in O(L);
 kept tokens leave in canonical order (by the lowest raster cell of their group), not in the order
-the matching happens to produce; K is any integer, not only a square.
+the matching happens to produce; K is any integer, not only a square; distance may count against
+similarity, so that near tokens merge first.
 
 Shape letters: B batch, L grid tokens, N tokens at some layer, K kept tokens, C channels, D channels
 of a key.
@@ -30,7 +31,9 @@ _LINEAR_INFLECTION = 0.5
 
 
 @torch.no_grad()
-def match(keys: Float[Tensor, "b n d"], num_merged: int) -> Int64[Tensor, "b n"]:
+def match(
+    keys: Float[Tensor, "b n d"], num_merged: int, places: Float[Tensor, "b n 2"] | None = None
+) -> Int64[Tensor, "b n"]:
     """Bipartite soft matching: where each of N tokens goes among the N - num_merged that remain.
 
     Tokens at even positions are destinations, those at odd positions candidates; the `num_merged`
@@ -40,6 +43,7 @@ def match(keys: Float[Tensor, "b n d"], num_merged: int) -> Int64[Tensor, "b n"]
     Args:
         keys: what tokens are compared by; the paper takes attention keys averaged over heads.
         num_merged: tokens to remove, from 0 to N // 2; equal similarities go to the first.
+        places: of tokens, whose distance counts against the cosine; None counts keys alone.
 
     Raises:
         ValueError: more tokens are to be merged than there are candidates.
@@ -51,6 +55,8 @@ def match(keys: Float[Tensor, "b n d"], num_merged: int) -> Int64[Tensor, "b n"]
             "spread the merging over more layers"
         )
     similarity = _similarity(keys)
+    if places is not None:
+        similarity = similarity - distance(places)
     # The place of a maximum takes far longer to find than the maximum: for those that join only.
     ranked = similarity.amax(-1).argsort(dim=-1, descending=True, stable=True)
     joins = ranked[:, :num_merged]
@@ -79,6 +85,28 @@ def _similarity(keys: Float[Tensor, "b n d"]) -> Float[Tensor, "b c e"]:
     with without_autocast(keys):
         unit = torch.nn.functional.normalize(keys.float(), dim=-1)
         return unit[:, 1::2] @ unit[:, ::2].mT
+
+
+def distance(places: Float[Tensor, "b n 2"]) -> Float[Tensor, "b c e"]:
+    """Distance of each candidate, at odd positions, from each destination, at even ones."""
+    return (places[:, 1::2, None] - places[:, None, ::2]).square().sum(-1).sqrt()
+
+
+@torch.no_grad()
+def centres(index: Int64[Tensor, "b l"], num_tokens: int, width: int) -> Float[Tensor, "b n 2"]:
+    """Mean row and column of the cells of each token; of whole numbers, so that sums are exact.
+
+    Args:
+        index: token of each grid cell; none is without cells.
+        num_tokens: N.
+        width: cells in a row of the grid.
+    """
+    batch, num_cells = index.shape
+    cells = torch.arange(num_cells, device=index.device)
+    inside = torch.stack([cells // width, cells % width, torch.ones_like(cells)], dim=-1).float()
+    sums = inside.new_zeros(batch, num_tokens, 3)
+    sums = sums.scatter_add(1, index[..., None].expand(-1, -1, 3), inside.expand(batch, -1, -1))
+    return sums[..., :2] / sums[..., 2:]
 
 
 class Merged(NamedTuple):

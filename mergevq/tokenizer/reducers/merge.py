@@ -6,7 +6,8 @@ Li et al. 2025, "MergeVQ", section 3.2 and appendix A (arXiv:2504.00999).
 Shape letters: B batch, N tokens, K kept tokens, L grid tokens, C channels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -20,8 +21,26 @@ from mergevq.data.layouts import Source, canonicalize, merge
 from mergevq.nn.blocks import NORM_EPS, Attention, LayerScale, Mlp
 from mergevq.nn.norm import LayerNorm
 from mergevq.nn.rows import take_rows
-from mergevq.tokenizer.reducers.matching import match, merge_schedule, merge_step
+from mergevq.tokenizer.reducers.matching import centres, match, merge_schedule, merge_step
 from mergevq.tokenizer.seams import TokenSet
+
+
+class Nearness(NamedTuple):
+    """Preference for tokens that are near to each other."""
+
+    per_cell: float
+    """Cosine that two tokens lose for each cell between their centres."""
+    width: int
+    """Cells in a row of the grid."""
+
+    def places(self, index: Int64[Tensor, "b l"], num_tokens: int) -> Float[Tensor, "b n 2"]:
+        """Centres of tokens, in units in which distance is taken from a cosine."""
+        return self.per_cell * centres(index, num_tokens, self.width)
+
+
+def nearness(locality: float, grid_shape: tuple[int, int]) -> Nearness | None:
+    """Preference of reducer `merge` on a grid of (height, width) cells; None where it has none."""
+    return Nearness(locality / max(grid_shape), grid_shape[1]) if locality > 0 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +51,8 @@ class MergeState:
     """Present token of each grid cell, not counting the class token."""
     sizes: Float[Tensor, "b n"] | None
     """Grid cells per token, class token first; None while nothing has been merged."""
+    near: Nearness | None = None
+    """Whether near tokens merge first; None is no."""
 
 
 class MergeBlock(nn.Module):
@@ -73,6 +94,7 @@ class Merge(nn.Module):
         """Make the blocks; the encoder initialises them after its projection."""
         super().__init__()
         self.shape: MergeShape = config.shape
+        self.locality = config.locality
         self.blocks = nn.ModuleList(
             MergeBlock(dim, config.num_heads, config.layer_scale, config.norm_eps)
             for _ in range(config.num_layers)
@@ -83,7 +105,7 @@ class Merge(nn.Module):
         self,
         grid: Float[Tensor, "b l c"],
         class_token: Float[Tensor, "b 1 c"],
-        grid_shape: tuple[int, int],  # noqa: ARG002 - merging compares tokens, not places
+        grid_shape: tuple[int, int],
         num_kept: int,
         *,
         num_layers: int | None = None,
@@ -93,7 +115,7 @@ class Merge(nn.Module):
         batch, num_tokens, _ = grid.shape
         x = torch.cat([class_token, grid], dim=1)
         cells = torch.arange(num_tokens, device=grid.device).expand(batch, -1)
-        state = MergeState(index=cells, sizes=None)
+        state = MergeState(index=cells, sizes=None, near=nearness(self.locality, grid_shape))
         tapped = dict.fromkeys(taps, (x, state))
         counts = merge_schedule(num_tokens, num_kept, len(self.blocks), self.shape)
         blocks = list(zip(self.blocks, counts, strict=True))[:num_layers]
@@ -126,9 +148,10 @@ def _merge_all_but_first(
 ) -> tuple[Float[Tensor, "b m c"], MergeState]:
     """One merging step on the tokens behind the class token."""
     sizes = x.new_ones(x.shape[:2], dtype=torch.float32) if state.sizes is None else state.sizes
-    destination = match(keys[:, 1:], num_merged)
+    places = None if state.near is None else state.near.places(state.index, x.shape[1] - 1)
+    destination = match(keys[:, 1:], num_merged, places)
     # With the class token alone in the first group nothing has to be cut off and put back.
     groups = functional.pad(destination + 1, (1, 0))
     merged = merge_step(x, sizes, groups, x.shape[1] - num_merged)
     index = destination.gather(1, state.index)
-    return merged.tokens, MergeState(index=index, sizes=merged.sizes)
+    return merged.tokens, replace(state, index=index, sizes=merged.sizes)

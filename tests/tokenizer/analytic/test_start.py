@@ -117,13 +117,16 @@ def test_other_reducers_whose_last_block_sees_tokens_give_codes_of_mean_patches_
     assert torch.equal(encoded.codes[sure], components.codes(means)[sure])
 
 
-@pytest.mark.parametrize("merge_shape", ["linear", "square"])
-def test_the_groups_are_those_of_merging_patches(components, merge_shape):
+@pytest.mark.parametrize(
+    ("merge_shape", "locality"), [("linear", 0.0), ("square", 0.0), ("linear", 1.0)]
+)
+def test_the_groups_are_those_of_merging_patches(components, merge_shape, locality):
     image = photographs(16, 1)
     config = changed(CONFIG, merge_shape=merge_shape)
+    config = replace(config, reducer=replace(config.reducer, locality=locality))
     with torch.no_grad():
         encoded = started(components, config).encode(image, 24)
-    analytic = encode_analytic(components, image, 24, 4, merge_shape)
+    analytic = encode_analytic(components, image, 24, 4, merge_shape, locality)
     same = (encoded.source.index == analytic.source.index).all(-1)
     # A tie that falls to the other side regroups its image.
     assert same.sum() >= 14

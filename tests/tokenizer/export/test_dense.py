@@ -7,6 +7,7 @@ from mergevq.data.layouts import Source, canonicalize
 from mergevq.nn.rows import take_rows
 from mergevq.tokenizer.expanders.unmerge import most_likely_source
 from mergevq.tokenizer.export import dense
+from mergevq.tokenizer.reducers import matching
 from mergevq.tokenizer.reducers.matching import match, merge_step
 
 
@@ -16,6 +17,18 @@ def test_matching_is_the_librarys(num_tokens, num_merged, batch, generator):
     keys = torch.randn(batch, num_tokens, 4, generator=generator)
     keys[0] = keys[0].round()  # With similarities that are equal.
     assert torch.equal(dense.match(keys, num_merged), match(keys, num_merged))
+
+
+@pytest.mark.parametrize("num_tokens", [12, 7])
+def test_matching_of_near_tokens_is_the_librarys(num_tokens, generator):
+    keys = torch.randn(3, num_tokens, 4, generator=generator)
+    cells = torch.arange(24).expand(3, -1)
+    index = canonicalize(Source(cells % num_tokens, num_tokens)).source.index
+    places = 0.1 * matching.centres(index, num_tokens, 6)
+    assert torch.equal(places, 0.1 * dense.centres(index, num_tokens, 6))
+    wanted = match(keys, 3, places)
+    assert torch.equal(dense.match(keys, 3, places), wanted)
+    assert not torch.equal(wanted, match(keys, 3))
 
 
 def test_equal_similarities_go_to_the_first():

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -69,9 +70,9 @@ def images(model, batch):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("num_kept", [4, 7, 16])
-def test_modules_of_graphs_are_the_librarys_calls(batch, num_kept):
-    model = tiny()
+@pytest.mark.parametrize(("num_kept", "locality"), [(4, 0.0), (7, 0.0), (16, 0.0), (7, 0.5)])
+def test_modules_of_graphs_are_the_librarys_calls(batch, num_kept, locality):
+    model = random(replace(TINY, reducer=replace(TINY.reducer, locality=locality)))
     graphs = {graph.name: graph for graph in tokenizer_graphs(model, (num_kept,))}
     image = images(model, batch)
     encoded = model.encode(image, num_kept)

@@ -6,7 +6,13 @@ import math
 import pytest
 import torch
 
-from mergevq.tokenizer.reducers.matching import match, merge_schedule, merge_step
+from mergevq.tokenizer.reducers.matching import (
+    centres,
+    distance,
+    match,
+    merge_schedule,
+    merge_step,
+)
 from tests.support import reference
 
 # (L, K): tokens merged by each of twelve layers of the authors' encoder.
@@ -133,6 +139,25 @@ def test_matching_follows_the_plain_definition(num_tokens):
     for num_merged in {0, 1, num_tokens // 3, num_tokens // 2}:
         step = reference.step_matrix(reference.matching(keys, num_merged))
         assert match(keys[None], num_merged)[0].tolist() == step.argmax(0).tolist()
+
+
+def test_distance_counts_against_similarity():
+    # All keys are equal. Candidate 1 is 3 from destination 0 and 5 from 2; candidate 3 is 1 from 2.
+    places = torch.tensor([[0, 0], [0, 3], [4, 0], [3, 0.0]])[None]
+    torch.testing.assert_close(distance(places)[0], torch.tensor([[3, 5], [3, 1.0]]))
+    assert match(torch.ones(1, 4, 2), 1, places).tolist() == [[1, 0, 2, 2]]
+    assert match(torch.ones(1, 4, 2), 2, places).tolist() == [[0, 0, 1, 1]]
+    # So far away that no place counts, keys decide.
+    keys = torch.tensor([[1, 0], [0, 1], [0, 1], [1, 0.0]])[None]
+    assert match(keys, 2, 1e-3 * places).tolist() == [[0, 1, 1, 0]]
+
+
+def test_the_centre_of_a_token_is_the_mean_of_its_cells():
+    # 0 0 1
+    # 2 0 1
+    index = torch.tensor([[0, 0, 1, 2, 0, 1]])
+    found = centres(index, 3, 3)[0]
+    torch.testing.assert_close(found, torch.tensor([[1 / 3, 2 / 3], [0.5, 2], [1, 0]]))
 
 
 def test_a_batch_is_matched_as_each_image_alone():

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from mergevq.tokenizer.reducers.merge import MergeBlock, MergeState
+from mergevq.config.parts import Merge as Settings
+from mergevq.tokenizer.reducers.matching import centres
+from mergevq.tokenizer.reducers.merge import Merge, MergeBlock, MergeState, nearness
 from tests.support import reference
 from tests.support.layers import randomized, unmerged
 
@@ -71,6 +73,45 @@ def test_a_second_block_attends_in_proportion_to_sizes():
     expected = hidden + block.ls2.gamma * block.mlp(block.norm2(hidden))
     torch.testing.assert_close(block(x, sized, 0)[0], expected)
     assert not torch.allclose(block(x, state, 0)[0], expected)
+
+
+# ------------------------------------------------------------------------------------ locality
+
+
+def merged(locality, num_kept=6, shape=(4, 6)):
+    torch.manual_seed(0)
+    reducer = Merge(Settings(num_layers=3, num_heads=2, layer_scale=0.1, locality=locality), 8)
+    grid = torch.randn(4, 24, 8, generator=torch.Generator().manual_seed(1))
+    return reducer(grid, torch.zeros(4, 1, 8), shape, num_kept)
+
+
+def spread(found, width):
+    """Mean squared distance of cells from the centre of their token."""
+    index = found.layout.index
+    middle = centres(index, found.layout.num_kept, width)
+    rows = torch.arange(index.shape[1])
+    cells = torch.stack([rows // width, rows % width], -1).expand(len(index), -1, -1)
+    own = middle.gather(1, index[..., None].expand(-1, -1, 2))
+    return (cells - own).square().sum(-1).mean()
+
+
+def test_without_locality_places_do_not_count():
+    assert torch.equal(merged(0.0).layout.index, merged(0.0, shape=(6, 4)).layout.index)
+    assert not torch.equal(merged(5.0).layout.index, merged(5.0, shape=(6, 4)).layout.index)
+
+
+def test_the_more_local_the_nearer_are_the_cells_of_a_token():
+    spreads = [spread(merged(locality), 6) for locality in (0.0, 1.0, 100.0)]
+    assert spreads[0] > spreads[1] > spreads[2]
+    assert spreads[0] > 1.3 * spreads[2]
+
+
+def test_a_side_of_the_grid_costs_the_locality():
+    near = nearness(0.5, (4, 8))
+    places = near.places(torch.arange(32)[None], 32)
+    corners = places[0, [0, 7]]
+    torch.testing.assert_close((corners[1] - corners[0]).norm(), torch.tensor(0.5 * 7 / 8))
+    assert nearness(0.0, (4, 8)) is None
 
 
 # ----------------------------------------------------------------------------------- precision
