@@ -119,7 +119,6 @@ TESTED_WITH = {
     "generator/orders/raster": "generator/autoregressive",
     "generator/seams": "generator/build",
     "generator/writing": "generator/generation",
-    "nn/finite": "tokenizer/tokenizer",
     "nn/rows": "tokenizer/reducers/matching",
     "tokenizer/build": "contracts/parts",
     "tokenizer/decoders/cnn": "tokenizer/tokenizer",

@@ -14,6 +14,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from mergevq.config.parts import bits_of
+from mergevq.nn.checks import require_range
 
 _MAX_VALUES = 2**63
 """Values of a token whose index fits a signed integer of 64 bits."""
@@ -127,7 +128,7 @@ def join(parts: Int64[Tensor, "*b p"], sizes: tuple[int, ...]) -> Int64[Tensor, 
     if len(sizes) == 1:
         return parts[..., 0]
     places = list(itertools.accumulate(sizes[:-1], lambda a, b: a * b, initial=1))
-    return (parts * torch.tensor(places, device=parts.device)).sum(-1)
+    return (parts * torch.tensor(places).to(parts.device, non_blocking=True)).sum(-1)
 
 
 def split(indices: Int64[Tensor, "*b"], sizes: tuple[int, ...]) -> Int64[Tensor, "*b p"]:
@@ -176,7 +177,7 @@ def subindices_to_indices(
 ) -> Int64[Tensor, "*shape"]:
     """Inverse of `indices_to_subindices`."""
     starts = [sum(layout[:part]) for part in range(len(layout))]
-    return (subindices << torch.tensor(starts, device=subindices.device)).sum(-1)
+    return (subindices << torch.tensor(starts).to(subindices.device, non_blocking=True)).sum(-1)
 
 
 def check_range(indices: Int64[Tensor, "*shape"], num_bits: int) -> None:
@@ -186,13 +187,11 @@ def check_range(indices: Int64[Tensor, "*shape"], num_bits: int) -> None:
 
 def check_values(indices: Int64[Tensor, "*shape"], num_values: int) -> None:
     """Raise `ValueError` when an index is outside a codebook of so many entries."""
-    if indices.numel() == 0 or torch.compiler.is_compiling():
-        return
-    # Together, as each read waits for the device.
-    low, high = torch.stack(indices.aminmax()).tolist()
-    # Not `high >= num_values`: 2**63 does not fit the tensor's type.
-    if low < 0 or high > num_values - 1:
-        raise ValueError(
+    require_range(
+        indices,
+        num_values - 1,
+        lambda low, high: (
             f"indices ({low} to {high}) must be between 0 and {num_values - 1}, the "
             f"last of {num_values} codes; these are tokens of another tokenizer"
-        )
+        ),
+    )

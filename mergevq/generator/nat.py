@@ -62,6 +62,7 @@ from mergevq.generator.seams import (
 )
 from mergevq.nn.attention import attend
 from mergevq.nn.llama import Block, Projection, Recall, RmsNorm, Rotation, SwiGlu, rotate
+from mergevq.runtime.device import send
 
 _BETA = (12, 3)
 """Parameters of the mask share of ENAT."""
@@ -187,7 +188,7 @@ class Nat(nn.Module):
             num_new = (second[:, :1] * (num_visible + 1)).long()
             is_old = (places >= counts + num_new) & (second[:, 1:] < _SECOND_VIEW)
             stages = stages - is_old.long()
-        return sequences._replace(class_label=label, stages=stages.to(label.device))
+        return sequences._replace(class_label=label, stages=send(stages, label.device))
 
     def forward(self, sequences: Sequences) -> GeneratorLoss:
         """Cross-entropy of the tokens of a batch; `nll` is that of the hidden ones.

@@ -32,7 +32,9 @@ from mergevq.config.generator import (
 )
 from mergevq.data.codes import CodeSpec
 from mergevq.nn.attention import additive_mask
+from mergevq.nn.checks import require_range
 from mergevq.nn.llama import Block, Dropout, RmsNorm, Rotation, cell_positions, rotation
+from mergevq.runtime.device import send
 
 INITIAL_STD = 0.02
 """Spread of every matrix at the start but the outputs, which start at zero, as in LlamaGen."""
@@ -257,7 +259,9 @@ class Network(nn.Module):
     ) -> Int64[Tensor, "b"]:
         """Labels, with `null_class` in place of those whose uniform number is small."""
         null = torch.full_like(class_label, self.config.null_class)
-        return torch.where(numbers.to(null.device) < self.config.class_dropout, null, class_label)
+        return torch.where(
+            send(numbers, null.device) < self.config.class_dropout, null, class_label
+        )
 
     def embed_prefix(
         self, class_label: Int64[Tensor, "b"], num_kept: int
@@ -345,7 +349,7 @@ class Network(nn.Module):
         """Predictions of tokens some of whose parts are masked; see `RandomHead.masked`."""
         if not isinstance(self.head, RandomHead):
             raise TypeError(f"head ({self.config.head.kind}) must be one that masks parts")
-        numbers = uniforms.flatten(0, 1).to(states.device)
+        numbers = send(uniforms.flatten(0, 1), states.device)
         found = self.head.masked(
             states.flatten(0, 1), parts.flatten(0, 1), self.embed_part, numbers
         )
@@ -425,9 +429,8 @@ def check_range(name: str, values: Int64[Tensor, "*shape"], highest: int, meanin
     Raises:
         ValueError: one is not in [0, highest].
     """
-    if values.numel() == 0 or torch.compiler.is_compiling():
-        return
-    # Together, as each read waits for the device.
-    low, high = torch.stack(values.aminmax()).tolist()
-    if low < 0 or high > highest:
-        raise ValueError(f"{name} ({low} to {high}) must be between 0 and {highest}, {meaning}")
+    require_range(
+        values,
+        highest,
+        lambda low, high: f"{name} ({low} to {high}) must be between 0 and {highest}, {meaning}",
+    )

@@ -11,6 +11,8 @@ from mergevq.config.base import Precision, check_choice
 
 _MEMORY = Path("/proc/meminfo")
 _CONTAINER = Path("/sys/fs/cgroup")
+_FUSED = {"cpu", "cuda"}
+_STEPS_BETWEEN_READS = {"cuda": 10}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -126,6 +128,20 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def steps_between_reads(device: torch.device) -> int:
+    """Training steps after which the host reads whether they were finite.
+
+    A GPU would be waited for, and a CPU is not; on other devices torch has no optimizer that skips
+    a step by itself, so the host has to.
+    """
+    return _STEPS_BETWEEN_READS.get(device.type, 1)
+
+
+def has_fused_optimizers(device: torch.device) -> bool:
+    """Whether torch updates all weights there in one kernel, which skips a step if told to."""
+    return device.type in _FUSED
 
 
 @contextmanager

@@ -2,19 +2,25 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mergevq.config.training import OptimConfig
 from mergevq.runtime import distributed
 from mergevq.runtime.artefacts import compare_states
+from mergevq.runtime.device import has_fused_optimizers, steps_between_reads
+
+_EACH = torch.ops.aten
+"""Operators on many tensors at once, for which torch has no public names."""
+_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Whole numbers of a size in bytes."""
 
 # ------------------------------------------------------------------------------------ optimizer
 
@@ -73,13 +79,13 @@ def build_optimizer(
         ratios: learning rate of some parts over that of the rest.
     """
     groups = parameter_groups(nn.ModuleList(modules), config.weight_decay, ratios)
-    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    devices = {parameter.device for group in groups for parameter in group["params"]}
     return torch.optim.AdamW(
         groups,
         lr=peak_learning_rate(config, batch_size),
         betas=config.betas,
         # Elsewhere torch picks between its foreach kernels and a loop.
-        fused=True if devices <= {"cpu", "cuda"} else None,
+        fused=True if all(map(has_fused_optimizers, devices)) else None,
     )
 
 
@@ -181,53 +187,186 @@ def gradient_scaler(device: torch.device, dtype: torch.dtype | None) -> torch.am
     return torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 
 
-class NonFiniteGuard:
-    """Decides whether a step may be taken, the same on every rank, and gives up in the end."""
+@dataclass(kw_only=True, eq=False)
+class Verdict:
+    """The decision whether a step is taken, which the host may not have read yet.
 
-    def __init__(self, limit: int) -> None:
-        """Args: limit: steps skipped in a row after which `check` raises."""
-        self.limit = limit
-        self.num_skipped = 0
-        """Steps skipped since the run began."""
-        self.num_in_a_row = 0
-        """Steps skipped since the last one that was taken."""
+    Where it has, nothing is done in a step that is skipped. Where it has not, everything is done
+    and undone on the device, to the same bits, and nothing waits.
+    """
 
-    def check(self, step: int, terms: Mapping[str, Float[Tensor, ""]]) -> bool:
-        """Whether every term is finite on every rank; a step is to be skipped if not.
+    skip: Float[Tensor, ""]
+    """1 if the step is to be skipped and 0 if not, in float32 on the device."""
+    is_skipped: bool | None = None
+    """The decision on the host; None until the guard has read it."""
 
-        Args:
-            step: for the message.
-            terms: losses and gradient norms by name; the same names on every rank.
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the step of an optimizer, or leave weights and moments as they are.
 
         Raises:
-            RuntimeError: this was the last of `limit` steps in a row that had to be skipped.
+            ValueError: the decision is on the device, and the optimizer is not a fused one.
+        """
+        if self.is_skipped is not None:
+            if not self.is_skipped:
+                optimizer.step()
+            return
+        if not optimizer.defaults.get("fused"):
+            raise ValueError(
+                f"{type(optimizer).__name__} must be fused to skip a step on the device; make it "
+                "with fused=True, or a guard with read_every=1"
+            )
+        # As GradScaler does: fused kernels look at it themselves.
+        undone: Any = optimizer
+        undone.grad_scale, undone.found_inf = None, self.skip
+        try:
+            optimizer.step()
+        finally:
+            del undone.grad_scale, undone.found_inf
+
+    def change(self, tensors: Iterable[Tensor], change: Callable[[], object]) -> None:
+        """Call `change`, unless the step is skipped; on the device, put the tensors back.
+
+        Args:
+            tensors: everything that `change` writes to, in place.
+            change: has no other effect.
+        """
+        if self.is_skipped is not None:
+            if not self.is_skipped:
+                change()
+            return
+        changed = [distributed.own_part(tensor.detach()) for tensor in tensors]
+        before = [tensor.clone() for tensor in changed]
+        change()
+        _put_back(changed, before, self.skip)
+
+
+def _put_back(changed: Sequence[Tensor], before: Sequence[Tensor], skip: Float[Tensor, ""]) -> None:
+    """Give tensors their earlier bits where `skip` is 1, for few launches on a GPU.
+
+    Bits are whole numbers, which wrap around: now + 1 (before - now) is before, and not NaN where
+    one of both is.
+    """
+    groups: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+    for now, old in zip(changed, before, strict=True):
+        dtype = _WHOLE[now.element_size()]
+        groups.setdefault(dtype, []).append((now.view(dtype), old.view(dtype)))
+    for dtype, pairs in groups.items():
+        present = [now for now, _ in pairs]
+        back = _EACH._foreach_sub.List([old for _, old in pairs], present)
+        _EACH._foreach_mul_.Tensor(back, skip.to(dtype))
+        _EACH._foreach_add_.List(present, back)
+
+
+class _Pending(NamedTuple):
+    """A step whose verdict the host has not read."""
+
+    step: int
+    names: list[str]
+    values: Float[Tensor, "t"]
+    """Value of each term on this rank."""
+    num_ranks: Int64[Tensor, "t"]
+    """Number of ranks on which each is not finite."""
+    verdict: Verdict
+    warn: Callable[[int], None] | None
+
+
+class NonFiniteGuard:
+    """Decides whether a step may be taken, the same on every rank, and gives up in the end.
+
+    The decision is made on the device. The host reads it every `read_every` steps, and before that
+    when asked; only then it counts, warns and gives up.
+    """
+
+    def __init__(self, limit: int, *, read_every: int = 1) -> None:
+        """Start without a step.
+
+        Args:
+            limit: steps skipped in a row after which reading raises.
+            read_every: steps after which the host waits for the device.
+        """
+        self.limit = limit
+        self.read_every = read_every
+        self.num_skipped = 0
+        """Steps skipped since the run began, of those that were read."""
+        self.num_in_a_row = 0
+        """Steps skipped since the last one that was taken, of those that were read."""
+        self._pending: list[_Pending] = []
+
+    def check(
+        self,
+        step: int,
+        terms: Mapping[str, Float[Tensor, ""]],
+        warn: Callable[[int], None] | None = None,
+    ) -> Verdict:
+        """Decide: a step is taken if every term is finite on every rank.
+
+        Args:
+            step: for messages.
+            terms: losses and gradient norms by name; the same names on every rank.
+            warn: called with the step when the host reads that it was skipped.
+
+        Raises:
+            RuntimeError: as `read`.
         """
         values = torch.stack([term.detach().float() for term in terms.values()])
-        num_ranks = distributed.sum((~values.isfinite()).long()).tolist()
+        num_ranks = distributed.sum((~values.isfinite()).long())
+        verdict = Verdict(skip=num_ranks.any().float())
+        self._pending.append(_Pending(step, list(terms), values, num_ranks, verdict, warn))
+        if len(self._pending) >= self.read_every:
+            self.read()
+        return verdict
+
+    def read(self) -> None:
+        """Read all verdicts that are not read yet; waits for the device if there are any.
+
+        Raises:
+            RuntimeError: one was the last of `limit` steps in a row that had to be skipped.
+        """
+        pending, self._pending = self._pending, []
+        if not pending:
+            return
+        num_ranks = torch.cat([each.num_ranks for each in pending]).tolist()
+        for each in pending:
+            found, num_ranks = num_ranks[: len(each.names)], num_ranks[len(each.names) :]
+            self._count(each, found)
+
+    def _count(self, pending: _Pending, num_ranks: list[int]) -> None:
+        """Count a step; the RuntimeError of `read` if it is one too many."""
+        pending.verdict.is_skipped = any(num_ranks)
         if not any(num_ranks):
             self.num_in_a_row = 0
-            return True
+            return
         self.num_skipped += 1
         self.num_in_a_row += 1
         if self.num_in_a_row >= self.limit:
             found = [
                 f"{name} ({value:g} on this rank)"
-                for name, value, count in zip(terms, values.tolist(), num_ranks, strict=True)
+                for name, value, count in zip(
+                    pending.names, pending.values.tolist(), num_ranks, strict=True
+                )
                 if count
             ]
             raise RuntimeError(
-                f"{self.num_in_a_row} steps in a row were not finite, up to step {step}: "
+                f"{self.num_in_a_row} steps in a row were not finite, up to step {pending.step}: "
                 f"{', '.join(found)}; lower optim.lr, or set train.precision to float32"
             )
-        return False
+        if pending.warn is not None:
+            pending.warn(pending.step)
 
     def state_dict(self) -> dict[str, int]:
         """Both counts."""
+        self.read()
         return {"num_skipped": self.num_skipped, "num_in_a_row": self.num_in_a_row}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue counting."""
         self.num_skipped, self.num_in_a_row = state["num_skipped"], state["num_in_a_row"]
+        self._pending = []
+
+
+def guard_on(device: torch.device, limit: int) -> NonFiniteGuard:
+    """A guard of `limit` that is read as often as the device bears."""
+    return NonFiniteGuard(limit, read_every=steps_between_reads(device))
 
 
 # ------------------------------------------------------------------------------ weight averages
@@ -251,14 +390,35 @@ class Ema:
         self.module = module
         self.decay = decay
         self.num_updates = 0
+        self._open: list[Verdict] = []
+        """Verdicts on updates that may turn out not to count."""
         self.shadow = {name: t.float().clone() for name, t in self._current().items()}
 
-    def update(self) -> None:
-        """Move the average towards the present weights; once per optimizer step taken."""
+    def update(self, verdict: Verdict | None = None) -> None:
+        """Move the average towards the present weights, once per optimizer step that is taken.
+
+        Args:
+            verdict: on the step; None takes it. One that the host has not read counts as an update
+                until it has, so that the weight of the next ones stays a number of the host.
+        """
+        self._settle()
+        verdict = verdict or Verdict(skip=torch.zeros(()), is_skipped=False)
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        current = [tensor.float() for tensor in self._current().values()]
-        get_ema_multi_avg_fn(decay)(list(self.shadow.values()), current, None)
+        shadow = list(self.shadow.values())
+
+        def move() -> None:
+            current = [tensor.float() for tensor in self._current().values()]
+            get_ema_multi_avg_fn(decay)(shadow, current, None)
+
+        verdict.change(shadow, move)
         self.num_updates += 1
+        self._open.append(verdict)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Take back the count of steps that are now known to have been skipped."""
+        self.num_updates -= [verdict.is_skipped for verdict in self._open].count(True)
+        self._open = [verdict for verdict in self._open if verdict.is_skipped is None]
 
     @contextmanager
     def swap(self) -> Iterator[None]:
@@ -274,7 +434,11 @@ class Ema:
                 tensor.copy_(own[name])
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages and the number of updates; tensors share memory with this object."""
+        """The averages and the number of updates; tensors share memory with this object.
+
+        The guard of the steps is read before.
+        """
+        self._settle()
         return {"num_updates": self.num_updates, "shadow": dict(self.shadow)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -282,7 +446,7 @@ class Ema:
         compare_states(self.shadow, state["shadow"], name="the averaged weights")
         for name, tensor in self.shadow.items():
             tensor.copy_(state["shadow"][name])
-        self.num_updates = state["num_updates"]
+        self.num_updates, self._open = state["num_updates"], []
 
     def _current(self) -> dict[str, Tensor]:
         """The module's own tensors, looked up anew because buffers may have been replaced."""

@@ -73,7 +73,9 @@ def near_bits(
             a tensor, so that a compiled graph serves all of its values.
     """
     device = parts.device
-    shares = torch.tensor([ball_share(num_bits, r) for r in range(1, num_bits + 1)], device=device)
+    shares = torch.tensor([ball_share(num_bits, r) for r in range(1, num_bits + 1)]).to(
+        device, non_blocking=True
+    )
     radius = 1 + (shares[:-1] < num_near / _CODES).sum()
     # Not `shares[radius - 1]`: an index waits for its value, which breaks a compiled graph.
     drawn = uniforms[..., 0] * shares.gather(0, radius[None] - 1)
@@ -99,6 +101,6 @@ def near_level(
     is_moved = torch.arange(len(sizes), device=parts.device) == (moves // 2)[..., None]
     step = (2 * (moves % 2) - 1)[..., None]
     there = parts + step
-    last = torch.tensor(sizes, device=parts.device) - 1
+    last = torch.tensor(sizes).to(parts.device, non_blocking=True) - 1
     there = torch.where((there < 0) | (there > last), parts - step, there)
     return torch.where(is_moved, there, parts)

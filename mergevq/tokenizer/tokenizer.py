@@ -27,7 +27,7 @@ from mergevq.config.parts import per_token
 from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.data.layouts import Bits, Layout, grid_of, source_bits
 from mergevq.data.prepare import Pictures, to_batch
-from mergevq.nn.finite import require_finite
+from mergevq.nn.checks import require_finite
 from mergevq.report.publication import Facts, upload, write_publication
 from mergevq.runtime.artefacts import build_for, load_model, resolve, save_model, tokens_hash
 from mergevq.runtime.device import autocast, lay_out, resolve_precision

@@ -12,12 +12,12 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from mergevq.config.training import TrainConfig
@@ -25,7 +25,7 @@ from mergevq.report.plots import Panel, has_plots
 from mergevq.runtime import distributed
 from mergevq.runtime.checkpoints import CheckpointManager, load_state, restoring, save_state
 from mergevq.runtime.logs import MetricsLog, Progress, read_metrics
-from mergevq.runtime.optim import Budget, set_learning_rate
+from mergevq.runtime.optim import Budget, NonFiniteGuard, set_learning_rate
 from mergevq.runtime.run import RunDirectory, StopRequest, on_sigterm
 from mergevq.training.panels import Log, write_curves
 
@@ -58,8 +58,8 @@ class State(Protocol):
     """Steps and time of the run, which its schedules follow."""
 
     @property
-    def is_finite(self) -> bool:
-        """Whether the last step was taken."""
+    def guards(self) -> tuple[NonFiniteGuard, ...]:
+        """Guards of the optimizers; skipped steps of the first are counted in the log."""
         ...
 
 
@@ -148,11 +148,14 @@ def fit(
     plotting = distributed.is_main() and has_plots(directory.curves)
     speed = _Speed(task.unit, bar.done)
     state.budget.start()
+    is_new = False  # whether no finite step has gone on from the newest checkpoint yet
     with on_sigterm() as signal, contextlib.closing(bar), contextlib.closing(log):
         for batch in () if state.budget.is_used(state.step) else task.batches(state.step):
             with distributed.located(world, state.step):
                 numbers = task.step(batch)
-            manager.settle(finite=state.is_finite)
+            if is_new:
+                is_new = not _is_finite(state)
+                manager.settle(finite=not is_new)
             state.step += 1
             state.budget.update()
             bar.update(size)
@@ -160,7 +163,8 @@ def fit(
             logging_due = (state.step - 1) % loop.log_every == 0 or last
             validating = state.step % loop.eval_every == 0 or last
             if logging_due or validating:
-                values = read_numbers(numbers, world.device) | state.budget.numbers()
+                counts = _counts(state) | state.budget.numbers()
+                values = read_numbers(numbers, world.device) | counts
                 values |= speed.since(bar.done) | task.interval_numbers() if logging_due else {}
                 values |= task.validate() if validating else {}
                 log.write(state.step - 1, values, shown=_shown(task, values))
@@ -169,6 +173,7 @@ def fit(
             stopping = _agree_to_stop(signal, world, state.step)
             if state.step % loop.save_every == 0 or last or stopping:
                 _save(task, manager, directory.model)
+                is_new = True
             if plotting and (validating or stopping):
                 write_curves(directory.curves, task.panels(read_metrics(directory.metrics)))
             if stopping and not last:
@@ -210,6 +215,12 @@ def cut(batch: Columns, num_parts: int, device: torch.device) -> list[Columns]:
     ]
     make = type(batch)
     return [make(*part) for part in zip(*columns, strict=True)]
+
+
+def warn_of_skip(parts: Sequence[Int64[Tensor, "b"]], step: int) -> None:
+    """Name the images of a step that is skipped, by the parts that it was cut into."""
+    images = [index.tolist() for index in parts]
+    logger.warning("step %d is not finite and is skipped; images %s", step, images)
 
 
 # --------------------------------------------------------------------------------------- state
@@ -309,6 +320,23 @@ def _resume(state: State, manager: CheckpointManager) -> bool:
     return True
 
 
+def _is_finite(state: State) -> bool:
+    """Whether the last step was taken, of all optimizers; waits for the device.
+
+    Raises:
+        RuntimeError: too many steps in a row were skipped.
+    """
+    for guard in state.guards:
+        guard.read()
+    return all(guard.num_in_a_row == 0 for guard in state.guards)
+
+
+def _counts(state: State) -> dict[str, int]:
+    """Skipped steps, for the log; the RuntimeError of `_is_finite`."""
+    _is_finite(state)
+    return {"num_skipped": state.guards[0].num_skipped} if state.guards else {}
+
+
 class _Speed:
     """Items per second since the last time of asking."""
 
@@ -341,17 +369,20 @@ def _save(task: Task[Any], manager: CheckpointManager, model: Path) -> None:
     Raises:
         RuntimeError: a weight or an average is not finite; what was saved before stays.
     """
+    state = task.state
+    # Before the counts of the state are taken, and before anything is written.
+    is_finite = _is_finite(state)
     # Every rank takes part in the state, though one may write it.
-    state, everything = task.state, state_of(task.state)
+    everything = state_of(state)
     manager.require_finite(everything)
     task.save(model)
     # Last, so that whoever resumes from it finds a model at least as new.
     if _is_sharded(state):
-        manager.save_sharded(state.step, everything, prune=state.is_finite)
+        manager.save_sharded(state.step, everything, prune=is_finite)
     elif distributed.is_main():
         manager.save(
             state.step,
             lambda path: save_state(path / "state", everything),
-            prune=state.is_finite,
+            prune=is_finite,
         )
     distributed.barrier()

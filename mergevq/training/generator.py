@@ -128,14 +128,11 @@ class GeneratorTask:
 
     def step(self, batch: TokenBatch) -> dict[str, Number]:
         """One optimizer step; names the rows of one that is skipped."""
-        numbers = self.learner.step(batch)
-        if not self.state.is_finite:
-            self._warn_of_skip()
-        return numbers
+        return self.learner.step(batch, self._warn_of_skip)
 
-    def _warn_of_skip(self) -> None:
-        """Show which rows this rank's batch of the present step had."""
-        settings, world, step = self.learner.run.train, self.learner.world, self.state.step
+    def _warn_of_skip(self, step: int) -> None:
+        """Show which rows this rank's batch of a step had."""
+        settings, world = self.learner.run.train, self.learner.world
         share = settings.batch_size // world.world_size
         first = step * settings.batch_size + world.rank * share
         # Found again rather than kept: a step is hardly ever skipped.

@@ -9,7 +9,7 @@ and so is dropout, which starts anew in every step.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,7 +29,7 @@ from mergevq.generator.seams import GeneratorLoss, Sequences
 from mergevq.nn.llama import set_share
 from mergevq.runtime import distributed
 from mergevq.runtime.artefacts import resolve, tokens_hash
-from mergevq.runtime.device import autocast, resolve_precision
+from mergevq.runtime.device import autocast, resolve_precision, send
 from mergevq.runtime.optim import (
     Budget,
     Ema,
@@ -38,6 +38,7 @@ from mergevq.runtime.optim import (
     check_coverage,
     clip,
     gradient_scaler,
+    guard_on,
     learning_rate,
     set_learning_rate,
 )
@@ -83,9 +84,9 @@ class State:
     step: int = 0
 
     @property
-    def is_finite(self) -> bool:
-        """Whether the last step was taken."""
-        return self.guard.num_in_a_row == 0
+    def guards(self) -> tuple[NonFiniteGuard, ...]:
+        """The only guard."""
+        return (self.guard,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +105,15 @@ class GeneratorLearner:
         """Context of the run's precision."""
         return autocast(self.world.device, self.dtype)
 
-    def step(self, batch: TokenBatch) -> dict[str, Number]:
-        """One optimizer step; returns what is worth logging."""
+    def step(
+        self, batch: TokenBatch, warn: Callable[[int], None] | None = None
+    ) -> dict[str, Number]:
+        """One optimizer step; returns what is worth logging.
+
+        Args:
+            batch: this rank's.
+            warn: called with the step when the host reads that it was skipped.
+        """
         run, state, sums = self.run, self.state, {}
         num_kept = batch.layout.num_kept
         rate = learning_rate(
@@ -130,16 +138,11 @@ class GeneratorLearner:
                 sums[name] = sums.get(name, 0) + value.detach() / len(parts)
         state.scaler.unscale_(state.optimizer)
         norm = distributed.whole(clip(state.generator.parameters(), run.optim.clip_norm))
-        if state.guard.check(state.step, sums | {"grad_norm": norm}):
-            state.scaler.step(state.optimizer)
-            state.ema.update()
+        verdict = state.guard.check(state.step, sums | {"grad_norm": norm}, warn)
+        verdict.step(state.optimizer)
+        state.ema.update(verdict)
         state.scaler.update()
-        return sums | {
-            "grad_norm": norm,
-            "num_skipped": state.guard.num_skipped,
-            "lr": rate,
-            "num_kept": num_kept,
-        }
+        return sums | {"grad_norm": norm, "lr": rate, "num_kept": num_kept}
 
     def _draw(self, batch: TokenBatch) -> Sequences:
         """This rank's sequences with all that is random drawn, as one process would for all."""
@@ -196,7 +199,7 @@ def build(run: GeneratorRun, world: distributed.World, record: TokenRecord) -> G
         generator=generator,
         optimizer=optimizer,
         ema=Ema(generator, run.optim.ema_decay),
-        guard=NonFiniteGuard(run.train.max_nonfinite),
+        guard=guard_on(device, run.train.max_nonfinite),
         scaler=gradient_scaler(device, dtype),
         budget=Budget(num_steps=run.train.num_steps, max_minutes=run.train.max_minutes),
     )
@@ -254,25 +257,24 @@ def fitted_config(run: GeneratorRun, record: TokenRecord) -> GeneratorConfig:
 def to_sequences(generator: AnyGenerator, batch: TokenBatch) -> Sequences:
     """Turn a batch of files into sequences of a generator, on its device."""
     config, device = generator.config, generator.device
-    label = torch.where(batch.label < 0, config.null_class, batch.label).to(device)
-    indices = batch.indices
+    label = send(torch.where(batch.label < 0, config.null_class, batch.label), device)
+    indices = send(batch.indices, device)
     if config.order.layout != "source":
-        return Sequences(
-            indices=indices.to(device), class_label=label, num_kept=batch.layout.num_kept
-        )
+        return Sequences(indices=indices, class_label=label, num_kept=batch.layout.num_kept)
     source = batch.source
     if config.order.reads == "cells":
+        cells = send(source.index, device)
         return Sequences(
-            indices=indices.gather(1, source.index).to(device),
+            indices=indices.gather(1, cells),
             class_label=label,
             num_kept=source.num_kept,
-            source_index=source.index.to(device),
+            source_index=cells,
         )
     return Sequences(
-        indices=indices.to(device),
+        indices=indices,
         class_label=label,
         num_kept=source.num_kept,
-        anchors=source.anchors().to(device),
+        anchors=send(source.anchors(), device),
     )
 
 

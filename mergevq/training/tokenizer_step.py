@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.profiler import record_function
 
 from mergevq.config.objective import SelfDistillation
@@ -26,10 +27,12 @@ from mergevq.runtime.optim import (
     Budget,
     Ema,
     NonFiniteGuard,
+    Verdict,
     build_optimizer,
     check_coverage,
     clip,
     gradient_scaler,
+    guard_on,
     learning_rate,
     set_learning_rate,
 )
@@ -63,11 +66,12 @@ from mergevq.tokenizer.seams import (
     TokenizerOutput,
 )
 from mergevq.tokenizer.tokenizer import Tokenizer
-from mergevq.training.fit import Number, cut
+from mergevq.training.fit import Number, cut, warn_of_skip
 from mergevq.training.initial import Start, initial_tokenizer
 
 logger = logging.getLogger("mergevq")
 
+_JUDGE_SKIPPED = "step %d of the discriminator is not finite and is skipped"
 _COLLAPSE_REPORTS = 20
 """Bad reports of codebook usage in a row before the run warns of a collapse."""
 
@@ -176,9 +180,9 @@ class State:
         return self.budget.place(self.step)
 
     @property
-    def is_finite(self) -> bool:
-        """Whether the last step was taken."""
-        return self.guard.num_in_a_row == self.discriminator_guard.num_in_a_row == 0
+    def guards(self) -> tuple[NonFiniteGuard, ...]:
+        """Both; the log counts the skipped steps of the first."""
+        return self.guard, self.discriminator_guard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,25 +274,27 @@ class TokenizerLearner:
             if any(True for _ in module.parameters())
         }
         norm = clip(self.objective.parameters(), run.optim.clip_norm)
-        if state.guard.check(state.step, sums | {"grad_norm": norm}):
-            state.scaler.step(state.optimizer)
-            self._follow(torch.cat(latents), torch.cat(tokens))
-            state.ema.update()
-            if isinstance(run.teacher, SelfDistillation):
-                _update_teacher(state, run.teacher.momentum)
-        else:
-            images = [part.index.tolist() for part in parts]
-            logger.warning("step %d is not finite and is skipped; images %s", state.step, images)
+        warn = functools.partial(warn_of_skip, [part.index for part in parts])
+        verdict = state.guard.check(state.step, sums | {"grad_norm": norm}, warn)
+        verdict.step(state.optimizer)
+        self._follow(torch.cat(latents), torch.cat(tokens), verdict)
+        state.ema.update(verdict)
+        if isinstance(run.teacher, SelfDistillation):
+            _update_teacher(state, run.teacher.momentum, verdict)
         state.scaler.update()
-        numbers = sums | norms | {"grad_norm": norm, "num_skipped": state.guard.num_skipped}
-        return numbers, reconstructions
+        return sums | norms | {"grad_norm": norm}, reconstructions
 
-    def _follow(self, latents: Float[Tensor, "b n d"], parts: Int64[Tensor, "b k p"]) -> None:
+    def _follow(
+        self, latents: Float[Tensor, "b n d"], parts: Int64[Tensor, "b k p"], verdict: Verdict
+    ) -> None:
         """Let codes that are no weights follow this rank's tokens, unless the encoder stays."""
         quantizer = self.state.tokenizer.quantizer
         if isinstance(quantizer, Follower) and self.run.encoder_lr_ratio > 0:
             generator = step_generator(self.run.train.seed, "codebook", self.state.step)
-            quantizer.follow(latents.flatten(0, 1), parts.flatten(0, 1), generator)
+            verdict.change(
+                quantizer.state_dict().values(),
+                lambda: quantizer.follow(latents.flatten(0, 1), parts.flatten(0, 1), generator),
+            )
 
     def _uniforms(
         self, place: int, num_parts: int, part: Batch, num_kept: int
@@ -307,7 +313,7 @@ class TokenizerLearner:
         if not quantizer.is_random:
             return None
         numbers = self._numbers(place, num_parts, part)
-        return numbers.uniform("quantizer", num_kept, quantizer.spec.dim).to(part.image.device)
+        return send(numbers.uniform("quantizer", num_kept, quantizer.spec.dim), part.image.device)
 
     def _draws(self, place: int, num_parts: int, part: Batch, num_kept: int) -> StepDraws | None:
         """Numbers that the regularizer goes by; None without one. Arguments as `_uniforms`."""
@@ -459,12 +465,14 @@ class TokenizerLearner:
         state.discriminator_scaler.unscale_(state.discriminator_optimizer)
         norm = clip(state.discriminator.parameters(), run.optim.clip_norm)
         terms = sums | {"grad_norm_discriminator": norm}
-        if state.discriminator_guard.check(state.step, terms):
-            state.discriminator_scaler.step(state.discriminator_optimizer)
-            # Only of a step that is taken: averages that have seen a NaN stay NaN.
-            state.lecam.update(torch.cat(reals), torch.cat(fakes))
-        else:
-            logger.warning("step %d of the discriminator is not finite and is skipped", state.step)
+        warn = functools.partial(logger.warning, _JUDGE_SKIPPED)
+        verdict = state.discriminator_guard.check(state.step, terms, warn)
+        verdict.step(state.discriminator_optimizer)
+        # Only of a step that is taken: averages that have seen a NaN stay NaN.
+        verdict.change(
+            state.lecam.state_dict().values(),
+            lambda: state.lecam.update(torch.cat(reals), torch.cat(fakes)),
+        )
         state.discriminator_scaler.update()
         weight = adversarial_weight(state.place, run.loss)
         return sums | {"adversarial_weight": weight, "grad_norm_discriminator": norm}
@@ -514,8 +522,8 @@ def build(
         ema=Ema(tokenizer, run.optim.ema_decay),
         usage=_usage(tokenizer.quantizer.spec, device),
         monitor=CollapseMonitor(_COLLAPSE_REPORTS),
-        guard=NonFiniteGuard(run.train.max_nonfinite),
-        discriminator_guard=NonFiniteGuard(run.train.max_nonfinite),
+        guard=guard_on(device, run.train.max_nonfinite),
+        discriminator_guard=guard_on(device, run.train.max_nonfinite),
         scaler=gradient_scaler(device, dtype),
         discriminator_scaler=gradient_scaler(device, dtype),
         budget=Budget(num_steps=run.train.num_steps, max_minutes=run.train.max_minutes),
@@ -573,16 +581,15 @@ def recovering(
 
 
 @torch.no_grad()
-def _update_teacher(state: State, momentum: float) -> None:
+def _update_teacher(state: State, momentum: float, verdict: Verdict) -> None:
     """In self-distillation, move the averaged encoder and head after the student's."""
-    if state.teacher_encoder is None or not isinstance(state.teacher, SelfTeacher):
+    teacher = state.teacher
+    if state.teacher_encoder is None or not isinstance(teacher, SelfTeacher):
         return
-    pairs = zip(
-        state.teacher_encoder.parameters(), state.tokenizer.encoder.parameters(), strict=True
-    )
-    for average, parameter in pairs:
-        average.lerp_(parameter, 1 - momentum)
-    state.teacher.update(momentum)
+    averages = [*state.teacher_encoder.parameters()]
+    weights = [*state.tokenizer.encoder.parameters()]
+    verdict.change(averages, lambda: get_ema_multi_avg_fn(momentum)(averages, weights, None))
+    verdict.change(teacher.state_dict().values(), lambda: teacher.update(momentum))
 
 
 def _norm(module: nn.Module) -> Float[Tensor, ""]:

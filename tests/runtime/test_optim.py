@@ -20,8 +20,10 @@ from mergevq.runtime.optim import (
     parameter_groups,
     set_learning_rate,
 )
+from tests.support.reads import host_reads
 
 CPU = torch.device("cpu")
+CHANNELS_LAST = torch.channels_last
 
 
 class Mixed(nn.Module):
@@ -210,11 +212,13 @@ def terms(**values: float) -> dict[str, torch.Tensor]:
 
 def test_the_guard_counts_skipped_steps_and_forgives_after_a_good_one():
     guard = NonFiniteGuard(limit=3)
-    taken = [
+    verdicts = [
         guard.check(step, terms(loss=1.0, norm=norm))
         for step, norm in enumerate([1.0, math.nan, math.inf, 1.0, math.nan, -math.inf])
     ]
-    assert taken == [True, False, False, True, False, False]
+    skipped = [verdict.is_skipped for verdict in verdicts]
+    assert skipped == [False, True, True, False, True, True]
+    assert [bool(verdict.skip) for verdict in verdicts] == skipped
     assert guard.state_dict() == {"num_skipped": 4, "num_in_a_row": 2}
 
 
@@ -233,6 +237,113 @@ def test_the_guard_remembers_across_a_restart():
     resumed.load_state_dict(guard.state_dict())
     with pytest.raises(RuntimeError, match="2 steps in a row"):
         resumed.check(1, terms(loss=math.nan))
+
+
+def test_a_guard_reads_every_few_steps_and_when_asked():
+    guard, warned = NonFiniteGuard(limit=9, read_every=3), []
+    verdicts = []
+    with host_reads() as reads:
+        for step, norm in enumerate([1.0, math.nan]):
+            verdicts.append(guard.check(step, terms(norm=norm), warned.append))
+    assert reads == []
+    assert [verdict.is_skipped for verdict in verdicts] == [None, None]
+    assert (guard.num_skipped, warned) == (0, [])
+    verdicts.append(guard.check(2, terms(norm=math.inf), warned.append))
+    assert [verdict.is_skipped for verdict in verdicts] == [False, True, True]
+    assert [verdict.skip.item() for verdict in verdicts] == [0.0, 1.0, 1.0]
+    assert (guard.num_skipped, guard.num_in_a_row, warned) == (2, 2, [1, 2])
+    guard.check(3, terms(norm=1.0))
+    guard.read()
+    assert (guard.num_skipped, guard.num_in_a_row) == (2, 0)
+
+
+def check_all(guard: NonFiniteGuard, steps: list[dict[str, torch.Tensor]]) -> None:
+    for step, each in enumerate(steps):
+        guard.check(step, each)
+
+
+def test_reading_late_gives_up_at_the_same_step_with_the_same_words():
+    bad = [terms(loss=1.0, norm=1.0), *[terms(loss=math.nan, norm=math.inf)] * 5]
+    said = []
+    for read_every in (1, 4):
+        guard = NonFiniteGuard(limit=2, read_every=read_every)
+        with pytest.raises(RuntimeError) as caught:
+            check_all(guard, bad)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+    assert "2 steps in a row were not finite, up to step 2: loss (nan" in said[0]
+
+
+def weights_and_state(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Everything that a step of an optimizer changes."""
+    return [
+        tensor
+        for weight, moments in optimizer.state.items()
+        for tensor in (weight.detach(), *(moments[name] for name in sorted(moments)))
+    ]
+
+
+@pytest.mark.parametrize("read_every", [1, 10])
+def test_a_skipped_step_leaves_the_bits_of_weights_moments_and_averages(read_every):
+    layer = nn.Sequential(nn.Linear(33, 7), nn.Conv2d(2, 3, 3).to(memory_format=CHANNELS_LAST))
+    optimizer = build_optimizer([layer], OptimConfig(lr=0.1), 1)
+    guard, ema = NonFiniteGuard(limit=9, read_every=read_every), Ema(layer, decay=0.5)
+
+    def step(gradient: float) -> list[torch.Tensor]:
+        for number, weight in enumerate(layer.parameters()):
+            weight.grad = torch.full_like(weight, gradient + number)
+        norm = clip(layer.parameters(), 1.0)
+        verdict = guard.check(0, {"norm": norm})
+        verdict.step(optimizer)
+        ema.update(verdict)
+        return [each.clone() for each in (*weights_and_state(optimizer), *ema.shadow.values())]
+
+    first = step(1.0)
+    assert all(map(torch.equal, first, step(math.nan)))
+    second = step(2.0)
+    assert not any(map(torch.equal, first, second))
+    guard.read()
+    assert ema.state_dict()["num_updates"] == 2
+
+
+@pytest.mark.parametrize("read_every", [1, 10])
+def test_any_change_is_undone_to_the_bit(read_every):
+    extremes = [math.nan, math.inf, -math.inf, -0.0, 0.0, 3e38, 1e-45, 1.0]
+    tensors = [
+        torch.tensor(extremes),
+        torch.tensor(extremes, dtype=torch.bfloat16),
+        torch.tensor(extremes, dtype=torch.float64)[::2],
+        torch.tensor([-(2**31), 2**31 - 1, 0], dtype=torch.int32),
+        torch.tensor([-(2**63), 2**63 - 1, 0]),
+        torch.tensor([True, False]),
+        torch.zeros(()),
+    ]
+    before = [each.clone() for each in tensors]
+    guard = NonFiniteGuard(limit=9, read_every=read_every)
+
+    def change() -> None:
+        for each in tensors:
+            each.copy_(each.flip(0) if each.ndim else each + 1)
+
+    guard.check(0, terms(loss=math.nan)).change(tensors, change)
+    assert [bits(each) for each in tensors] == [bits(each) for each in before]
+    guard.check(1, terms(loss=0.0)).change(tensors, change)
+    assert [bits(each) for each in tensors] == [
+        bits(each.flip(0) if each.ndim else each + 1) for each in before
+    ]
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    """Memory of a tensor, which tells NaN and the two zeros apart."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def test_an_optimizer_that_does_not_skip_by_itself_is_refused():
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(1))])
+    verdict = NonFiniteGuard(limit=9, read_every=2).check(0, terms(loss=1.0))
+    with pytest.raises(ValueError, match=r"AdamW must be fused .* read_every=1"):
+        verdict.step(optimizer)
+    NonFiniteGuard(limit=9).check(0, terms(loss=1.0)).step(optimizer)
 
 
 def test_only_float16_scales_the_loss():

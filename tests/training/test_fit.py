@@ -14,7 +14,7 @@ from mergevq.config.training import TrainConfig
 from mergevq.report.plots import Curve, Panel
 from mergevq.runtime import distributed
 from mergevq.runtime.checkpoints import load_state, save_state
-from mergevq.runtime.optim import Budget
+from mergevq.runtime.optim import Budget, NonFiniteGuard
 from mergevq.runtime.run import RunDirectory
 from mergevq.training.fit import Task, cut, fit, put_state, read_numbers, state_of
 
@@ -34,7 +34,7 @@ class State:
     budget: Budget
     absent: nn.Module | None = None
     step: int = 0
-    is_finite: ClassVar[bool] = True
+    guards: ClassVar[tuple[NonFiniteGuard, ...]] = ()
 
 
 def fresh(loop: TrainConfig = LOOP) -> State:

@@ -195,8 +195,8 @@ def test_a_run_that_is_broken_keeps_its_last_good_checkpoint_and_stops(
 
     step = GeneratorLearner.step
 
-    def breaking(learner, batch):
-        numbers, state = step(learner, batch), learner.state
+    def breaking(learner, *given):
+        numbers, state = step(learner, *given), learner.state
         if state.step == 2:
             next(state.generator.parameters()).data.view(-1)[0] = torch.nan
         return numbers
@@ -245,8 +245,8 @@ def test_while_steps_are_skipped_older_checkpoints_stay(material, tmp_path, monk
 
     step = GeneratorLearner.step
 
-    def skipping(learner, batch):
-        numbers, state = step(learner, batch), learner.state
+    def skipping(learner, *given):
+        numbers, state = step(learner, *given), learner.state
         state.guard.num_in_a_row = int(state.step >= 1)
         return numbers
 
@@ -263,8 +263,8 @@ def test_a_step_that_went_too_far_does_not_cost_the_last_good_checkpoint(
 
     step = GeneratorLearner.step
 
-    def too_far(learner, batch):
-        numbers, state = step(learner, batch), learner.state
+    def too_far(learner, *given):
+        numbers, state = step(learner, *given), learner.state
         if state.step == 1:
             # Finite, and so large that no loss is.
             for parameter in state.generator.parameters():

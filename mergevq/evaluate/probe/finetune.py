@@ -32,13 +32,13 @@ from mergevq.data.images import ImageDataset
 from mergevq.evaluate.probe.augment import RandAugment, erase
 from mergevq.nn.blocks import NORM_EPS
 from mergevq.nn.norm import LayerNorm
-from mergevq.runtime.device import autocast, resolve_precision
+from mergevq.runtime.device import autocast, resolve_precision, send
 from mergevq.runtime.logs import Progress
 from mergevq.runtime.optim import (
-    NonFiniteGuard,
     check_coverage,
     clip,
     gradient_scaler,
+    guard_on,
     learning_rate,
     parameter_groups,
 )
@@ -195,7 +195,7 @@ def mix(mixed: Mixed, config: FinetuneConfig, generator: torch.Generator) -> Mix
     """
     if config.mixup == config.cutmix == 0:
         return mixed
-    order = torch.randperm(len(mixed.image), generator=generator).to(mixed.image.device)
+    order = send(torch.randperm(len(mixed.image), generator=generator), mixed.image.device)
     pick, row, column = torch.rand(3, generator=generator).tolist()
     if config.cutmix == 0 or (config.mixup > 0 and pick < 0.5):
         return mixup(mixed, draw_beta(config.mixup, generator), order)
@@ -237,7 +237,7 @@ class DropPath:
         """Choose what is skipped for the images of the next pass; draws on the CPU."""
         skipped = torch.tensor(self.probabilities).repeat_interleave(2)[:, None]
         kept = torch.rand(len(skipped), batch, generator=generator) >= skipped
-        self._factors = (kept / (1 - skipped)).to(device)
+        self._factors = send(kept / (1 - skipped), device)
 
     def __enter__(self) -> "DropPath":
         """Begin."""
@@ -309,19 +309,22 @@ def finetune(
     total = num_steps(len(train), config)
     schedule = _schedule(config, total)
     groups = layer_decay_groups(model, config.weight_decay, config.layer_decay)
-    optimizer = torch.optim.AdamW(groups)
+    guard = guard_on(device, _MAX_NONFINITE)
+    # Only a fused one skips a step on the device.
+    optimizer = torch.optim.AdamW(groups, fused=True if guard.read_every > 1 else None)
     check_coverage([model], [optimizer])
     dtype = resolve_precision(config.precision, device)
     scaler = gradient_scaler(device, dtype)
-    guard = NonFiniteGuard(_MAX_NONFINITE)
-    losses: list[float] = []
+    losses: list[Tensor] = []
     model.train()
     batches = _batches(train, config, model, total, batch_size, num_workers=num_workers, seed=seed)
     with DropPath(model.tokenizer.encoder, config.drop_path) as depth:
         for step, (image, label) in enumerate(batches):
-            target = functional.one_hot(label.to(device), len(model.weight)).float()
+            target = functional.one_hot(send(label, device), len(model.weight)).float()
             image = erase(image, config.erasing, step_generator(seed, "erase", step))
-            mixed = mix(Mixed(image.to(device), target), config, step_generator(seed, "mix", step))
+            mixed = mix(
+                Mixed(send(image, device), target), config, step_generator(seed, "mix", step)
+            )
             depth.draw(len(image), step_generator(seed, "depth", step), device)
             for group in optimizer.param_groups:
                 group["lr"] = group["scale"] * learning_rate(step, schedule, total, batch_size)
@@ -334,17 +337,18 @@ def finetune(
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             norm = clip(model.parameters(), config.clip_norm)
-            if guard.check(step, {"loss": loss, "gradient norm": norm}):
-                scaler.step(optimizer)
-                losses.append(loss.item())
+            verdict = guard.check(step, {"loss": loss, "gradient norm": norm})
+            verdict.step(optimizer)
+            losses.append(torch.where(verdict.skip > 0, torch.nan, loss.detach()))
             scaler.update()
             if progress is not None:
                 progress.update()
+        guard.read()
     scores, labels = classify(model, val, batch_size=min(64, batch_size), num_workers=num_workers)
     return FinetuneResult(
         scores=scores,
         label=labels,
-        losses=_epoch_means(losses, config.num_epochs),
+        losses=_epoch_means(torch.stack(losses).tolist(), config.num_epochs),
         num_steps=total,
         batch_size=batch_size,
         rate=learning_rate(schedule.warmup_steps, schedule, total, batch_size),
@@ -399,7 +403,8 @@ def _batches(
 
 
 def _epoch_means(losses: list[float], num_epochs: int) -> list[float]:
-    """Mean of each epoch's steps, as far as there are any."""
+    """Mean of each epoch's steps, as far as there are any; NaN is a step that was skipped."""
+    losses = [each for each in losses if not math.isnan(each)]
     size = max(1, math.ceil(len(losses) / num_epochs))
     parts = [losses[start : start + size] for start in range(0, len(losses), size)]
     return [sum(part) / len(part) for part in parts]

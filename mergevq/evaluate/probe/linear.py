@@ -37,6 +37,7 @@ from mergevq.evaluate.probe.features import (
     require_labels,
 )
 from mergevq.evaluate.probe.knn import nearest, vote
+from mergevq.runtime.device import has_fused_optimizers
 from mergevq.runtime.logs import Progress
 from mergevq.runtime.optim import learning_rate
 from mergevq.runtime.random import step_generator
@@ -247,7 +248,7 @@ def _train(
     optimizer = torch.optim.AdamW(
         [{"params": [weight], "weight_decay": config.weight_decay} for weight in weights]
         + [{"params": [bias], "weight_decay": 0.0} for bias in biases],
-        fused=True if device.type in {"cpu", "cuda"} else None,
+        fused=True if has_fused_optimizers(device) else None,
     )
     schedule = OptimConfig(
         lr=1.0, schedule="cosine", warmup_steps=int(config.warmup_fraction * num_steps)

@@ -100,7 +100,7 @@ class Bits(nn.Module):
         """
         known = [embed(part, parts[:, part]) for part in range(self.starts[-1])]
         inputs = torch.stack([self._input(known[:start], states) for start in self.starts], dim=1)
-        num_known = torch.tensor(self.starts, device=inputs.device)
+        num_known = torch.tensor(self.starts).to(inputs.device, non_blocking=True)
         found = self._predict(inputs, states[:, None], num_known)
         blocks = [sum(start <= part for start in self.starts) - 1 for part in range(parts.shape[1])]
         return [
@@ -132,7 +132,7 @@ class Bits(nn.Module):
         and any are as likely.
         """
         device = uniforms.device
-        starts = torch.tensor(self.starts, device=device)
+        starts = torch.tensor(self.starts).to(device, non_blocking=True)
         parts = torch.arange(len(self.outputs), device=device)
         start = starts[(uniforms[:, :1] * len(starts)).long()]
         # Of a logit that is normal, as the share of visible parts in BAR: either is as likely.
@@ -176,7 +176,7 @@ class Bits(nn.Module):
             if part in self.starts:
                 known = [embed(number, part) for number, part in enumerate(chosen)]
                 inputs = self._input([each.repeat(repeats, 1) for each in known], states)
-                num_known = torch.tensor([part], device=inputs.device)
+                num_known = torch.tensor([part]).to(inputs.device, non_blocking=True)
                 found[:] = [self._predict(inputs[:, None], states[:, None], num_known)[:, 0]]
             return self.outputs[part](found[0]).float()
 

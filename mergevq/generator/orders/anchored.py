@@ -31,6 +31,7 @@ from mergevq.generator.cache import FullCache
 from mergevq.generator.decoding import SequenceDecoder, full_cache, lay_out
 from mergevq.generator.network import Cache, Network, check_range
 from mergevq.generator.seams import Decoder, Draws, Layout, Numbers, Sampled, Sequences
+from mergevq.nn.checks import require_all
 from mergevq.nn.llama import Rotation
 
 
@@ -63,10 +64,12 @@ class Anchored:
         if anchors is None:
             raise ValueError("order 'anchor' needs anchors: the cell at which each token opens")
         check_range("anchors", anchors, config.num_tokens - 1, "the last cell of the grid")
-        if not torch.compiler.is_compiling() and (
-            anchors[:, 0].any() or (anchors.diff(dim=1) < 1).any()
-        ):
-            raise ValueError("anchors must start at cell 0 and increase: tokens in canonical order")
+        # The first one is 0, and each further one above the one before it.
+        increases = functional.pad(anchors, (1, 0), value=-1).diff(dim=1) >= 1
+        require_all(
+            increases & (anchors[:, :1] == 0),
+            "anchors must start at cell 0 and increase: tokens in canonical order",
+        )
         bits = to_bits(functional.pad(anchors.diff(dim=1) - 1, (1, 0)), config.num_gap_bits)
         return torch.cat([bits, anchors[..., None], codes], dim=-1)
 

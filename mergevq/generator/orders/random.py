@@ -37,6 +37,7 @@ from mergevq.generator.sampling import (
 )
 from mergevq.generator.seams import Decoder, Draws, Layout, Numbers, Sampled, Sequences
 from mergevq.nn.llama import rotate
+from mergevq.runtime.device import send
 
 
 class Random(nn.Module):
@@ -55,7 +56,7 @@ class Random(nn.Module):
     def draw(self, sequences: Sequences, numbers: Numbers) -> Sequences:
         """A random permutation of the slots for each sequence."""
         slots = numbers.uniform("orders", sequences.indices.shape[1])
-        return sequences._replace(slots=slots.to(sequences.indices.device).argsort(-1))
+        return sequences._replace(slots=send(slots, sequences.indices.device).argsort(-1))
 
     def num_inputs(self, config: GeneratorConfig, num_kept: int) -> int:
         """The prefix, and an instruction and a token for each slot; the last token is left out."""

@@ -43,6 +43,7 @@ from mergevq.generator.decoding import (
 from mergevq.generator.network import INITIAL_STD, Cache, Network
 from mergevq.generator.seams import Decoder, Draws, Layout, Numbers, Sampled, Sequences
 from mergevq.nn.llama import Rotation
+from mergevq.runtime.device import send
 
 
 class Raster(nn.Module):
@@ -70,7 +71,7 @@ class Raster(nn.Module):
         is_permuted = numbers.uniform("permuted sequences")[:, None] < share
         orders = numbers.uniform("orders", length).argsort(-1)
         slots = torch.where(is_permuted, orders, torch.arange(length))
-        return sequences._replace(slots=slots.to(sequences.indices.device))
+        return sequences._replace(slots=send(slots, sequences.indices.device))
 
     def num_inputs(self, config: GeneratorConfig, num_kept: int) -> int:  # noqa: ARG002
         """The prefix and all cells but the last."""

@@ -115,7 +115,7 @@ class Scale(nn.Module):
         means = self.means(network, parts, range(count))
         inputs = [self.embed(network, each, scale) for scale, each in enumerate(means)]
         positions = torch.cat([self.positions(scale, device) for scale in range(count)])
-        sides = torch.tensor(self.scales[:count], device=device)
+        sides = torch.tensor(self.scales[:count]).to(device, non_blocking=True)
         levels = torch.arange(count, device=device).repeat_interleave(sides**2)
         end = prefix.shape[1] + parts.shape[1]
         return Layout(

@@ -40,6 +40,7 @@ from mergevq.generator.cache import FullCache
 from mergevq.generator.decoding import SequenceDecoder, full_cache, lay_out, turns_at
 from mergevq.generator.network import Cache, Network, check_range
 from mergevq.generator.seams import Decoder, Draws, Layout, Numbers, Sampled, Sequences
+from mergevq.nn.checks import require_all
 from mergevq.nn.llama import Rotation
 
 NEIGHBOURS = ((0, -1), (-1, 0), (-1, -1), (-1, 1), (0, -2), (-2, 0), (-1, -2))
@@ -343,11 +344,11 @@ def _check_map(groups: Int64[Tensor, "b l"], num_kept: int) -> None:
     check_range("source_index", groups, num_kept - 1, "the last kept token")
     highest = groups.cummax(1).values
     steps = functional.pad(highest, (1, 0), value=-1).diff(dim=1)
-    if (steps > 1).any() or (highest[:, -1] != num_kept - 1).any():
-        raise ValueError(
-            f"source_index must be canonical: its {num_kept} kept tokens numbered from 0 in the "
-            "order in which they open, each of one cell at least"
-        )
+    require_all(
+        (steps <= 1) & (highest[:, -1:] == num_kept - 1),
+        f"source_index must be canonical: its {num_kept} kept tokens numbered from 0 in the "
+        "order in which they open, each of one cell at least",
+    )
 
 
 def _check_copies(

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from mergevq.config import parts as settings
-from mergevq.nn.finite import require_finite
+from mergevq.nn.checks import require_finite
 from mergevq.tokenizer.seams import Condition
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mergevq.config import parts as settings
 from mergevq.data.layouts import Layout, Source, require_source, unmerge
 from mergevq.nn.blocks import NORM_EPS, ContextBlock, QueryBlock, initialize
-from mergevq.nn.finite import require_finite
+from mergevq.nn.checks import require_finite
 from mergevq.nn.norm import LayerNorm
 from mergevq.nn.positions import sincos, sincos_2d
 from mergevq.tokenizer.losses.terms import source_loss

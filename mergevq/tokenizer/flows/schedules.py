@@ -34,7 +34,7 @@ def group_at(time: Float[Tensor, "b"], num_groups: int) -> Int64[Tensor, "b"]:
 
 def count_at(time: Float[Tensor, "b"], knots: Knots, num_tokens: int) -> Int64[Tensor, "b"]:
     """Tokens that are seen at a noise level, at least one."""
-    shares = torch.tensor(knots.shares, device=time.device)
+    shares = torch.tensor(knots.shares).to(time.device, non_blocking=True)
     place = time.float() * (len(shares) - 1)
     before = place.floor().clamp(max=len(shares) - 2).long()
     share = torch.lerp(shares[before], shares[before + 1], place - before)

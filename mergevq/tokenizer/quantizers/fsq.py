@@ -54,7 +54,7 @@ class Fsq(nn.Module):
     def decode(self, parts: Int64[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         """Codes of levels, which are numbered from the lowest."""
         self.spec.check(parts)
-        half = torch.tensor(self.spec.sizes, device=parts.device) // 2
+        half = torch.tensor(self.spec.sizes).to(parts.device, non_blocking=True) // 2
         return (parts - half).float() / half
 
     def near(

@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from mergevq.config.parts import EmaUpdate, GradientUpdate, Update
 from mergevq.runtime import distributed
+from mergevq.runtime.device import send
 
 _INITIAL_STD = 0.3
 """Deviation of the first codes, about that of the first latents."""
@@ -177,7 +178,7 @@ def follow(
     rank, num_ranks = distributed.place()
     num_tokens, device = len(latents[0]), latents[0].device
     shape = (len(tables), len(means[0].counts))
-    drawn = torch.randint(num_tokens * num_ranks, shape, generator=generator).to(device)
+    drawn = send(torch.randint(num_tokens * num_ranks, shape, generator=generator), device)
     rows = drawn - rank * num_tokens
     own = list(map(Table.statistics, tables, latents, chosen, rows))
     for each, statistics in zip(means, distributed.sum(torch.stack(own)), strict=True):

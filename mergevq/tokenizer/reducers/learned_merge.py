@@ -166,7 +166,7 @@ class LearnedMerge(nn.Module):
             found.append(number + slope * (mean - mean.detach()))
         fixed = merge_schedule(num_tokens, num_kept, len(counts))
         linear = products(_remaining(num_tokens, fixed), num_tokens, self.dim)
-        last = torch.tensor(float(num_kept), device=device)
+        last = torch.tensor(float(num_kept)).to(device, non_blocking=True)
         share = products([*found, last], num_tokens, self.dim) / linear
         return (share - self.cost).square()
 
@@ -204,7 +204,9 @@ def rounded_mean(logits: Sequence[float], num_tokens: int) -> int:
 
 def keep_probability(logits: Float[Tensor, "j"], num_tokens: int) -> Float[Tensor, "l"]:
     """Probability that the i-th token, counted from 1, is among those that are left of L."""
-    numbers = torch.tensor(candidate_numbers(len(logits), num_tokens), device=logits.device)
+    numbers = torch.tensor(candidate_numbers(len(logits), num_tokens)).to(
+        logits.device, non_blocking=True
+    )
     ranks = torch.arange(1, num_tokens + 1, device=logits.device)
     return (logits.float().softmax(-1) * (numbers >= ranks[:, None])).sum(-1)
 

@@ -12,12 +12,15 @@ does not divide and leaves 256 cells as they are for 144 tokens.
 Shape letters: B batch, K kept tokens, L grid tokens, C channels.
 """
 
+from dataclasses import replace
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mergevq.config import parts as settings
 from mergevq.data.layouts import Source, blocks, merge
 from mergevq.nn.blocks import EncoderBlock
+from mergevq.runtime.device import send
 from mergevq.tokenizer.reducers.stages import Reduction, Stages
 from mergevq.tokenizer.seams import TokenSet
 
@@ -52,7 +55,8 @@ class Pool(nn.Module):
         recompute = self.checkpointing and self.training
 
         def means(cells: Float[Tensor, "b l c"], num_kept: int) -> tuple[Source, Reduction]:
-            layout = self.implied(grid_shape, num_kept, len(cells)).to(cells.device)
+            layout = self.implied(grid_shape, num_kept, len(cells))
+            layout = replace(layout, index=send(layout.index, cells.device))
             return layout, lambda cells: merge(cells, layout)
 
         stages = Stages(self.blocks, self.num_grid_layers, num_layers, recompute)

@@ -40,5 +40,5 @@ class TailDrop(nn.Module):
     ) -> Regularized:
         """Draw how many tokens each image has; codes stay as they are."""
         choices = self.config.lengths_of(quantized.codes.shape[1])
-        table = torch.tensor(choices, device=draws.images.device)
+        table = torch.tensor(choices).to(draws.images.device, non_blocking=True)
         return Regularized(quantized.codes, table[(draws.images * len(choices)).long()])

@@ -7,7 +7,6 @@ decoded by it. Every random number of step n depends only on (seed, n).
 """
 
 import contextlib
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,8 +35,6 @@ from mergevq.training.decoder.step import DecoderLearner, State, build, measure_
 from mergevq.training.fit import Number, fit
 from mergevq.training.panels import Log, decoder_panels
 from mergevq.training.tokenizer import image_batches
-
-logger = logging.getLogger("mergevq")
 
 _EVAL_BATCH = 64
 """Images validated at once, over all ranks."""
@@ -124,12 +121,8 @@ class DecoderTask:
         )
 
     def step(self, batch: Batch) -> dict[str, Number]:
-        """One optimizer step; names the images of one that is skipped."""
-        numbers = self.learner.step(batch)
-        if not self.state.is_finite:
-            step, images = self.state.step, batch.index.tolist()
-            logger.warning("step %d is not finite and is skipped; images %s", step, images)
-        return numbers
+        """One optimizer step."""
+        return self.learner.step(batch)
 
     def introduction(self, *, resumed: bool) -> list[str]:  # noqa: ARG002 - of the protocol
         """Content of a step."""

@@ -5,6 +5,7 @@ Source: Bachmann et al. 2025, "FlexTok", section 3 (arXiv:2502.13967).
 Everything that is random is drawn for the whole batch and cut to a rank's share or a part of it.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ from mergevq.runtime.optim import (
     check_coverage,
     clip,
     gradient_scaler,
+    guard_on,
     learning_rate,
     set_learning_rate,
 )
@@ -35,7 +37,7 @@ from mergevq.runtime.random import BatchNumbers, draw_num_kept
 from mergevq.tokenizer.flows.decoder import FlowNetwork
 from mergevq.tokenizer.flows.tokens import Shown
 from mergevq.tokenizer.tokenizer import Tokenizer
-from mergevq.training.fit import Number, cut
+from mergevq.training.fit import Number, cut, warn_of_skip
 
 _NUM_SCALED = 256
 """Training images that the scale of the data is measured on."""
@@ -56,9 +58,9 @@ class State:
     step: int = 0
 
     @property
-    def is_finite(self) -> bool:
-        """Whether the last step was taken."""
-        return self.guard.num_in_a_row == 0
+    def guards(self) -> tuple[NonFiniteGuard, ...]:
+        """The only guard."""
+        return (self.guard,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,14 +110,14 @@ class DecoderLearner:
             total += loss.detach() / len(parts)
         state.scaler.unscale_(state.optimizer)
         norm = clip(state.network.parameters(), run.optim.clip_norm)
-        if state.guard.check(state.step, {"loss": total, "grad_norm": norm}):
-            state.scaler.step(state.optimizer)
-            state.ema.update()
+        warn = functools.partial(warn_of_skip, [batch.index])
+        verdict = state.guard.check(state.step, {"loss": total, "grad_norm": norm}, warn)
+        verdict.step(state.optimizer)
+        state.ema.update(verdict)
         state.scaler.update()
         return {
             "loss": total,
             "grad_norm": norm,
-            "num_skipped": state.guard.num_skipped,
             "lr": rate,
             "num_kept": num_kept,
         }
@@ -237,7 +239,7 @@ def build(
         network=network,
         optimizer=optimizer,
         ema=Ema(network, run.optim.ema_decay),
-        guard=NonFiniteGuard(run.train.max_nonfinite),
+        guard=guard_on(world.device, run.train.max_nonfinite),
         scaler=gradient_scaler(world.device, dtype),
         budget=Budget(num_steps=run.train.num_steps, max_minutes=run.train.max_minutes),
     )

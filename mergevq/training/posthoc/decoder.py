@@ -31,6 +31,7 @@ from mergevq.data.images import ImageDataset
 from mergevq.generator.generation import Pair
 from mergevq.metrics.image import psnr
 from mergevq.metrics.lpips import Perceptual, load_perceptual
+from mergevq.runtime.device import send
 from mergevq.runtime.optim import Ema
 from mergevq.runtime.random import step_generator
 from mergevq.tokenizer.losses.terms import reconstruction_loss
@@ -128,7 +129,7 @@ def evaluate(
         num_workers=run.data.num_workers,
     )
     for number, batch in enumerate(batches):
-        image = batch.image.to(pair.generator.device)
+        image = send(batch.image, pair.generator.device)
         first = number * _EVAL_BATCH
         ids = range(first, first + len(image))
         for num_kept in counts:

@@ -25,9 +25,9 @@ from mergevq.runtime.device import resolve_device
 from mergevq.runtime.logs import Progress
 from mergevq.runtime.optim import (
     Ema,
-    NonFiniteGuard,
     build_optimizer,
     clip,
+    guard_on,
     learning_rate,
     set_learning_rate,
 )
@@ -128,7 +128,7 @@ def train_part(
         RuntimeError: losses or gradients stayed non-finite.
     """
     optimizer = build_optimizer([part], run.optim, run.batch_size)
-    guard = NonFiniteGuard(_MAX_NONFINITE)
+    guard = guard_on(next(part.parameters()).device, _MAX_NONFINITE)
     with contextlib.closing(Progress(run.num_steps)) as progress:
         for step, batch in enumerate(batches):
             loss = loss_of(step, batch)
@@ -138,12 +138,16 @@ def train_part(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = clip(part.parameters(), run.optim.clip_norm)
-            if guard.check(step, {"loss": loss, "grad_norm": norm}):
-                optimizer.step()
-                ema.update()
-            else:
-                logger.warning("step %d is not finite and is skipped", step)
+            verdict = guard.check(step, {"loss": loss, "grad_norm": norm}, _warn_of_skip)
+            verdict.step(optimizer)
+            ema.update(verdict)
             progress.update()
+        guard.read()
+
+
+def _warn_of_skip(step: int) -> None:
+    """Say that nothing was learned in a step."""
+    logger.warning("step %d is not finite and is skipped", step)
 
 
 def save_part(

@@ -29,7 +29,7 @@ from mergevq.data.tokens.dataset import TokenBatch, TokenDataset, open_tokens
 from mergevq.data.tokens.files import require_tokenizer
 from mergevq.generator.generation import Pair
 from mergevq.runtime.artefacts import resolve, tokens_hash
-from mergevq.runtime.device import autocast, resolve_precision
+from mergevq.runtime.device import autocast, resolve_precision, send
 from mergevq.runtime.optim import Ema
 from mergevq.runtime.random import step_generator
 from mergevq.runtime.settings import to_json
@@ -142,7 +142,7 @@ def _seen(
     pair: Pair, parts: Int64[Tensor, "b k p"], device: torch.device
 ) -> Float[Tensor, "b k d"]:
     """Channels of codes that the predictor is given, in float32."""
-    return pair.tokenizer.decoded(pair.tokenizer.codes_of_parts(parts.to(device)).float())
+    return pair.tokenizer.decoded(pair.tokenizer.codes_of_parts(send(parts, device)).float())
 
 
 @torch.no_grad()
@@ -150,7 +150,7 @@ def _recovery(pair: Pair, parts: Int64[Tensor, "b k p"], source: Source) -> Reco
     """Recovery of one batch, in float32."""
     device = pair.generator.device
     codes = _seen(pair, parts, device)
-    own = Source(source.index.to(device), source.num_kept)
+    own = Source(send(source.index, device), source.num_kept)
     predictor, shape = _predictor(pair), pair.generator.config.grid_size
     loss = source_loss(predictor(codes, shape), own)
     right = predictor.predict(codes, shape).index == own.index
@@ -182,7 +182,7 @@ def _learn(
             purpose="training",
         )
         codes = _seen(pair, parts, device)
-        own = Source(batch.source.index.to(device), batch.source.num_kept)
+        own = Source(send(batch.source.index, device), batch.source.num_kept)
         with autocast(device, dtype):
             return source_loss(predictor(codes, shape), own)
 
