@@ -586,8 +586,8 @@ def _update_teacher(state: State, momentum: float, verdict: Verdict) -> None:
     teacher = state.teacher
     if state.teacher_encoder is None or not isinstance(teacher, SelfTeacher):
         return
-    averages = [*state.teacher_encoder.parameters()]
-    weights = [*state.tokenizer.encoder.parameters()]
+    averages: list[Tensor] = [*state.teacher_encoder.parameters()]
+    weights: list[Tensor] = [*state.tokenizer.encoder.parameters()]
     verdict.change(averages, lambda: get_ema_multi_avg_fn(momentum)(averages, weights, None))
     verdict.change(teacher.state_dict().values(), lambda: teacher.update(momentum))
 
