@@ -56,6 +56,7 @@ MODEL_PATH = {
     "generator/network",
     "generator/orders",
     "generator/sampling",
+    "generator/static",
     "nn",
     "tokenizer/bits",
     "tokenizer/decoders",

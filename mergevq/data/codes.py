@@ -5,7 +5,6 @@ Source: Luo et al. 2024, "Open-MAGVIT2", section 3.2 (arXiv:2409.04410).
 Shape letters: F sub-indices, P parts of a token, D channels.
 """
 
-import itertools
 import math
 from dataclasses import dataclass
 
@@ -127,8 +126,11 @@ def join(parts: Int64[Tensor, "*b p"], sizes: tuple[int, ...]) -> Int64[Tensor, 
     _require_index(sizes)
     if len(sizes) == 1:
         return parts[..., 0]
-    places = list(itertools.accumulate(sizes[:-1], lambda a, b: a * b, initial=1))
-    return (parts * torch.tensor(places).to(parts.device, non_blocking=True)).sum(-1)
+    # Digit by digit, without a table that would go to the device.
+    index = parts[..., -1]
+    for part in reversed(range(len(sizes) - 1)):
+        index = index * sizes[part] + parts[..., part]
+    return index
 
 
 def split(indices: Int64[Tensor, "*b"], sizes: tuple[int, ...]) -> Int64[Tensor, "*b p"]:

@@ -19,7 +19,7 @@ from mergevq.nn.attention import attend, attend_apart
 from mergevq.nn.llama import cell_positions, rotation
 
 
-class _Memory:
+class Memory:
     """Keys and values of all layers in one tensor each."""
 
     def __init__(
@@ -47,7 +47,7 @@ class _Memory:
         return 2 * self.keys.numel() * self.keys.element_size()
 
 
-class FullCache(_Memory):
+class FullCache(Memory):
     """Keys and values of every input, in order; what is not filled is not read."""
 
     length = 0
@@ -105,7 +105,7 @@ class FullCache(_Memory):
         self.length += count
 
 
-class RowCache(_Memory):
+class RowCache(Memory):
     """Keys and values of every input, of each row at slots of its own, which may be written again.
 
     For rows of which some are further than others. The caller's mask keeps what was written for
@@ -166,7 +166,7 @@ class RowCache(_Memory):
         )
 
 
-class SlotCache(_Memory):
+class SlotCache(Memory):
     """MergeAR's cache: a slot for each distinct token and for duplicates inside the window.
 
     Every row has its own table of what its slots hold. A token attends to the slots from outside,

@@ -11,6 +11,7 @@ from mergevq.config.base import Precision, check_choice
 
 _MEMORY = Path("/proc/meminfo")
 _CONTAINER = Path("/sys/fs/cgroup")
+_CAPTURED = {"cuda"}
 _FUSED = {"cpu", "cuda"}
 _STEPS_BETWEEN_READS = {"cuda": 10}
 
@@ -137,6 +138,15 @@ def steps_between_reads(device: torch.device) -> int:
     a step by itself, so the host has to.
     """
     return _STEPS_BETWEEN_READS.get(device.type, 1)
+
+
+def decodes_in_one_shape(device: torch.device) -> bool:
+    """Whether a token is decoded in a step whose shapes stay, and which is captured as a graph.
+
+    A GPU waits for launches of its hundreds of kernels; a CPU for memory, of which it reads less
+    where views grow.
+    """
+    return device.type in _CAPTURED
 
 
 def has_fused_optimizers(device: torch.device) -> bool:

@@ -50,14 +50,16 @@ class Unreadable(NamedTuple):
     device: torch.device
     copies: list[str]
     """Where the host waited for a copy to the device."""
+    sent: list[str]
+    """Where it sent a copy without waiting."""
 
 
 class _Copies(TorchDispatchMode):
-    """Notes copies from the host to a device that the host waits for."""
+    """Notes copies from the host to a device, and which of them the host waits for."""
 
-    def __init__(self, copies: list[str]) -> None:
+    def __init__(self, copies: list[str], sent: list[str]) -> None:
         super().__init__()
-        self.copies = copies
+        self.copies, self.sent = copies, sent
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -70,8 +72,8 @@ class _Copies(TorchDispatchMode):
                 waits = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
             case _:
                 return func(*args, **kwargs)
-        if waits and (source.type, target.type) == ("cpu", "meta"):
-            self.copies.append(_place())
+        if (source.type, target.type) == ("cpu", "meta"):
+            (self.copies if waits else self.sent).append(_place())
         return func(*args, **kwargs)
 
 
@@ -92,6 +94,7 @@ def unreadable_device() -> Iterator[Unreadable]:
             super().__init__("cpu" if device_type == "meta" else device_type, *args, **kwargs)
 
     copies: list[str] = []
+    sent: list[str] = []
     make = torch.tensor
 
     def made(*args: object, **kwargs: object) -> torch.Tensor:
@@ -99,7 +102,7 @@ def unreadable_device() -> Iterator[Unreadable]:
             copies.append(_place())
         return make(*args, **kwargs)
 
-    with pytest.MonkeyPatch.context() as patch, _Copies(copies):
+    with pytest.MonkeyPatch.context() as patch, _Copies(copies, sent):
         patch.setattr(torch, "autocast", Autocast)
         # Made on the host, and then copied.
         patch.setattr(torch, "tensor", made)
@@ -108,4 +111,4 @@ def unreadable_device() -> Iterator[Unreadable]:
         patch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: ["cpu", "meta"])
         patch.setattr(device, "_FUSED", {"cpu", "meta"})
         patch.setitem(device._STEPS_BETWEEN_READS, "meta", 10)
-        yield Unreadable(torch.device("meta"), copies)
+        yield Unreadable(torch.device("meta"), copies, sent)

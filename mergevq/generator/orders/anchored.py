@@ -28,9 +28,10 @@ from mergevq.config.generator import (
     SamplingSettings,
 )
 from mergevq.generator.cache import FullCache
-from mergevq.generator.decoding import SequenceDecoder, full_cache, lay_out
+from mergevq.generator.decoding import full_cache, lay_out
 from mergevq.generator.network import Cache, Network, check_range
 from mergevq.generator.seams import Decoder, Draws, Layout, Numbers, Sampled, Sequences
+from mergevq.generator.static import StaticCache, static_cache, token_decoder
 from mergevq.nn.checks import require_all
 from mergevq.nn.llama import Rotation
 
@@ -127,8 +128,44 @@ class Anchored:
         token: int,  # noqa: ARG002
     ) -> Rotation:
         """Turns of the token's anchor."""
+        return self._turns(cache, parts)
+
+    def _turns(self, cache: Cache, parts: Int64[Tensor, "r p"]) -> Rotation:
+        """Turns of the cells at which tokens open."""
         anchor = parts[:, self.config.num_gap_bits, None, None]
         return Rotation(*(table[0, 0, anchor] for table in cache.turns))
+
+    def static_cache(
+        self,
+        network: Network,
+        *,
+        batch: int,
+        num_kept: int,
+        settings: SamplingSettings,  # noqa: ARG002
+    ) -> StaticCache:
+        """A slot for every input, and for the last token."""
+        return static_cache(network, batch, num_kept)
+
+    def static_rules(
+        self,
+        network: Network,
+        cache: Cache,
+        *,
+        batch: int,
+        num_kept: int,
+        settings: SamplingSettings,
+    ) -> "Gaps":
+        """The same rules."""
+        return self.rules(network, cache, batch=batch, num_kept=num_kept, settings=settings)
+
+    def static_turns(
+        self,
+        cache: Cache,
+        parts: Int64[Tensor, "r p"],
+        token: Int64[Tensor, "1"],  # noqa: ARG002
+    ) -> Rotation:
+        """Turns of the token's anchor."""
+        return self._turns(cache, parts)
 
     def decoder(
         self,
@@ -139,7 +176,7 @@ class Anchored:
         settings: SamplingSettings,
     ) -> Decoder:
         """One kept token in each step."""
-        return SequenceDecoder(network, self, labels, num_kept, draws, settings)
+        return token_decoder(network, self, labels, num_kept, draws, settings)
 
     def sampled(self, network: Network, decoder: Decoder) -> Sampled:
         """Kept tokens in canonical order and their anchors."""
@@ -161,13 +198,19 @@ class Gaps:
 
     def next(self, before: Sequence[Int64[Tensor, "b p"]]) -> "Gap | GapBits":
         """Gaps from the anchors of the tokens before."""
-        num_bits = self.config.num_gap_bits
-        previous = before[-1][:, num_bits] if before else self.start
-        token = torch.tensor([len(before)], device=previous.device)
+        previous = before[-1][:, self.config.num_gap_bits] if before else self.start
+        return self._after(torch.tensor([len(before)], device=previous.device), previous)
+
+    def at(self, token: Int64[Tensor, "1"], previous: Int64[Tensor, "b p"]) -> "Gap | GapBits":
+        """The same for a token after another (`static.StaticRules`)."""
+        return self._after(token, previous[:, self.config.num_gap_bits])
+
+    def _after(self, token: Int64[Tensor, "1"], previous: Int64[Tensor, "b"]) -> "Gap | GapBits":
+        """Gaps of a token from the anchors of those before."""
         legal = legal_gaps(previous[:, None], token, self.num_kept, self.config.num_tokens)[:, 0]
         if not self.config.order.gap_in_bits:
             return Gap(previous, legal)
-        return GapBits(previous, legal.sum(-1) - 1, self.config, is_first=not before)
+        return GapBits(previous, legal.sum(-1) - 1, self.config, is_first=token == 0)
 
 
 @dataclass(frozen=True)
@@ -202,7 +245,7 @@ class GapBits:
     most: Int64[Tensor, "b"]
     """Largest legal gap, less 1."""
     config: GeneratorConfig
-    is_first: bool
+    is_first: Bool[Tensor, "1"]
     """Whether the token is the first, at cell 0."""
 
     @property
@@ -223,10 +266,8 @@ class GapBits:
         """The cell that the bits lead to; a bit or a sub-index itself."""
         if part != self.num_bits:
             return choice
-        if self.is_first:
-            return self.previous
         bits = torch.stack([torch.zeros_like(self.previous), *chosen], dim=-1)
-        return self.previous + 1 + from_bits(bits)
+        return torch.where(self.is_first, self.previous, self.previous + 1 + from_bits(bits))
 
 
 def to_bits(numbers: Int64[Tensor, "b t"], count: int) -> Int64[Tensor, "b t g"]:

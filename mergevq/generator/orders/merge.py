@@ -31,7 +31,6 @@ from mergevq.config.generator import (
 from mergevq.config.parts import orders as config
 from mergevq.generator.cache import SlotCache
 from mergevq.generator.decoding import (
-    SequenceDecoder,
     cache_type,
     lay_out,
     turns_at,
@@ -45,6 +44,7 @@ from mergevq.generator.seams import (
     Sampled,
     Sequences,
 )
+from mergevq.generator.static import StaticSlotCache, static_turns_at, token_decoder
 from mergevq.nn.llama import Rotation
 
 
@@ -138,6 +138,44 @@ class Merge:
         """Turns of the cell that the token is."""
         return turns_at(cache, token)
 
+    def static_cache(
+        self, network: Network, *, batch: int, num_kept: int, settings: SamplingSettings
+    ) -> StaticSlotCache:
+        """A slot for each distinct token and for the window, or for every token."""
+        config = network.config
+        held = self.compresses and _is_held(settings)
+        return StaticSlotCache(
+            config,
+            window=self.config.window,
+            batch=batch,
+            num_distinct=num_kept if held else config.num_tokens,
+            device=network.device,
+            dtype=cache_type(network),
+        )
+
+    def static_rules(
+        self,
+        network: Network,
+        cache: Cache,
+        *,
+        batch: int,
+        num_kept: int,
+        settings: SamplingSettings,
+    ) -> "StaticBudget | None":
+        """At most K distinct tokens, if the settings hold an image to its budget."""
+        if not _is_held(settings) or not isinstance(cache, StaticSlotCache):
+            return None
+        return StaticBudget(network, cache, batch, num_kept)
+
+    def static_turns(
+        self,
+        cache: Cache,
+        parts: Int64[Tensor, "r p"],  # noqa: ARG002
+        token: Int64[Tensor, "1"],
+    ) -> Rotation:
+        """Turns of the cell that the token is."""
+        return static_turns_at(cache, token)
+
     def seen(
         self,
         network: Network,
@@ -184,7 +222,7 @@ class Merge:
         settings: SamplingSettings,
     ) -> Decoder:
         """One cell in each step."""
-        return SequenceDecoder(network, self, labels, num_kept, draws, settings)
+        return token_decoder(network, self, labels, num_kept, draws, settings)
 
     def sampled(self, network: Network, decoder: Decoder) -> Sampled:
         """Cells in raster order, and which of them are equal."""
@@ -228,6 +266,32 @@ class Budget:
             is_there=codes >= 0,
             is_free=~torch.tensor(is_spent, device=codes.device)[:, None],
             sizes=self._network.config.part_sizes,
+        )
+
+
+@dataclass(frozen=True)
+class StaticBudget:
+    """The rule of `Budget` from the tables of a cache on the device (`static.StaticRules`)."""
+
+    network: Network
+    cache: StaticSlotCache
+    batch: int
+    """Images, the first rows of the cache."""
+    num_kept: int
+    """K."""
+
+    def at(
+        self,
+        token: Int64[Tensor, "1"],  # noqa: ARG002
+        previous: Int64[Tensor, "b p"],  # noqa: ARG002
+    ) -> "Present":
+        """Only tokens that are there already, in images that have K distinct ones."""
+        codes = self.cache.codes[: self.batch]
+        return Present(
+            parts=self.network.codes(codes.clamp_min(0)),
+            is_there=codes >= 0,
+            is_free=self.cache.num_distinct[: self.batch] < self.num_kept,
+            sizes=self.network.config.part_sizes,
         )
 
 

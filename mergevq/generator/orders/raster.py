@@ -33,7 +33,6 @@ from mergevq.config.generator import (
 from mergevq.config.parts import orders as config
 from mergevq.generator.cache import FullCache
 from mergevq.generator.decoding import (
-    SequenceDecoder,
     add_targets,
     full_cache,
     lay_out,
@@ -42,6 +41,7 @@ from mergevq.generator.decoding import (
 )
 from mergevq.generator.network import INITIAL_STD, Cache, Network
 from mergevq.generator.seams import Decoder, Draws, Layout, Numbers, Sampled, Sequences
+from mergevq.generator.static import StaticCache, static_cache, static_turns_at, token_decoder
 from mergevq.nn.llama import Rotation
 from mergevq.runtime.device import send
 
@@ -131,6 +131,37 @@ class Raster(nn.Module):
         """Turns of the cell that the token is."""
         return turns_at(cache, token)
 
+    def static_cache(
+        self,
+        network: Network,
+        *,
+        batch: int,
+        num_kept: int,  # noqa: ARG002
+        settings: SamplingSettings,  # noqa: ARG002
+    ) -> StaticCache:
+        """A slot for every input, and for the last token."""
+        return static_cache(network, batch, network.config.num_tokens)
+
+    def static_rules(
+        self,
+        network: Network,
+        cache: Cache,
+        *,
+        batch: int,
+        num_kept: int,
+        settings: SamplingSettings,
+    ) -> None:
+        """No rules: every token may have every value."""
+
+    def static_turns(
+        self,
+        cache: Cache,
+        parts: Int64[Tensor, "r p"],  # noqa: ARG002
+        token: Int64[Tensor, "1"],
+    ) -> Rotation:
+        """Turns of the cell that the token is."""
+        return static_turns_at(cache, token)
+
     def seen(
         self,
         network: Network,  # noqa: ARG002
@@ -160,7 +191,7 @@ class Raster(nn.Module):
         settings: SamplingSettings,
     ) -> Decoder:
         """One cell in each step."""
-        return SequenceDecoder(network, self, labels, num_kept, draws, settings, self.targets)
+        return token_decoder(network, self, labels, num_kept, draws, settings, self.targets)
 
     def sampled(self, network: Network, decoder: Decoder) -> Sampled:
         """Cells in raster order."""
