@@ -330,7 +330,8 @@ def _checked(image: Tensor) -> Float[Tensor, "b 3 h w"]:
         )
     if torch.compiler.is_compiling() or image.numel() == 0:
         return image
-    low, high = (float(value) for value in image.aminmax())
+    # Together, as each read waits for the device.
+    low, high = torch.stack(image.aminmax()).tolist()
     if not (low >= -1 - _OVERSHOOT and high <= 1 + _OVERSHOOT):
         raise ValueError(
             f"image values ({low:.4g} to {high:.4g}) must be finite and between -1 and 1; "

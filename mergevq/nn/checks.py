@@ -10,11 +10,19 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+_assert = torch.ops.aten._assert_async.msg
+"""Stop a device, with a message, unless a condition holds there; torch has no public name."""
+
 
 def require_finite(name: str, values: Tensor) -> None:
-    """Raise `RuntimeError` unless the values that a network gave are finite; waits for a GPU."""
-    if not torch.compiler.is_compiling() and not values.isfinite().all():
-        raise RuntimeError(f"{name} are not finite: the tokenizer's weights are broken")
+    """Raise `RuntimeError` unless the values that a network gave are finite."""
+    if torch.compiler.is_compiling():
+        return
+    is_finite, message = values.isfinite().all(), f"{name} are not finite: the weights are broken"
+    if values.device.type != "cpu":
+        _assert(is_finite, message)
+    elif not is_finite:
+        raise RuntimeError(message)
 
 
 def require_range(
@@ -35,7 +43,7 @@ def require_range(
         return
     low, high = values.aminmax()
     if values.device.type != "cpu":
-        torch._assert_async((low >= 0) & (high <= highest), message(0, highest))
+        _assert((low >= 0) & (high <= highest), message(0, highest))
         return
     least, most = torch.stack([low, high]).tolist()
     if least < 0 or most > highest:
@@ -47,6 +55,6 @@ def require_all(is_right: Bool[Tensor, "*shape"], message: str) -> None:
     if torch.compiler.is_compiling():
         return
     if is_right.device.type != "cpu":
-        torch._assert_async(is_right.all(), message)
+        _assert(is_right.all(), message)
     elif not is_right.all():
         raise ValueError(message)

@@ -38,6 +38,7 @@ def test_a_condition_holds_everywhere():
 def test_a_device_is_not_waited_for():
     require_range(torch.empty(3, dtype=torch.int64, device="meta"), 5, message)
     require_all(torch.empty(3, dtype=torch.bool, device="meta"), "wrong")
+    require_finite("codes", torch.empty(3, device="meta"))
 
 
 def test_a_network_that_gives_nan_is_broken():

@@ -1,6 +1,7 @@
 """The loop that every stage shares, around a task of one weight."""
 
 import json
+import math
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -364,3 +365,50 @@ def test_a_state_with_other_parts_is_refused_by_name():
         put_state(fresh(), without)
     with pytest.raises(ValueError, match=r"lacks \[\] and has \['absent'\] besides"):
         put_state(fresh(), saved | {"absent": {}})
+
+
+@dataclass(kw_only=True)
+class GuardedState(State):
+    """A state whose optimizer may skip steps."""
+
+    guard: NonFiniteGuard
+
+    @property
+    def guards(self):
+        return (self.guard,)
+
+
+@dataclass
+class Guarded(Toy):
+    """A toy whose losses are given, and whose guard is hardly ever read."""
+
+    losses: tuple[float, ...] = ()
+    reads: list[int] = field(default_factory=list)
+
+    def __post_init__(self):
+        guard = NonFiniteGuard(limit=2, read_every=100)
+        plain = vars(self.state)
+        self.state = GuardedState(**plain, guard=guard)
+        read = guard.read
+        guard.read = lambda: (self.reads.append(self.state.step), read())
+
+    def step(self, batch):  # noqa: ARG002 - of the protocol
+        loss = torch.tensor(self.losses[self.state.step])
+        self.state.guard.check(self.state.step, {"loss": loss})
+        return {"loss": loss}
+
+
+def test_guards_are_read_when_something_is_due(tmp_path):
+    task = run(tmp_path, Guarded(losses=(0.0, 0.0, 0.0, math.nan, 0.0, 0.0)))
+    log = read_log(tmp_path)
+    assert [(line["step"], line["num_skipped"]) for line in log] == [(0, 0), (2, 0), (4, 1), (5, 1)]
+    # Logged at 1, 3, 5 and 6 steps, saved at 3 and 6, and after a save until a step is finite.
+    assert sorted(set(task.reads)) == [1, 3, 4, 5, 6]
+    assert not (tmp_path / "checkpoints/step-00000003/suspect").exists()
+
+
+def test_a_run_that_is_broken_stops_before_its_checkpoint(tmp_path):
+    task = Guarded(losses=(0.0, *[math.nan] * 5))
+    with pytest.raises(RuntimeError, match=r"2 steps in a row were not finite, up to step 2"):
+        run(tmp_path, task)
+    assert not list((tmp_path / "checkpoints").glob("step-*"))

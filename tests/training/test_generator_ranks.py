@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mergevq.config.training import GeneratorRun
+from mergevq.runtime import device
 from mergevq.runtime.artefacts import load_model, tokens_hash
 from mergevq.runtime.checkpoints import load_state
 from mergevq.training.generator import train
@@ -40,6 +41,9 @@ def on_each_rank(folder: Path) -> None:
     train(sharded(folder, "from_one", 4), resume=True)
     train(sharded(folder, "parts", 4, accumulation=2, checkpointing=True))
     train(sharded(folder, "bf16", 4, precision="bf16"))
+    # As on GPUs, whose verdicts on steps are not read in every step.
+    device._STEPS_BETWEEN_READS["cpu"] = 10
+    train(sharded(folder, "unread", 4))
 
 
 def checkpoint(folder: Path, name: str, step: int) -> Path:
@@ -87,6 +91,13 @@ def test_two_shards_equal_one_process_at_the_same_global_batch(runs):
     )
     for term in ("loss", "nll", "val_nll@16", "grad_norm"):
         assert first[term] == pytest.approx(second[term], rel=1e-3), term
+
+
+def test_shards_are_updated_alike_where_the_host_does_not_read(runs):
+    whole, unread = (
+        load_state(checkpoint(runs, name, 4) / "state") for name in ("whole", "unread")
+    )
+    assert equal(whole, unread)
 
 
 def test_the_saved_model_is_whole_and_has_the_averaged_weights(runs):

@@ -34,9 +34,8 @@ material = generators.material
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    """A tokenizer's looks at images and latents that a caller gives it are the only reads left."""
+    """A tokenizer's look at images that a caller gives it is the only read left."""
     monkeypatch.setattr(prepare, "_checked", lambda image: image)
-    monkeypatch.setattr("mergevq.tokenizer.tokenizer.require_finite", lambda *_: None)
 
 
 @pytest.fixture
