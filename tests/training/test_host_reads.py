@@ -146,7 +146,8 @@ def everything(learner: TokenizerLearner) -> dict:
 
 def skipping(read_every: int, run) -> tuple[TokenizerLearner, list[dict]]:
     """A learner after a step, one that is not finite, and another; its state after each."""
-    run = replace(run, optim=replace(run.optim, lr=0.01, warmup_steps=0))
+    optim = replace(run.optim, lr=0.01, warmup_steps=0, schedule="constant")
+    run = replace(run, optim=optim)
     learner, states = build(run, WORLD, num_classes=10), []
     for guard in learner.state.guards:
         guard.read_every = read_every
