@@ -31,7 +31,8 @@ from mergevq.generator.cache import FullCache
 from mergevq.generator.decoding import full_cache, lay_out
 from mergevq.generator.network import Cache, Network, check_range
 from mergevq.generator.seams import Decoder, Draws, Layout, Numbers, Sampled, Sequences
-from mergevq.generator.static import StaticCache, static_cache, token_decoder
+from mergevq.generator.static.caches import StaticCache, static_cache
+from mergevq.generator.static.decoder import token_decoder
 from mergevq.nn.checks import require_all
 from mergevq.nn.llama import Rotation
 
@@ -202,7 +203,7 @@ class Gaps:
         return self._after(torch.tensor([len(before)], device=previous.device), previous)
 
     def at(self, token: Int64[Tensor, "1"], previous: Int64[Tensor, "b p"]) -> "Gap | GapBits":
-        """The same for a token after another (`static.StaticRules`)."""
+        """The same for a token after another (`static.decoder.StaticRules`)."""
         return self._after(token, previous[:, self.config.num_gap_bits])
 
     def _after(self, token: Int64[Tensor, "1"], previous: Int64[Tensor, "b"]) -> "Gap | GapBits":

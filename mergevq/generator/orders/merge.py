@@ -44,7 +44,8 @@ from mergevq.generator.seams import (
     Sampled,
     Sequences,
 )
-from mergevq.generator.static import StaticSlotCache, static_turns_at, token_decoder
+from mergevq.generator.static.caches import StaticSlotCache, static_turns_at
+from mergevq.generator.static.decoder import token_decoder
 from mergevq.nn.llama import Rotation
 
 
@@ -271,7 +272,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class StaticBudget:
-    """The rule of `Budget` from the tables of a cache on the device (`static.StaticRules`)."""
+    """The rule of `Budget` from the tables of a cache on the device (`static.decoder`)."""
 
     network: Network
     cache: StaticSlotCache

@@ -41,7 +41,8 @@ from mergevq.generator.decoding import (
 )
 from mergevq.generator.network import INITIAL_STD, Cache, Network
 from mergevq.generator.seams import Decoder, Draws, Layout, Numbers, Sampled, Sequences
-from mergevq.generator.static import StaticCache, static_cache, static_turns_at, token_decoder
+from mergevq.generator.static.caches import StaticCache, static_cache, static_turns_at
+from mergevq.generator.static.decoder import token_decoder
 from mergevq.nn.llama import Rotation
 from mergevq.runtime.device import send
 

@@ -1,0 +1,1 @@
+"""Decoding in steps of one shape."""
