@@ -5,11 +5,14 @@ import torch
 
 from mergevq.runtime.device import (
     autocast,
+    decodes_in_one_shape,
+    has_fused_optimizers,
     lay_out,
     layout_for,
     precision_name,
     resolve_device,
     resolve_precision,
+    steps_between_reads,
 )
 
 CPU = torch.device("cpu")
@@ -108,3 +111,11 @@ def test_a_module_is_laid_out_without_a_change_of_its_weights():
 def test_every_dtype_has_a_name_that_gives_it_again():
     for name in ("bf16", "float16", "float32"):
         assert precision_name(resolve_precision(name, CPU)) == name
+
+
+def test_only_gpus_are_not_waited_for():
+    """Skipping on the device needs an optimizer that does it by itself."""
+    cpu, cuda, mps = map(torch.device, ("cpu", "cuda", "mps"))
+    assert [steps_between_reads(each) for each in (cpu, cuda, mps)] == [1, 10, 1]
+    assert [has_fused_optimizers(each) for each in (cpu, cuda, mps)] == [True, True, False]
+    assert [decodes_in_one_shape(each) for each in (cpu, cuda, mps)] == [False, True, False]
