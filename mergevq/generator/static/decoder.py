@@ -11,6 +11,7 @@ Shape letters: B images, R rows (B, or 2B with guidance: conditional ones first)
 sequence, P parts of a token, C channels.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -33,6 +34,8 @@ from mergevq.generator.sampling import guidance_scales
 from mergevq.generator.seams import Decoder, Draws
 from mergevq.nn.llama import Rotation
 from mergevq.runtime.device import decodes_in_one_shape, send
+
+logger = logging.getLogger("mergevq")
 
 _WARM_UP = 3
 """Steps before the captured one, in which libraries choose kernels and allocate what they need."""
@@ -98,24 +101,30 @@ def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None
     """Let a step of one shape be captured once as a CUDA graph, and then be replayed.
 
     Elsewhere it is the step itself. The lines below the first are the only ones of decoding that
-    no CPU can run: the first calls take the step on a stream of its own, as capturing demands.
+    no CPU can run: the first calls take the step on a stream of its own, as capturing demands. A
+    step that cannot be captured is launched each time, with a warning.
     """
     if device.type != "cuda":
         return step
     graph, side, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(device), 0
+    take = step
 
     def replayed() -> None:
-        nonlocal calls
+        nonlocal calls, take
         if calls < _WARM_UP:
             side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):
                 step()
             torch.cuda.current_stream(device).wait_stream(side)
         elif calls == _WARM_UP:
-            with torch.cuda.graph(graph):
-                step()
+            try:
+                with torch.cuda.graph(graph):
+                    step()
+                take = graph.replay
+            except RuntimeError as error:
+                logger.warning("decoding is slower: a step could not be captured (%s)", error)
         if calls >= _WARM_UP:
-            graph.replay()
+            take()
         calls += 1
 
     return replayed

@@ -32,9 +32,8 @@ class Pool(nn.Module):
         """Make the blocks; the encoder initialises them after its projection."""
         super().__init__()
         self.config = config
-        self.num_grid_layers = config.num_grid_layers
-        if self.num_grid_layers is None:
-            self.num_grid_layers = config.num_layers
+        num_grid_layers = config.num_grid_layers
+        self.num_grid_layers = config.num_layers if num_grid_layers is None else num_grid_layers
         self.blocks = nn.ModuleList(
             EncoderBlock(dim, config.num_heads, config.layer_scale, config.norm_eps)
             for _ in range(config.num_layers)

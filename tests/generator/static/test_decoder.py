@@ -181,8 +181,9 @@ def test_capturing_is_left_out_where_there_are_no_graphs():
     assert capture(step, torch.device("cpu")) is step
 
 
-def test_a_captured_step_warms_up_is_captured_once_and_replayed(monkeypatch):
-    """The calls that are made of CUDA, which is not here."""
+@pytest.fixture
+def cuda(monkeypatch):
+    """Calls that are made of CUDA, which is not here."""
     done: list[str] = []
 
     @contextmanager
@@ -201,8 +202,29 @@ def test_a_captured_step_warms_up_is_captured_once_and_replayed(monkeypatch):
         "graph": lambda _: entered("graph"),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    take = capture(lambda: done.append("step"), torch.device("cuda"))
+    return done
+
+
+_ASIDE = ["wait", "begin stream", "step", "end stream", "wait"]
+
+
+def test_a_captured_step_warms_up_is_captured_once_and_replayed(cuda):
+    take = capture(lambda: cuda.append("step"), torch.device("cuda"))
     for _ in range(5):
         take()
-    aside = ["wait", "begin stream", "step", "end stream", "wait"]
-    assert done == [*aside * 3, "begin graph", "step", "end graph", "replay", "replay"]
+    assert cuda == [*_ASIDE * 3, "begin graph", "step", "end graph", "replay", "replay"]
+
+
+def test_a_step_that_cannot_be_captured_is_launched_each_time(cuda, monkeypatch, caplog):
+    @contextmanager
+    def refused(_graph):
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", refused)
+    take = capture(lambda: cuda.append("step"), torch.device("cuda"))
+    for _ in range(5):
+        take()
+    # Nothing runs while it is captured, so the step of the failed capture is taken after it.
+    assert cuda == [*_ASIDE * 3, "step", "step", "step"]
+    assert "could not be captured (operation not permitted" in caplog.text
