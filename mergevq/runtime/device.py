@@ -172,11 +172,28 @@ def deterministic(device: torch.device) -> Iterator[None]:
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
     """Multiply float32 as float32 in a block, where a GPU was told to round it to TF32 first."""
-    if device.type != "cuda":
+    with _products_of_float32(device, "highest"):
+        yield
+
+
+@contextmanager
+def rounded_float32(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    """Let a GPU round float32 to TF32 in products of a block, if others are in `dtype` anyway.
+
+    None, where everything is asked for in float32, leaves all as it is.
+    """
+    with _products_of_float32(device, None if dtype is None else "high"):
+        yield
+
+
+@contextmanager
+def _products_of_float32(device: torch.device, precision: str | None) -> Iterator[None]:
+    """Have torch multiply float32 on a GPU in this way in a block; None is as it is."""
+    if device.type != "cuda" or precision is None:
         yield
         return
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:

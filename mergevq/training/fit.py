@@ -24,6 +24,7 @@ from mergevq.config.training import TrainConfig
 from mergevq.report.plots import Panel, has_plots
 from mergevq.runtime import distributed
 from mergevq.runtime.checkpoints import CheckpointManager, load_state, restoring, save_state
+from mergevq.runtime.device import resolve_precision, rounded_float32
 from mergevq.runtime.logs import MetricsLog, Progress, read_metrics
 from mergevq.runtime.optim import Budget, NonFiniteGuard, set_learning_rate
 from mergevq.runtime.run import RunDirectory, StopRequest, on_sigterm
@@ -147,11 +148,12 @@ def fit(
         log.note(line)
     plotting = distributed.is_main() and has_plots(directory.curves)
     speed = _Speed(task.unit, bar.done)
+    dtype = resolve_precision(loop.precision, world.device)
     state.budget.start()
     is_new = False  # whether no finite step has gone on from the newest checkpoint yet
     with on_sigterm() as signal, contextlib.closing(bar), contextlib.closing(log):
         for batch in () if state.budget.is_used(state.step) else task.batches(state.step):
-            with distributed.located(world, state.step):
+            with distributed.located(world, state.step), rounded_float32(world.device, dtype):
                 numbers = task.step(batch)
             if is_new:
                 is_new = not _is_finite(state)

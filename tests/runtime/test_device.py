@@ -6,12 +6,14 @@ import torch
 from mergevq.runtime.device import (
     autocast,
     decodes_in_one_shape,
+    full_float32,
     has_fused_optimizers,
     lay_out,
     layout_for,
     precision_name,
     resolve_device,
     resolve_precision,
+    rounded_float32,
     steps_between_reads,
 )
 
@@ -111,6 +113,19 @@ def test_a_module_is_laid_out_without_a_change_of_its_weights():
 def test_every_dtype_has_a_name_that_gives_it_again():
     for name in ("bf16", "float16", "float32"):
         assert precision_name(resolve_precision(name, CPU)) == name
+
+
+def test_float32_is_rounded_on_a_gpu_in_training_alone_and_whole_in_metrics():
+    gpu, whole = torch.device("cuda"), torch.get_float32_matmul_precision()
+    with rounded_float32(gpu, torch.bfloat16):
+        assert torch.get_float32_matmul_precision() == "high"
+        with full_float32(gpu):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == whole
+    for device, dtype in ((gpu, None), (torch.device("cpu"), torch.bfloat16)):
+        with rounded_float32(device, dtype):
+            assert torch.get_float32_matmul_precision() == whole
 
 
 def test_only_gpus_are_not_waited_for():
