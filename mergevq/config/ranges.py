@@ -82,6 +82,10 @@ RANGES = {
     "num_heads": _HEADS,
     "layer_scale": Range(0, 1000),
     "locality": Range(0, 1000),
+    "start_noise": Range(0, 1000),
+    "exploration": Range(0, 10),  # Cells in two quadrants are 100 apart.
+    "align_margin": Range(0, 2),
+    "align_weight": _WEIGHT,
     "norm_eps": _EPS,
     "num_kept": _TOKENS,
     "Quality.psnr": Range(0, 200, above=True),

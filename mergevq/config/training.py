@@ -315,9 +315,10 @@ class TokenizerRun:
         reducer = model.reducer
         require(
             reducer.ends_with_tokens,
-            f"init_codes (components) needs model.reducer.kind merge, or pool or divprune with "
-            f"fewer model.reducer.num_grid_layers than the {reducer.num_layers} blocks, not "
-            f"{reducer.kind} whose last block sees all cells; change it, {way_out}",
+            "init_codes (components) needs model.reducer.kind merge, or pool, global_map or "
+            "divprune with fewer model.reducer.num_grid_layers than the "
+            f"{reducer.num_layers} blocks, not {reducer.kind} whose last block sees all cells; "
+            f"change it, {way_out}",
         )
         require(
             isinstance(model.quantizer, Binary),

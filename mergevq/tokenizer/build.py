@@ -29,6 +29,7 @@ from mergevq.tokenizer.quantizers.product import Product
 from mergevq.tokenizer.quantizers.residual import Residual
 from mergevq.tokenizer.quantizers.shared import Shared
 from mergevq.tokenizer.reducers.divprune import DivPrune
+from mergevq.tokenizer.reducers.global_map import GlobalMap
 from mergevq.tokenizer.reducers.holistic import Holistic
 from mergevq.tokenizer.reducers.learned_merge import LearnedMerge
 from mergevq.tokenizer.reducers.merge import Merge
@@ -59,9 +60,15 @@ def build_stem(config: settings.Stem) -> nn.Module:
 
 
 def build_reducer(  # noqa: PLR0911 - one case for each kind
-    config: settings.Reducer, dim: int
-) -> Merge | LearnedMerge | Pool | DivPrune | Select | Queries | Holistic:
-    """Reducer of a kind on `dim` channels."""
+    config: settings.Reducer, dim: int, grid_size: int
+) -> Merge | LearnedMerge | Pool | GlobalMap | DivPrune | Select | Queries | Holistic:
+    """Reducer of a kind.
+
+    Args:
+        config: settings.
+        dim: channels.
+        grid_size: cells on each side of the trained grid.
+    """
     match config:
         case settings.Merge():
             return Merge(config, dim)
@@ -69,6 +76,8 @@ def build_reducer(  # noqa: PLR0911 - one case for each kind
             return LearnedMerge(config, dim)
         case settings.Pool():
             return Pool(config, dim)
+        case settings.GlobalMap():
+            return GlobalMap(config, dim, grid_size)
         case settings.DivPrune():
             return DivPrune(config, dim)
         case settings.Select():

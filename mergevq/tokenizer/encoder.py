@@ -84,7 +84,7 @@ class Encoder(nn.Module):
         self.config = config
         self.stem = build_stem(config.stem)
         self.class_token = nn.Parameter(torch.randn(config.dim) * 1e-6)
-        self.reducer = build_reducer(config.reducer, config.dim)
+        self.reducer = build_reducer(config.reducer, config.dim, config.grid_size)
         self.norm = _norm(config)
         semantic_dim, dim = config.branches.semantic_dim, config.latent_dim
         self.to_latents = nn.Linear(config.dim, semantic_dim or dim)

@@ -39,6 +39,11 @@ _FREE_OF_TOKENIZERS = (
     "kept_range",
     "reducer.layer_scale",
     "reducer.locality",
+    "reducer.start_noise",
+    "reducer.temperature",
+    "reducer.exploration",
+    "reducer.align_margin",
+    "reducer.align_weight",
     "branches.gains",
     "condition.dropout",
     "condition.num_bytes",
@@ -199,15 +204,18 @@ def _with_components_of(config: TokenizerConfig, path: str | Path) -> TokenizerC
 
 
 def initialize_from(tokenizer: Tokenizer, path: str | Path) -> None:
-    """Copy a trained tokenizer's weights; image size and K may be others.
+    """Copy a trained tokenizer's weights; K may be another, and image size unless cells have some.
 
     Raises:
         ValueError: it is not there, or is another architecture.
     """
     saved = load_model(resolve(path), kind="tokenizer")
     other = from_json(TokenizerConfig, saved.record["config"])
+    free = set(_FREE_OF_TOKENIZERS)
+    if isinstance(tokenizer.config.reducer, parts.GlobalMap):
+        free.remove("image_size")  # Each cell of the grid has an embedding.
     _require_same_architecture(
-        tokenizer.config, other, free=_FREE_OF_TOKENIZERS, what=f"tokenizer of init_from, {path}"
+        tokenizer.config, other, free=free, what=f"tokenizer of init_from, {path}"
     )
     load_strict(tokenizer, saved.state)
 

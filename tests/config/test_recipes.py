@@ -34,6 +34,7 @@ TOKENIZER_RECIPES = (
     "digits32_preserve",
     "digits32_posttrain",
     "digits32_pool",
+    "digits32_global_map",
     "digits32_divprune",
     "digits32_learned_merge",
     "digits32_select",

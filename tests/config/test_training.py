@@ -207,8 +207,9 @@ def test_a_start_from_components_needs_a_last_block_that_sees_tokens():
     pool = Pool(num_layers=4, num_heads=2)
     message = refused(TokenizerRun, **values | {"model": replace(values["model"], reducer=pool)})
     assert message.startswith(
-        "init_codes (components) needs model.reducer.kind merge, or pool or divprune with fewer "
-        "model.reducer.num_grid_layers than the 4 blocks, not pool whose last block sees all cells"
+        "init_codes (components) needs model.reducer.kind merge, or pool, global_map or divprune "
+        "with fewer model.reducer.num_grid_layers than the 4 blocks, not pool whose last block "
+        "sees all cells"
     )
     pool = replace(pool, num_grid_layers=3)
     TokenizerRun(**values | {"model": replace(values["model"], reducer=pool)})

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from mergevq.config.evaluation import Quality
-from mergevq.config.parts import Fsq, GroupedLfq, MaskTokens, Pool, Queries
+from mergevq.config.parts import Fsq, GlobalMap, GroupedLfq, MaskTokens, Pool, Queries
 from mergevq.data.prepare import to_tensor
 from mergevq.metrics.image import psnr
 from mergevq.metrics.lpips import Perceptual
@@ -364,7 +364,14 @@ def test_a_picture_passed_whole_has_a_limit_on_either_side(codec, small):
 ORDERED = {"reducer": Queries(num_layers=1, num_heads=2), "expander": MaskTokens(num_layers=1)}
 
 
-@pytest.mark.parametrize("parts", [{"reducer": Pool(num_layers=1, num_heads=2)}, ORDERED])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"reducer": Pool(num_layers=1, num_heads=2)},
+        {"reducer": GlobalMap(num_layers=1, num_heads=2)},
+        ORDERED,
+    ],
+)
 def test_tokens_without_maps_of_their_own_pass(parts):
     config = dataclasses.replace(make_tokenizer().config, num_kept=16, **parts)
     torch.manual_seed(0)

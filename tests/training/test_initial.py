@@ -8,6 +8,7 @@ from PIL import Image
 
 from mergevq.config.objective import NoTeacher
 from mergevq.config.parts import PatchDecoder
+from mergevq.config.recipes.digits import digits32_global_map
 from mergevq.config.recipes.tiny64 import tiny64_gr
 from mergevq.config.training import DataConfig, TokenizerRun
 from mergevq.data.images import open_images
@@ -64,6 +65,17 @@ def test_all_settings_that_differ_are_named_at_once_but_free_ones(tmp_path):
     )
     with pytest.raises(ValueError, match=message):
         initialize_from(Tokenizer(run.model), tmp_path)
+
+
+def test_weights_with_an_embedding_for_each_cell_keep_their_image_size(tmp_path):
+    model = shrink(digits32_global_map()).model
+    Tokenizer(model).save_pretrained(tmp_path)
+    more = replace(model, num_kept=24, reducer=replace(model.reducer, exploration=0.0))
+    initialize_from(Tokenizer(more), tmp_path)
+    with pytest.raises(
+        ValueError, match=r"model.image_size \(64\) must be 32, as in the tokenizer"
+    ):
+        initialize_from(Tokenizer(replace(model, image_size=64)), tmp_path)
 
 
 # ---------------------------------------------------------------------------- from components

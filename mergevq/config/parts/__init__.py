@@ -47,6 +47,7 @@ from mergevq.config.parts.quantizers import (
 from mergevq.config.parts.reducers import (
     NUM_KEYS,
     DivPrune,
+    GlobalMap,
     Holistic,
     LearnedMerge,
     Merge,
@@ -80,6 +81,7 @@ __all__ = [
     "FlowDecoder",
     "Fsq",
     "Fuse",
+    "GlobalMap",
     "GradientUpdate",
     "GroupedLfq",
     "Holistic",

@@ -180,6 +180,61 @@ class Pool:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GlobalMap:
+    """Transformer blocks, and means over groups of cells that are learned; no map is stored."""
+
+    kind: Literal["global_map"] = "global_map"
+    num_layers: int = 12
+    """Transformer blocks."""
+    num_grid_layers: int | None = None
+    """Blocks before the means, which see all cells; those behind them see the means alone. None is
+    all."""
+    start_noise: float = 0.02
+    """Standard deviation of noise on the positions that embeddings of cells start from; far above 1
+    they start at random."""
+    temperature: float = 0.1
+    """Temperature of the soft assignment of cells to groups, which gives gradients."""
+    exploration: float = 0.1
+    """Largest noise on cosines of embeddings in training, so that other groups are tried."""
+    align_margin: float = 0.25
+    """Difference between cosines of embeddings and of features that the loss `align` lets be."""
+    align_weight: float = 0.25
+    """Weight of that loss."""
+    num_heads: int = 8
+    """Attention heads."""
+    layer_scale: float = 1e-5
+    """Initial gain of residual branches; 1e-5 suits long runs, short ones want 0.1 or more."""
+    norm_eps: float = 1e-6
+    """Added to the variance in layer norms."""
+
+    gives: ClassVar[LayoutKind] = "source"
+    grows: ClassVar[bool] = True
+    num_holistic: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        """Reject counts and constants that cannot be."""
+        check_numbers(self)
+        _require_grid_layers(self.num_grid_layers, self.num_layers)
+
+    @property
+    def ends_with_tokens(self) -> bool:
+        """Whether the last block sees kept tokens alone."""
+        return self.num_grid_layers is not None and self.num_grid_layers < self.num_layers
+
+    def least_kept(self, grid_shape: tuple[int, int]) -> int:  # noqa: ARG002 - as of merging
+        """Fewest tokens that can be left of a grid's: one group."""
+        return 1
+
+    def nearest_kept(self, grid_shape: tuple[int, int], num_kept: int) -> int:
+        """Number of tokens next to this one that can be left of a grid's."""
+        return min(max(num_kept, 1), math.prod(grid_shape))
+
+    def check_kept(self, grid_shape: tuple[int, int], num_kept: int) -> None:
+        """Raise `ValueError` where a grid has not as many cells."""
+        _require_at_most_cells(grid_shape, num_kept)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DivPrune:
     """Transformer blocks, and cells chosen to be far from each other, which others join."""
 
@@ -403,4 +458,4 @@ def _require_at_most_cells(grid_shape: tuple[int, int], num_kept: int) -> None:
     )
 
 
-Reducer = Merge | LearnedMerge | Pool | DivPrune | Select | Queries | Holistic
+Reducer = Merge | LearnedMerge | Pool | GlobalMap | DivPrune | Select | Queries | Holistic

@@ -24,6 +24,7 @@ from mergevq.config.parts import (
     Codebook,
     DivPrune,
     Fsq,
+    GlobalMap,
     GroupedLfq,
     Kl,
     LearnedMerge,
@@ -314,6 +315,17 @@ def digits32_pool() -> TokenizerRun:
         train=replace(run.train, eval_num_kept=(4, 16, 64)),
         out="runs/digits32_pool",
     )
+
+
+def digits32_global_map() -> TokenizerRun:
+    """`digits32_pool` with groups of cells that are learned, the same for all images.
+
+    Source: LGM (arXiv:2606.20076). Hardware and time: not measured, 640 steps of 64 images.
+    Expected: not measured.
+    """
+    run = digits32_pool()
+    reducer = GlobalMap(num_layers=4, num_heads=2, layer_scale=0.1)
+    return replace(run, model=replace(run.model, reducer=reducer), out="runs/digits32_global_map")
 
 
 def digits32_divprune() -> TokenizerRun:

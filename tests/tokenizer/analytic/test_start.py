@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mergevq.config.parts import DivPrune, Pool
+from mergevq.config.parts import DivPrune, GlobalMap, Pool
 from mergevq.config.tokenizer import TokenizerConfig
 from mergevq.data.layouts import unmerge
 from mergevq.nn.positions import from_patches, to_patches
@@ -102,7 +102,7 @@ def test_the_codes_are_those_of_the_mean_patches_of_its_groups(components, num_k
     assert torch.equal(encoded.codes[sure], components.codes(means)[sure])
 
 
-@pytest.mark.parametrize("reducer", [Pool, DivPrune])
+@pytest.mark.parametrize("reducer", [Pool, GlobalMap, DivPrune])
 @pytest.mark.parametrize("num_kept", [64, 24, 6])
 def test_other_reducers_whose_last_block_sees_tokens_give_codes_of_mean_patches_too(
     components, reducer, num_kept

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from mergevq.config.contest import Arm, ContestSettings
-from mergevq.config.recipes.digits import digits32, digits32_pool
+from mergevq.config.recipes.digits import digits32, digits32_global_map, digits32_pool
 from mergevq.config.tokenizer import KeptConfig
 from mergevq.data.layouts import source_bits
 from mergevq.training.contest.measure import bits_of, points
@@ -24,6 +24,9 @@ def test_bits_are_those_of_tokens_and_layout_at_each_k_there_is():
     assert bits_of(MERGE.run) == {k: pytest.approx(8 * k + source_bits(64, k)) for k in KEPT_RANGE}
     # Rows times columns of 8 x 8 cells, from 16 to 32.
     assert bits_of(POOL.run) == {k: 8.0 * k for k in (16, 18, 20, 21, 24, 25, 28, 30, 32)}
+    # Weights decide a map that is learned, and not its bits.
+    learned = replace(shrink(digits32_global_map()), kept=KEPT)
+    assert bits_of(learned) == {k: 8.0 * k for k in KEPT_RANGE}
 
 
 KEPT_RANGE = range(16, 21)
