@@ -18,7 +18,8 @@ def require_finite(name: str, values: Tensor) -> None:
     """Raise `RuntimeError` unless the values that a network gave are finite."""
     if torch.compiler.is_compiling():
         return
-    is_finite, message = values.isfinite().all(), f"{name} are not finite: the weights are broken"
+    is_finite = values.isfinite().all()
+    message = f"{name} are not finite: the tokenizer's weights are broken"
     if values.device.type != "cpu":
         _assert(is_finite, message)
     elif not is_finite:
