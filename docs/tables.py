@@ -224,6 +224,7 @@ TABLES: Mapping[str, Table] = {
             "bits inferred": ("inferred_bits", ".1f"),
             "bits, total": ("bits", ".1f"),
             "class accuracy": ("class_accuracy", ".1%"),
+            "{0}": (r"(frechet_\w+)", ".0f"),
             "CPU seconds of training": ("training_cpu_seconds", ".0f"),
             "of a sample": ("sampling_cpu_seconds", ".3f"),
         },
