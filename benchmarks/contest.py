@@ -24,6 +24,12 @@ and, kept tokens with the cells that they open at, in that head of four blocks,
     anchor_code the cell as one number, the token in bits
     anchor_bits the bits of the gap to the next cell, one by one, then those of the token
 
+Rivals are other tokenizers, whose tokens need no map: `--rivals pool=runs/pool/model:42` encodes
+images to 42 tokens of that tokenizer and trains the same generator on them, in order `anchor` if
+the tokenizer knows which cells they are of, else in order `ordered`.
+
+Every tokenizer's tokens of held-out images are decoded too (`benchmarks/contest_maps.py`).
+
 Bits are of an image: those of codes, and those of the map. Of `anchor` the map's are those of the
 cells at which tokens open, and `inferred` what the source predictor needs for the other cells,
 given codes and openings. Samples are judged by a support vector machine fitted to real images
@@ -48,6 +54,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from benchmarks.contest_maps import measure_maps
 from mergevq.config.generator import (
     GeneratorConfig,
     SampleRun,
@@ -62,12 +69,13 @@ from mergevq.config.parts.orders import (
     Anchored,
     Merge,
     Order,
+    Ordered,
     Stream,
 )
 from mergevq.config.recipes import GENERATOR_RECIPES
 from mergevq.config.training import GeneratorRun
 from mergevq.data.batches import eval_batches
-from mergevq.data.images import open_images
+from mergevq.data.images import ImageDataset, open_images
 from mergevq.data.tokens.batches import split
 from mergevq.data.tokens.dataset import TokenBatch, TokenDataset
 from mergevq.generator.autoregressive import Autoregressive
@@ -76,7 +84,9 @@ from mergevq.metrics.extractor import FeatureExtractor
 from mergevq.metrics.frechet import FrechetStatistics, Gaussian, frechet_distance
 from mergevq.metrics.image import to_uint8
 from mergevq.metrics.judge import Judge, fit_judge
+from mergevq.metrics.lpips import Perceptual, load_perceptual
 from mergevq.report.pictures import contact_sheet, to_pil
+from mergevq.runtime.environment import keep_freed_memory
 from mergevq.runtime.random import BatchNumbers
 from mergevq.runtime.run import environment
 from mergevq.tokenizer.encode import encode
@@ -105,26 +115,77 @@ _MAPS = ("relation", "group", "anchor", "gap")
 """Beginnings of the names of parts that are of the map."""
 
 
-def arm_run(options: argparse.Namespace, tokens: Path, arm: str, seed: int) -> GeneratorRun:
-    """The recipe with an arm's order and head."""
+class Entrant(NamedTuple):
+    """A tokenizer, its tokens, and the order in which a generator has them."""
+
+    arm: str
+    order: Order
+    tokenizer: str
+    num_kept: int
+    tokens: TokenDataset
+
+
+def encoded(options: argparse.Namespace, tokenizer: str, num_kept: int, name: str) -> TokenDataset:
+    """Tokens of all images, under a name in OUT."""
+    return encode(
+        tokenizer,
+        options.data,
+        Path(options.out, name),
+        num_kept=(num_kept,),
+        num_workers=0,
+        precision="float32",
+    )
+
+
+def entrants(options: argparse.Namespace) -> list[Entrant]:
+    """All arms, those of other tokenizers last."""
+    tokens = encoded(options, options.tokenizer, options.num_kept, "tokens")
+    found = [
+        Entrant(arm, (ORDERS | HEADS)[arm], options.tokenizer, options.num_kept, tokens)
+        for arm in options.arms
+    ]
+    for arm, tokenizer, num_kept in options.rivals:
+        tokens = encoded(options, tokenizer, num_kept, f"tokens_{arm}")
+        order: Order = Anchored() if tokens.record.layout == "source" else Ordered()
+        found.append(Entrant(arm, order, tokenizer, num_kept, tokens))
+    return found
+
+
+def rival(text: str) -> tuple[str, str, int]:
+    """Name, tokenizer and K of NAME=TOKENIZER:K."""
+    name, _, rest = text.partition("=")
+    tokenizer, _, num_kept = rest.rpartition(":")
+    if not (name and tokenizer and num_kept.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text} must be NAME=TOKENIZER:K")
+    return name, tokenizer, int(num_kept)
+
+
+def arm_run(options: argparse.Namespace, entrant: Entrant, seed: int) -> GeneratorRun:
+    """The recipe with an arm's tokens, order and head."""
     run = GENERATOR_RECIPES[options.recipe]()
-    order = (ORDERS | HEADS)[arm]
-    head = head_of(run.model, arm) if arm in HEADS else run.model.head
-    kept = (options.num_kept,)
+    head = head_of(run.model, entrant.arm) if entrant.arm in HEADS else run.model.head
+    kept = (entrant.num_kept,)
     train_config = replace(run.train, seed=seed, eval_num_kept=kept, device=options.device)
     if options.steps is not None:
         train_config = replace(train_config, num_steps=options.steps)
     return replace(
         run,
         model=replace(
-            run.model, order=order, head=head, num_kept=options.num_kept, kept_candidates=kept
+            run.model,
+            order=entrant.order,
+            head=head,
+            num_kept=entrant.num_kept,
+            kept_candidates=kept,
         ),
         tokens=replace(
-            run.tokens, path=str(tokens), tokenizer=options.tokenizer, val_fraction=HELD_OUT
+            run.tokens,
+            path=str(entrant.tokens.directory),
+            tokenizer=entrant.tokenizer,
+            val_fraction=HELD_OUT,
         ),
         kept=replace(run.kept, candidates=kept),
         train=train_config,
-        out=str(Path(options.out, f"{arm}-{seed}")),
+        out=str(Path(options.out, f"{entrant.arm}-{seed}")),
     )
 
 
@@ -143,29 +204,33 @@ def head_of(model: GeneratorConfig, arm: str) -> Head:
 
 
 class Critic(NamedTuple):
-    """All that samples are measured by."""
+    """All that samples and decoded tokens are measured by."""
 
+    images: ImageDataset
     judge: Judge
     real_accuracy: float
     """The judge's, on real images that it has not seen."""
     extractor: FeatureExtractor | None
     real: Gaussian | None
     """Features of real images; None without an extractor."""
+    perceptual: Perceptual | None
+    """LPIPS of decoded tokens; None leaves it out."""
 
 
 def measure(
-    run: GeneratorRun, tokens: TokenDataset, critic: Critic, options: argparse.Namespace
+    entrant: Entrant, seed: int, critic: Critic, options: argparse.Namespace
 ) -> dict[str, float]:
     """Train an arm and measure it; what a generator draws is written as a picture."""
+    run, tokens = arm_run(options, entrant, seed), entrant.tokens
     started = time.process_time()
     finish(run, brief=True)
     seconds = time.process_time() - started
-    pair = load_pair(Path(run.out, "model"), options.tokenizer, torch.device("cpu"))
+    pair = load_pair(Path(run.out, "model"), entrant.tokenizer, torch.device("cpu"))
     if not isinstance(pair.generator, Autoregressive):
         raise TypeError(f"order ({run.model.order.kind}) must be autoregressive")
-    found = bits(pair.generator, tokens, options.num_kept)
-    if run.model.order.is_anchored:
-        found["inferred_bits"] = inferred_bits(pair.tokenizer, tokens, options.num_kept)
+    found = bits(pair.generator, tokens, entrant.num_kept)
+    if run.model.order.is_anchored and pair.tokenizer.has_maps:
+        found["inferred_bits"] = inferred_bits(pair.tokenizer, tokens, entrant.num_kept)
     return {
         "parameters": sum(each.numel() for each in pair.generator.parameters()),
         "training_cpu_seconds": seconds,
@@ -288,7 +353,42 @@ def make_critic(options: argparse.Namespace, image_size: int) -> Critic:
         extractor = FeatureExtractor(options.extractor)
         features = statistics_of(extractor, image.split(_BATCH))
         judge = fit_judge(real, lambda image: extractor.features(to_uint8(image)))
-    return Critic(judge, judge.accuracy(image[held_out], label[held_out]), extractor, features)
+    accuracy = judge.accuracy(image[held_out], label[held_out])
+    perceptual = None if options.lpips is None else load_perceptual("alex", options.lpips)
+    return Critic(dataset, judge, accuracy, extractor, features, perceptual)
+
+
+def maps(entrant: Entrant, critic: Critic) -> dict[str, dict[str, float]]:
+    """Tokens of held-out images by their map, and the bits that tokens and maps can take."""
+    tokenizer = Tokenizer.from_pretrained(entrant.tokenizer, precision="float32", device="cpu")
+    _, held_out = split(entrant.tokens, HELD_OUT)
+    position = held_out.origin(range(len(held_out))).position
+    pixels = {
+        place: image
+        for batch in eval_batches(
+            critic.images,
+            image_size=tokenizer.config.image_size,
+            batch_size=_BATCH,
+            num_workers=0,
+        )
+        for place, image in zip(batch.index.tolist(), batch.image, strict=True)
+        if place in set(position.tolist())
+    }
+    batches = (
+        (batch, torch.stack([pixels[place] for place in places.tolist()]))
+        for batch, places in zip(
+            held_out_batches(entrant.tokens, entrant.num_kept),
+            position.split(_BATCH),
+            strict=True,
+        )
+    )
+    found = measure_maps(tokenizer, batches, critic.extractor, critic.perceptual)
+    bits = tokenizer.bits(entrant.num_kept)
+    told = {"num_kept": entrant.num_kept, "code_bits": bits.tokens}
+    return {
+        name: {**told, "map_bits": bits.source if name == "given" else 0.0, **numbers}
+        for name, numbers in found.items()
+    }
 
 
 def table(found: dict[str, dict[str, dict[str, float]]]) -> str:
@@ -317,6 +417,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(ORDERS), choices=[*ORDERS, *HEADS])
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--rivals", type=rival, nargs="+", default=[], metavar="NAME=TOKENIZER:K")
+    parser.add_argument("--lpips", help="folder or file of LPIPS (alex)")
     parser.add_argument("--extractor")
     parser.add_argument("--num-judged", type=int, default=2000)
     parser.add_argument("--num-samples", type=int, default=200)
@@ -325,34 +427,40 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    tokens = encode(
-        options.tokenizer,
-        options.data,
-        out / "tokens",
-        num_kept=(options.num_kept,),
-        num_workers=0,
-        precision="float32",
-    )
+    # As every command does.
+    keep_freed_memory()
+    fighting = entrants(options)
     image_size = Tokenizer.from_pretrained(options.tokenizer).config.image_size
     critic = make_critic(options, image_size)
-    real = critic.real_accuracy
     result: dict[str, Any] = {
         "kind": "contest",
         "settings": vars(options),
         "environment": environment(torch.device("cpu")),
-        "real_accuracy": real,
+        "real_accuracy": critic.real_accuracy,
         "arms": {},
+        "maps": {},
     }
     written = out / "contest.json"
     if written.is_file():
-        result["arms"] = json.loads(written.read_text(encoding="utf-8"))["arms"]
+        before = json.loads(written.read_text(encoding="utf-8"))
+        result |= {name: before.get(name, {}) for name in ("arms", "maps")}
+
+    def keep() -> None:
+        written.write_text(json.dumps(result, indent=2), encoding="utf-8")
+
+    for entrant in fighting:
+        # Arms of the same tokens have the same maps.
+        name = entrant.tokens.directory.name
+        if name not in result["maps"]:
+            result["maps"][name] = maps(entrant, critic)
+            keep()
     for seed in options.seeds:
-        for arm in options.arms:
-            seeds = result["arms"].setdefault(arm, {})
+        for entrant in fighting:
+            seeds = result["arms"].setdefault(entrant.arm, {})
             if str(seed) not in seeds:
-                run = arm_run(options, out / "tokens", arm, seed)
-                seeds[str(seed)] = measure(run, tokens, critic, options)
-                written.write_text(json.dumps(result, indent=2), encoding="utf-8")
+                seeds[str(seed)] = measure(entrant, seed, critic, options)
+                keep()
+    real = critic.real_accuracy
     print(f"real images: {100 * real:.1f} % taken for their class\n\n{table(result['arms'])}")
 
 
