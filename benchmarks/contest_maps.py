@@ -1,4 +1,4 @@
-"""What a source map is worth to the tokens of real images, before any generator.
+"""Source maps for the tokens of real images, before any generator.
 
 Tokens of held-out images are decoded with their own map, with the one that the tokenizer infers
 from them, and with the one that it infers from them and the cells at which they open. Beside what

@@ -21,7 +21,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ratios_data, ratios_decoding, ratios_evaluation, ratios_images
+from benchmarks import (
+    ratios_data,
+    ratios_decoding,
+    ratios_evaluation,
+    ratios_images,
+    ratios_tokenizer,
+)
 from benchmarks.entry import Entry, Ratio, measure
 from mergevq.runtime.environment import keep_freed_memory
 
@@ -30,6 +36,7 @@ ENTRIES: tuple[Entry, ...] = (
     *ratios_images.ENTRIES,
     *ratios_evaluation.ENTRIES,
     *ratios_data.ENTRIES,
+    *ratios_tokenizer.ENTRIES,
     *ratios_decoding.ENTRIES,
 )
 SMALLEST_SHARE = 0.8

@@ -1,7 +1,8 @@
-"""Decoding of size B with guidance, against bf16 loops like those of the authors of each order.
+"""Decoding of size B with guidance, against loops like those of the authors of each order.
 
-Both ways stand in the middle of a sequence of 256 cells, the caches full of made-up keys, and take
-the same steps from there.
+Both ways stand in the middle of a sequence, the caches full of made-up keys, and take the same
+steps from there. The loops have the authors' bf16, or float32 beside ours in float32, which is
+what processors that do not multiply bf16 need.
 """
 
 from dataclasses import replace
@@ -42,8 +43,8 @@ _IN_A_ROW = 16
 class _Ours:
     """Sampling of the package."""
 
-    def __init__(self, order: Order, weights: Weights, num_images: int) -> None:
-        generator = as_weights(_generator(order), weights)
+    def __init__(self, order: Order, weights: Weights, num_images: int, num_cells: int) -> None:
+        generator = as_weights(_generator(order, num_cells), weights)
         config = generator.config
         in_parallel = config.order.in_parallel
         passes = Several(num_steps=NUM_RANDOM_STEPS) if in_parallel else OneByOne()
@@ -71,8 +72,9 @@ class _Ours:
 class _Plain:
     """A plain loop over a cache of the final length, as in LlamaGen's and RandAR's public code."""
 
-    def __init__(self, order: Order, num_images: int) -> None:
-        generator = _generator(order).to(torch.bfloat16)
+    def __init__(self, order: Order, weights: Weights, num_images: int, num_cells: int) -> None:
+        dtype = torch.float32 if weights == "float32" else torch.bfloat16
+        generator = _generator(order, num_cells).to(dtype)
         config = generator.config
         null = torch.full((num_images,), config.null_class)
         self.history = generator.parts(made_up_sequences(config, 2 * num_images, generator.device))
@@ -107,9 +109,9 @@ class _Plain:
         return self.loop.parts.chunk(2)[0]
 
 
-def _generator(order: Order) -> Autoregressive:
-    """Random weights of size B on a grid of 256 cells."""
-    config = replace(grid_config(size_config("B"), 256), order=order)
+def _generator(order: Order, num_cells: int) -> Autoregressive:
+    """Random weights of size B."""
+    config = replace(grid_config(size_config("B"), num_cells), order=order)
     generator = random_generator(config, torch.device("cpu"))
     assert isinstance(generator, Autoregressive)
     return generator
@@ -123,11 +125,14 @@ def _alike(plain: Tensor, ours: Tensor) -> None:
     assert plain.shape[1] <= ours.shape[1]
 
 
-def _entry(name: str, order: Order, weights: Weights, num_images: int) -> Entry:
+def _entry(
+    name: str, order: Order, weights: Weights, num_images: int, num_cells: int = 256
+) -> Entry:
     images = "1 image" if num_images == 1 else f"{num_images} images"
+    arguments = (order, weights, num_images, num_cells)
     return Entry(
-        f"decode a step, {name}, guidance, size B, {weights}, {images}",
-        lambda: Pair(_Plain(order, num_images), _Ours(order, weights, num_images), _alike),
+        f"decode a step of {num_cells:,} cells, {name}, guidance, size B, {weights}, {images}",
+        lambda: Pair(_Plain(*arguments), _Ours(*arguments), _alike),
     )
 
 
@@ -137,4 +142,8 @@ ENTRIES = (
     _entry("raster order", Raster(), "bf16", 8),
     _entry("RandAR in 64 passes", Random(), "bf16", 1),
     _entry("RandAR in 64 passes", Random(), "bf16", 8),
+    _entry("raster order", Raster(), "float32", 1),
+    _entry("raster order", Raster(), "float32", 8),
+    _entry("raster order", Raster(), "float32", 1, 1024),
+    _entry("RandAR in 64 passes", Random(), "float32", 1),
 )

@@ -308,7 +308,7 @@ def measure_merge(
     grid = normal(size.num_tokens, size.dim).requires_grad_()
     weight = normal(size.num_tokens, size.dim)
 
-    ways: dict[str, Callable[[], Tensor]] = {"mergevq": lambda: _merge(grid, keys)}
+    ways: dict[str, Callable[[], Tensor]] = {"mergevq": lambda: merge_and_unmerge(grid, keys)}
     if plain is not None:
         ways["dense source matrix"] = lambda: plain.unmerge(*plain.merge(grid, keys))
         _check_equal("merging", {name: way().detach() for name, way in ways.items()})
@@ -333,10 +333,15 @@ def measure_merge(
     yield from _compare(f"{what}, matching alone", times, against=against)
 
 
-def _merge(
+def merge_and_unmerge(
     tokens: Float[Tensor, "b l c"], keys: list[Float[Tensor, "b _ d"]]
 ) -> Float[Tensor, "b l c"]:
-    """Do what the encoder's blocks do about merging, and copy back to the grid."""
+    """Do what the encoder's blocks do about merging, and copy back to the grid.
+
+    Args:
+        tokens: of the grid.
+        keys: what each block compares; one tensor more than blocks, of K tokens.
+    """
     batch, num_tokens, _ = tokens.shape
     sizes = tokens.new_ones(batch, num_tokens)
     index = torch.arange(num_tokens, device=tokens.device).expand(batch, -1)
