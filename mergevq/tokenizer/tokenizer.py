@@ -33,9 +33,9 @@ from mergevq.runtime.artefacts import build_for, load_model, resolve, save_model
 from mergevq.runtime.device import autocast, lay_out, resolve_precision
 from mergevq.runtime.settings import from_json
 from mergevq.tokenizer.build import build_decoder, build_expander, build_quantizer, count_layers
-from mergevq.tokenizer.conditions.values import checked, unknown
+from mergevq.tokenizer.conditions.values import checked
 from mergevq.tokenizer.encoder import Embedded, Encoder
-from mergevq.tokenizer.features import pool_features, require_stage
+from mergevq.tokenizer.features import features
 from mergevq.tokenizer.flows.decoder import FlowDecoder, Noise
 from mergevq.tokenizer.seams import (
     Condition,
@@ -184,7 +184,7 @@ class Tokenizer(nn.Module):
         Raises:
             ValueError: the size or K is not legal.
         """
-        return self._resolve_num_kept(self.grid_shape(image), num_kept)
+        return self.resolve_num_kept(self.grid_shape(image), num_kept)
 
     def grid_shape(self, image: Float[Tensor, "b 3 h w"]) -> tuple[int, int]:
         """(height, width) of the token grid of an image.
@@ -213,9 +213,9 @@ class Tokenizer(nn.Module):
         Raises:
             ValueError: wrong type, range or size.
         """
-        image = self._batch(image)
+        image = self.batch(image)
         self.grid_shape(image)
-        with self._computing():
+        with self.computing():
             return self.encoder.embed(image)
 
     def encode(
@@ -240,17 +240,17 @@ class Tokenizer(nn.Module):
         """
         embedded = image if isinstance(image, Embedded) else self.embed(image)
         tokens, grid_shape = embedded
-        num_kept = self._resolve_num_kept(grid_shape, num_kept)
+        num_kept = self.resolve_num_kept(grid_shape, num_kept)
         if condition is not None or self.encoder.condition is not None:
             condition = self._condition(condition, len(tokens))
-        with self._computing():
+        with self.computing():
             out = self.encoder.reduce(embedded, num_kept, condition=condition)
             encoded, _ = self._tokens(out, grid_shape, num_kept)
         require_finite("latents", encoded.latents)
         return encoded._replace(
-            codes=self._finished(encoded.codes),
-            class_token=self._finished(encoded.class_token),
-            latents=self._finished(encoded.latents),
+            codes=self.finished(encoded.codes),
+            class_token=self.finished(encoded.class_token),
+            latents=self.finished(encoded.latents),
         )
 
     def decode(
@@ -284,13 +284,13 @@ class Tokenizer(nn.Module):
             )
         codes = self.decoded(self._read(tokens))
         condition = self._condition(condition, len(codes))
-        with self._computing():
+        with self.computing():
             if self.flow is not None:
                 image = self.flow.decode(codes, layout, grid_shape, noise)
             else:
                 given = self.expander(codes, layout, grid_shape, condition=condition)
                 image = self.decoder(given)
-        return self._finished(image)
+        return self.finished(image)
 
     def codes_of(self, indices: Int64[Tensor, "*b"]) -> Float[Tensor, "*b d"]:
         """Codes of tokens by their indices, in the dtype of the decoder's weights.
@@ -340,7 +340,7 @@ class Tokenizer(nn.Module):
         implied = self._implied(shape, tokens.shape[1], len(tokens))
         if implied is not None:
             return implied.to(tokens.device)
-        with self._computing():
+        with self.computing():
             return self.expander.infer(self.decoded(tokens), shape, anchors)
 
     def bits(self, num_kept: int, grid_shape: tuple[int, int] | None = None) -> Bits:
@@ -414,53 +414,12 @@ class Tokenizer(nn.Module):
         Raises:
             ValueError: the layer does not exist, or is not the last of a stage that needs it.
         """
-        check_choice("stage", stage, Stage)
-        check_choice("pool", pool, Pool)
-        num_layers = self.num_layers if layer is None else layer
-        require_stage(stage, num_layers, self.num_layers)
-        image = self._batch(image)
-        if stage == "pre_merge":
-            num_kept = self.config.most_kept(self.grid_shape(image))
-        out = self.run_layers(image, num_kept, num_layers)
-        return pool_features(self.encoder, self.quantizer, out, stage, pool)
+        return features(self, image, num_kept, layer, stage, pool)
 
     @property
     def num_layers(self) -> int:
         """Blocks of the encoder."""
         return len(self.encoder.reducer.blocks)
-
-    def run_layers(
-        self, image: Pictures, num_kept: int | None = None, layer: int | None = None
-    ) -> TokenSet:
-        """The encoder's tokens, of which `features.pool_features` makes several kinds of features.
-
-        Nothing but the image is known: a condition is left out.
-
-        Args:
-            image: as `encode` takes it.
-            num_kept: K; None is the nominal one and L turns merging off.
-            layer: blocks to run, from 0 (the stem) to all; None is all.
-
-        Raises:
-            ValueError: wrong type, range, size or K, or the layer does not exist.
-        """
-        image = self._batch(image)
-        num_layers = self.num_layers if layer is None else layer
-        if not 0 <= num_layers <= self.num_layers:
-            raise ValueError(
-                f"layer ({num_layers}) must be between 0 and the {self.num_layers} blocks"
-            )
-        grid_shape = self.grid_shape(image)
-        merges = num_kept != (most := self.config.most_kept(grid_shape))
-        count = self._resolve_num_kept(grid_shape, num_kept) if merges else most
-        with self._computing():
-            condition = unknown(self.config.condition, len(image), image)
-            out = self.encoder(image, count, num_layers, condition)
-        return out._replace(
-            tokens=self._finished(out.tokens),
-            class_token=self._finished(out.class_token),
-            taps=tuple(map(self._finished, out.taps)),
-        )
 
     def forward(  # noqa: PLR0913 - all that differs between steps
         self,
@@ -560,7 +519,7 @@ class Tokenizer(nn.Module):
         """A condition where the weights are; a ValueError if it is none of the tokenizer's."""
         return checked(self.config.condition, condition, num_images, self.encoder.class_token)
 
-    def _resolve_num_kept(self, grid_shape: tuple[int, int], num_kept: int | None) -> int:
+    def resolve_num_kept(self, grid_shape: tuple[int, int], num_kept: int | None) -> int:
         """K for a grid, checked against it and against the trained range."""
         config, num_tokens = self.config, math.prod(grid_shape)
         if num_kept is None:
@@ -581,12 +540,12 @@ class Tokenizer(nn.Module):
         device = self.encoder.class_token.device
         return None if device.type == "meta" else resolve_precision(self.precision, device)
 
-    def _computing(self) -> AbstractContextManager[object]:
+    def computing(self) -> AbstractContextManager[object]:
         """Context of a call's precision."""
         dtype = self.computes_in()
         return nullcontext() if dtype is None else autocast(self.encoder.class_token.device, dtype)
 
-    def _finished(self, result: Tensor) -> Tensor:
+    def finished(self, result: Tensor) -> Tensor:
         """A result in the type of the weights, where the call chose its own."""
         return result if self.computes_in() is None else result.to(self._dtype)
 
@@ -595,6 +554,6 @@ class Tokenizer(nn.Module):
         """Type of the decoder's weights."""
         return next(self.decoder.parameters()).dtype
 
-    def _batch(self, image: Pictures) -> Float[Tensor, "b 3 h w"]:
+    def batch(self, image: Pictures) -> Float[Tensor, "b 3 h w"]:
         """Images as the encoder takes them; a ValueError if they are none."""
         return to_batch(image, like=self.encoder.class_token)

@@ -8,7 +8,7 @@ from torch import nn
 
 from mergevq.data.layouts import merge, unmerge
 from mergevq.tokenizer.bits import quantize
-from mergevq.tokenizer.features import pool_features, require_stage
+from mergevq.tokenizer.features import pool_features, require_stage, run_layers
 from mergevq.tokenizer.reducers.matching import merge_schedule
 from mergevq.tokenizer.tokenizer import Tokenizer
 from tests.support.parts import changed
@@ -32,7 +32,7 @@ def images(batch=2, height=32, width=32):
 
 def test_several_features_come_from_one_pass():
     model, image = tokenizer(), images()
-    out = model.run_layers(image, 20)
+    out = run_layers(model, image, 20)
     for stage, pool in (
         ("merged", "mean"),
         ("latents", "none"),

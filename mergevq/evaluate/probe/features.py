@@ -26,7 +26,7 @@ from mergevq.config.probing import FeatureConfig
 from mergevq.data.batches import Batch
 from mergevq.metrics.image import require_finite
 from mergevq.runtime.logs import Progress
-from mergevq.tokenizer.features import pool_features
+from mergevq.tokenizer.features import pool_features, run_layers
 from mergevq.tokenizer.seams import TokenSet
 from mergevq.tokenizer.tokenizer import Tokenizer
 
@@ -173,7 +173,7 @@ def extract(
         first = len(digests)
         image = batch.image.to(device)
         for (num_kept, layer), group in _passes(kinds).items():
-            out = tokenizer.run_layers(image, num_kept, layer)
+            out = run_layers(tokenizer, image, num_kept, layer)
             for kind in group:
                 parts[kind.name].append(_pool(tokenizer, out, kind, first))
         parts[PIXELS].append(shrunk_pixels(batch.image, pixel_side))

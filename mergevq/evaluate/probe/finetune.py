@@ -44,7 +44,7 @@ from mergevq.runtime.optim import (
 )
 from mergevq.runtime.random import step_generator
 from mergevq.tokenizer.encoder import Encoder
-from mergevq.tokenizer.features import pool_features
+from mergevq.tokenizer.features import pool_features, run_layers
 from mergevq.tokenizer.reducers.merge import MergeBlock
 from mergevq.tokenizer.tokenizer import Tokenizer
 
@@ -105,7 +105,7 @@ class Classifier(nn.Module):
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b y"]:
         """Logits of images in [-1, 1]."""
         tokenizer = self.tokenizer
-        out = tokenizer.run_layers(image, self.num_kept)
+        out = run_layers(tokenizer, image, self.num_kept)
         values = pool_features(tokenizer.encoder, tokenizer.quantizer, out, self.stage, self.pool)
         values = self.norm(values)
         return functional.linear(values, self.weight, self.bias)

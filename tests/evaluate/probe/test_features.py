@@ -14,6 +14,7 @@ from mergevq.evaluate.probe.features import (
     require_labels,
     shrunk_pixels,
 )
+from mergevq.tokenizer.features import run_layers
 from tests.support.probes import CONFIG, tiny_tokenizer
 
 ALL = FeatureConfig(
@@ -81,7 +82,7 @@ def test_the_mean_by_size_of_merged_tokens_is_the_mean_of_the_grid():
     found = extract(model, batches((4,)), feature_kinds(model, config), pixel_side=16)
     torch.manual_seed(0)
     model, (batch,) = tiny_tokenizer(), batches((4,))
-    out = model.run_layers(batch.image, 20, 3)
+    out = run_layers(model, batch.image, 20, 3)
     sizes = out.layout.sizes()
     assert sizes.max() > 1
     weighted = (out.tokens * sizes[..., None]).sum(1) / sizes.sum(1, keepdim=True)
@@ -95,7 +96,7 @@ def test_the_mean_by_size_of_merged_tokens_is_the_mean_of_the_grid():
 def test_the_class_token_is_not_pooled_from_tokens():
     model = tiny_tokenizer()
     (batch,) = batches((3,))
-    out = model.run_layers(batch.image, 20)
+    out = run_layers(model, batch.image, 20)
     found = extract(model, [batch], feature_kinds(model, FeatureConfig()), pixel_side=16)
     torch.testing.assert_close(found.features["20 tokens, class token"], out.class_token)
     torch.testing.assert_close(
