@@ -10,6 +10,7 @@ import tyro
 
 from mergevq.config.base import BUNDLED_GENERATOR, Device, Precision
 from mergevq.config.generator import (
+    AnyWeights,
     Drafted,
     GuidanceSchedule,
     OneByOne,
@@ -17,7 +18,6 @@ from mergevq.config.generator import (
     SampleRun,
     SamplingSettings,
     Several,
-    Weights,
 )
 
 
@@ -95,9 +95,10 @@ class SamplingOptions:
     """samples drawn for each image, of which the one that its class makes likeliest is kept."""
     seed: int = 0
     """seed of the run."""
-    weights: Weights = "float32"
+    weights: AnyWeights = "auto"
     """fewer bits are faster, and change what is sampled a little: fp16 the least, and on a CPU the
-    faster one for lone images, bf16 for several at once, int8 the most."""
+    faster one for lone images, bf16 for several at once, int8 the most; auto is bf16 where the
+    device gains from it, on other processors fp16, else float32."""
     device: Device = "auto"
     """where to compute."""
     precision: Precision = "auto"
@@ -110,10 +111,12 @@ class SamplingOptions:
         Raises:
             ValueError: the generator's tokenizer is not known, or a setting is wrong.
         """
+        from mergevq.generator.weights import resolve_weights
         from mergevq.runtime.device import precision_name, resolve_device, resolve_precision
 
-        # By its name, so that the same images can be made again elsewhere.
-        dtype = resolve_precision(self.precision, resolve_device(self.device))
+        # By their names, so that the same images can be made again elsewhere.
+        device = resolve_device(self.device)
+        dtype = resolve_precision(self.precision, device)
         model, tokenizer = self.generator or BUNDLED_GENERATOR, self.model
         if not tokenizer:
             from mergevq.generator.generation import known_tokenizer
@@ -128,7 +131,7 @@ class SamplingOptions:
             num_kept=self.num_kept,
             seed=self.seed,
             batch_size=batch_size,
-            weights=self.weights,
+            weights=resolve_weights(self.weights, device),
             device=self.device,
             precision=precision_name(dtype),
             settings=SamplingSettings(

@@ -12,6 +12,8 @@ from mergevq.config.ranges import check_numbers
 
 GuidanceSchedule = Literal["constant", "linear", "cosine", "power"]
 Weights = Literal["float32", "fp16", "bf16", "int8"]
+AnyWeights = Literal["auto", "float32", "fp16", "bf16", "int8"]
+"""Weights, or those that are fastest on a device."""
 _MIN_TEMPERATURE = 1e-3
 """Below this a draw is the most likely value, to the precision of float32."""
 

@@ -6,11 +6,11 @@ changes no product and takes a half to a third of the time (docs/results.md). `I
 half as many bytes as bf16: each row of a matrix is stored as integers of -127 to 127 and one scale,
 activations keep their type, nothing is calibrated, and `logit_error` says what it costs in
 accuracy. With more than a few rows at a time the kernel for it is slower than bf16, so the same
-rounded weights are then multiplied in bf16, in a layout that is made at the first such call and
-kept beside the integers; guidance makes two rows of an image. `Fp16Linear` reads 16 bits and
-multiplies in float32: of one or two rows that is faster than bf16, of many slower, and nearer to
-float32 in either case. `DecodingBlock` puts either into a
-block with fewer modules to call.
+rounded weights are then multiplied in bf16, or in float32 by processors without bf16, in a layout
+that is made at the first such call and kept beside the integers; guidance makes two rows of an
+image. `Fp16Linear` reads 16 bits and multiplies in float32: of one or two rows that is faster than
+bf16, of many slower, and nearer to float32 in either case. `DecodingBlock` puts either into a block
+with fewer modules to call.
 
 Shape letters: O outputs, I inputs, B batch, T tokens.
 """
@@ -22,12 +22,11 @@ from jaxtyping import Float, Int8
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mergevq.config.generator import (
-    Weights,
-)
+from mergevq.config.generator import AnyWeights, Weights
 from mergevq.generator.build import AnyGenerator
 from mergevq.generator.seams import Sequences
 from mergevq.nn.llama import Block, Mask, Projection, Recall, Rotation, gated, normalized
+from mergevq.runtime.device import resolve_precision
 
 # The CPU kernel reads this many inputs at a time; other widths give wrong results or crash it.
 _KERNEL_WIDTH = 32
@@ -87,16 +86,29 @@ class Fp16Linear(nn.Module):
         super().__init__()
         # No buffer, as in `PackedLinear`.
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight.detach().float(), None)
+        # fbgemm's kernels of AVX2 for one row and for two, which also serve what is left of many,
+        # sum in another order than those for three to six: threes never leave one or two.
+        self.rows_at_once = 3 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 1
 
     @staticmethod
-    def serves(weight: Float[Tensor, "o i"]) -> bool:
-        """Whether this processor has the product, and float16 the range of the weight."""
-        if weight.device.type != "cpu" or weight.abs().max() > _HALF_MAX:
-            return False
+    def is_there() -> bool:
+        """Whether this processor has the product."""
         return "fbgemm" in torch.backends.quantized.supported_engines
 
+    @classmethod
+    def serves(cls, weight: Float[Tensor, "o i"]) -> bool:
+        """Whether this processor has the product, and float16 the range of the weight."""
+        return weight.device.type == "cpu" and weight.abs().max() <= _HALF_MAX and cls.is_there()
+
     def forward(self, x: Float[Tensor, "*shape i"]) -> Float[Tensor, "*shape o"]:
-        """Multiply."""
+        """Multiply; a row has the same bits among any number of rows."""
+        num_rows = x.shape[:-1].numel()
+        if self.rows_at_once > 1 and num_rows % self.rows_at_once:
+            rows = functional.pad(x.reshape(num_rows, -1), (0, 0, 0, -num_rows % self.rows_at_once))
+            return self._product(rows)[:num_rows].view(*x.shape[:-1], -1)
+        return self._product(x)
+
+    def _product(self, x: Float[Tensor, "*shape i"]) -> Float[Tensor, "*shape o"]:
         if torch.compiler.is_compiling():
             return _half_outside_of_graphs(x, self.packed)  # pyright: ignore[reportCallIssue]
         return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
@@ -127,7 +139,7 @@ class Int8Linear(nn.Module):
         fits = weight.shape[1] % _KERNEL_WIDTH == 0
         self.most = _KERNEL_ROWS * weight.shape[1] if has_kernel and fits else 0
         # A list, as submodules would be saved and moved.
-        self.wide: list[PackedLinear] = []
+        self.wide: list[nn.Module] = []
 
     def forward(self, x: Float[Tensor, "*shape i"]) -> Float[Tensor, "*shape o"]:
         """Multiply; a few rows on a CPU in bf16 without ever expanding the weight."""
@@ -140,11 +152,26 @@ class Int8Linear(nn.Module):
         return functional.linear(x, self.weight.to(x.dtype)) * self.scale
 
     def _lay_out(self) -> bool:
-        """Keep the rounded weight in bf16 beside its integers, if this processor multiplies it."""
+        """Keep the rounded weight beside its integers, in a type that this processor multiplies."""
         weight = self.weight.to(torch.bfloat16) * self.scale[:, None]
         if PackedLinear.serves(weight):
             self.wide = [PackedLinear(weight)]
+        elif PackedLinear.serves(weight.float()):
+            self.wide = [_InFloat32(weight)]
         return bool(self.wide)
+
+
+class _InFloat32(nn.Module):
+    """A product of bf16 by a processor that has none: in float32, and rounded again."""
+
+    def __init__(self, weight: Float[Tensor, "o i"]) -> None:
+        """Lay out a weight."""
+        super().__init__()
+        self.layer = PackedLinear(weight.float())
+
+    def forward(self, x: Float[Tensor, "*shape i"]) -> Float[Tensor, "*shape o"]:
+        """Multiply."""
+        return self.layer(x.float()).to(x.dtype)
 
 
 class DecodingBlock(nn.Module):
@@ -179,6 +206,19 @@ class DecodingBlock(nn.Module):
         qkv, out, up, down = self.layers
         x = x + out(self.attention.mix(qkv(normalized(x, self.dtype)), turns, mask, recall))
         return x + down(gated(up(normalized(x, self.dtype))))
+
+
+def resolve_weights(weights: AnyWeights, device: torch.device) -> Weights:
+    """Weights by their name: `auto` is those that sample fastest and stay near float32.
+
+    That is bf16 where the device multiplies it in hardware, else float16 on processors with a
+    product for it, else float32. int8 is for those who ask: its error is larger.
+    """
+    if weights != "auto":
+        return weights
+    if resolve_precision("auto", device) is not None:
+        return "bf16"
+    return "fp16" if device.type == "cpu" and Fp16Linear.is_there() else "float32"
 
 
 def as_weights(generator: AnyGenerator, weights: Weights) -> AnyGenerator:

@@ -17,9 +17,17 @@ from mergevq.generator.weights import (
     PackedLinear,
     as_weights,
     logit_error,
+    resolve_weights,
 )
 from mergevq.nn.llama import Block, rotation
+from mergevq.runtime import device as places
 from tests.support.generators import ORDERS, tiny_batch, tiny_generator
+
+HAS_BF16 = PackedLinear.serves(torch.zeros(1, 1, dtype=torch.bfloat16))
+BF16 = pytest.param(
+    torch.bfloat16,
+    marks=pytest.mark.skipif(not HAS_BF16, reason="no layout for bf16 on this processor"),
+)
 
 
 def weight(inputs=64, outputs=24, dtype=torch.float32):
@@ -57,8 +65,37 @@ def test_many_rows_are_multiplied_in_bf16_by_weights_that_are_laid_out_once(gene
     assert not stored.state_dict()
 
 
+def test_a_processor_without_bf16_multiplies_many_rows_in_float32(generator, monkeypatch):
+    serves = PackedLinear.serves
+    monkeypatch.setattr(PackedLinear, "serves", lambda w: w.dtype != torch.bfloat16 and serves(w))
+    stored = Int8Linear(weight(), torch.bfloat16)
+    x = torch.randn(20, 1, 64, generator=generator).bfloat16()
+    rounded = (stored.weight.to(torch.bfloat16) * stored.scale[:, None]).float()
+    assert torch.equal(stored(x), torch.nn.functional.linear(x.float(), rounded).bfloat16())
+    assert len(stored.wide) == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "has_bf16", "has_fp16", "expected"),
+    [
+        ("cpu", True, True, "bf16"),
+        ("cpu", False, True, "fp16"),
+        ("cpu", False, False, "float32"),
+        ("meta", False, True, "float32"),
+    ],
+)
+def test_weights_are_chosen_by_what_the_device_multiplies(
+    device, has_bf16, has_fp16, expected, monkeypatch
+):
+    monkeypatch.setattr(places, "_has_bf16", lambda _: has_bf16)
+    monkeypatch.setattr(Fp16Linear, "is_there", lambda: has_fp16)
+    assert resolve_weights("auto", torch.device(device)) == expected
+    for name in get_args(Weights):
+        assert resolve_weights(name, torch.device(device)) == name
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 24), (24,), (3, 1, 24), (2, 70, 24), (0, 24)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_the_layout_changes_no_product(shape, dtype, generator):
     given = weight(24, 10, dtype)
     x = torch.randn(shape, generator=generator).to(dtype)
@@ -70,7 +107,7 @@ def test_the_layout_changes_no_product(shape, dtype, generator):
 
 
 @pytest.mark.parametrize("shape", [(1, 24), (1, 1, 24), (2, 1, 24), (1, 2, 24), (3, 1, 24)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_a_row_has_the_same_bits_among_few_rows_as_among_many(shape, dtype, generator):
     layer = PackedLinear(weight(24, 10, dtype))
     many = torch.randn(16, 24, generator=generator).to(dtype)
@@ -105,14 +142,15 @@ def test_a_block_for_decoding_equals_the_block(qk_norm, key_heads, generator):
     [
         ("float32", PackedLinear),
         ("fp16", Fp16Linear),
-        ("bf16", PackedLinear),
+        ("bf16", PackedLinear if HAS_BF16 else nn.Linear),
         ("int8", Int8Linear),
     ],
 )
 def test_every_linear_layer_is_replaced_in_a_copy(weights, layer):
     model = tiny_generator("raster")
     copied = as_weights(model, weights)
-    assert not any(isinstance(module, nn.Linear | Block) for module in copied.modules())
+    left = Block if layer is nn.Linear else nn.Linear | Block
+    assert not any(isinstance(module, left) for module in copied.modules())
     blocks = [module for module in copied.modules() if isinstance(module, DecodingBlock)]
     layers = [*copied.network.head.outputs, *(part for block in blocks for part in block.layers)]
     num_linear = sum(isinstance(module, nn.Linear) for module in model.modules())
@@ -130,7 +168,7 @@ def test_a_processor_without_the_layout_keeps_linear_layers(monkeypatch):
 
 
 def test_no_matrix_is_kept_twice():
-    copied = as_weights(tiny_generator("raster"), "bf16")
+    copied = as_weights(tiny_generator("raster"), "float32")
     num_kept = sum(parameter.numel() for parameter in copied.parameters())
     # Embeddings, and the gains of the head's norm and of queries and keys.
     embedded = sum(m.weight.numel() for m in copied.modules() if isinstance(m, nn.Embedding))
@@ -152,12 +190,16 @@ def test_logits_are_close_and_not_equal(order):
 @pytest.mark.parametrize("rows", [0, 1, 2, 5, 16])
 def test_half_a_weight_is_multiplied_in_float32(rows, generator):
     given = weight()
-    x = torch.randn(16, 1, 64, generator=generator)
-    layer = Fp16Linear(given)
-    expected = x[:rows].double() @ given.half().double().mT
-    torch.testing.assert_close(layer(x[:rows]).double(), expected, rtol=1e-5, atol=1e-5)
-    # Among any number of rows.
-    assert torch.equal(layer(x[:rows]), layer(x)[:rows])
+    x = torch.randn(rows, 1, 64, generator=generator)
+    expected = x.double() @ given.half().double().mT
+    torch.testing.assert_close(Fp16Linear(given)(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_has_the_same_bits_among_any_number_of_rows(generator):
+    layer, x = Fp16Linear(weight()), torch.randn(64, 1, 64, generator=generator)
+    expected = torch.cat([layer(row) for row in x.split(1)])
+    for rows in range(1, 65):
+        assert torch.equal(layer(x[:rows]), expected[:rows]), rows
 
 
 @pytest.mark.parametrize("has_kernel", [False, True])
