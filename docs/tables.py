@@ -144,6 +144,15 @@ def contest_rows(records: Mapping[str, Record]) -> list[Record]:
     return found
 
 
+def map_rows(records: Mapping[str, Record]) -> list[Record]:
+    """A row for each tokenizer's tokens of real images and each map that they are decoded with."""
+    return [
+        {"tokens": name.removeprefix("tokens_"), "map": which, **numbers}
+        for name, ways in records["contest"]["maps"].items()
+        for which, numbers in ways.items()
+    ]
+
+
 def compare_rows(records: Mapping[str, Record]) -> list[Record]:
     """A row for each arm and number of tokens or bits, numbers of all seeds in it; yardsticks."""
     record, found = records["compare"], list[Record]()
@@ -233,6 +242,26 @@ TABLES: Mapping[str, Table] = {
             *("data settings.data", "tokenizer settings.tokenizer", "K settings.num_kept"),
             *("recipe settings.recipe", "seeds settings.seeds", "samples settings.num_samples"),
             *("class accuracy of real images real_accuracy", *_WRITTEN),
+        ),
+    ),
+    "maps": Table(
+        files={"contest": "contest"},
+        rows=map_rows,
+        columns={
+            "map": ("map", "s"),
+            "K": ("num_kept", "d"),
+            "bits of tokens": ("code_bits", ".0f"),
+            "bits of the map": ("map_bits", ".0f"),
+            "PSNR (dB)": ("psnr", ".2f"),
+            "SSIM": ("ssim", ".3f"),
+            "LPIPS": ("lpips", ".3f"),
+            "{0}": (r"(frechet_\w+)", ".0f"),
+            "pairs of cells judged alike": ("agreement", ".1%"),
+        },
+        alike=(),
+        facts=(
+            *("tokenizer settings.tokenizer", "data settings.data", "K settings.num_kept"),
+            *_WRITTEN,
         ),
     ),
     "compare": Table(
