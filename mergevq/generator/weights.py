@@ -98,7 +98,8 @@ class Fp16Linear(nn.Module):
     @classmethod
     def serves(cls, weight: Float[Tensor, "o i"]) -> bool:
         """Whether this processor has the product, and float16 the range of the weight."""
-        return weight.device.type == "cpu" and weight.abs().max() <= _HALF_MAX and cls.is_there()
+        fits = weight.device.type == "cpu" and bool(weight.abs().max() <= _HALF_MAX)
+        return fits and cls.is_there()
 
     def forward(self, x: Float[Tensor, "*shape i"]) -> Float[Tensor, "*shape o"]:
         """Multiply; a row has the same bits among any number of rows."""
