@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mergevq.data.layouts import Source, canonicalize, merge, source_bits, unmerge
-from mergevq.tokenizer.expanders.unmerge import most_likely_source
+from mergevq.tokenizer.expanders.recovery import most_likely_source
 from mergevq.tokenizer.reducers.matching import match, merge_schedule, merge_step
 from mergevq.tokenizer.reducers.merge import MergeBlock, MergeState
 from tests.support import reference

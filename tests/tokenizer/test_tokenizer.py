@@ -15,7 +15,7 @@ from torch import nn
 from mergevq.data.layouts import Source, unmerge
 from mergevq.data.prepare import to_tensor
 from mergevq.tokenizer.bits import indices_to_codes, quantize
-from mergevq.tokenizer.expanders.unmerge import most_likely_source
+from mergevq.tokenizer.expanders.recovery import most_likely_source
 from mergevq.tokenizer.seams import Given
 from mergevq.tokenizer.tokenizer import Tokenizer
 from tests.support.data import noise

@@ -2,8 +2,8 @@
 
 Source: Li et al. 2025, "MergeVQ", section 3.2 and appendix A (arXiv:2504.00999).
 
-Differs: the source predictor sees positions of cells and of slots, lets kept codes look at each
-other, and answers with the best map that is in canonical order.
+Differs: the source predictor sees positions of cells and of slots, and lets kept codes look at each
+other.
 
 Shape letters: B batch, L grid tokens, K kept tokens, C channels, D bits.
 """
@@ -21,6 +21,7 @@ from mergevq.nn.blocks import NORM_EPS, ContextBlock, QueryBlock, initialize
 from mergevq.nn.checks import require_finite
 from mergevq.nn.norm import LayerNorm
 from mergevq.nn.positions import sincos, sincos_2d
+from mergevq.tokenizer.expanders.recovery import most_likely_source
 from mergevq.tokenizer.losses.terms import source_loss
 from mergevq.tokenizer.seams import Condition, Expanded, Given
 
@@ -164,50 +165,3 @@ class SourcePredictor(nn.Module):
         index = logits.masked_fill(closed, -torch.inf).argmax(-1)
         slots = torch.arange(codes.shape[1], device=codes.device).expand_as(anchors)
         return Source(index.scatter(1, anchors, slots), codes.shape[1])
-
-
-@torch.no_grad()
-def most_likely_source(logits: Float[Tensor, "b l k"]) -> Source:
-    """The canonical source map with the highest sum of logits.
-
-    In canonical order each cell opens the next kept token or copies one that is open, and all K are
-    open in the end. The best such map is found exactly by dynamic programming over cells and open
-    tokens, in O(L K).
-
-    Args:
-        logits: score of each grid cell for each kept token.
-
-    Raises:
-        ValueError: K is above L, so that some token could not open.
-    """
-    batch, num_tokens, num_kept = logits.shape
-    if num_kept > num_tokens:
-        raise ValueError(
-            f"num_kept ({num_kept}) must be at most the {num_tokens} cells of the grid"
-        )
-    # Best token to copy when the first j + 1 are open, and its score.
-    copy_score, copy_index = logits.cummax(-1)
-    # By cell first, so that a step over all images reads and writes memory in one piece. Each step
-    # is four operations without new memory: on a GPU launching them is what takes the time.
-    copy_score, open_score = (t.transpose(0, 1).contiguous() for t in (copy_score, logits))
-    best = logits.new_full((batch, num_kept + 1), -torch.inf)
-    best[:, 1] = logits[:, 0, 0]
-    without, present = best[:, :-1], best[:, 1:]
-    copied, opened = torch.empty_like(present), torch.empty_like(present)
-    opens = torch.zeros(num_tokens, batch, num_kept, dtype=torch.bool, device=logits.device)
-    for cell in range(1, num_tokens):
-        torch.add(present, copy_score[cell], out=copied)
-        torch.add(without, open_score[cell], out=opened)
-        torch.gt(opened, copied, out=opens[cell])
-        torch.maximum(copied, opened, out=present)
-    # The last open token at each cell, from the last cell back.
-    last = torch.zeros(num_tokens, batch, 1, dtype=torch.int64, device=logits.device)
-    last[-1] = num_kept - 1
-    steps = opens.view(torch.uint8)
-    for cell in range(num_tokens - 1, 0, -1):
-        torch.sub(last[cell], steps[cell].gather(1, last[cell]), out=last[cell - 1])
-    opening = opens.gather(2, last)
-    copy = copy_index.transpose(0, 1).gather(2, last)
-    index = torch.where(opening, last, copy)[..., 0].T.contiguous()
-    index[:, 0] = 0
-    return Source(index, num_kept)

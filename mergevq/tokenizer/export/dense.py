@@ -105,7 +105,7 @@ def copied(tokens: Float[Tensor, "b n c"], index: Int64[Tensor, "b l"]) -> Float
 def most_likely_source(logits: Float[Tensor, "b l k"]) -> Int64[Tensor, "b l"]:
     """Index of the canonical source map with the highest sum of logits, K at most L.
 
-    The dynamic programme of `expanders.unmerge.most_likely_source` in loops that graphs have, with
+    The dynamic programme of `expanders.recovery.source_by_cells` in loops that graphs have, with
     impossible tokens after the K, so that a graph of any K has loops of one shape.
     """
     batch, num_tokens, num_kept = logits.shape

@@ -5,7 +5,7 @@ import torch
 
 from mergevq.data.layouts import Source, canonicalize
 from mergevq.nn.rows import take_rows
-from mergevq.tokenizer.expanders.unmerge import most_likely_source
+from mergevq.tokenizer.expanders.recovery import most_likely_source
 from mergevq.tokenizer.export import dense
 from mergevq.tokenizer.reducers import matching
 from mergevq.tokenizer.reducers.matching import match, merge_step
