@@ -434,8 +434,8 @@ def generation(  # noqa: PLR0913 - each is an option
     record = evaluate_generation(settings)
     if record is not None:
         print(numbers_table(record))
-        if record["logit_error"] is not None:
-            print(logit_error_line(sampling.weights, record["logit_error"]))
+        if run is not None and record["logit_error"] is not None:
+            print(logit_error_line(run.weights, record["logit_error"]))
         _print_left_out(record["left_out"])
         print(f"results: {out}")
         given = ("--reference", reference, "--extractor", extractor)
