@@ -55,8 +55,7 @@ class GlobalMap(nn.Module):
         super().__init__()
         self.config = config
         self.grid_shape = (grid_size, grid_size)
-        num_grid_layers = config.num_grid_layers
-        self.num_grid_layers = config.num_layers if num_grid_layers is None else num_grid_layers
+        self.num_grid_layers = config.num_grid_layers
         self.blocks = nn.ModuleList(
             EncoderBlock(dim, config.num_heads, config.layer_scale, config.norm_eps)
             for _ in range(config.num_layers)

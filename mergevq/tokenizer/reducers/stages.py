@@ -28,8 +28,8 @@ class Stages(NamedTuple):
 
     blocks: nn.ModuleList
     """All blocks, each of tokens alone."""
-    num_grid_layers: int
-    """The first ones, which see all cells; the others see what is left of them."""
+    num_grid_layers: int | None
+    """The first ones, which see all cells; the others see what is left of them. None is all."""
     num_layers: int | None
     """Blocks to run; None is all."""
     recompute: bool
@@ -52,8 +52,9 @@ class Stages(NamedTuple):
             choose: asked once, after the blocks of the grid.
             taps: numbers of blocks after which tokens are wanted too; 0 is before them.
         """
-        num_run = len(self.blocks) if self.num_layers is None else self.num_layers
-        num_grid = self.num_grid_layers
+        num_blocks = len(self.blocks)
+        num_run = num_blocks if self.num_layers is None else self.num_layers
+        num_grid = num_blocks if self.num_grid_layers is None else self.num_grid_layers
         x = torch.cat([class_token, grid], dim=1)
         outputs = dict.fromkeys(taps, x)
         first = min(num_run, num_grid)
