@@ -223,8 +223,20 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
 # Preparation
 
 
+
+class Loaded(NamedTuple):
+    """A batch that a loader of the package gave, so its values are in [-1, 1]: none is read.
+
+    A look at them on a GPU would make the host wait for it.
+    """
+
+    image: Float[Tensor, "b 3 h w"]
+    """Where and in the type that the model takes."""
+
+
 Pictures = (
-    Float[Tensor, "b 3 h w"]
+    Loaded
+    | Float[Tensor, "b 3 h w"]
     | Float[Tensor, "3 h w"]
     | Float[np.ndarray, "b 3 h w"]
     | Float[np.ndarray, "3 h w"]
@@ -244,6 +256,7 @@ def to_batch(image: Pictures, like: Tensor) -> Float[Tensor, "b 3 h w"]:
     - A PIL image of any mode, or several of one size: `to_rgb`, then 0..255 to [-1, 1].
     - A uint8 array (h, w, 3) or (b, h, w, 3), 0..255: to [-1, 1].
     - A floating-point array or tensor (3, h, w) or (b, 3, h, w), in [-1, 1] already: as it is.
+    - `Loaded`: its tensor, unchecked.
 
     Sizes stay as they are. A tensor is not copied, cast or moved.
 
@@ -254,6 +267,8 @@ def to_batch(image: Pictures, like: Tensor) -> Float[Tensor, "b 3 h w"]:
     Raises:
         ValueError: another kind, dtype, rank, number of channels or range.
     """
+    if isinstance(image, Loaded):
+        return image.image
     if isinstance(image, Sequence) and not isinstance(image, str | bytes):
         image = _stacked(image).to(like)
     elif isinstance(image, Image.Image):

@@ -13,6 +13,7 @@ from PIL import Image
 from mergevq.data.prepare import (
     ENDINGS,
     FORMATS,
+    Loaded,
     crop_square,
     decode,
     decode_reduced,
@@ -30,6 +31,7 @@ from mergevq.data.prepare import (
 from mergevq.metrics.image import to_uint8
 from mergevq.report.pictures import to_pil
 from tests.support.data import noise, ramp, whole
+from tests.support.reads import host_reads
 
 
 def encoded(image, kind="PNG", **options):
@@ -355,6 +357,13 @@ def test_a_tensor_is_neither_copied_nor_cast_and_a_picture_is_as_the_weights():
     mirrored = np.zeros((3, 4, 4))[..., ::-1]
     mirrored.flags.writeable = False
     assert to_batch(mirrored, LIKE).dtype == torch.float32
+
+
+def test_images_of_a_loader_are_taken_as_they_are_and_not_read():
+    image = torch.full((1, 3, 4, 4), 9.0)
+    with host_reads() as reads:
+        assert to_batch(Loaded(image), LIKE) is image
+    assert reads == []
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import torch
 
 from mergevq.config.recipes.digits import digits32_perturb, digits32_vq
 from mergevq.config.training import SourceRun, TokenizerRun
-from mergevq.data import prepare
 from mergevq.data.images import open_images
 from mergevq.data.tokens.dataset import open_tokens
 from mergevq.evaluate.probe.finetune import finetune
@@ -30,12 +29,6 @@ from tests.training.decoder import test_run as decoders
 from tests.training.test_tokenizer import WORLD
 
 material = generators.material
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """A tokenizer's look at images that a caller gives it is the only read left."""
-    monkeypatch.setattr(prepare, "_checked", lambda image: image)
 
 
 @pytest.fixture
@@ -88,7 +81,6 @@ def test_a_step_of_a_generator(order, material, unreadable):
     assert unreadable.copies == []
 
 
-@pytest.mark.usefixtures("unchecked")
 def test_a_step_of_a_decoder(tmp_path: Path, unreadable: Unreadable):
     config = shrink(decoders.digits32()).model
     decoders.Tokenizer(config).save_pretrained(tmp_path / "source")
@@ -117,7 +109,6 @@ def test_steps_of_a_part(unreadable):
     assert unreadable.copies == []
 
 
-@pytest.mark.usefixtures("unchecked")
 def test_steps_of_fine_tuning(tmp_path, generator, unreadable):
     """As those of a part."""
     images = open_images(str(probes.write_colours(tmp_path, 4)))

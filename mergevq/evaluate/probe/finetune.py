@@ -29,6 +29,7 @@ from mergevq.config.probing import FinetuneConfig
 from mergevq.config.training import DataConfig, OptimConfig
 from mergevq.data.batches import eval_batches, train_batches
 from mergevq.data.images import ImageDataset
+from mergevq.data.prepare import Loaded
 from mergevq.evaluate.probe.augment import RandAugment, erase
 from mergevq.nn.blocks import NORM_EPS
 from mergevq.nn.norm import LayerNorm
@@ -103,9 +104,9 @@ class Classifier(nn.Module):
         self.to(encoder.class_token.device)
 
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b y"]:
-        """Logits of images in [-1, 1]."""
+        """Logits of images of a loader."""
         tokenizer = self.tokenizer
-        out = run_layers(tokenizer, image, self.num_kept)
+        out = run_layers(tokenizer, Loaded(image), self.num_kept)
         values = pool_features(tokenizer.encoder, tokenizer.quantizer, out, self.stage, self.pool)
         values = self.norm(values)
         return functional.linear(values, self.weight, self.bias)

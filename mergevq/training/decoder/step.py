@@ -18,6 +18,7 @@ from mergevq.config.tokenizer import KeptConfig, TokenizerConfig
 from mergevq.config.training import DecoderRun
 from mergevq.data.batches import Batch, eval_batches
 from mergevq.data.images import ImageDataset
+from mergevq.data.prepare import Loaded
 from mergevq.nn.flow import flow_loss, logit_normal, mix, shift_time
 from mergevq.runtime import distributed
 from mergevq.runtime.device import autocast, resolve_precision, send
@@ -124,8 +125,8 @@ class DecoderLearner:
 
     @torch.no_grad()
     def tokens(self, image: Float[Tensor, "b 3 h w"], num_kept: int) -> Shown:
-        """All tokens of images, as a decoder is given them."""
-        encoded = self.tokenizer.encode(image, num_kept)
+        """All tokens of images of a loader, as a decoder is given them."""
+        encoded = self.tokenizer.encode(Loaded(image), num_kept)
         codes = self.tokenizer.decoded(encoded.codes).float()
         return Shown(codes, encoded.layout, encoded.grid_shape)
 

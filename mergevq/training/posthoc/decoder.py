@@ -28,6 +28,7 @@ from mergevq.config.parts import require_no_condition
 from mergevq.config.training import PostTraining
 from mergevq.data.batches import Batch, eval_batches, open_train_val, train_batches
 from mergevq.data.images import ImageDataset
+from mergevq.data.prepare import Loaded
 from mergevq.generator.generation import Pair
 from mergevq.metrics.image import psnr
 from mergevq.metrics.lpips import Perceptual, load_perceptual
@@ -176,7 +177,7 @@ def _learn(
 
     def loss_of(step: int, batch: Batch) -> Float[Tensor, ""]:
         drawn = torch.rand((), generator=step_generator(run.seed, "kept", step))
-        encoded = tokenizer.encode(batch.image, counts[int(drawn * len(counts))])
+        encoded = tokenizer.encode(Loaded(batch.image), counts[int(drawn * len(counts))])
         ids = range(step * run.batch_size, (step + 1) * run.batch_size)
         decoded = _decode(pair, mixture(run, pair, batch, encoded, ids, "training"), encoded)
         loss = reconstruction_loss(batch.image, decoded)
