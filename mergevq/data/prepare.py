@@ -223,7 +223,6 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
 # Preparation
 
 
-
 class Loaded(NamedTuple):
     """A batch that a loader of the package gave, so its values are in [-1, 1]: none is read.
 

@@ -8,7 +8,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mergevq.config.recipes.digits import digits32_perturb, digits32_vq
+from mergevq.config.objective import NoTeacher
+from mergevq.config.recipes.digits import (
+    digits32_divprune,
+    digits32_global_map,
+    digits32_learned_merge,
+    digits32_perturb,
+    digits32_pool,
+    digits32_queries,
+    digits32_select,
+    digits32_vq,
+)
+from mergevq.config.recipes.holistic import digits32_holistic
 from mergevq.config.training import SourceRun, TokenizerRun
 from mergevq.data.images import open_images
 from mergevq.data.tokens.dataset import open_tokens
@@ -68,6 +79,56 @@ def test_a_step_of_a_tokenizer(make, unreadable):
     assert unreadable.copies == []
     with pytest.raises(NotImplementedError, match="meta"):
         learner.state.guard.read()
+
+
+def of(recipe) -> TokenizerRun:
+    """A recipe's step, without what is the same in all."""
+    run = shrink(recipe())
+    loss = replace(run.loss, perceptual_weight=0.0, adversarial_weight=0.0)
+    return replace(run, loss=loss, train=replace(run.train, precision="float32"))
+
+
+REDUCERS = [
+    digits32_pool,
+    digits32_global_map,
+    digits32_divprune,
+    digits32_select,
+    digits32_queries,
+    digits32_holistic,
+]
+EXCEPTIONS = [digits32_learned_merge]
+"""Recipes whose step has to read: the numbers that it learns are shapes."""
+
+
+@pytest.mark.parametrize("recipe", REDUCERS)
+def test_a_step_with_each_reducer(recipe, unreadable):
+    learner = build(of(recipe), replace(WORLD, device=unreadable.device), num_classes=10)
+    unreadable.copies.clear()
+    learner.step(tokenizers.batch())
+    assert unreadable.copies == []
+
+
+@pytest.mark.parametrize("recipe", EXCEPTIONS)
+def test_a_step_that_has_to_read_does_so_once(recipe, monkeypatch, unreadable):
+    # The encoder runs once: there is no other view of an image, and no average that teaches.
+    batch = tokenizers.batch()._replace(student_view=None)
+    run = replace(of(recipe), teacher=NoTeacher())
+    learner = build(run, replace(WORLD, device=unreadable.device), num_classes=10)
+    with pytest.raises(NotImplementedError, match="meta"):
+        learner.step(batch)
+    tolist, reads = torch.Tensor.tolist, []
+
+    def known(tensor: torch.Tensor) -> object:
+        if tensor.device.type != "meta":
+            return tolist(tensor)
+        reads.append(tensor.shape)
+        return torch.zeros(tensor.shape).tolist()
+
+    monkeypatch.setattr(torch.Tensor, "tolist", known)
+    unreadable.copies.clear()
+    learner.step(batch)
+    assert len(reads) == 1
+    assert unreadable.copies == []
 
 
 @pytest.mark.parametrize("order", generators.ORDERS)

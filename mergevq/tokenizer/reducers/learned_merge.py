@@ -5,6 +5,9 @@ rounded up, is the number. In training all tokens stay, and attention weighs eac
 there: in the gradient, by the probability that it is. Outside of training the schedule is fixed and
 merges as `merge` does; after the last block K tokens are left in any case.
 
+The numbers are shapes of what follows, so the host reads the distributions, in one read a pass: a
+step of training waits for the device, as with no other reducer.
+
 Source: Chen et al. 2023, "DiffRate: Differentiable Compression Rate for Efficient Vision
 Transformers", section 3 (arXiv:2305.17997).
 
@@ -90,9 +93,10 @@ class LearnedMerge(nn.Module):
     ) -> TokenSet:
         """Run the first `num_layers` blocks (None: all); in training with the loss `cost`."""
         x = torch.cat([class_token, grid], dim=1)
-        counts = self.schedule(grid.shape[1], num_kept)
+        wanted = self._wanted(grid.shape[1])
+        counts = legal_schedule([*wanted, num_kept], grid.shape[1], num_kept)
         if self.training:
-            return self._search(x, counts, num_layers, taps)
+            return self._search(x, counts, wanted, num_layers, taps)
         cells = torch.arange(grid.shape[1], device=grid.device).expand(len(x), -1)
         state = MergeState(index=cells, sizes=None)
         tapped = dict.fromkeys(taps, take_rows(x[:, 1:], state.index))
@@ -114,8 +118,10 @@ class LearnedMerge(nn.Module):
         return legal_schedule([*self._wanted(num_tokens), num_kept], num_tokens, num_kept)
 
     def _wanted(self, num_tokens: int) -> list[int]:
-        """Tokens that each block but the last is to leave."""
-        return [rounded_mean(logits.tolist(), num_tokens) for logits in self.logits]
+        """Tokens that each block but the last is to leave; waits for the device, once."""
+        logits = list(self.logits)
+        rows = torch.stack(logits).tolist() if logits else []
+        return [rounded_mean(row, num_tokens) for row in rows]
 
     def implied(self, grid_shape: tuple[int, int], num_kept: int, num_images: int) -> None:
         """Nothing: which cells join depends on the image."""
@@ -124,6 +130,7 @@ class LearnedMerge(nn.Module):
         self,
         x: Float[Tensor, "b m c"],
         counts: list[int],
+        wanted: list[int],
         num_layers: int | None,
         taps: tuple[int, ...],
     ) -> TokenSet:
@@ -147,22 +154,27 @@ class LearnedMerge(nn.Module):
                 tapped[number] = take_rows(x[:, 1:], state.places.gather(1, state.index))
         source, order = canonicalize(Source(state.index, state.places.shape[1]))
         tokens = take_rows(x[:, 1:], state.places.gather(1, order))
-        loss = self.cost_loss(num_tokens, counts, x.device)
+        loss = self.cost_loss(num_tokens, counts, wanted, x.device)
         means = tuple(merge(tapped[tap], source) for tap in taps)
         return TokenSet(tokens, x[:, 0], source, means, {"cost": loss})
 
     def cost_loss(
-        self, num_tokens: int, counts: list[int], device: torch.device
+        self, num_tokens: int, counts: list[int], wanted: list[int], device: torch.device
     ) -> Float[Tensor, ""]:
-        """Squared distance of the cost, over that of the schedule `linear`, from the target."""
+        """Squared distance of the cost, over that of the schedule `linear`, from the target.
+
+        Args:
+            num_tokens: L.
+            counts: tokens that each block merges.
+            wanted: tokens that each block but the last is to leave, where halves and K allow it.
+            device: of the result.
+        """
         remaining = _remaining(num_tokens, counts)
         num_kept, found = remaining[-1], []
-        for logits, number, wanted in zip(
-            self.logits, remaining, self._wanted(num_tokens), strict=False
-        ):
+        for logits, number, want in zip(self.logits, remaining, wanted, strict=False):
             mean = mean_number(logits.float(), num_tokens)
             # No gradient where halves, K or a block before decide.
-            slope = float(number == wanted)
+            slope = float(number == want)
             found.append(number + slope * (mean - mean.detach()))
         fixed = merge_schedule(num_tokens, num_kept, len(counts))
         linear = products(_remaining(num_tokens, fixed), num_tokens, self.dim)

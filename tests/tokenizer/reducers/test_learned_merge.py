@@ -25,6 +25,7 @@ from mergevq.tokenizer.reducers.learned_merge import (
 from mergevq.tokenizer.reducers.matching import legal_schedule, merge_schedule, merging_order
 from mergevq.tokenizer.reducers.merge import Merge, MergeState
 from mergevq.tokenizer.tokenizer import Tokenizer
+from tests.support.reads import host_reads
 from tests.support.small import shrink
 
 SMALL = Settings(num_layers=3, num_candidates=8, num_heads=2, layer_scale=0.5)
@@ -108,6 +109,15 @@ def test_training_has_the_tokens_of_validation():
         torch.testing.assert_close(trained.tokens, fixed.tokens, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("num_layers", "num_reads"), [(3, 1), (1, 0)])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_pass_reads_the_schedule_once(training, num_layers, num_reads):
+    made = reducer(replace(SMALL, num_layers=num_layers)).train(training)
+    with host_reads() as reads:
+        made(grid(), CLASS, (8, 8), 40)
+    assert reads == ["tolist"] * num_reads
+
+
 def test_the_numbers_of_a_fixed_schedule_give_what_merging_gives():
     linear = merge_schedule(64, 16, 3)
     settings = MergeSettings(num_layers=3, num_heads=2, layer_scale=0.5)
@@ -185,7 +195,7 @@ def test_the_loss_counts_each_block_and_has_gradients_where_its_number_is_free()
     counts = made.schedule(64, 12)
     wanted = [rounded_mean(logits.tolist(), 64) for logits in made.logits]
     remaining = [64 - sum(counts[: n + 1]) for n in range(4)]
-    loss = made.cost_loss(64, counts, CLASS.device)
+    loss = made.cost_loss(64, counts, wanted, CLASS.device)
     free = [number == want for number, want in zip(remaining, wanted, strict=False)]
     assert free == [True, False, True]
     assert len(set(remaining)) == 3
@@ -254,7 +264,7 @@ def test_the_loss_alone_leads_to_the_cost(cost):
 
     for _ in range(60):
         optimizer.zero_grad()
-        loss = made.cost_loss(64, made.schedule(64, 12), CLASS.device)
+        loss = made.cost_loss(64, made.schedule(64, 12), made._wanted(64), CLASS.device)
         assert float(loss.detach()) == pytest.approx((share() - cost) ** 2, abs=1e-6)
         loss.backward()
         optimizer.step()
