@@ -134,6 +134,7 @@ TESTED_WITH = {
     "tokenizer/seams": "contracts/parts",
     "training/decoder/step": "training/decoder/run",
     "training/generator_step": "training/generator",
+    "training/objective": "training/tokenizer",
     "training/tokenizer_step": "training/tokenizer",
     "training/posthoc/part": "training/posthoc/source",
 }

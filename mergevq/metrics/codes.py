@@ -196,6 +196,10 @@ class CodebookUsage:
         It does not wait for the device: a part that has no such value is an error of `compute` and
         `state_dict`, which read.
         """
+        self._add(parts)
+
+    def _add(self, parts: Int64[Tensor, "*shape p"]) -> None:
+        """Put tokens into the window."""
         tokens = parts.detach().flatten(0, -2).to(self.window.device)
         if len(tokens) == 0:
             return
@@ -246,7 +250,7 @@ class CodebookUsage:
         if tokens.ndim == 1:
             # Older checkpoints have indices.
             tokens = self.spec.split(tokens)
-        self.update(tokens if distributed.is_main() else tokens[:0])
+        self._add(tokens if distributed.is_main() else tokens[:0])
         self._require_codes()
 
     def _require_codes(self) -> None:
@@ -258,6 +262,57 @@ class CodebookUsage:
                 f"codebook usage: part {part} ({value}) of token {token} must be in "
                 f"[0, {self.spec.sizes[part]})"
             )
+
+
+class SharedUsage(CodebookUsage):
+    """Use of the codebook in batches that all ranks share evenly, as one process would count it.
+
+    Each rank keeps its own tokens, and they are sent only when the counts are asked for: `update`
+    is no collective. Arguments as of `CodebookUsage`; the window is of all ranks together.
+    """
+
+    def __init__(
+        self, spec: CodeSpec, window: int | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__(spec, window, device)
+        self._own: list[Int64[Tensor, "n p"]] = []
+        """This rank's tokens of each batch that is not in the window yet."""
+
+    def update(self, parts: Int64[Tensor, "*shape p"]) -> None:
+        """Add this rank's share of a batch, as many tokens as of every other rank."""
+        num_ranks = distributed.place()[1]
+        if num_ranks == 1:
+            self._add(parts)
+            return
+        self._own.append(parts.detach().flatten(0, -2).to(self.window.device))
+        # The window will have nothing of batches before others that fill it.
+        while num_ranks * sum(map(len, self._own[1:])) >= len(self.window):
+            del self._own[0]
+
+    def compute(self) -> CodebookStatistics:
+        """Statistics of the window; every rank must call. Errors as of `CodebookUsage`."""
+        self._join()
+        return super().compute()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The window, oldest token first; every rank must call. Errors as of `CodebookUsage`."""
+        self._join()
+        return super().state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a saved window; see `CodebookUsage`."""
+        super().load_state_dict(state)
+        self._own.clear()
+
+    def _join(self) -> None:
+        """Put all ranks' tokens into the main process's window, batch after batch."""
+        if not self._own:
+            return
+        every = distributed.gather(torch.cat(self._own)[None], equal=True)
+        for batch in every.split(list(map(len, self._own)), dim=1):
+            tokens = batch.flatten(0, 1)
+            self._add(tokens if distributed.is_main() else tokens[:0])
+        self._own.clear()
 
 
 class CollapseMonitor:

@@ -13,7 +13,7 @@ What cuts tensors into shards is imported where it is used: it takes two seconds
 import inspect
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -131,45 +131,67 @@ def local_batch(batch_size: int, world: World, *, accumulation: int = 1) -> int:
 # --------------------------------------------------------------------------------- collectives
 
 
-class _Sum(torch.autograd.Function):
-    """Sum over ranks, whose gradient is the sum over ranks.
-
-    What a rank adds reaches the loss of every rank, so its gradient collects from every rank.
-    """
+class _JointMean(torch.autograd.Function):
+    """Average over ranks, whose gradient is that of this rank's loss."""
 
     @staticmethod
     def forward(ctx: object, tensor: Tensor) -> Tensor:  # noqa: ARG004 - autograd's signature
-        total = tensor.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
+        return sum(tensor) / dist.get_world_size()
 
     @staticmethod
     def backward(ctx: object, *gradients: Tensor) -> Tensor:  # noqa: ARG004
-        return _Sum.apply(gradients[0])
+        return gradients[0]
 
 
 # The name follows torch: the function is written `runtime.distributed.sum(..)` where it is used.
 def sum(tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:  # noqa: A001
-    """Sum over ranks of a tensor of the same shape everywhere; the result is the same on all.
+    """Sum over ranks of a tensor of the same shape everywhere, the same on all.
 
-    Differentiable: if each rank backpropagates its own loss, every gradient is that of the sum of
-    the ranks' losses.
+    It has no gradient.
     """
+    tensor = tensor.detach()
     if not is_active():
         return tensor
-    return _Sum.apply(tensor)
+    total = tensor.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
+
+
+def sums(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Sums over ranks of several tensors in one collective, as `sum` of each; without gradient.
+
+    They are added in float32: whole numbers are exact up to 2**24.
+
+    Args:
+        tensors: as many of the same shapes on every rank.
+    """
+    tensors = [tensor.detach() for tensor in tensors]
+    if not is_active() or not tensors:
+        return tensors
+    flat = torch.cat([tensor.float().flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    pieces = flat.split([tensor.numel() for tensor in tensors])
+    pairs = zip(pieces, tensors, strict=True)
+    return [piece.view(tensor.shape).to(tensor.dtype) for piece, tensor in pairs]
 
 
 def mean(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Average over ranks of a tensor of the same shape everywhere; the result is the same on all.
+    """Average over ranks of a tensor of the same shape everywhere, the same on all.
 
     Where each rank averages over its own equal share of a batch, this is the average over the joint
-    batch. It is differentiable, and after data parallel has averaged the ranks' gradients they are
-    those of one process holding the joint batch.
+    batch; without gradient.
     """
-    if not is_active():
-        return tensor
-    return sum(tensor) / dist.get_world_size()
+    return sum(tensor) / place()[1]
+
+
+def joint_mean(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """`mean`, with a gradient: for a loss of nothing else, which is the same on every rank.
+
+    As every rank then has the same gradient, none is sent. After data parallel has averaged the
+    ranks' gradients they are those of one process holding the joint batch. Of a loss in which it
+    meets what is a rank's own, they would be wrong.
+    """
+    return _JointMean.apply(tensor) if is_active() else tensor
 
 
 def gather(

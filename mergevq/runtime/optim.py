@@ -297,6 +297,7 @@ class NonFiniteGuard:
         step: int,
         terms: Mapping[str, Float[Tensor, ""]],
         warn: Callable[[int], None] | None = None,
+        num_ranks: Int64[Tensor, "t"] | None = None,
     ) -> Verdict:
         """Decide: a step is taken if every term is finite on every rank.
 
@@ -304,12 +305,14 @@ class NonFiniteGuard:
             step: for messages.
             terms: losses and gradient norms by name; the same names on every rank.
             warn: called with the step when the host reads that it was skipped.
+            num_ranks: the sum over ranks of `non_finite`; None sums here.
 
         Raises:
             RuntimeError: as `read`.
         """
-        values = torch.stack([term.detach().float() for term in terms.values()])
-        num_ranks = distributed.sum((~values.isfinite()).long())
+        values = _values(terms)
+        if num_ranks is None:
+            num_ranks = distributed.sum(non_finite(terms))
         verdict = Verdict(skip=num_ranks.any().float())
         self._pending.append(_Pending(step, list(terms), values, num_ranks, verdict, warn))
         if len(self._pending) >= self.read_every:
@@ -362,6 +365,45 @@ class NonFiniteGuard:
         """Continue counting."""
         self.num_skipped, self.num_in_a_row = state["num_skipped"], state["num_in_a_row"]
         self._pending = []
+
+
+def non_finite(terms: Mapping[str, Float[Tensor, ""]]) -> Int64[Tensor, "t"]:
+    """1 of each term that is not finite on this rank, and 0 of others."""
+    return (~_values(terms).isfinite()).long()
+
+
+def _values(terms: Mapping[str, Float[Tensor, ""]]) -> Float[Tensor, "t"]:
+    """Terms side by side, in float32."""
+    return torch.stack([term.detach().float() for term in terms.values()])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """A step of one optimizer that has its gradients, and is decided with others."""
+
+    guard: NonFiniteGuard
+    terms: Mapping[str, Float[Tensor, ""]]
+    """Losses and gradient norms that have to be finite, by name."""
+    warn: Callable[[int], None]
+    """Called with the step when the host reads that it was skipped."""
+    statistics: Sequence[Tensor]
+    """Numbers of this rank that the step takes the sums over ranks of."""
+    take: Callable[[Verdict, list[Tensor]], None]
+    """Take the step, as the verdict allows, given the sums."""
+
+
+def take_steps(step: int, proposals: Sequence[Proposal]) -> None:
+    """Decide on steps of several optimizers, and take them, in one collective; every rank calls.
+
+    Raises:
+        RuntimeError: as of `NonFiniteGuard.read`.
+    """
+    own = [[non_finite(each.terms), *each.statistics] for each in proposals]
+    summed = iter(distributed.sums([tensor for tensors in own for tensor in tensors]))
+    for each in proposals:
+        num_ranks = next(summed)
+        sums = [next(summed) for _ in each.statistics]
+        each.take(each.guard.check(step, each.terms, each.warn, num_ranks), sums)
 
 
 def guard_on(device: torch.device, limit: int) -> NonFiniteGuard:
@@ -483,7 +525,8 @@ class Budget:
     def update(self) -> None:
         """Look at the main rank's clock; every rank calls it, and all find the same time."""
         if self.max_minutes is not None:
-            self.seconds = distributed.broadcast_object(time.monotonic() - self._started_at)
+            seconds = time.monotonic() - self._started_at if distributed.is_main() else 0.0
+            self.seconds = float(distributed.sum(torch.tensor(seconds, dtype=torch.float64)))
 
     def place(self, step: int) -> int:
         """Step of the schedules at a step of the run: the same, or later where time is shorter.

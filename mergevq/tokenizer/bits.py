@@ -168,7 +168,7 @@ def _mean_assignments(
         halves = [group.tensor_split([(group_bits + 1) // 2], dim=-1) for group in groups]
         means = [_assignments(low).mT @ (_assignments(high) / low.shape[0]) for low, high in halves]
         # One alone may be large: it is not copied.
-        return distributed.mean(means[0][None] if len(means) == 1 else torch.stack(means))
+        return distributed.joint_mean(means[0][None] if len(means) == 1 else torch.stack(means))
 
 
 def _entropy(probabilities: Float[Tensor, "*cells"]) -> Float[Tensor, ""]:

@@ -8,7 +8,7 @@ the encoder, D channels of codes, E channels of latents or those that a decoder 
 a token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -241,16 +241,20 @@ class Quantizer(Protocol):
 class Follower(Protocol):
     """A quantizer with codes that are no weights: they follow the latents of each step."""
 
-    def follow(
+    def statistics(
         self, latents: Float[Tensor, "n d"], parts: Int64[Tensor, "m p"], generator: torch.Generator
-    ) -> None:
-        """Move codes after a step of training that was taken; every rank calls it.
+    ) -> list[Float[Tensor, "v c"]]:
+        """Numbers of a step that codes follow, to be summed over ranks; none where codes stay.
 
         Args:
             latents: of this rank's tokens, image after image, as many on every rank.
             parts: the same tokens quantized; of a kind that lays tokens out, those that are kept.
             generator: draws for the step, the same numbers on every rank.
         """
+        ...
+
+    def follow(self, statistics: Sequence[Float[Tensor, "v c"]]) -> None:
+        """Move codes after a step of training that was taken, by the sums of `statistics`."""
         ...
 
 

@@ -38,8 +38,8 @@ logged; any other is the same on every rank."""
 Batch = TypeVar("Batch")
 Columns = TypeVar("Columns", bound=tuple[Tensor | None, ...])
 
-_STOP_STEPS = 10
-"""Steps after which several ranks ask each other whether one was told to stop."""
+_MEETING_STEPS = 10
+"""Steps after which several ranks ask each other for the time, and whether one was told to stop."""
 _ALWAYS_SHOWN = frozenset({"loss", "lr", "num_kept", "grad_norm", "time_used"})
 """Numbers of the log line in every stage."""
 
@@ -159,7 +159,7 @@ def fit(
                 is_new = not _is_finite(state)
                 manager.settle(finite=not is_new)
             state.step += 1
-            state.budget.update()
+            _look_at_time(state.budget, world, state.step)
             bar.update(size)
             last = state.budget.is_used(state.step)
             logging_due = (state.step - 1) % loop.log_every == 0 or last
@@ -358,9 +358,20 @@ def _shown(task: Task[Any], numbers: Mapping[str, int | float]) -> set[str]:
     return {*_ALWAYS_SHOWN, f"{task.unit}s_per_second", *skipped, *task.shown(numbers)}
 
 
+def _is_meeting(world: distributed.World, step: int) -> bool:
+    """Whether ranks ask each other about time and stops after so many steps; one rank always."""
+    return world.world_size == 1 or step % _MEETING_STEPS == 0
+
+
+def _look_at_time(budget: Budget, world: distributed.World, step: int) -> None:
+    """Let the budget know the time, which is the same on every rank."""
+    if _is_meeting(world, step):
+        budget.update()
+
+
 def _agree_to_stop(signal: StopRequest, world: distributed.World, step: int) -> bool:
     """Whether any rank has to stop; all find the same, so all stop after the same step."""
-    if world.world_size > 1 and step % _STOP_STEPS:
+    if not _is_meeting(world, step):
         return False
     return bool(distributed.sum(torch.tensor(int(signal.requested))) > 0)
 

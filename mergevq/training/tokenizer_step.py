@@ -7,7 +7,6 @@ import copy
 import functools
 import logging
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -19,7 +18,7 @@ from mergevq.config.objective import SelfDistillation
 from mergevq.config.training import TokenizerRun
 from mergevq.data.batches import Batch
 from mergevq.data.codes import CodeSpec
-from mergevq.metrics.codes import CodebookUsage, CollapseMonitor
+from mergevq.metrics.codes import CollapseMonitor, SharedUsage
 from mergevq.metrics.lpips import Perceptual, load_perceptual, missing_weights
 from mergevq.runtime import distributed
 from mergevq.runtime.device import autocast, compile_in_place, lay_out, resolve_precision, send
@@ -27,6 +26,7 @@ from mergevq.runtime.optim import (
     Budget,
     Ema,
     NonFiniteGuard,
+    Proposal,
     Verdict,
     build_optimizer,
     check_coverage,
@@ -35,6 +35,7 @@ from mergevq.runtime.optim import (
     guard_on,
     learning_rate,
     set_learning_rate,
+    take_steps,
 )
 from mergevq.runtime.random import BatchNumbers, draw_num_kept, step_generator
 from mergevq.tokenizer.build import build_regularizer, build_terms
@@ -68,85 +69,13 @@ from mergevq.tokenizer.seams import (
 from mergevq.tokenizer.tokenizer import Tokenizer
 from mergevq.training.fit import Number, cut, warn_of_skip
 from mergevq.training.initial import Start, initial_tokenizer
+from mergevq.training.objective import Objective
 
 logger = logging.getLogger("mergevq")
 
 _JUDGE_SKIPPED = "step %d of the discriminator is not finite and is skipped"
 _COLLAPSE_REPORTS = 20
 """Bad reports of codebook usage in a row before the run warns of a collapse."""
-
-
-class Pass(NamedTuple):
-    """Results of one forward pass of the tokenizer's side."""
-
-    output: TokenizerOutput
-    """Reconstruction, tokens, source logits."""
-    alignment: Float[Tensor, ""]
-    """Class token against the teacher; 0 without one."""
-    distilled: dict[str, Float[Tensor, ""]]
-    """Loss of the distillation, unweighted, by its name; empty without one."""
-
-
-class Objective(nn.Module):
-    """Tokenizer and heads of losses as one module, so that data parallelism wraps them once."""
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        teacher: Teacher | None,
-        regularizer: Regularizer | None = None,
-        distillation: Distillation | None = None,
-    ) -> None:
-        """Hold them."""
-        super().__init__()
-        self.tokenizer = tokenizer
-        self.teacher = teacher
-        self.regularizer = regularizer
-        self.distillation = distillation
-
-    def forward(  # noqa: PLR0913 - all that differs between steps
-        self,
-        batch: Batch,
-        num_kept: int,
-        target: Float[Tensor, "b f"] | None,
-        *,
-        quantized: bool,
-        source_gradient: float,
-        recovers: Bool[Tensor, "b"] | None,
-        uniforms: Float[Tensor, "b k d"] | None,
-        draws: StepDraws | None,
-        condition: Condition | None,
-    ) -> Pass:
-        """Run the tokenizer on the image, and its encoder on the student's view if there is one.
-
-        `target` is that of `SelfTeacher.target`; without `draws` there is no regularizer.
-        """
-        regularize = None
-        if self.regularizer is not None and draws is not None:
-            regularize = functools.partial(
-                self.regularizer, quantizer=self.tokenizer.quantizer, draws=draws
-            )
-        output = self.tokenizer(
-            batch.image,
-            num_kept,
-            batch.student_view,
-            quantized=quantized,
-            source_gradient=source_gradient,
-            recovers=recovers,
-            uniforms=uniforms,
-            regularize=regularize,
-            decoder_layer=None if self.distillation is None else self.distillation.decoder_layer,
-            condition=condition,
-        )
-        distilled = {}
-        if self.distillation is not None:
-            loss = self.distillation.loss(self.tokenizer.encoder, batch.image, output)
-            distilled = {self.distillation.name: loss}
-        if self.teacher is None:
-            zero = output.reconstruction.new_zeros((), dtype=torch.float32)
-            return Pass(output, zero, distilled)
-        loss = self.teacher.loss(output.summary, batch.label, batch.teacher_view, target)
-        return Pass(output, loss, distilled)
 
 
 @dataclass(kw_only=True)
@@ -163,7 +92,7 @@ class State:
     optimizer: torch.optim.Optimizer
     discriminator_optimizer: torch.optim.Optimizer
     ema: Ema
-    usage: CodebookUsage | None
+    usage: SharedUsage | None
     """None of tokens that are real numbers."""
     monitor: CollapseMonitor
     guard: NonFiniteGuard
@@ -221,18 +150,22 @@ class TokenizerLearner:
         set_learning_rate(state.optimizer, rate)
         set_learning_rate(state.discriminator_optimizer, rate)
         parts = cut(batch, run.train.accumulation, self.world.device)
-        numbers, reconstructions = self.update_tokenizer(parts, num_kept)
+        numbers, proposal, reconstructions = self.propose_tokenizer(parts, num_kept)
+        proposals = [proposal]
         if discriminator_active(state.place, run.loss):
-            numbers |= self.update_discriminator(parts, reconstructions)
+            more, proposal = self.propose_discriminator(parts, reconstructions)
+            numbers, proposals = numbers | more, [*proposals, proposal]
+        take_steps(state.step, proposals)
         return numbers | {"lr": rate, "num_kept": num_kept}
 
-    def update_tokenizer(
+    def propose_tokenizer(
         self, parts: list[Batch], num_kept: int
-    ) -> tuple[dict[str, Number], list[Float[Tensor, "b 3 h w"]]]:
-        """One step of the tokenizer's side, over accumulated parts, with the discriminator frozen.
+    ) -> tuple[dict[str, Number], Proposal, list[Float[Tensor, "b 3 h w"]]]:
+        """A step of the tokenizer's side, over accumulated parts, with the discriminator frozen.
 
         Returns:
-            Numbers for the log, and the reconstruction of each part for the discriminator.
+            Numbers for the log, the step, and the reconstruction of each part for the
+            discriminator.
         """
         run, state = self.run, self.state
         sums, reconstructions, tokens, latents = {}, [], [], []
@@ -263,9 +196,8 @@ class TokenizerLearner:
             latents.append(output.encoded.latents.detach())
             for name, value in [("loss", loss), *losses.items()]:
                 sums[name] = sums.get(name, 0) + value.detach() / len(parts)
-        every = distributed.gather(torch.cat(tokens), equal=True)
         if state.usage is not None:
-            state.usage.update(every if distributed.is_main() else every[:0])
+            state.usage.update(torch.cat(tokens))
         state.discriminator.requires_grad_(requires_grad=True)
         state.scaler.unscale_(state.optimizer)
         norms = {
@@ -274,27 +206,38 @@ class TokenizerLearner:
             if any(True for _ in module.parameters())
         }
         norm = clip(self.objective.parameters(), run.optim.clip_norm)
-        warn = functools.partial(warn_of_skip, [part.index for part in parts])
-        verdict = state.guard.check(state.step, sums | {"grad_norm": norm}, warn)
-        verdict.step(state.optimizer)
-        self._follow(torch.cat(latents), torch.cat(tokens), verdict)
-        state.ema.update(verdict)
-        if isinstance(run.teacher, SelfDistillation):
-            _update_teacher(state, run.teacher.momentum, verdict)
-        state.scaler.update()
-        return sums | norms | {"grad_norm": norm}, reconstructions
+        proposal = Proposal(
+            guard=state.guard,
+            terms=sums | {"grad_norm": norm},
+            warn=functools.partial(warn_of_skip, [part.index for part in parts]),
+            statistics=self._statistics(torch.cat(latents), torch.cat(tokens)),
+            take=self._take_tokenizer,
+        )
+        return sums | norms | {"grad_norm": norm}, proposal, reconstructions
 
-    def _follow(
-        self, latents: Float[Tensor, "b n d"], parts: Int64[Tensor, "b k p"], verdict: Verdict
-    ) -> None:
-        """Let codes that are no weights follow this rank's tokens, unless the encoder stays."""
+    @torch.no_grad()
+    def _statistics(
+        self, latents: Float[Tensor, "b n d"], parts: Int64[Tensor, "b k p"]
+    ) -> list[Tensor]:
+        """Numbers of this rank that codes which are no weights follow, unless the encoder stays."""
         quantizer = self.state.tokenizer.quantizer
-        if isinstance(quantizer, Follower) and self.run.encoder_lr_ratio > 0:
-            generator = step_generator(self.run.train.seed, "codebook", self.state.step)
-            verdict.change(
-                quantizer.state_dict().values(),
-                lambda: quantizer.follow(latents.flatten(0, 1), parts.flatten(0, 1), generator),
-            )
+        if not isinstance(quantizer, Follower) or self.run.encoder_lr_ratio == 0:
+            return []
+        generator = step_generator(self.run.train.seed, "codebook", self.state.step)
+        return quantizer.statistics(latents.flatten(0, 1), parts.flatten(0, 1), generator)
+
+    def _take_tokenizer(self, verdict: Verdict, statistics: list[Tensor]) -> None:
+        """Take a step of the tokenizer's side, and let averages and codes follow."""
+        state, teacher = self.state, self.run.teacher
+        verdict.step(state.optimizer)
+        quantizer = state.tokenizer.quantizer
+        if statistics and isinstance(quantizer, Follower):
+            codes = quantizer.state_dict().values()
+            verdict.change(codes, lambda: quantizer.follow(statistics))
+        state.ema.update(verdict)
+        if isinstance(teacher, SelfDistillation):
+            _update_teacher(state, teacher.momentum, verdict)
+        state.scaler.update()
 
     def _uniforms(
         self, place: int, num_parts: int, part: Batch, num_kept: int
@@ -433,12 +376,12 @@ class TokenizerLearner:
         # In place of the zeros, and after these those that one kind of part has.
         return {**losses, **output.losses, **distilled, **further}, output
 
-    def update_discriminator(
+    def propose_discriminator(
         self,
         parts: list[Batch],
         reconstructions: list[Float[Tensor, "b 3 h w"]],
-    ) -> dict[str, Number]:
-        """One step of the discriminator on images and detached reconstructions."""
+    ) -> tuple[dict[str, Number], Proposal]:
+        """A step of the discriminator on images and detached reconstructions, and its numbers."""
         run, state = self.run, self.state
         sums, reals, fakes = {}, [], []
         state.discriminator_optimizer.zero_grad(set_to_none=True)
@@ -464,18 +407,24 @@ class TokenizerLearner:
                 sums[name] = sums.get(name, 0) + value.detach().float() / len(parts)
         state.discriminator_scaler.unscale_(state.discriminator_optimizer)
         norm = clip(state.discriminator.parameters(), run.optim.clip_norm)
-        terms = sums | {"grad_norm_discriminator": norm}
-        warn = functools.partial(logger.warning, _JUDGE_SKIPPED)
-        verdict = state.discriminator_guard.check(state.step, terms, warn)
-        verdict.step(state.discriminator_optimizer)
-        # Only of a step that is taken: averages that have seen a NaN stay NaN.
-        verdict.change(
-            state.lecam.state_dict().values(),
-            lambda: state.lecam.update(torch.cat(reals), torch.cat(fakes)),
+        proposal = Proposal(
+            guard=state.discriminator_guard,
+            terms=sums | {"grad_norm_discriminator": norm},
+            warn=functools.partial(logger.warning, _JUDGE_SKIPPED),
+            statistics=[torch.cat(logits).float().mean() for logits in (reals, fakes)],
+            take=self._take_discriminator,
         )
-        state.discriminator_scaler.update()
         weight = adversarial_weight(state.place, run.loss)
-        return sums | {"adversarial_weight": weight, "grad_norm_discriminator": norm}
+        return sums | {"adversarial_weight": weight, "grad_norm_discriminator": norm}, proposal
+
+    def _take_discriminator(self, verdict: Verdict, logits: list[Tensor]) -> None:
+        """Take a step of the discriminator, and let the averages of its logits follow."""
+        state = self.state
+        verdict.step(state.discriminator_optimizer)
+        real, fake = (each / distributed.place()[1] for each in logits)
+        # Only of a step that is taken: averages that have seen a NaN stay NaN.
+        verdict.change(state.lecam.state_dict().values(), lambda: state.lecam.update(real, fake))
+        state.discriminator_scaler.update()
 
 
 def build(
@@ -541,9 +490,9 @@ def build(
     )
 
 
-def _usage(spec: CodeSpec, device: torch.device) -> CodebookUsage | None:
+def _usage(spec: CodeSpec, device: torch.device) -> SharedUsage | None:
     """A window of tokens; None where they are real numbers."""
-    return None if spec.is_continuous else CodebookUsage(spec, device=device)
+    return None if spec.is_continuous else SharedUsage(spec, device=device)
 
 
 def _perceptual(run: TokenizerRun, device: torch.device) -> Perceptual | None:

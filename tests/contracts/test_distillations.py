@@ -24,6 +24,7 @@ from tests.support.frozen import write_dinov2
 from tests.support.parts import small_part
 from tests.support.ranks import train_on_two_ranks
 from tests.support.small import shrink
+from tests.support.steps import update_tokenizer
 
 WORLD = distributed.World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 NUM_KEPT = 16
@@ -94,7 +95,7 @@ def batch(size=4):
 def after_a_step(config, folder):
     """A learner whose features are no longer those that it started with."""
     learner = learner_of(config, folder)
-    learner.update_tokenizer([batch()], NUM_KEPT)
+    update_tokenizer(learner, [batch()], NUM_KEPT)
     learner.state.step += 1
     return learner
 
@@ -161,7 +162,7 @@ def test_the_frozen_model_stays_as_it_is(config, folder):
     image = batch().image
     before = frozen_features(learner.state.distillation, image)
     for _ in range(2):
-        learner.update_tokenizer([batch()], NUM_KEPT)
+        update_tokenizer(learner, [batch()], NUM_KEPT)
         learner.state.step += 1
     after = frozen_features(learner.state.distillation, image)
     assert all(map(torch.equal, before, after))
@@ -199,7 +200,9 @@ def test_a_run_that_is_gone_on_with_has_the_same_bits(config, folder):
     again = learner_of(config, folder)
     put_state(again.state, copy.deepcopy(state_of(learner.state)))
     for _ in range(2):
-        first, second = (each.update_tokenizer([batch()], NUM_KEPT)[0] for each in (learner, again))
+        first, second = (
+            update_tokenizer(each, [batch()], NUM_KEPT)[0] for each in (learner, again)
+        )
         assert first.keys() == second.keys()
         assert all(torch.equal(*map(torch.as_tensor, (first[n], second[n]))) for n in first)
         for each in (learner, again):

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from mergevq.data.codes import CodeSpec
-from mergevq.metrics.codes import CodebookUsage
+from mergevq.metrics.codes import CodebookUsage, SharedUsage
 from mergevq.metrics.frechet import FrechetStatistics
 from mergevq.metrics.image import Mean
 from mergevq.metrics.sets import Rows
 from mergevq.runtime import distributed
+from tests.support.collectives import collectives
 from tests.support.ranks import run_on_ranks
 
 VALUES = torch.linspace(-1, 2, 9).sin()
@@ -44,6 +45,29 @@ def accumulated(ranks_items):
     }
 
 
+BATCHES = torch.randint(16, (8, 10, 3, 1), generator=torch.Generator().manual_seed(0))
+WINDOWS = (16, 50, 10_000)
+
+
+def windows(size, own):
+    """Usage after each of some batches, of which a rank sees its own images; then once resumed."""
+    usage, resumed = (SharedUsage(CodeSpec(sizes=(16,), dim=4), size) for _ in range(2))
+    found = []
+    with collectives() as calls:
+        for number, batch in enumerate(BATCHES):
+            usage.update(own(batch)[:, : 1 + number % 3])
+    assert calls == []
+    found.append(usage.compute().num_tokens)
+    for batch in BATCHES[:3]:
+        usage.update(own(batch))
+    resumed.update(own(BATCHES[5]))
+    resumed.load_state_dict(usage.state_dict())
+    for each in (usage, resumed):
+        each.update(own(BATCHES[0]))
+        found += [each.state_dict()["tokens"], each.compute().perplexity]
+    return found
+
+
 def run_rank(rank: int, port: int, folder: str) -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
@@ -52,9 +76,11 @@ def run_rank(rank: int, port: int, folder: str) -> None:
     distributed.init(torch.device("cpu"), timeout_seconds=60)
     uneven = accumulated([[0, 2, 4], [6], [8]] if rank == 0 else [[1, 3], [5, 7]])
     alone = accumulated([list(range(9))] if rank == 0 else [])
+    shared = [windows(size, lambda batch: batch.chunk(2)[rank]) for size in WINDOWS]
     distributed.barrier()
     distributed.shutdown()
-    torch.save({"uneven": uneven, "alone": alone}, Path(folder) / f"{rank}.pt")
+    found = {"uneven": uneven, "alone": alone, "shared": shared}
+    torch.save(found, Path(folder) / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +99,14 @@ def test_two_ranks_measure_what_one_process_measures(ranks):
     for measured in ranks:
         torch.testing.assert_close(measured["uneven"], expected, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(measured["alone"], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_window_that_ranks_share_is_that_of_one_process(ranks):
+    expected = [windows(size, lambda batch: batch) for size in WINDOWS]
+    assert [each[0] for each in expected] == [16, 50, 150]
+    assert all(torch.equal(each[1], each[3]) for each in expected)
+    for measured in ranks:
+        for found, wanted in zip(measured["shared"], expected, strict=True):
+            assert [found[0], found[2], found[4]] == [wanted[0], wanted[2], wanted[4]]
+            assert torch.equal(found[1], wanted[1])
+            assert torch.equal(found[3], wanted[3])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mergevq.runtime import distributed
 from mergevq.runtime.distributed import World
+from tests.support.collectives import collectives as counted
 from tests.support.ranks import run_on_ranks
 
 CPU = torch.device("cpu")
@@ -34,19 +35,23 @@ class Small(nn.Module):
 
 def nonlinear_loss(outputs: Tensor) -> Tensor:
     """A mean over the batch plus a function of the batch mean, so ranks depend on each other."""
-    average = distributed.mean(outputs.mean(0))
-    return (average**3).sum() + (outputs * average).mean()
+    average = distributed.joint_mean(outputs.mean(0))
+    return (average**3).sum() + outputs.square().mean()
 
 
 def collectives(rank: int) -> dict[str, object]:
     values = torch.tensor([1.0, 2.0]) * (rank + 1)
     values.requires_grad_()
-    (distributed.sum(values) * values).sum().backward()
+    own = [torch.tensor([rank, 2**23 - rank]), values, torch.tensor(0.5), torch.zeros(0, 3)]
+    with counted() as calls:
+        summed = distributed.sums(own)
     rows = torch.arange(NUM_ROWS[rank] * 2).reshape(-1, 2)
     return {
-        "mean": distributed.mean(values).detach(),
+        "mean": distributed.mean(values),
         "sum": distributed.sum(torch.tensor([rank + 1, 10])),
-        "sum_gradient": values.grad,
+        "sums": summed,
+        "num_collectives": len(calls),
+        "has_gradient": [each.requires_grad for each in (*summed, distributed.mean(values))],
         "input_after_sum": values.detach(),
         "gathered": distributed.gather(rows),
         "gathered_equal": distributed.gather(values.detach().expand(2, -1).T, equal=True),
@@ -140,10 +145,13 @@ def test_sum_leaves_its_input_alone(ranks):
     assert ranks[0]["input_after_sum"].tolist() == [1.0, 2.0]
 
 
-def test_gradient_of_the_sum_collects_every_ranks_loss(ranks):
-    # sum over ranks r of (a + b) * x_r is (a + b)**2, whose derivative by a is 2 (a + b).
+def test_several_tensors_are_summed_in_one_collective(ranks):
     for rank in ranks:
-        assert rank["sum_gradient"].tolist() == [6.0, 12.0]
+        assert [each.tolist() for each in rank["sums"]] == [[1, 2**24 - 1], [3.0, 6.0], 1.0, []]
+        assert [each.dtype for each in rank["sums"][:2]] == [torch.int64, torch.float32]
+        assert [tuple(each.shape) for each in rank["sums"][2:]] == [(), (0, 3)]
+        assert rank["num_collectives"] == 1
+        assert not any(rank["has_gradient"])
 
 
 def test_gather_joins_ragged_rows_in_rank_order(ranks):
@@ -168,7 +176,7 @@ def test_wrapping_starts_every_rank_from_the_main_weights_and_buffers(ranks):
         torch.testing.assert_close(rank["state"], expected, rtol=0, atol=0)
 
 
-def test_gradient_through_mean_is_that_of_one_process_with_the_joint_batch(ranks):
+def test_gradient_through_the_joint_mean_is_that_of_one_process_with_the_joint_batch(ranks):
     model = Small(seed=0)
     nonlinear_loss(model(BATCH)).backward()
     for rank in ranks:
@@ -192,9 +200,11 @@ def test_one_process_starts_no_group_and_every_collective_is_the_identity(monkey
     assert world == World(rank=0, world_size=1, local_rank=0, device=CPU)
     assert not distributed.is_active()
     assert distributed.is_main()
-    assert distributed.mean(tensor) is tensor
-    assert distributed.sum(tensor) is tensor
-    assert torch.equal(distributed.gather(tensor), tensor)
+    assert distributed.joint_mean(tensor) is tensor
+    (summed,) = distributed.sums([tensor])
+    gathered = distributed.gather(tensor)
+    for same in (distributed.mean(tensor), distributed.sum(tensor), summed, gathered):
+        assert torch.equal(same, tensor)
     assert distributed.broadcast_object("here") == "here"
     assert distributed.wrap(module) is module
 

@@ -17,6 +17,7 @@ from mergevq.training.tokenizer import train
 from mergevq.training.tokenizer_step import build
 from tests.support.ranks import train_on_two_ranks
 from tests.support.small import shrink
+from tests.support.steps import update_tokenizer
 
 WORLD = distributed.World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 RESTARTING = EmaUpdate(decay=0.9, restart_below=0.5)
@@ -47,7 +48,7 @@ def batch(size: int, value: float | None = None) -> Batch:
 def codes_after(run: TokenizerRun, parts: list[Batch]) -> dict[str, torch.Tensor]:
     """State of the quantizer after one step of some parts."""
     learner = build(run, WORLD, num_classes=10)
-    learner.update_tokenizer(parts, 16)
+    update_tokenizer(learner, parts, 16)
     return learner.state.tokenizer.quantizer.state_dict()
 
 
@@ -78,7 +79,7 @@ def test_a_learned_codebook_is_trained_by_its_own_loss_alone():
     for weight in (0.0, 1.0):
         run = small(GradientUpdate(codebook_weight=weight))
         learner = build(run, WORLD, num_classes=10)
-        numbers, _ = learner.update_tokenizer([batch(4)], 16)
+        numbers, _ = update_tokenizer(learner, [batch(4)], 16)
         weights[weight] = learner.state.tokenizer.quantizer.table.entries.weight
         assert float(numbers["codebook"]) > 0
     assert weights[0.0].grad.count_nonzero() == 0

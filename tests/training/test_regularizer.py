@@ -12,6 +12,7 @@ from mergevq.data.batches import Batch
 from mergevq.runtime import distributed
 from mergevq.training.tokenizer_step import build
 from tests.support.small import shrink
+from tests.support.steps import update_tokenizer
 
 WORLD = distributed.World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 ALL = Perturb(image_share=1.0)
@@ -42,7 +43,7 @@ def trained(regularizer):
     learner = learner_of(regularizer)
     numbers = []
     for _ in range(2):
-        numbers.append(learner.update_tokenizer([batch()], NUM_KEPT)[0])
+        numbers.append(update_tokenizer(learner, [batch()], NUM_KEPT)[0])
         learner.state.step += 1
     return numbers, list(learner.state.tokenizer.state_dict().values())
 
@@ -61,7 +62,7 @@ def test_no_share_trains_to_the_bits_of_no_regularizer():
 
 def test_losses_of_the_quantizer_and_use_of_the_codebook_are_without_it():
     learners = [learner_of(regularizer) for regularizer in (NoRegularizer(), ALL)]
-    plain, changed = (learner.update_tokenizer([batch()], NUM_KEPT)[0] for learner in learners)
+    plain, changed = (update_tokenizer(learner, [batch()], NUM_KEPT)[0] for learner in learners)
     for name in ("commitment", "entropy"):
         assert plain[name] == changed[name] != 0
     for name in ("reconstruction", "source"):

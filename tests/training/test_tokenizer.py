@@ -40,6 +40,7 @@ from tests.support.parts import changed
 from tests.support.ranks import train_on_two_ranks
 from tests.support.reads import host_reads
 from tests.support.small import shrink
+from tests.support.steps import update_discriminator, update_tokenizer
 
 WORLD = distributed.World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -116,10 +117,10 @@ def test_the_discriminators_gradient_is_its_own_losss(accumulation):
     learner = build(small(), WORLD, num_classes=0)
     state = learner.state
     parts = [batch(), batch()][:accumulation]
-    _, fakes = learner.update_tokenizer(parts, 16)
+    _, fakes = update_tokenizer(learner, parts, 16)
     assert all(p.grad is None for p in state.discriminator.parameters())
     before = [p.detach().clone() for p in state.discriminator.parameters()]
-    learner.update_discriminator(parts, fakes)
+    update_discriminator(learner, parts, fakes)
     gradients = [p.grad.clone() for p in state.discriminator.parameters() if p.grad is not None]
     # Again with gradients set free before: what the tokenizer's side left must not matter.
     for parameter, value in zip(state.discriminator.parameters(), before, strict=True):
@@ -127,7 +128,7 @@ def test_the_discriminators_gradient_is_its_own_losss(accumulation):
         parameter.grad = torch.full_like(parameter, 7.0)
     state.lecam.real.zero_()
     state.lecam.fake.zero_()
-    learner.update_discriminator(parts, fakes)
+    update_discriminator(learner, parts, fakes)
     again = [p.grad for p in state.discriminator.parameters() if p.grad is not None]
     assert equal(gradients, again)
 
@@ -147,7 +148,7 @@ def test_a_step_decodes_the_asked_share_with_the_recovered_source(monkeypatch):
     monkeypatch.setattr(state.tokenizer.expander, "forward", look)
     # One image a part: the second of each pair recovers.
     parts = [batch(1), batch(1)]
-    learner.update_tokenizer(parts, 16)
+    update_tokenizer(learner, parts, 16)
     assert seen == [False, True]
 
 
@@ -187,7 +188,7 @@ def test_accumulation_equals_the_whole_batch_but_for_entropy(kind):
             Batch(*(None if c is None else c[i : i + 4 // accumulation] for c in whole))
             for i in range(0, 4, 4 // accumulation)
         ]
-        learner.update_tokenizer(parts, 16)
+        update_tokenizer(learner, parts, 16)
         gradients.append(
             [p.grad.clone() for p in learner.objective.parameters() if p.requires_grad]
         )
@@ -223,7 +224,7 @@ def test_bits_are_drawn_for_the_whole_batch_however_it_is_shared(
         monkeypatch.setattr(quantizer, "forward", draw)
         learner.state.step = step
         size = 4 // world_size // accumulation
-        learner.update_tokenizer([batch(size) for _ in range(accumulation)], 16)
+        update_tokenizer(learner, [batch(size) for _ in range(accumulation)], 16)
     expected = step_generator(learner.run.train.seed, "quantizer", 3)
     bits = torch.rand(4, 16, 8, generator=expected) < 0.5
     assert torch.equal(torch.cat(found)[..., 0], (bits.long() << torch.arange(8)).sum(-1))
@@ -231,7 +232,7 @@ def test_bits_are_drawn_for_the_whole_batch_however_it_is_shared(
 
 def test_a_term_that_only_one_quantizer_has_is_logged_and_weighed():
     learner = build(drawing(), WORLD, num_classes=0)
-    numbers, _ = learner.update_tokenizer([batch()], 16)
+    numbers, _ = update_tokenizer(learner, [batch()], 16)
     loss = learner.run.loss
     weights = term_weights(loss, {"confidence": 0.5}, adversarial_weight(0, loss))
     assert list(numbers)[: len(weights) + 1] == ["loss", *weights]
@@ -295,7 +296,7 @@ def test_verdicts_are_averaged_once_a_step_whatever_the_accumulation():
             Batch(*(None if c is None else c[i : i + size] for c in whole))
             for i in range(0, 4, size)
         ]
-        learner.update_discriminator(parts, [part.image.flip(3) for part in parts])
+        update_discriminator(learner, parts, [part.image.flip(3) for part in parts])
         averages.append(torch.stack([state.lecam.real, state.lecam.fake]))
     torch.testing.assert_close(averages[0], averages[1])
 
@@ -309,7 +310,7 @@ def test_in_float16_the_discriminators_small_gradients_are_not_lost():
         # So that what flows back through it is below 6e-8, the smallest number of float16.
         state.discriminator.layers[-1].weight.mul_(1e-6)
     part = batch()
-    learner.update_discriminator([part], [part.image.flip(3)])
+    update_discriminator(learner, [part], [part.image.flip(3)])
     assert state.discriminator_guard.num_skipped == 0
     gradient = state.discriminator.layers[-2 - 1].weight.grad
     assert gradient is not None
@@ -324,7 +325,7 @@ def test_a_loss_scale_that_overflows_is_lowered_for_the_side_it_overflowed_on():
     state.discriminator_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     before, scale = copied(state.discriminator), state.scaler.get_scale()
     part = batch()
-    learner.update_discriminator([part], [part.image.flip(3)])
+    update_discriminator(learner, [part], [part.image.flip(3)])
     assert equal(before, copied(state.discriminator))
     assert state.discriminator_scaler.get_scale() == 2.0**39
     assert state.scaler.get_scale() == scale
@@ -351,7 +352,7 @@ def test_the_weight_of_lecam_is_that_of_the_settings():
         learner = build(replace(run, loss=loss, optim=optim), WORLD, num_classes=0)
         torch.manual_seed(0)
         parts = [batch()]
-        learner.update_discriminator(parts, [parts[0].image.flip(0) * 0.5])
+        update_discriminator(learner, parts, [parts[0].image.flip(0) * 0.5])
         parameters = learner.state.discriminator.parameters()
         gradients.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
     none, once, twice = gradients
@@ -368,7 +369,7 @@ def test_the_self_teacher_keeps_the_share_of_itself_that_the_settings_say():
     for parameter in average.parameters():
         parameter.data.add_(1.0)
     before = [parameter.clone() for parameter in average.parameters()]
-    learner.update_tokenizer([batch()], 16)
+    update_tokenizer(learner, [batch()], 16)
     for old, new, now in zip(before, encoder.parameters(), average.parameters(), strict=True):
         torch.testing.assert_close(now, 0.25 * old + 0.75 * new)
 

@@ -22,7 +22,6 @@ from torch.nn import functional
 
 from mergevq.config.objective import LossConfig
 from mergevq.nn.norm import GroupNorm
-from mergevq.runtime import distributed
 
 INIT_STD = 0.02
 """Spread of convolution weights around 0 and of normalisation gains around 1."""
@@ -152,12 +151,10 @@ class LeCam(nn.Module):
         return real + fake
 
     @torch.no_grad()
-    def update(
-        self, real_logits: Float[Tensor, "b 1 p q"], fake_logits: Float[Tensor, "b 1 p q"]
-    ) -> None:
-        """Move the averages, over all ranks."""
-        self.real.lerp_(distributed.mean(real_logits.detach().float().mean()), 1 - _LECAM_DECAY)
-        self.fake.lerp_(distributed.mean(fake_logits.detach().float().mean()), 1 - _LECAM_DECAY)
+    def update(self, real: Float[Tensor, ""], fake: Float[Tensor, ""]) -> None:
+        """Move the averages to the mean logits of a step, of all ranks."""
+        self.real.lerp_(real, 1 - _LECAM_DECAY)
+        self.fake.lerp_(fake, 1 - _LECAM_DECAY)
 
 
 def adversarial_weight(step: int, config: LossConfig) -> float:

@@ -8,6 +8,7 @@ Diffusion" (LlamaGen), section 3.1 (arXiv:2406.06525). Ways to learn it are thos
 Shape letters: B batch, K tokens, D channels, N tokens of a step.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from mergevq.config import parts as settings
 from mergevq.data.codes import CodeSpec
-from mergevq.tokenizer.quantizers.tables import Table, follow, near_codes
+from mergevq.tokenizer.quantizers.tables import Table, follow, near_codes, statistics_of
 from mergevq.tokenizer.seams import Quantized
 
 
@@ -63,8 +64,12 @@ class Codebook(nn.Module):
         """Commitment of latents to codes; where codes are weights, their distance to latents."""
         return self.table.losses(latents)
 
-    def follow(
+    def statistics(
         self, latents: Float[Tensor, "n d"], parts: Int64[Tensor, "n 1"], generator: torch.Generator
-    ) -> None:
+    ) -> list[Float[Tensor, "v c"]]:
+        """Statistics of the latents of a step."""
+        return statistics_of([self.table], [latents], [parts[:, 0]], generator)
+
+    def follow(self, statistics: Sequence[Float[Tensor, "v c"]]) -> None:
         """Move running means to the latents of a step."""
-        follow([self.table], [latents], [parts[:, 0]], generator)
+        follow([self.table], statistics)

@@ -13,6 +13,7 @@ Shape letters: B batch, K tokens, F books, C channels, D of them a book, N token
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -22,7 +23,7 @@ from torch.nn import functional
 
 from mergevq.config import parts as settings
 from mergevq.data.codes import CodeSpec
-from mergevq.tokenizer.quantizers.tables import Table, follow, near_codes
+from mergevq.tokenizer.quantizers.tables import Table, follow, near_codes, statistics_of
 from mergevq.tokenizer.seams import Quantized
 
 
@@ -88,14 +89,15 @@ class Product(nn.Module):
         losses = {name: torch.stack([found[name] for found in each]).mean() for name in each[0]}
         return {**losses, "orthogonality": self._orthogonality(latents)}
 
-    def follow(
-        self,
-        latents: Float[Tensor, "n c"],
-        parts: Int64[Tensor, "n f"],
-        generator: torch.Generator,
-    ) -> None:
+    def statistics(
+        self, latents: Float[Tensor, "n c"], parts: Int64[Tensor, "n f"], generator: torch.Generator
+    ) -> list[Float[Tensor, "v d"]]:
+        """Statistics of the latents of a step, of each book."""
+        return statistics_of(self._books, self._cut(latents), parts.unbind(-1), generator)
+
+    def follow(self, statistics: Sequence[Float[Tensor, "v d"]]) -> None:
         """Move running means to the latents of a step."""
-        follow(self._books, self._cut(latents), parts.unbind(-1), generator)
+        follow(self._books, statistics)
 
     def _orthogonality(self, latents: Float[Tensor, "*b c"]) -> Float[Tensor, ""]:
         """Mean squared cosine of two books' codes, whose gradient goes to the latents alone."""

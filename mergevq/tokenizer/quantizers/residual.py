@@ -14,7 +14,7 @@ go on through blocks of the encoder.
 Shape letters: B batch, K tokens, C channels, D of them a branch's, R depth, P parts, N tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from mergevq.config import parts as settings
 from mergevq.data.codes import CodeSpec
-from mergevq.tokenizer.quantizers.tables import Table, follow, near_codes, nearest
+from mergevq.tokenizer.quantizers.tables import Table, follow, near_codes, nearest, statistics_of
 from mergevq.tokenizer.seams import Quantized
 
 
@@ -98,15 +98,18 @@ class Stack(nn.Module):
         losses = {"commitment": torch.stack(commitments).mean()}
         return losses | ({"codebook": torch.stack(codebooks).mean()} if codebooks else {})
 
-    def follow(self, latents: Float[Tensor, "n d"], generator: torch.Generator) -> None:
-        """Move running means to the residuals of a step."""
+    def statistics(
+        self, latents: Float[Tensor, "n d"], generator: torch.Generator
+    ) -> list[Float[Tensor, "v c"]]:
+        """Statistics of the residuals of a step, of each table."""
         steps = list(self.steps(latents))
-        tables = self.own_tables
-        for table in tables:
+        found = []
+        for table in self.own_tables:
             own = [step for step in steps if step.table is table]
             residuals = torch.cat([step.residuals for step in own])
             chosen = torch.cat([step.chosen for step in own])
-            follow([table], [residuals], [chosen], generator)
+            found += statistics_of([table], [residuals], [chosen], generator)
+        return found
 
 
 class Residual(nn.Module):
@@ -171,15 +174,19 @@ class Residual(nn.Module):
             each = [stack.losses(own) for stack, own in cut]
             return {name: torch.stack([found[name] for found in each]).mean() for name in each[0]}
 
-    def follow(
+    def statistics(
         self,
         latents: Float[Tensor, "n c"],
         parts: Int64[Tensor, "n p"],  # noqa: ARG002 - residuals need the codes again
         generator: torch.Generator,
-    ) -> None:
+    ) -> list[Float[Tensor, "v _"]]:
+        """Statistics of the residuals of a step, of each table of each branch."""
+        pairs = zip(self._branches, self._cut(latents), strict=True)
+        return [each for stack, own in pairs for each in stack.statistics(own, generator)]
+
+    def follow(self, statistics: Sequence[Float[Tensor, "v _"]]) -> None:
         """Move running means to the residuals of a step."""
-        for stack, own in zip(self._branches, self._cut(latents), strict=True):
-            stack.follow(own, generator)
+        follow([table for stack in self._branches for table in stack.own_tables], statistics)
 
     def _cut(self, channels: Float[Tensor, "*b c"]) -> tuple[Float[Tensor, "*b d"], ...]:
         """Channels of each branch."""

@@ -13,6 +13,7 @@ Shape letters: B batch, K tokens, V entries, C channels, D of them a table's, N 
 """
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -22,7 +23,7 @@ from torch.nn import functional
 
 from mergevq.config import parts as settings
 from mergevq.data.codes import CodeSpec
-from mergevq.tokenizer.quantizers.tables import Table, follow, near_codes, nearest
+from mergevq.tokenizer.quantizers.tables import Table, follow, near_codes, nearest, statistics_of
 from mergevq.tokenizer.seams import Quantized
 
 
@@ -78,11 +79,16 @@ class Shared(nn.Module):
                 losses["codebook"] = self._distance(found, latents.detach())
             return losses
 
-    def follow(
+    def statistics(
         self, latents: Float[Tensor, "n c"], parts: Int64[Tensor, "n 1"], generator: torch.Generator
-    ) -> None:
+    ) -> list[Float[Tensor, "v d"]]:
+        """Statistics of the latents of a step."""
+        scaled = self._scaled(latents.float())
+        return statistics_of([self.table], [scaled], [parts[:, 0]], generator)
+
+    def follow(self, statistics: Sequence[Float[Tensor, "v d"]]) -> None:
         """Move running means to the latents of a step."""
-        follow([self.table], [self._scaled(latents.float())], [parts[:, 0]], generator)
+        follow([self.table], statistics)
 
     def _codes(self) -> Float[Tensor, "v c"]:
         """All codes in float32."""

@@ -158,13 +158,13 @@ class Table(nn.Module):
 
 
 @torch.no_grad()
-def follow(
+def statistics_of(
     tables: Sequence[Table],
     latents: Sequence[Float[Tensor, "n d"]],
     chosen: Sequence[Int64[Tensor, "n"]],
     generator: torch.Generator,
-) -> None:
-    """Let running means follow the tokens of a step, in one sum over ranks; weights stay.
+) -> list[Float[Tensor, "v c"]]:
+    """Parts of running means that the tokens of a step add to each table; none of weights.
 
     Args:
         tables: equally large ones, all learned in one way.
@@ -172,17 +172,25 @@ def follow(
         chosen: their codes.
         generator: draws the tokens that codes start again from, the same ones on every rank.
     """
-    means = [table.entries for table in tables if isinstance(table.entries, RunningMeans)]
+    means = _running_means(tables)
     if not means:
-        return
+        return []
     rank, num_ranks = distributed.place()
     num_tokens, device = len(latents[0]), latents[0].device
     shape = (len(tables), len(means[0].counts))
     drawn = send(torch.randint(num_tokens * num_ranks, shape, generator=generator), device)
-    rows = drawn - rank * num_tokens
-    own = list(map(Table.statistics, tables, latents, chosen, rows))
-    for each, statistics in zip(means, distributed.sum(torch.stack(own)), strict=True):
-        each.follow(statistics)
+    return list(map(Table.statistics, tables, latents, chosen, drawn - rank * num_tokens))
+
+
+def follow(tables: Sequence[Table], statistics: Sequence[Float[Tensor, "v c"]]) -> None:
+    """Let running means follow the sums over ranks of `statistics_of`; weights stay."""
+    for means, summed in zip(_running_means(tables), statistics, strict=True):
+        means.follow(summed)
+
+
+def _running_means(tables: Sequence[Table]) -> list[RunningMeans]:
+    """Those of tables whose codes are no weights."""
+    return [table.entries for table in tables if isinstance(table.entries, RunningMeans)]
 
 
 def nearest(latents: Float[Tensor, "*b d"], codes: Float[Tensor, "v d"]) -> Int64[Tensor, "*b"]:

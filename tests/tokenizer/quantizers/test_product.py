@@ -44,7 +44,7 @@ def test_one_codebook_is_a_plain_codebook(update, gradient, generator):
         torch.testing.assert_close(found, expected)
     for of in (one, plain):
         numbers = torch.Generator().manual_seed(1)
-        of.follow(latents.flatten(0, 1), of(latents).parts.flatten(0, 1), numbers)
+        of.follow(of.statistics(latents.flatten(0, 1), of(latents).parts.flatten(0, 1), numbers))
     assert torch.equal(one.decode(torch.arange(16)[:, None]), plain.table.codes())
 
 

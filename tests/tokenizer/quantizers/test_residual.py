@@ -39,7 +39,7 @@ def test_one_level_is_a_plain_codebook(update, share, generator):
         torch.testing.assert_close(found, expected)
     for of in (one, plain):
         numbers = torch.Generator().manual_seed(1)
-        of.follow(latents.flatten(0, 1), of(latents).parts.flatten(0, 1), numbers)
+        of.follow(of.statistics(latents.flatten(0, 1), of(latents).parts.flatten(0, 1), numbers))
     assert torch.equal(one.decode(torch.arange(16)[:, None]), plain.table.codes())
 
 
@@ -104,7 +104,7 @@ def test_running_means_follow_residuals(share):
     latents = torch.tensor([[5.2], [4.4]])
     parts = part(latents).parts
     assert parts.tolist() == [[2, 1], [2, 0]]
-    part.follow(latents, parts, torch.Generator().manual_seed(0))
+    part.follow(part.statistics(latents, parts, torch.Generator().manual_seed(0)))
     counts = [table.entries.counts.tolist() for table in part.stacks[0].tables]
     sums = torch.cat([table.entries.sums for table in part.stacks[0].tables]).flatten()
     # Residuals of the second code are 1.2 and 0.4.

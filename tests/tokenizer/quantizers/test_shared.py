@@ -110,7 +110,7 @@ def test_one_table_is_a_plain_codebook(update, generator):
         torch.testing.assert_close(found, expected)
     for of in (one, plain):
         numbers = torch.Generator().manual_seed(1)
-        of.follow(latents.flatten(0, 1), of(latents).parts.flatten(0, 1), numbers)
+        of.follow(of.statistics(latents.flatten(0, 1), of(latents).parts.flatten(0, 1), numbers))
     torch.testing.assert_close(one.decode(torch.arange(16)[:, None]), plain.table.codes())
 
 
@@ -124,7 +124,7 @@ def test_an_entry_starts_again_from_one_token_in_all_tables(generator):
     part = quantizer(update=settings.EmaUpdate(decay=0.0, restart_below=0.5))
     latents = torch.randn(3, 9, generator=generator)
     parts = part(latents).parts
-    part.follow(latents, parts, torch.Generator().manual_seed(1))
+    part.follow(part.statistics(latents, parts, torch.Generator().manual_seed(1)))
     again = [[entry] for entry in range(16) if entry not in parts]
     codes = part.decode(torch.tensor(again))
     tokens = part._scaled(latents)

@@ -12,6 +12,7 @@ from mergevq.tokenizer.quantizers.tables import (
     near_codes,
     nearest,
     rotate,
+    statistics_of,
 )
 from tests.support.quantize import value_and_gradient
 from tests.support.ranks import free_port, run_on_ranks, take_place
@@ -34,7 +35,7 @@ def averaged(counts, sums, **settings):
 def follow_with(of, latents, seed=0):
     """One step of these latents on one rank."""
     generator = torch.Generator().manual_seed(seed)
-    follow([of], [latents], [of(latents)[1]], generator)
+    follow([of], statistics_of([of], [latents], [of(latents)[1]], generator))
 
 
 # ------------------------------------------------------------------------------------ nearest
@@ -233,7 +234,7 @@ def follow_on_a_rank(rank, port, path):
     of, latents = of_two_ranks()
     own = list(latents[:, 10 * rank : 10 * (rank + 1)])
     chosen = [each(z)[1] for each, z in zip(of, own, strict=True)]
-    follow(of, own, chosen, torch.Generator().manual_seed(1))
+    follow(of, distributed.sums(statistics_of(of, own, chosen, torch.Generator().manual_seed(1))))
     states = [each.state_dict() for each in of]
     distributed.shutdown()
     torch.save(states, f"{path}/{rank}.pt")
@@ -243,7 +244,7 @@ def test_two_ranks_equal_one_process(tmp_path):
     of, latents = of_two_ranks()
     chosen = [each(z)[1] for each, z in zip(of, latents, strict=True)]
     before = [each.entries.counts.clone() for each in of]
-    follow(of, list(latents), chosen, torch.Generator().manual_seed(1))
+    follow(of, statistics_of(of, list(latents), chosen, torch.Generator().manual_seed(1)))
     run_on_ranks(follow_on_a_rank, free_port(), str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for alone, counts, one, two in zip(of, before, first, second, strict=True):

@@ -17,7 +17,7 @@ Shape letters: B batch, L grid cells, H cells along a side, K tokens of all scal
 C channels, V codes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ from mergevq.data.codes import CodeSpec
 from mergevq.data.layouts import Ordered
 from mergevq.nn.conv import from_scale, scale_sums, to_scale
 from mergevq.nn.positions import to_grid
-from mergevq.tokenizer.quantizers.tables import Table, follow, near_codes, nearest
+from mergevq.tokenizer.quantizers.tables import Table, follow, near_codes, nearest, statistics_of
 from mergevq.tokenizer.seams import Quantized
 
 
@@ -120,18 +120,22 @@ class Scales(nn.Module):
                 losses["codebook"] = _mean_error(grid.detach(), sums)
             return losses
 
-    def follow(
+    def statistics(
         self,
         latents: Float[Tensor, "n c"],
         parts: Int64[Tensor, "m 1"],  # noqa: ARG002 - means need the codes again
         generator: torch.Generator,
-    ) -> None:
-        """Move running means to the area means of a step, of all scales."""
+    ) -> list[Float[Tensor, "v d"]]:
+        """Statistics of the area means of a step, of all scales."""
         cells = self.config.scales[-1] ** 2
         steps = list(self._steps(latents.detach().unflatten(0, (-1, cells))))
         means = torch.cat([step.means for step in steps], dim=1).flatten(0, 1)
         chosen = torch.cat([step.chosen for step in steps], dim=1).flatten()
-        follow([self.table], [means], [chosen], generator)
+        return statistics_of([self.table], [means], [chosen], generator)
+
+    def follow(self, statistics: Sequence[Float[Tensor, "v d"]]) -> None:
+        """Move running means to the area means of a step, of all scales."""
+        follow([self.table], statistics)
 
     def implied(
         self,

@@ -110,7 +110,9 @@ def test_one_scale_without_a_filter_is_a_plain_codebook(update, generator):
     assert torch.equal(total.flatten(2).mT, plain(latents).codes)
     for part in (one, plain):
         numbers = torch.Generator().manual_seed(1)
-        part.follow(latents.flatten(0, 1), part(latents).parts.flatten(0, 1), numbers)
+        part.follow(
+            part.statistics(latents.flatten(0, 1), part(latents).parts.flatten(0, 1), numbers)
+        )
     torch.testing.assert_close(one.table.codes(), plain.table.codes())
 
 
@@ -165,7 +167,11 @@ def test_running_means_are_those_of_all_scales():
     latents = torch.tensor([[[1.2], [3.2], [1.2], [3.2]]])
     parts = part(latents).parts
     assert parts.flatten().tolist() == [2, 0, 1, 0, 1]
-    part.follow(latents.flatten(0, 1), parts.flatten(0, 1), torch.Generator().manual_seed(0))
+    part.follow(
+        part.statistics(
+            latents.flatten(0, 1), parts.flatten(0, 1), torch.Generator().manual_seed(0)
+        )
+    )
     assert part.table.entries.counts.tolist() == [2, 2, 1]
     expected = torch.tensor([-0.8 * 2, 1.2 * 2, 2.2])
     torch.testing.assert_close(part.table.entries.sums.flatten(), expected)
