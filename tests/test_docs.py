@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mergevq.cli.about import candidates
 from mergevq.cli.main import COMMANDS, GROUPS
 from mergevq.config.generator import (
     GENERATOR_SIZES,
@@ -23,6 +22,7 @@ from mergevq.config.training import DecoderRun, GeneratorRun, TokenizerRun
 from mergevq.data.codes import check_values
 from mergevq.tokenizer.near import near_level
 from mergevq.tokenizer.quantizers import lfq
+from tests.support.commands import unknown_options
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mergevq"
@@ -273,8 +273,4 @@ def test_commands_have_options_that_are_there(page):
         # Of the guide, `ternary` is the part that a reader adds.
         if (words[0] == "train" and words[1] not in RECIPES) or "ternary" in words:
             continue
-        known = {name[2:] for name in candidates([*words, "--"], COMMANDS, GROUPS)}
-        for word in words:
-            if word.startswith("--"):
-                name = word[2:].partition("=")[0]
-                assert {name, re.sub(r"(^|\.)no-", r"\1", name)} & known, (page, word)
+        assert unknown_options(words) == [], page

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import results
+from tests.support.commands import unknown_options
 
 
 @pytest.fixture
@@ -33,6 +34,13 @@ def test_models_of_the_package_alone_are_measured():
     assert ("photos64", "reconstruction") in [(each.model, each.file) for each in found]
     assert not any(each.model.startswith("tiny64") for each in found)
     assert not any("--out" in each.command for each in found)
+
+
+def test_recorded_commands_have_options_that_are_there_and_say_their_precision():
+    for evaluation in results.evaluations(results.RESULTS):
+        assert unknown_options(evaluation.command[1:]) == [], evaluation.model
+        # Else the digits are those of machines with bf16 alone.
+        assert "--precision float32" in " ".join(evaluation.command), evaluation.model
 
 
 def test_equal_numbers_are_no_difference(run, capsys):
