@@ -39,8 +39,8 @@ def test_models_of_the_package_alone_are_measured():
 def test_recorded_commands_have_options_that_are_there_and_say_their_precision():
     for evaluation in results.evaluations(results.RESULTS):
         assert unknown_options(evaluation.command[1:]) == [], evaluation.model
-        # Else the digits are those of machines with bf16 alone.
-        assert "--precision float32" in " ".join(evaluation.command), evaluation.model
+        # Else machines with bf16 and without it would give other digits.
+        assert "--precision" in evaluation.command, evaluation.model
 
 
 def test_equal_numbers_are_no_difference(run, capsys):
