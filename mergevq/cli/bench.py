@@ -30,6 +30,7 @@ def generator(  # noqa: PLR0913 - each is an option
     size: str = "B",
     grid_tokens: Counts = "256,1024",
     batch_sizes: Counts = "1,8",
+    guidance: tuple[float, ...] = (1.0, 4.0),
     repeats: int = 3,
     max_steps: int | None = 32,
     weights: tuple[Weights, ...] = ("bf16", "int8"),
@@ -41,13 +42,14 @@ def generator(  # noqa: PLR0913 - each is an option
 
     In a checkout, beside plain loops over the same weights, on a CPU. Needs no trained model. Set
     OMP_NUM_THREADS for the number of threads, and leave the machine alone meanwhile: the defaults
-    take about ten minutes on two cores.
+    take tens of minutes on two cores.
 
     Args:
         recipe: take the architecture of this recipe.
         size: or the architecture of this size: tiny, small, B, L, XL or XXL.
         grid_tokens: cells of the grids, each with its nominal number of kept tokens.
         batch_sizes: images decoded at once.
+        guidance: scales of guidance; 1 is none.
         repeats: turns; of each step the median counts.
         max_steps: steps timed of each sequence, evenly spread over it; None times all.
         weights: types of weights, each with all orders. The plain loops have bf16.
@@ -82,6 +84,7 @@ def generator(  # noqa: PLR0913 - each is an option
         for speed in benchmark.bench_generator(
             config,
             batch_sizes=batches,
+            guidance=guidance,
             num_repeats=repeats,
             max_steps=max_steps,
             weights=weights,
@@ -96,6 +99,7 @@ def generator(  # noqa: PLR0913 - each is an option
             "size": size if recipe is None else None,
             "grid_tokens": grids,
             "batch_sizes": batches,
+            "guidance": list(guidance),
             "repeats": repeats,
             "max_steps": max_steps,
             "weights": list(weights),

@@ -90,6 +90,8 @@ class Speed:
     """Turns; of each step the median counts."""
     num_images: int
     """Images of a batch."""
+    guidance: float
+    """Scale of guidance, for which each image has two rows; 1 is none."""
     seconds_per_step: float
     """Mean over the timed steps."""
     tokens_per_second: float
@@ -99,7 +101,7 @@ class Speed:
     logit_error: float | None = None
     """Logit error of 8-bit weights against bf16 ones, as in `generator.weights.logit_error`."""
     times_raster: float | None = None
-    """Images per second over those of order `raster` with the same weights."""
+    """Images per second over those of order `raster` with the same weights and guidance."""
     cache_share: float | None = None
     """Bytes over those of order `raster`."""
     times_plain: Mapping[str, float] | None = None
@@ -131,13 +133,14 @@ class _Timed(NamedTuple):
 
     name: str
     weights: Weights
+    guidance: float
     generator: AnyGenerator
     decoder: Decoder
     steps: list[list[int]]
     """Runs of steps that are timed."""
 
 
-def bench_generator(
+def bench_generator(  # noqa: PLR0913 - each is an option of the command
     config: GeneratorConfig,
     *,
     batch_sizes: Sequence[int],
@@ -147,6 +150,7 @@ def bench_generator(
     device: torch.device,
     plain: ModuleType | None,
     orders: Sequence[str] | None = None,
+    guidance: Sequence[float] = (1.0,),
 ) -> Iterator[Speed]:
     """Time orders of one grid, batch by batch.
 
@@ -159,16 +163,17 @@ def bench_generator(
         device: where to compute.
         plain: the plain loops; they take bf16 weights.
         orders: kinds of orders; None is all.
+        guidance: scales, of which 1 is none.
 
     Raises:
         ValueError: nothing is to be timed.
     """
     least = min(num_repeats, *batch_sizes, *([] if max_steps is None else [max_steps]))
-    if least < 1 or not weights:
+    if least < 1 or not weights or not guidance:
         raise ValueError(
             f"num_repeats ({num_repeats}), batch_sizes {tuple(batch_sizes)} and max_steps "
-            f"({max_steps}) must be at least 1, and weights {tuple(weights)} name a type: there is "
-            "nothing to time otherwise"
+            f"({max_steps}) must be at least 1, weights {tuple(weights)} name a type and guidance "
+            f"{tuple(guidance)} a scale: there is nothing to time otherwise"
         )
     generators: dict[tuple[str, Weights], AnyGenerator] = {}
     errors: dict[tuple[str, Weights], float] = {}
@@ -182,14 +187,16 @@ def bench_generator(
             generators[order, kind] = bf16 if kind == "bf16" else as_weights(exact, kind)
         if "int8" in weights:
             errors[order, "int8"] = _error(bf16, generators[order, "int8"])
-    for num_images in batch_sizes:
+    for num_images, scale in itertools.product(batch_sizes, guidance):
         timed = [
-            _ours(kind, generator, num_images, max_steps)
+            _ours(kind, scale, generator, num_images, max_steps)
             for (_, kind), generator in generators.items()
         ]
         if plain is not None:
             raster = random_generator(replace(config, order=Raster()), device).to(torch.bfloat16)
-            timed += [_plain(plain, way, raster, num_images, max_steps) for way in plain.WAYS]
+            timed += [
+                _plain(plain, way, scale, raster, num_images, max_steps) for way in plain.WAYS
+            ]
         seconds = take_turns(timed, device, num_repeats)
         found = [
             _speed(one, times, num_images, num_repeats)
@@ -281,11 +288,19 @@ def take_turns(
 
 def compared(speeds: Sequence[Speed]) -> list[Speed]:
     """The same, with ratios to order `raster` and to the plain loops."""
-    ours = {speed.weights: speed for speed in speeds if _is_ours(speed) and speed.order == "raster"}
-    plain = {speed.way: speed.tokens_per_second for speed in speeds if not _is_ours(speed)}
+    ours = {
+        (speed.weights, speed.guidance): speed
+        for speed in speeds
+        if _is_ours(speed) and speed.order == "raster"
+    }
     found = []
     for speed in speeds:
-        raster = ours.get(speed.weights) if _is_ours(speed) else None
+        raster = ours.get((speed.weights, speed.guidance)) if _is_ours(speed) else None
+        plain = {
+            other.way: other.tokens_per_second
+            for other in speeds
+            if not _is_ours(other) and other.guidance == speed.guidance
+        }
         if raster is not None and speed is not raster:
             speed = replace(
                 speed,
@@ -320,6 +335,7 @@ def line(speed: Speed) -> str:
     timed = len(speed.timed_steps)
     columns = [
         f"{speed.num_cells:>5} cells x {speed.num_images:<2} {name:<17} {speed.weights:<8}",
+        "no guidance " if speed.guidance == 1 else f"guidance {speed.guidance:<3g}",
         f"{speed.tokens_per_second:>7.1f} tokens/s {speed.images_per_second:>8.4f} images/s",
         f"{1e3 * speed.seconds_per_step:>8.1f} ms x {speed.num_steps} steps ({timed} timed)",
         f"{speed.kv_bytes / 1e6:>7.1f} MB",
@@ -341,10 +357,14 @@ def line(speed: Speed) -> str:
 
 
 class OurDecoder:
-    """Our decoding of a generator's order, without guidance."""
+    """Our decoding of a generator's order."""
 
     def __init__(
-        self, generator: AnyGenerator, num_images: int, most_steps: int = NUM_RANDOM_STEPS
+        self,
+        generator: AnyGenerator,
+        num_images: int,
+        most_steps: int = NUM_RANDOM_STEPS,
+        guidance: float = 1.0,
     ) -> None:
         """Allocate the cache and make up what is in it.
 
@@ -352,11 +372,13 @@ class OurDecoder:
             generator: in evaluation mode.
             num_images: of the batch.
             most_steps: passes, if the order decodes several tokens in one.
+            guidance: its scale; 1 is none.
         """
         config = generator.config
         num_steps = min(most_steps, config.num_states(config.num_kept))
         several = Several(num_steps=num_steps)
-        settings = SamplingSettings(passes=several if config.order.in_parallel else OneByOne())
+        passes = several if config.order.in_parallel else OneByOne()
+        settings = SamplingSettings(passes=passes, guidance_scale=guidance)
         labels = torch.zeros(num_images, dtype=torch.int64, device=generator.device)
         draws = generator.draws(0, range(num_images), config.num_kept, settings)
         self.decoder = generator.decoder(labels, config.num_kept, draws, settings)
@@ -378,16 +400,24 @@ class PlainDecoder:
     """A plain loop over all tokens in raster order."""
 
     def __init__(
-        self, plain: ModuleType, way: str, generator: AnyGenerator, num_images: int
+        self,
+        plain: ModuleType,
+        way: str,
+        generator: AnyGenerator,
+        num_images: int,
+        guidance: float = 1.0,
     ) -> None:
-        """Give the loop our weights."""
+        """Give the loop our weights; guided images have a second row, of no class."""
         config = generator.config
         self.num_steps = config.num_tokens
         device = generator.device
-        self.history = generator.parts(made_up_sequences(config, num_images, device))
         labels = torch.zeros(num_images, dtype=torch.int64, device=device)
+        if guidance != 1:
+            labels = torch.cat([labels, torch.full_like(labels, config.null_class)])
+        self.history = generator.parts(made_up_sequences(config, len(labels), device))
         state = generator.network.state_dict()
-        self.loop = plain.Loop(state, config, labels, config.num_kept, way)
+        scale = None if guidance == 1 else guidance
+        self.loop = plain.Loop(state, config, labels, config.num_kept, way, guidance=scale)
         self.step = self.loop.step
 
     @property
@@ -421,25 +451,34 @@ def made_up_sequences(config: GeneratorConfig, num_images: int, device: torch.de
 
 
 def _ours(
-    weights: Weights, generator: AnyGenerator, num_images: int, max_steps: int | None
+    weights: Weights,
+    guidance: float,
+    generator: AnyGenerator,
+    num_images: int,
+    max_steps: int | None,
 ) -> _Timed:
     """Our decoder of a generator's order."""
-    decoder = OurDecoder(generator, num_images)
+    decoder = OurDecoder(generator, num_images, guidance=guidance)
     steps = spread_steps(decoder.num_steps, max_steps)
-    return _Timed("mergevq", weights, generator, decoder, steps)
+    return _Timed("mergevq", weights, guidance, generator, decoder, steps)
 
 
 def _plain(
-    plain: ModuleType, way: str, generator: AnyGenerator, num_images: int, max_steps: int | None
+    plain: ModuleType,
+    way: str,
+    guidance: float,
+    generator: AnyGenerator,
+    num_images: int,
+    max_steps: int | None,
 ) -> _Timed:
     """A plain loop; without a cache only a few steps are timed, however many there are."""
-    decoder = PlainDecoder(plain, way, generator, num_images)
+    decoder = PlainDecoder(plain, way, generator, num_images, guidance)
     if way == "recompute":
         few = spread_steps(decoder.num_steps, _RECOMPUTED_STEPS * _STEPS_IN_A_ROW)
         steps = [run[len(run) // 2 : len(run) // 2 + 1] for run in few]
     else:
         steps = spread_steps(decoder.num_steps, max_steps)
-    return _Timed(way, "bf16", generator, decoder, steps)
+    return _Timed(way, "bf16", guidance, generator, decoder, steps)
 
 
 def _time_run(decoder: Decoder, steps: Sequence[int], device: torch.device) -> list[float]:
@@ -477,6 +516,7 @@ def _speed(one: _Timed, times: Mapping[int, float], num_images: int, num_repeats
         timed_steps=tuple(times),
         num_repeats=num_repeats,
         num_images=num_images,
+        guidance=one.guidance,
         seconds_per_step=seconds,
         tokens_per_second=num_tokens * images_per_second,
         images_per_second=images_per_second,

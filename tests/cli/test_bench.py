@@ -28,7 +28,9 @@ def test_the_command_prints_every_row_and_writes_them_with_the_conditions(tmp_pa
         "  mergevq sample --generator GENERATOR --weights bf16",
     ]
     written = json.loads((tmp_path / "speeds.json").read_text())
-    assert [speed["order"] for speed in written["speeds"]] == list(KINDS)
+    found = [(speed["guidance"], speed["order"]) for speed in written["speeds"]]
+    assert found == [(scale, kind) for scale in (1.0, 4.0) for kind in KINDS]
+    assert written["conditions"]["guidance"] == [1.0, 4.0]
     assert written["conditions"]["max_steps"] == 1
     assert written["conditions"]["torch"]
     assert written["generators"][0]["grid_size"] == [2, 2]

@@ -211,7 +211,10 @@ VALUES = {
 }
 """Values on the command line, and in the library, where an option's type is not enough."""
 CALLED = {
-    "guidance": "guidance_scale",
+    "guidance": {
+        **dict.fromkeys(SAMPLING, "guidance_scale"),
+        "bench generator": "guidance",
+    },
     "confidence": "confidence_temperature",
     "num": "num_images",
     "show": "num_shown",

@@ -98,12 +98,12 @@ def test_plain_loops_guide_as_we_do(order):
 
 CPU = torch.device("cpu")
 NUM_OURS = 2 * len(KINDS)
-"""Our rows, before those of the plain loops."""
+"""Our rows without guidance, before those of the plain loops; then the same with guidance."""
 CONFIG = replace(TINY, grid_size=(4, 4), num_kept=4, kept_candidates=(4,))
 
 
 @pytest.fixture(scope="module")
-def speeds():
+def found():
     return list(
         bench_generator.bench_generator(
             CONFIG,
@@ -113,8 +113,28 @@ def speeds():
             weights=("bf16", "int8"),
             device=CPU,
             plain=PLAIN,
+            guidance=(1.0, 3.0),
         )
     )
+
+
+@pytest.fixture(scope="module")
+def speeds(found):
+    """Those without guidance."""
+    return [speed for speed in found if speed.guidance == 1]
+
+
+def test_guided_images_have_two_rows_in_the_cache(found, speeds):
+    guided = [speed for speed in found if speed.guidance == 3]
+    assert found == [*speeds, *guided]
+    for one, two in zip(speeds, guided, strict=True):
+        assert (one.order, one.way, one.weights) == (two.order, two.way, two.weights)
+        assert two.kv_bytes == 2 * one.kv_bytes
+        assert two.num_images == one.num_images == 2
+    raster = guided[[speed.order for speed in guided].index("raster")]
+    plain = {speed.way: speed.tokens_per_second for speed in guided[NUM_OURS:]}
+    ratios = {way: raster.tokens_per_second / speed for way, speed in plain.items()}
+    assert raster.times_plain == ratios
 
 
 def test_every_order_is_timed_with_every_type_and_beside_every_plain_loop(speeds):
@@ -224,7 +244,14 @@ def test_a_size_is_as_large_as_its_name_says():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"num_repeats": 0}, {"batch_sizes": (0,)}, {"max_steps": 0}, {"weights": ()}]
+    "changes",
+    [
+        {"num_repeats": 0},
+        {"batch_sizes": (0,)},
+        {"max_steps": 0},
+        {"weights": ()},
+        {"guidance": ()},
+    ],
 )
 def test_nothing_to_time_is_an_error(changes):
     given = {

@@ -208,6 +208,8 @@ def _measure_sampling(
             config,
             orders=orders,
             batch_sizes=[num_images],
+            # Without, and as users sample.
+            guidance=(1.0, 4.0),
             num_repeats=1,
             max_steps=_STEPS,
             weights=["bf16"],
