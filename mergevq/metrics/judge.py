@@ -17,6 +17,8 @@ from torch.nn import functional
 
 _GREY_SIDE = 8
 """Side of the grey images that are compared, in pixels: that of scikit-learn's digits."""
+_AT_ONCE = 64
+"""Images whose features are computed at once: a network's layers take hundreds of megabytes."""
 Features = Callable[[Float[Tensor, "b 3 h w"]], Float[Tensor, "b f"]]
 """Numbers of images in [-1, 1]."""
 
@@ -36,7 +38,7 @@ class Judge(NamedTuple):
 
     def accuracy(self, image: Float[Tensor, "b 3 h w"], label: Int64[Tensor, "b"]) -> float:
         """Share of images in [-1, 1] that are taken for their classes."""
-        rows = self.features(image).float().cpu().numpy()
+        rows = _rows(self.features, image).numpy()
         return float((self.machine.predict(rows) == label.cpu().numpy()).mean())
 
 
@@ -47,9 +49,14 @@ def fit_judge(
     """Fit a classifier to real images, with scikit-learn's own settings.
 
     Args:
-        images: batches in [-1, 1], with their classes.
+        images: batches of any size in [-1, 1], with their classes.
         features: numbers by which images are compared.
     """
-    batches = [(features(image).float().cpu(), label.cpu()) for image, label in images]
+    batches = [(_rows(features, image), label.cpu()) for image, label in images]
     rows, labels = (torch.cat(part).numpy() for part in zip(*batches, strict=True))
     return Judge(features, importlib.import_module("sklearn.svm").SVC().fit(rows, labels))
+
+
+def _rows(features: Features, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b f"]:
+    """Numbers of images, on the CPU."""
+    return torch.cat([features(part).float().cpu() for part in image.split(_AT_ONCE)])

@@ -37,3 +37,16 @@ def test_features_of_another_kind_are_compared_instead():
     # The mean over an image is the same for both halves, so nothing can be told.
     judge = fit_judge([(stripes(label), label)], lambda image: image.mean((1, 2, 3))[:, None])
     assert judge.accuracy(stripes(label), label) == 0.5
+
+
+def test_features_are_computed_of_few_images_at_once():
+    label = torch.arange(150) % 2
+    seen = []
+
+    def features(image):
+        seen.append(len(image))
+        return grey_pixels(image)
+
+    judge = fit_judge([(stripes(label), label)], features)
+    assert judge.accuracy(stripes(label), label) == 1
+    assert seen == [64, 64, 22] * 2
