@@ -71,14 +71,10 @@ def generator(  # noqa: PLR0913 - each is an option
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
     place = resolve_device(device)
-    model = benchmark.size_config(size)
-    if recipe is not None:
-        model = GENERATOR_RECIPES[recipe]().resolved_model
+    model = GENERATOR_RECIPES[recipe]().resolved_model if recipe else benchmark.size_config(size)
     configs = [benchmark.grid_config(model, num_cells) for num_cells in grids]
     plain = load_reference(reference) if reference.is_file() else None
-    if plain is None:
-        print(f"no {reference} here: measuring without comparison")
-    print(_timed_steps(max_steps))
+    _say_what_is_timed(None if plain else reference, max_steps)
     speeds = []
     for config in configs:
         for speed in benchmark.bench_generator(
@@ -233,11 +229,14 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _timed_steps(max_steps: int | None) -> str:
-    """Steps of each sequence that are timed, in words."""
+def _say_what_is_timed(missing: Path | None, max_steps: int | None) -> None:
+    """Print which plain loops are missing, and which steps of a sequence are timed."""
+    if missing is not None:
+        print(f"no {missing} here: measuring without comparison")
     if max_steps is None:
-        return "every step is timed"
-    return f"{max_steps} steps of a sequence are timed, in runs that are evenly spread over it"
+        print("every step is timed")
+    else:
+        print(f"{max_steps} steps of a sequence are timed, in runs that are evenly spread over it")
 
 
 def _require_recipe(recipe: str, known: Collection[str], model: str) -> None:
