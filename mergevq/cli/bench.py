@@ -52,7 +52,8 @@ def generator(  # noqa: PLR0913 - each is an option
         guidance: scales of guidance; 1 is none.
         repeats: turns; of each step the median counts.
         max_steps: steps timed of each sequence, evenly spread over it; None times all.
-        weights: types of weights, each with all orders. The plain loops have bf16.
+        weights: types of weights, each with all orders. The plain loops have bf16, on devices
+            without it float32.
         reference: file of the plain loops; if it is not there, nothing is compared.
         device: where to compute.
         out: JSON file with all numbers and conditions.

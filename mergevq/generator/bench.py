@@ -40,6 +40,7 @@ from mergevq.config.parts.orders import (
 from mergevq.generator.build import AnyGenerator, build_generator
 from mergevq.generator.seams import Sequences
 from mergevq.generator.weights import as_weights, logit_error
+from mergevq.runtime.device import resolve_precision
 from mergevq.runtime.logs import Progress
 from mergevq.runtime.random import step_generator
 from mergevq.runtime.run import environment
@@ -161,7 +162,7 @@ def bench_generator(  # noqa: PLR0913 - each is an option of the command
         max_steps: steps timed of each sequence; None is all.
         weights: types of weights, each with all orders.
         device: where to compute.
-        plain: the plain loops; they take bf16 weights.
+        plain: the plain loops; they have bf16 weights, float32 ones on devices without bf16.
         orders: kinds of orders; None is all.
         guidance: scales, of which 1 is none.
 
@@ -193,7 +194,9 @@ def bench_generator(  # noqa: PLR0913 - each is an option of the command
             for (_, kind), generator in generators.items()
         ]
         if plain is not None:
-            raster = random_generator(replace(config, order=Raster()), device).to(torch.bfloat16)
+            # Loops in bf16 that a processor emulates would be a comparison with nothing.
+            dtype = resolve_precision("auto", device) or torch.float32
+            raster = random_generator(replace(config, order=Raster()), device).to(dtype)
             timed += [
                 _plain(plain, way, scale, raster, num_images, max_steps) for way in plain.WAYS
             ]
@@ -478,7 +481,8 @@ def _plain(
         steps = [run[len(run) // 2 : len(run) // 2 + 1] for run in few]
     else:
         steps = spread_steps(decoder.num_steps, max_steps)
-    return _Timed(way, "bf16", guidance, generator, decoder, steps)
+    weights: Weights = "bf16" if generator.network.dtype == torch.bfloat16 else "float32"
+    return _Timed(way, weights, guidance, generator, decoder, steps)
 
 
 def _time_run(decoder: Decoder, steps: Sequence[int], device: torch.device) -> list[float]:

@@ -13,6 +13,8 @@ from mergevq.generator import bench as bench_generator
 from mergevq.generator.bench import grid_config, spread_steps
 from mergevq.generator.build import build_generator
 from mergevq.generator.sampling import arccos_schedule, draw, sample
+from mergevq.runtime import device as places
+from mergevq.runtime.device import resolve_precision
 from mergevq.training.bench.tokenizer import load_reference
 from tests.support.generators import KINDS, ORDERS, TINY, changed, tiny_generator
 
@@ -141,7 +143,20 @@ def test_every_order_is_timed_with_every_type_and_beside_every_plain_loop(speeds
     ours = {(speed.order, speed.weights) for speed in speeds if speed.way == "mergevq"}
     assert ours == {(order, weights) for order in KINDS for weights in ("bf16", "int8")}
     assert [speed.way for speed in speeds[NUM_OURS:]] == list(PLAIN.WAYS)
-    assert all(speed.order == "raster" and speed.weights == "bf16" for speed in speeds[NUM_OURS:])
+    weights = "float32" if resolve_precision("auto", CPU) is None else "bf16"
+    assert all(speed.order == "raster" and speed.weights == weights for speed in speeds[NUM_OURS:])
+
+
+@pytest.mark.parametrize(("has_bf16", "weights"), [(True, "bf16"), (False, "float32")])
+def test_plain_loops_have_bf16_where_the_device_multiplies_it(has_bf16, weights, monkeypatch):
+    monkeypatch.setattr(places, "_has_bf16", lambda _: has_bf16)
+    given = {"batch_sizes": (1,), "num_repeats": 1, "max_steps": 1, "weights": ("float32",)}
+    found = bench_generator.bench_generator(
+        CONFIG, **given, device=CPU, plain=PLAIN, orders=["raster"]
+    )
+    ours, *plain = found
+    assert [speed.weights for speed in plain] == [weights] * len(PLAIN.WAYS)
+    assert set(ours.times_plain) == set(PLAIN.WAYS)
 
 
 def test_rates_agree_with_each_other(speeds):
@@ -184,7 +199,9 @@ def test_cache_bytes_by_formula(speeds):
     one = 2 * 2 * 2 * 2 * 16 * 4
     for speed in speeds[:NUM_OURS]:
         assert speed.kv_bytes == slots[speed.order] * one
-    assert [2 * speed.kv_bytes // one for speed in speeds[NUM_OURS:]] == [0, 2 + 16, 2 + 16]
+    per_cell = [speed.kv_bytes / (one / 4) for speed in speeds[NUM_OURS:]]
+    bytes_each = 4 if speeds[-1].weights == "float32" else 2
+    assert per_cell == [0, bytes_each * (2 + 16), bytes_each * (2 + 16)]
 
 
 def test_timed_steps_are_spread_evenly():
