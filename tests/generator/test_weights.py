@@ -228,8 +228,8 @@ for weights in ("float32", "fp16", "bf16", "int8"):
     x = torch.randn(2, 1, model.config.dim).to(dtype)
     with torch.no_grad():
         compiled = torch.compile(model.blocks[0], backend=sys.argv[1])(x)
-        # A rounding of bf16, of values of a few units, where kernels are fused.
-        size = 1e-4 if weights == "float32" else 4e-2
+        # Two roundings of bf16, of values of a few units, where kernels are fused.
+        size = 1e-4 if weights == "float32" else 8e-2
         torch.testing.assert_close(compiled, model.blocks[0](x), rtol=size, atol=size)
 """
 
