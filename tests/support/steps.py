@@ -1,7 +1,10 @@
-"""Steps of one side of a tokenizer's training."""
+"""Steps of one side of a tokenizer's training, and runs that have both."""
+
+from dataclasses import replace
 
 from torch import Tensor
 
+from mergevq.config.training import TokenizerRun
 from mergevq.data.batches import Batch
 from mergevq.runtime.optim import take_steps
 from mergevq.training.fit import Number
@@ -24,3 +27,15 @@ def update_discriminator(
     numbers, proposal = learner.propose_discriminator(parts, fakes)
     take_steps(learner.state.step, [proposal])
     return numbers
+
+
+def judged(run: TokenizerRun) -> TokenizerRun:
+    """With an adversary from the first step."""
+    loss = replace(
+        run.loss,
+        perceptual_weight=0.0,
+        adversarial_weight=0.1,
+        discriminator_start_step=0,
+        adversarial_start_step=0,
+    )
+    return replace(run, loss=loss)

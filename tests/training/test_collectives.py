@@ -28,6 +28,7 @@ from mergevq.training.tokenizer import train
 from tests.support.collectives import collectives
 from tests.support.ranks import free_port, run_on_ranks, take_place
 from tests.support.small import shrink
+from tests.support.steps import judged
 from tests.training import test_codebooks as codebooks
 from tests.training import test_generator as generators
 from tests.training import test_tokenizer as tokenizers
@@ -41,18 +42,6 @@ ENTROPY = "tokenizer/bits._mean_assignments"
 LAYERS = "tokenizer/losses/distillation.loss"
 ALIGNMENT = "tokenizer/reducers/global_map.alignment"
 STEP = "runtime/optim.take_steps"
-
-
-def judged(run: TokenizerRun) -> TokenizerRun:
-    """With an adversary from the first step."""
-    loss = replace(
-        run.loss,
-        perceptual_weight=0.0,
-        adversarial_weight=0.1,
-        discriminator_start_step=0,
-        adversarial_start_step=0,
-    )
-    return replace(run, loss=loss)
 
 
 def plain(recipe) -> TokenizerRun:

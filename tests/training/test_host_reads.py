@@ -34,6 +34,7 @@ from tests.evaluate.probe import test_finetune as finetuning
 from tests.support import probes
 from tests.support.reads import Unreadable, host_reads, unreadable_device
 from tests.support.small import shrink
+from tests.support.steps import judged
 from tests.training import test_generator as generators
 from tests.training import test_tokenizer as tokenizers
 from tests.training.decoder import test_run as decoders
@@ -50,15 +51,8 @@ def unreadable():
 
 def with_running_means() -> TokenizerRun:
     """Codes that follow tokens, a teacher of labels, and an adversary."""
-    run = shrink(digits32_vq())
-    loss = replace(
-        run.loss,
-        perceptual_weight=0.0,
-        adversarial_weight=0.1,
-        discriminator_start_step=0,
-        adversarial_start_step=0,
-    )
-    return replace(run, loss=loss, train=replace(run.train, precision="float32"))
+    run = judged(shrink(digits32_vq()))
+    return replace(run, train=replace(run.train, precision="float32"))
 
 
 RUNS = {"self": tokenizers.small, "labels": with_running_means}
