@@ -41,8 +41,7 @@ def generator(  # noqa: PLR0913 - each is an option
     """Measure how fast generators of all four orders decode, and how large their caches are.
 
     In a checkout, beside plain loops over the same weights, on a CPU. Needs no trained model. Set
-    OMP_NUM_THREADS for the number of threads, and leave the machine alone meanwhile: the defaults
-    take tens of minutes on two cores.
+    OMP_NUM_THREADS for the number of threads, and leave the machine alone meanwhile.
 
     Args:
         recipe: take the architecture of this recipe.
